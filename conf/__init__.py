@@ -1,0 +1,1 @@
+"""Option groups: one folder per configuration dataclass, one YAML file per option."""

@@ -1,0 +1,1 @@
+"""Complete runs: each file picks options from conf/ and states what it reproduces."""
