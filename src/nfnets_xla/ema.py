@@ -1,0 +1,69 @@
+"""Exponential moving average of the weights, with TensorFlow 1's warm-up of the decay.
+
+arXiv 2102.06171, appendix A.1; reference: deepmind-research/nfnets at f5de0ed, utils.py:73-76.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from nfnets_xla.optim.sgd_agc import checked_hyperparameter, copies_like
+
+
+class EMA:
+    """Follows parameters with copies in `shadow`, float32 or wider, under the parameters' names.
+
+    Made after the module is on its device, and updated after each optimizer step. The module never
+    holds the average; evaluate with it by
+
+        torch.func.functional_call(module, ema.shadow, (images,))
+
+    so that nothing has to be swapped back, whatever happens in between.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is {decay}; it must be in [0, 1)")
+        self.decay = decay
+        self._parameters = dict(named_parameters)
+        if not self._parameters:
+            raise ValueError("there are no parameters to average; give at least one")
+        self.shadow: dict[str, Tensor] = {
+            name: parameter.detach()
+            .to("cpu", _wide(parameter.dtype), copy=True)
+            .to(parameter.device)
+            for name, parameter in self._parameters.items()
+        }
+
+    def decay_at(self, update: int) -> float:
+        """Decay of update number `update`, counted from 0: a tenth at first, rising to `decay`."""
+        if update < 0:
+            raise ValueError(f"update is {update}; updates are counted from 0")
+        return min(self.decay, (1 + update) / (10 + update))
+
+    @torch.no_grad()
+    def update(self, decay: float | Tensor) -> None:
+        """shadow = decay * shadow + (1 - decay) * parameter, with 1 - decay in `shadow`'s dtype.
+
+        `decay` is a float, or a `(1,)` tensor of `shadow`'s dtype and device, which compiles no
+        new graph on XLA, whatever its value; both give the same bits.
+        """
+        like = next(iter(self.shadow.values()))
+        decay = checked_hyperparameter("decay", decay, like)
+        if not isinstance(decay, Tensor):
+            if decay > 1:
+                raise ValueError(f"decay is {decay}; it must be in [0, 1]")
+            decay = torch.tensor([decay], dtype=like.dtype).to(like.device)
+        rest = 1 - decay
+        for name, shadow in self.shadow.items():
+            average = decay * shadow + rest * self._parameters[name]
+            shadow.copy_(average.reshape(shadow.shape))  # 0-d shadow, (1,) average
+
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        """Take copies of tensors of any device as `shadow`. Names and shapes must agree."""
+        self.shadow = copies_like("averages", self.shadow, averages)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,63 @@
+"""What each parameter of a network is to the optimizer, told from the module tree.
+
+Moving a module to an XLA device makes new Parameter objects without the old ones' attributes, so
+a role hangs on the parameter's name, not on the parameter.
+"""
+
+from torch import Tensor, nn
+
+CONV = "conv"  # weight of a convolution, (O, I / groups, H, W)
+LINEAR = "linear"  # weight of an nn.Linear, (O, I)
+VECTOR = "vector"  # gain, bias, norm scale: at most one axis longer than 1
+SCALAR = "scalar"  # 0-d: a skip gain
+CLASSIFIER_WEIGHT = "classifier_weight"
+CLASSIFIER_BIAS = "classifier_bias"
+
+
+def parameter_roles(module: nn.Module, classifier: str | None) -> dict[str, str]:
+    """{name in `module.named_parameters()`: role}, in that order.
+
+    `classifier` names the nn.Linear, e.g. "head", whose weight is exempt from clipping; None if
+    there is none. Raises ValueError for a classifier that is not an nn.Linear of this module, and
+    for a parameter that fits no role.
+    """
+    if classifier is not None:
+        _check_classifier(module, classifier)
+    return {
+        name: _role(module, name, parameter, classifier)
+        for name, parameter in module.named_parameters()
+    }
+
+
+def _check_classifier(module: nn.Module, classifier: str) -> None:
+    named = dict(module.named_modules())
+    if not isinstance(named.get(classifier), nn.Linear):
+        there = f"has no submodule {classifier!r}"
+        if classifier in named:
+            there = f"has a {type(named[classifier]).__name__} there"
+        linears = [name for name, child in named.items() if isinstance(child, nn.Linear)]
+        raise ValueError(
+            f"classifier is {classifier!r}, but {type(module).__name__} {there}; name an nn.Linear "
+            f"(its last is {linears[-1] if linears else None!r}), or None if it has no classifier"
+        )
+
+
+def _role(module: nn.Module, name: str, parameter: Tensor, classifier: str | None) -> str:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if owner_name == classifier and leaf in ("weight", "bias"):
+        return CLASSIFIER_WEIGHT if leaf == "weight" else CLASSIFIER_BIAS
+    if isinstance(owner, nn.Conv2d) and leaf == "weight":
+        return CONV
+    if isinstance(owner, nn.Linear) and leaf == "weight":
+        return LINEAR
+    if parameter.ndim == 0:
+        return SCALAR
+    # As optim.py:446-459 of the reference, which squeezes: a (C, 1, 1, 1) gain is a vector too.
+    if sum(size > 1 for size in parameter.shape) <= 1:
+        return VECTOR
+    raise ValueError(
+        f"parameter {name!r} belongs to a {type(owner).__name__}, shape {tuple(parameter.shape)}; "
+        "only weights of nn.Conv2d and nn.Linear may have several axes, because nothing tells "
+        "which axis of another is the output's: use those layers, or give SGD_AGC your own roles"
+    )

@@ -1,0 +1,253 @@
+"""SGD with Nesterov momentum, coupled weight decay and adaptive gradient clipping (AGC).
+
+arXiv 2102.06171, section 4.1 and appendix A.1; reference: deepmind-research/nfnets at f5de0ed,
+optim.py:446-499 (clipping) and 256-272 (update), experiment_nfnets.py:101-129 (groups).
+
+Clipping is part of the step, not a hook before it: with SAM the ascent gradient must stay raw. The
+step runs on the device from end to end: nothing in it depends on a value, and what changes between
+steps may be a tensor.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nfnets_xla.optim import roles as role
+
+# (roles, decayed, clipped), experiment_nfnets.py:107-129. The classifier's bias is clipped: only
+# its weight is exempt.
+GROUPS: tuple[tuple[tuple[str, ...], bool, bool], ...] = (
+    ((role.CONV, role.LINEAR), True, True),
+    ((role.VECTOR, role.SCALAR, role.CLASSIFIER_BIAS), False, True),
+    ((role.CLASSIFIER_WEIGHT,), True, False),
+)
+NORM_FLOOR = 1e-6  # optim.py:497: under the gradient's norm, against dividing by 0
+
+
+class SGD_AGC(torch.optim.Optimizer):
+    """Per parameter: clip the gradient, add weight decay, then a step of Nesterov momentum.
+
+        g = agc(g);  g = g + weight_decay * w;  v = momentum * v + g
+        w = w - lr * (g + momentum * v)         (w - lr * v without nesterov)
+
+    which is `torch.optim.SGD(nesterov=True)` after the clipping. There is one parameter group for
+    each row of GROUPS that has members; "weight_decay" is 0 and "clipping" None where exempt.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        roles: Mapping[str, str],
+        *,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 2e-5,
+        clipping: float | None = 0.01,
+        eps: float = 1e-3,
+    ) -> None:
+        """`named_parameters` are on their device already; `roles` are `parameter_roles`' of them.
+
+        They are float32 (or float64), and so is all arithmetic.
+
+        `clipping` is the largest norm of a unit's gradient relative to the unit's own norm, or None
+        for no clipping; `eps` is a floor under the latter, so that zeros (a new skip gain) can
+        move. `lr` is described at `set_lr`.
+        """
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}; it must be in [0, 1)")
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {weight_decay}; it must be 0 (none) or more")
+        if clipping is not None and not 0 < clipping < math.inf:
+            raise ValueError(
+                f"clipping is {clipping}; it must be greater than 0, or None for no clipping"
+            )
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps is {eps}; it must be greater than 0, or zeros could never move")
+        named = _checked_parameters(named_parameters, roles)
+        groups: list[dict[str, Any]] = []
+        for members, decayed, clipped in GROUPS:
+            params = [(name, p) for name, p in named.items() if roles[name] in members]
+            if params:
+                groups.append(
+                    {
+                        "params": params,
+                        "weight_decay": weight_decay if decayed else 0.0,
+                        "clipping": clipping if clipped else None,
+                    }
+                )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "clipping": clipping,
+            "eps": eps,
+        }
+        super().__init__(groups, defaults)
+        self.set_lr(lr)
+        # Made here and not at the first step: on XLA a first step that makes its buffers is another
+        # graph than the second, and is compiled separately.
+        for parameter in named.values():
+            zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+            self.state[parameter]["momentum_buffer"] = zeros.to(parameter.device)
+
+    def set_lr(self, lr: float | Tensor) -> None:
+        """Learning rate of the following steps, for all groups.
+
+        A float, or a `(1,)` tensor of the parameters' dtype and device. On XLA a rate that changes
+        should be the tensor: a float (or a 0-d tensor) that becomes exactly 0 or 1 costs a graph.
+        """
+        lr = checked_hyperparameter("lr", lr, self.param_groups[0]["params"][0])
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update. A `closure` is called first, with gradients enabled; returns its result."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                # No gradient means frozen or unused. Decay and momentum alone would still move it.
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+        grad = parameter.grad
+        assert grad is not None
+        if group["clipping"] is not None:
+            grad = clip_adaptively(grad, parameter, group["clipping"], group["eps"])
+        if group["weight_decay"]:
+            grad = grad + parameter * group["weight_decay"]
+        buffer = self.state[parameter]["momentum_buffer"]
+        buffer.mul_(group["momentum"]).add_(grad)
+        update = grad + buffer * group["momentum"] if group["nesterov"] else buffer
+        # A 0-d parameter's update times a (1,) rate is (1,).
+        parameter.sub_((update * group["lr"]).reshape(parameter.shape))
+
+    def momentum_buffers(self) -> dict[str, Tensor]:
+        """{parameter name: its momentum}: the optimizer's own tensors, shaped as the parameters."""
+        return {
+            name: self.state[parameter]["momentum_buffer"]
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }
+
+    def load_momentum(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take copies of tensors of any device as momentum. Names and shapes must agree."""
+        copies = copies_like("momentum", self.momentum_buffers(), buffers)
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                self.state[parameter]["momentum_buffer"] = copies[name]
+
+
+def clip_adaptively(grad: Tensor, weight: Tensor, clipping: float, eps: float) -> Tensor:
+    """Eq. 3: scale each unit of `grad` down to `clipping` times the norm of that unit of `weight`.
+
+    Units within the bound come back bit for bit. Shapes and dtypes equal.
+    """
+    max_norm = unitwise_norm(weight).clamp(min=eps) * clipping
+    norm = unitwise_norm(grad)
+    clipped = grad * (max_norm / norm.clamp(min=NORM_FLOOR))
+    return torch.where(norm > max_norm, clipped, grad)
+
+
+def unitwise_norm(x: Tensor) -> Tensor:
+    """L2 norm of every unit of a parameter (or of its gradient), shaped to broadcast against it.
+
+    A unit is what feeds one output: a filter of an OIHW convolution, a row of torch's (O, I) linear
+    weight. A tensor with at most one axis longer than 1 is one unit (optim.py:446-459).
+    """
+    if sum(size > 1 for size in x.shape) <= 1:
+        return torch.linalg.vector_norm(x)
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def _checked_parameters(
+    named_parameters: Iterable[tuple[str, Tensor]], roles: Mapping[str, str]
+) -> dict[str, Tensor]:
+    known = {name for members, _, _ in GROUPS for name in members}
+    named: dict[str, Tensor] = {}
+    names_by_id: dict[int, str] = {}
+    for name, parameter in named_parameters:
+        if name in named:
+            raise ValueError(f"parameter {name!r} is given twice; names must be unique")
+        if id(parameter) in names_by_id:
+            raise ValueError(
+                f"parameters {names_by_id[id(parameter)]!r} and {name!r} are one tensor; give it "
+                "once, as module.named_parameters() does"
+            )
+        if name not in roles:
+            raise ValueError(
+                f"roles differ in {name}: a parameter without a role; take both from one module"
+            )
+        if roles[name] not in known:
+            raise ValueError(
+                f"the role of {name!r} is {roles[name]!r}; it must be one of "
+                f"{', '.join(sorted(known))}"
+            )
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}; master weights must be torch.float32: "
+                "call module.float() and cast in the forward pass instead"
+            )
+        named[name] = parameter
+        names_by_id[id(parameter)] = name
+    absent = [name for name in roles if name not in named]
+    if absent:
+        raise ValueError(
+            f"roles differ in {absent[0]} (and {len(absent) - 1} more): no such parameter was "
+            "given; to freeze a parameter give it all the same and call requires_grad_(False)"
+        )
+    if not named:
+        raise ValueError("there are no parameters; give at least one")
+    return named
+
+
+def checked_hyperparameter(name: str, value: float | Tensor, like: Tensor) -> Any:
+    """`value`, if it is a float >= 0, or a `(1,)` tensor (not read) of `like`'s dtype and device.
+
+    Raises ValueError otherwise. For what may change between steps: the learning rate here, rho in
+    sam.py, the decay in ema.py.
+    """
+    if not isinstance(value, Tensor):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be 0 or more, and finite")
+        return value
+    if value.shape != (1,) or value.dtype != like.dtype or value.device != like.device:
+        raise ValueError(
+            f"{name} is a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}; "
+            f"it must be a float, or of shape (1,), {like.dtype}, on {like.device} like the "
+            "parameters: a slice [i:i + 1] of a vector uploaded once per step"
+        )
+    return value
+
+
+def copies_like(
+    what: str, own: Mapping[str, Tensor], source: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Copies of `source` to be held in place of `own`; names and shapes must agree (ValueError).
+
+    Not copied into the tensors that are there: on XLA, writing a 0-d host tensor into one on the
+    device is a graph to compile.
+    """
+    for name in sorted(own.keys() ^ source.keys()):
+        problem = "is missing" if name in own else "has no parameter"
+        raise ValueError(f"{what} of another model: that of {name!r} {problem} here")
+    for name, tensor in own.items():
+        if source[name].shape != tensor.shape:
+            raise ValueError(
+                f"{what} of another model: that of {name!r} has shape {tuple(source[name].shape)}, "
+                f"the parameter here {tuple(tensor.shape)}"
+            )
+    return {
+        name: source[name].detach().to("cpu", tensor.dtype, copy=True).to(tensor.device)
+        for name, tensor in own.items()
+    }

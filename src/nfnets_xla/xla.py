@@ -1,0 +1,201 @@
+"""The one door to torch_xla: start the runtime, place tensors, run the step, count what happened.
+
+No other module imports torch_xla (setup.cfg makes import-linter check it), so another runtime can
+take its place by filling in the functions below. The mode is SPMD: one process per host, one mesh
+over all devices with the axes ("data", "fsdp"), and every tensor in the program is the global one.
+`PJRT_DEVICE=CPU` with `CPU_NUM_DEVICES=N` runs the same program on N virtual devices.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GOOGLE_PCI_VENDOR = "0x1ae0"  # what a TPU chip answers on the PCI bus of a Cloud TPU VM
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("torch_xla") is not None
+
+
+def tpu_is_attached() -> bool:
+    """Whether this host has a TPU chip, found without loading any runtime."""
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(path.read_text().strip() == GOOGLE_PCI_VENDOR for path in vendors)
+
+
+def start(virtual_devices: int | None = None) -> None:
+    """Start the runtime in SPMD mode; must come before anything else that touches torch_xla.
+
+    `virtual_devices` asks for the CPU runtime with so many devices; None takes the attached TPU,
+    or one CPU device. Settings are read once per process, so asking a started runtime for another
+    number of devices is a ValueError.
+    """
+    if not is_installed():
+        raise ValueError(
+            "device 'xla' needs torch_xla, which is not installed: "
+            "pip install 'nfnets_xla[xla]' (CPU) or 'nfnets_xla[tpu]'"
+        )
+    if virtual_devices is not None and virtual_devices < 1:
+        raise ValueError(f"trainer.virtual_devices is {virtual_devices}; it must be at least 1")
+    if "torch_xla" not in sys.modules:
+        _choose_environment(virtual_devices)
+    import torch_xla.runtime as xr
+
+    if not xr.is_spmd():
+        xr.use_spmd()
+    found = xr.global_runtime_device_count()
+    if virtual_devices is not None and found != virtual_devices:
+        raise ValueError(
+            f"{virtual_devices} virtual devices were asked for, but this process already runs "
+            f"torch_xla with {found}: start a new process"
+        )
+
+
+def stay_out() -> None:
+    """For a run without XLA: Lightning imports torch_xla wherever it is installed, and on import it
+    looks for a TPU and warns when there is none."""
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+
+
+def _choose_environment(virtual_devices: int | None) -> None:
+    if virtual_devices is not None:
+        os.environ["PJRT_DEVICE"] = "CPU"
+        os.environ["CPU_NUM_DEVICES"] = str(virtual_devices)
+    elif "PJRT_DEVICE" not in os.environ:
+        os.environ["PJRT_DEVICE"] = "TPU" if tpu_is_attached() else "CPU"
+    # Without this a scalar that becomes exactly 0 or 1 is baked in and costs one more graph.
+    os.environ["XLA_NO_SPECIAL_SCALARS"] = "1"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # GSPMD's deprecation notice, per compile
+
+
+def device() -> torch.device:
+    import torch_xla
+
+    return torch_xla.device()
+
+
+def num_devices() -> int:
+    """Devices of the whole mesh, over all hosts."""
+    import torch_xla.runtime as xr
+
+    return xr.global_runtime_device_count()
+
+
+def device_kind() -> str:
+    """What the record calls the hardware, e.g. "TPU v4" or "XLA:CPU"."""
+    import torch_xla.runtime as xr
+
+    kind = xr.device_type() or "unknown"
+    return "XLA:CPU" if kind == "CPU" else os.environ.get("TPU_ACCELERATOR_TYPE", kind)
+
+
+@cache
+def mesh() -> Any:
+    """The mesh ("data", "fsdp") over all devices; "fsdp" has size 1: parameters are replicated."""
+    import torch_xla.distributed.spmd as spmd
+
+    count = num_devices()
+    the_mesh = spmd.Mesh(np.arange(count), (count, 1), ("data", "fsdp"))
+    spmd.set_global_mesh(the_mesh)
+    return the_mesh
+
+
+def upload_rows(host_tensor: Tensor) -> Tensor:
+    """Send a tensor to the devices, its first axis (rows of the global batch) cut over the mesh.
+
+    A tensor whose first axis the mesh does not divide (or that has none) is replicated: correct
+    for any user's batch, and our own loader never sends one.
+    """
+    import torch_xla.core.xla_model as xm
+    import torch_xla.distributed.spmd as spmd
+
+    rows_divide = host_tensor.ndim > 0 and host_tensor.shape[0] % num_devices() == 0
+    axes = ((("data", "fsdp"),) if rows_divide else ()) + (None,) * (
+        host_tensor.ndim - (1 if rows_divide else 0)
+    )
+    sharding = spmd.ShardingSpec(mesh(), axes)
+    placed: Any = xm.send_cpu_data_to_device([host_tensor.contiguous()], device(), sharding)
+    return placed[0]
+
+
+def replicate(tensors: Mapping[str, Tensor]) -> None:
+    """Mark tensors on the device as whole on every device of the mesh.
+
+    Buffers made on the device (momentum, EMA) have no sharding before the first step and one after
+    it; without this mark the step would be compiled twice.
+    """
+    import torch_xla.distributed.spmd as spmd
+
+    for tensor in tensors.values():
+        spmd.mark_sharding(tensor, mesh(), (None,) * tensor.ndim)
+
+
+def sync(*, wait: bool = False) -> None:
+    """Compile (if new) and dispatch everything traced so far; `wait` for the device to finish."""
+    import torch_xla
+
+    torch_xla.sync(wait=wait)
+
+
+def gather(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Host copies of device tensors, in one transfer and without compiling a graph per tensor.
+
+    Every host calls it with the same names in the same order.
+    """
+    from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
+
+    sync(wait=True)
+    on_device = {name: tensor.detach() for name, tensor in named.items()}
+    host = _XLAC._xla_get_cpu_tensors(list(on_device.values()))
+    return {name: value.clone() for name, value in zip(on_device, host, strict=True)}
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the runtime did since the process began; all counts are totals."""
+
+    compilations: int
+    compile_seconds: float
+    executions: int
+    tensors_to_host: int
+    fallbacks: dict[str, int]  # aten:: operations that XLA could not lower and ran on the host
+
+    def since(self, earlier: "Counters") -> "Counters":
+        return Counters(
+            self.compilations - earlier.compilations,
+            self.compile_seconds - earlier.compile_seconds,
+            self.executions - earlier.executions,
+            self.tensors_to_host - earlier.tensors_to_host,
+            {
+                name: count - earlier.fallbacks.get(name, 0)
+                for name, count in self.fallbacks.items()
+                if count > earlier.fallbacks.get(name, 0)
+            },
+        )
+
+
+def counters() -> Counters:
+    import torch_xla.debug.metrics as metrics
+
+    def metric(name: str) -> tuple[int, float]:
+        data = metrics.metric_data(name)
+        return (int(data[0]), float(data[1])) if data else (0, 0.0)
+
+    compilations, nanoseconds = metric("CompileTime")
+    executions = metric("ExecuteTime")[0] + metric("ExecuteReplicatedTime")[0]
+    fallbacks = {
+        name: int(metrics.counter_value(name) or 0)
+        for name in metrics.counter_names()
+        if name.startswith("aten::")
+    }
+    transfers = metric("TransferFromDeviceTime")[0]
+    return Counters(compilations, nanoseconds / 1e9, executions, transfers, fallbacks)

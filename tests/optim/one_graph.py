@@ -1,0 +1,73 @@
+"""Six steps of SAM, SGD_AGC and EMA on XLA:CPU; prints what the runtime did as JSON.
+
+Run by test_xla.py in a process of its own: the runtime reads its settings once.
+"""
+
+import json
+
+import torch
+from torch import nn
+
+from nfnets_xla import xla
+from nfnets_xla.ema import EMA
+from nfnets_xla.optim import SAM, SGD_AGC, parameter_roles
+from tests.optim.network import closure_of, small_net
+
+# Learning rate, decay, rho: each goes through exactly 0 and exactly 1.
+HYPERPARAMETERS = [
+    (0.0, 0.1, 0.05),
+    (0.5, 0.0, 0.05),
+    (1.0, 1.0, 0.0),
+    (0.7, 0.5, 1.0),
+    (0.3, 0.9, 0.05),
+    (0.0, 0.99999, 0.05),
+]
+
+
+def train(device: torch.device) -> tuple[nn.Module, EMA, list[int]]:
+    """The network, its average, and the number of graphs compiled before and after each step."""
+    net = small_net().to(device)
+    sgd = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), lr=0.0)
+    sam = SAM(sgd, rho=0.05)
+    ema = EMA(net.named_parameters(), decay=0.99999)
+    closure = closure_of(net)
+    if device.type == "xla":  # as the strategy does before the first step
+        xla.replicate({**dict(net.named_parameters()), **sgd.momentum_buffers(), **prefixed(ema)})
+    compilations = [xla.counters().compilations]
+    for values in HYPERPARAMETERS:
+        hyper_3 = torch.tensor(values).to(device)
+        sgd.set_lr(hyper_3[0:1])
+        sam.set_rho(hyper_3[2:3])
+        sam.step(closure)
+        ema.update(hyper_3[1:2])
+        if device.type == "xla":
+            xla.sync(wait=True)
+        compilations.append(xla.counters().compilations)
+    return net, ema, compilations
+
+
+def main() -> None:
+    xla.start(virtual_devices=2)
+    on_xla, ema_on_xla, compilations = train(xla.device())
+    fallbacks = xla.counters().fallbacks
+    on_cpu, ema_on_cpu, _ = train(torch.device("cpu"))
+    expected = {**dict(on_cpu.named_parameters()), **prefixed(ema_on_cpu)}
+    found = {**dict(on_xla.named_parameters()), **prefixed(ema_on_xla)}
+    differences = {
+        name: float((found[name].detach().cpu() - tensor.detach()).abs().max())
+        for name, tensor in expected.items()
+    }
+    report = {
+        "compilations": compilations,
+        "fallbacks": fallbacks,
+        "differences": differences,
+    }
+    print(json.dumps(report))
+
+
+def prefixed(ema: EMA) -> dict[str, torch.Tensor]:
+    return {f"ema/{name}": tensor for name, tensor in ema.shadow.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""What the optimizers promise their callers: roles, refusals, shared state, restored weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nfnets_xla.optim import SAM, SGD_AGC, parameter_roles, scaled_peak, warmup_cosine
+from nfnets_xla.optim.sgd_agc import clip_adaptively
+from tests.optim.network import SmallNet, closure_of, small_net
+
+
+def sgd(net: nn.Module, **options: Any) -> SGD_AGC:
+    return SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), **{"lr": 0.5, **options})
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# ---- roles ------------------------------------------------------------------------------------
+
+
+def test_roles_come_from_the_module_tree() -> None:
+    assert parameter_roles(small_net(), "head") == {
+        "gain": "vector",
+        "skip_gain": "scalar",
+        "stem.weight": "conv",
+        "stem.bias": "vector",
+        "grouped.weight": "conv",
+        "grouped.bias": "vector",
+        "gate.weight": "linear",
+        "gate.bias": "vector",
+        "head.weight": "classifier_weight",
+        "head.bias": "classifier_bias",
+    }
+    headless = parameter_roles(small_net(), None)
+    assert (headless["head.weight"], headless["head.bias"]) == ("linear", "vector")
+
+
+def test_a_classifier_that_is_no_linear_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"has a Conv2d there; name an nn\.Linear"):
+        parameter_roles(small_net(), "stem")
+    with pytest.raises(ValueError, match="its last is 'head'"):
+        parameter_roles(small_net(), "fc")
+
+
+# ---- SGD_AGC ----------------------------------------------------------------------------------
+
+
+def test_clipping_is_invariant_to_a_common_scale() -> None:
+    """By a power of two, so that the only inexact steps scale exactly too."""
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(4, 3, 3, 3, generator=generator) for _ in range(2))
+    clipped = clip_adaptively(grad, weight, 0.01, 1e-3)
+    assert torch.equal(clip_adaptively(8 * grad, 8 * weight, 0.01, 1e-3), 8 * clipped)
+    # A clipped unit does not depend on its gradient's length at all.
+    torch.testing.assert_close(clip_adaptively(1000 * grad, weight, 0.01, 1e-3), clipped)
+
+
+def test_a_float32_one_element_rate_gives_the_floats_bits() -> None:
+    net, twin = small_net(), small_net()
+    ours, theirs = sgd(net), sgd(twin)
+    for lr in (0.0, 0.3, 1.0, 0.1):
+        ours.set_lr(lr)
+        theirs.set_lr(torch.tensor([lr]))
+        ours.step(closure_of(net))
+        theirs.step(closure_of(twin))
+    assert equal(net, twin)
+    assert not equal(net, small_net())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, r"lr is -0\.1"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": torch.tensor(0.1)}, r"lr is a tensor of shape \(\)"),
+        ({"lr": torch.tensor([0.1], dtype=torch.float64)}, r"torch\.float64"),
+        ({"weight_decay": -1.0}, r"weight_decay is -1\.0"),
+        ({"eps": 0.0}, r"eps is 0\.0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sgd(small_net(), **options)
+
+
+def test_parameters_that_do_not_match_their_roles_are_refused() -> None:
+    net = small_net()
+    named: list[tuple[str, Tensor]] = list(net.named_parameters())
+    roles = parameter_roles(net, "head")
+    name, parameter = named[0]
+    cases: list[tuple[list[tuple[str, Tensor]], dict[str, str], str]] = [
+        ([*named, named[0]], roles, "'gain' is given twice"),
+        ([*named, ("again", parameter)], {**roles, "again": "vector"}, "are one tensor"),
+        ([*named, ("new", torch.ones(2))], roles, "roles differ in new"),
+        (named, {**roles, name: "matrix"}, "role of 'gain' is 'matrix'; it must be one of"),
+        ([("w", torch.ones(2).bfloat16())], {"w": "vector"}, "must be torch.float32"),
+        ([], {}, "no parameters"),
+    ]
+    for given, their_roles, message in cases:
+        with pytest.raises(ValueError, match=message):
+            SGD_AGC(given, their_roles, lr=0.1)
+
+
+def test_momentum_of_another_shape_changes_nothing() -> None:
+    optimizer = sgd(small_net())
+    buffers = {name: torch.ones_like(b) for name, b in optimizer.momentum_buffers().items()}
+    with pytest.raises(
+        ValueError, match=r"'head.bias' has shape \(2,\), the parameter here \(5,\)"
+    ):
+        optimizer.load_momentum({**buffers, "head.bias": torch.ones(2)})
+    assert not any(buffer.any() for buffer in optimizer.momentum_buffers().values())
+
+
+# ---- SAM --------------------------------------------------------------------------------------
+
+
+def test_both_objects_keep_one_state_whichever_loads_it() -> None:
+    for load_into in (lambda sam: sam, lambda sam: sam.base_optimizer):
+        sam = SAM(sgd(small_net()), rho=0.05)
+        load_into(sam).load_state_dict(sgd(small_net(), lr=0.25).state_dict())
+        assert sam.param_groups is sam.base_optimizer.param_groups
+        assert sam.state is sam.base_optimizer.state
+        assert sam.param_groups[0]["lr"] == 0.25
+
+
+def test_hooks_fire_once_a_step() -> None:
+    net = small_net()
+    sam = SAM(sgd(net), rho=0.05)
+    calls: list[str] = []
+    sam.register_step_pre_hook(lambda *_: calls.append("before"))
+    sam.register_step_post_hook(lambda *_: calls.append("after"))
+    sam.step(closure_of(net))
+    assert calls == ["before", "after"]
+
+
+def test_an_error_in_the_second_pass_leaves_the_weights_as_they_were() -> None:
+    net = small_net()
+    run, passes = closure_of(net), iter(range(2))
+
+    def closure() -> Tensor:
+        if next(passes) == 1:
+            assert not equal(net, small_net())
+            raise KeyboardInterrupt
+        return run()
+
+    with pytest.raises(KeyboardInterrupt):
+        SAM(sgd(net), rho=0.05).step(closure)
+    assert equal(net, small_net())
+
+
+def test_a_one_element_rho_gives_the_floats_bits() -> None:
+    net, twin = small_net(), small_net()
+    SAM(sgd(net), rho=0.05).step(closure_of(net))
+    SAM(sgd(twin), rho=torch.tensor([0.05])).step(closure_of(twin))
+    assert equal(net, twin)
+
+
+def test_a_closure_without_backward_is_refused() -> None:
+    net: SmallNet = small_net()
+    forward_only: Callable[[], Tensor] = lambda: net.gain.sum()  # noqa: E731
+    with pytest.raises(ValueError, match="must call backward"):
+        SAM(sgd(net), rho=0.05).step(forward_only)
+
+
+# ---- schedule ---------------------------------------------------------------------------------
+
+
+def test_peak_follows_the_batch() -> None:
+    assert scaled_peak(4096) == 1.6
+    assert scaled_peak(512, base=0.5) == 1.0
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        scaled_peak(0)
+
+
+def test_steps_outside_the_run_are_refused() -> None:
+    for step in (-1, 7):
+        with pytest.raises(ValueError, match=f"step is {step}; it must be in"):
+            warmup_cosine(step, peak=1.0, warmup_steps=2, total_steps=6)
+    with pytest.raises(ValueError, match="peak is inf"):
+        warmup_cosine(0, peak=float("inf"), warmup_steps=2, total_steps=6)

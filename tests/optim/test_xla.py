@@ -1,0 +1,30 @@
+"""On XLA a whole step is one graph, compiled once, whatever the hyper-parameters become."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("torch_xla", exc_type=ImportError)
+
+
+def test_sam_sgd_agc_and_ema_compile_one_graph_and_fall_back_nowhere() -> None:
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "OMP_NUM_THREADS": "1",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.optim.one_graph"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout.splitlines()[-1])
+    assert report["compilations"] == [0, 1, 1, 1, 1, 1, 1]
+    assert report["fallbacks"] == {}
+    assert max(report["differences"].values()) < 1e-5  # float32, other summation orders

@@ -1,0 +1,69 @@
+"""The average's own promises; its numbers are in test_optim and test_deepmind_trajectory."""
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from nfnets_xla.ema import EMA
+from tests.optim.network import images_and_labels, small_net
+
+
+def test_a_one_element_decay_gives_the_floats_bits() -> None:
+    net = small_net()
+    ours, theirs = (EMA(net.named_parameters(), 0.9) for _ in range(2))
+    for decay in (0.1, 0.0, 0.99999, 1.0):
+        torch.nn.init.normal_(net.gain)
+        torch.nn.init.constant_(net.skip_gain, decay)
+        ours.update(decay)
+        theirs.update(torch.tensor([decay]))
+    assert all(torch.equal(ours.shadow[name], theirs.shadow[name]) for name in ours.shadow)
+    assert ours.shadow["skip_gain"].shape == ()
+
+
+def test_decay_0_copies_the_weights_and_1_keeps_the_average() -> None:
+    net = small_net()
+    ema = EMA(net.named_parameters(), 0.9)
+    torch.nn.init.normal_(net.gain)
+    ema.update(1.0)
+    assert torch.equal(ema.shadow["gain"], torch.ones(8))
+    ema.update(0.0)
+    assert torch.equal(ema.shadow["gain"], net.gain)
+
+
+def test_evaluation_with_the_average_leaves_the_module_alone() -> None:
+    net = small_net()
+    images, _ = images_and_labels()
+    expected = net(images)
+    ema = EMA(net.named_parameters(), 0.9)
+    torch.nn.init.normal_(net.head.weight)
+    now = net(images)
+    assert torch.equal(functional_call(net, ema.shadow, (images,)), expected)
+    assert torch.equal(net(images), now)
+
+
+def test_bfloat16_weights_are_averaged_in_float32() -> None:
+    ema = EMA(small_net().bfloat16().named_parameters(), 0.9)
+    ema.update(0.5)
+    assert {shadow.dtype for shadow in ema.shadow.values()} == {torch.float32}
+
+
+def test_loading_takes_copies() -> None:
+    ema = EMA(small_net().named_parameters(), 0.9)
+    given = {name: torch.full_like(tensor, 3.0) for name, tensor in ema.shadow.items()}
+    ema.load(given)
+    ema.update(0.0)
+    assert all(bool((tensor == 3).all()) for tensor in given.values())
+    ema.load(given)
+    assert all(bool((tensor == 3).all()) for tensor in ema.shadow.values())
+
+
+def test_bad_values_are_refused() -> None:
+    ema = EMA(small_net().named_parameters(), 0.9)
+    with pytest.raises(ValueError, match=r"decay is 1\.5"):
+        ema.update(1.5)
+    with pytest.raises(ValueError, match=r"decay is a tensor of shape \(\)"):
+        ema.update(torch.tensor(0.5))
+    with pytest.raises(ValueError, match="update is -1"):
+        ema.decay_at(-1)
+    with pytest.raises(ValueError, match="no parameters to average"):
+        EMA([], 0.9)
