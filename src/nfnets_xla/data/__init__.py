@@ -1,0 +1,1 @@
+"""From shards to batches: the index, the order, decoding, augmentation, the loader."""

@@ -1,0 +1,264 @@
+"""The order in which a run shows its samples: a pure function of (shard sizes, recipe, seed).
+
+Every sample is shown exactly once per epoch, whatever the hosts, devices and restarts, because
+nothing here knows of them: `Order.step(n)` computes the rows of global batch n from n alone. This
+is what arXiv 2310.16764 (section 2) admits that its own pipeline did not guarantee.
+
+Deal. A run is cut into C *canonical streams*. Its draws are dealt to them like cards, in turn:
+
+    draw    0 1 2 3 4 5 6 | 7 8 9 ...       N = 7 samples, C = 2: in epoch 0 stream 0 is dealt
+    stream  0 1 0 1 0 1 0 | 1 0 1 ...       4 of them and stream 1 is dealt 3; in epoch 1 it is
+    epoch   0 0 0 0 0 0 0 | 1 1 1 ...       the other way round, and no stream gets further ahead
+
+Line up. Epoch e permutes the shards, lays their samples end to end, and cuts that line into C
+ranges as long as the deal says: range s is what stream s shows in epoch e, `window_shards` shards
+at a time shuffled together. With shards a, b, c of 3, 2, 2 samples and windows of two shards:
+
+              line, cut into ranges            the ranges, shuffled
+    epoch 0   c0 c1 a0 a1 | a2 b0 b1           a1 a0 c1 c0 | a2 b0 b1
+    epoch 1   b0 b1 c0 | c1 a0 a1 a2           b0 c0 b1 | a0 a1 c1 a2
+
+Step. A step takes U / C draws of every stream, stream by stream. Streams run on through epochs, so
+a step may hold the end of one and the beginning of the next (step 1 does). Only the last step can
+have rows to spare (*): they are what their streams would show next, and carry weight 0.
+
+    >>> order = Order(np.array([3, 2, 2]), seed=0, num_streams=2, unique_per_step=4,
+    ...               window_shards=2, epochs=2)
+    >>> for n in range(order.num_steps):
+    ...     rows = order.step(n)
+    ...     names = [f"{'abc'[shard]}{row}" for shard, row in zip(rows.shard, rows.row)]
+    ...     print(*[name if weight else name + "*" for name, weight in zip(names, rows.weight)])
+    a1 a0 a2 b0
+    c1 c0 b1 a0
+    b0 c0 a1 c1
+    b1 c0* a2 b1*
+
+A shard is therefore read once an epoch, in one window, by one stream, or by the several whose cuts
+fall into it. Memory is O(shards) an epoch and one window a stream, never O(samples).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+
+# First word of every key: keys made for one purpose never equal those of another.
+LINE, WINDOW = 1, 2
+
+
+class StepRows(NamedTuple):
+    """The unique samples of one step, stream by stream: five arrays of the same length, U."""
+
+    shard: Int64
+    row: Int64  # within its shard
+    epoch: Int64
+    stream: Int64
+    weight: NDArray[np.float32]  # 1, or 0 for a row that only fills up the batch
+
+
+class Line(NamedTuple):
+    """One epoch's samples laid end to end: S shards, C ranges."""
+
+    shards: Int64  # (S,) in the order in which they lie
+    starts: Int64  # (S + 1,) where on the line each begins; ends with N
+    cuts: Int64  # (C + 1,) where each stream's range begins; ends with N
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The training order. The constructor raises ValueError for what cannot be dealt out evenly."""
+
+    counts: Int64  # (S,) samples of each shard
+    seed: int
+    num_streams: int  # C; the hosts of a run divide it
+    unique_per_step: int  # U, before any repeats; a multiple of C
+    window_shards: int  # shards of a stream that are shuffled together
+    epochs: float  # may be a fraction
+
+    def __post_init__(self) -> None:
+        _check_counts(self.counts)
+        for name in ("num_streams", "unique_per_step", "window_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.unique_per_step % self.num_streams:
+            raise ValueError(
+                f"{self.unique_per_step} unique samples per step do not divide among "
+                f"{self.num_streams} streams: make batch_size / repeats a multiple of num_streams"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be in [0, 2**32)")
+        if not 0 < self.epochs < float("inf") or self.total_draws < 1:
+            raise ValueError(
+                f"epochs is {self.epochs}; of {self.num_samples} samples it must show at least one"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without its caches, for the loader's workers."""
+        return Order, tuple(getattr(self, field.name) for field in fields(self))
+
+    @cached_property
+    def num_samples(self) -> int:
+        """N, the length of an epoch."""
+        return int(self.counts.sum())
+
+    @cached_property
+    def total_draws(self) -> int:
+        """Samples the run shows: `epochs * num_samples`, rounded to a whole one (half to even)."""
+        return round(self.epochs * self.num_samples)
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.total_draws // self.unique_per_step)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.num_samples / self.unique_per_step
+
+    def step(self, number: int, streams: range | None = None) -> StepRows:
+        """Rows of global batch `number`, counted from 0.
+
+        With `streams`, only the rows of those: what one of several hosts reads of the batch. A jump
+        costs an epoch's line and a window of each stream, which the steps after it then share.
+        Raises ValueError past the end.
+        """
+        if not 0 <= number < self.num_steps:
+            raise ValueError(f"step is {number}; the run's steps are 0 to {self.num_steps - 1}")
+        per_stream = self.unique_per_step // self.num_streams
+        stretches: list[StepRows] = []
+        for stream in range(self.num_streams) if streams is None else streams:
+            draw, end = number * per_stream, (number + 1) * per_stream
+            while draw < end:
+                stretches.append(self._stretch(stream, draw, end))
+                draw += len(stretches[-1].row)
+        return StepRows(*map(np.concatenate, zip(*stretches, strict=True)))
+
+    def _stretch(self, stream: int, draw: int, end: int) -> StepRows:
+        """Draws of one stream from `draw` on, up to `end` or to the end of their window."""
+        epoch = self._draw_of_run(stream, draw) // self.num_samples
+        line = self._line(epoch)
+        begin, after = int(line.cuts[stream]), int(line.cuts[stream + 1])
+        place = begin + draw - self._dealt(stream, epoch * self.num_samples)  # before shuffling
+
+        # Windows are counted in shards from the one in which the range begins.
+        first = _shard_at(line, begin)
+        window = (_shard_at(line, place) - first) // self.window_shards
+        opening = first + window * self.window_shards
+        closing = min(opening + self.window_shards, len(line.shards))
+        low = max(begin, int(line.starts[opening]))
+        high = min(after, int(line.starts[closing]))
+
+        shuffled = self._window(epoch, stream, window, high - low)
+        places = low + shuffled[place - low :][: end - draw]
+        at = _shard_at(line, places)
+        draws = self._draw_of_run(stream, np.arange(draw, draw + len(places)))
+        return StepRows(
+            shard=line.shards[at],
+            row=places - line.starts[at],
+            epoch=np.full_like(at, epoch),
+            stream=np.full_like(at, stream),
+            weight=(draws < self.total_draws).astype(np.float32),
+        )
+
+    def _draw_of_run(self, stream: int, draw: Any) -> Any:
+        """The run's number of a stream's draw; both count from 0. An int or an array of them."""
+        return draw * self.num_streams + stream
+
+    def _dealt(self, stream: int, draws: int) -> int:
+        """Of the run's first `draws` draws, how many went to this stream."""
+        return max(0, (draws - stream + self.num_streams - 1) // self.num_streams)
+
+    @cached_property
+    def _line(self) -> Callable[[int], Line]:
+        """Of an epoch. Four are kept: a step straddles two, of a tiny data set more."""
+        return lru_cache(maxsize=4)(self._make_line)
+
+    @cached_property
+    def _window(self) -> Callable[[int, int, int, int], Int64]:
+        """Of (epoch, stream, number of the window, its length): the permutation of its places.
+
+        Two a stream are kept: at a window's end a step needs both that one and the next, and a
+        smaller cache would then evict the window of the stream whose turn comes next.
+        """
+        return lru_cache(maxsize=2 * self.num_streams)(self._make_window)
+
+    def _make_line(self, epoch: int) -> Line:
+        shards = _permutation(len(self.counts), LINE, self.seed, epoch)
+        first, after = epoch * self.num_samples, (epoch + 1) * self.num_samples
+        streams = range(self.num_streams)
+        lengths = [self._dealt(s, after) - self._dealt(s, first) for s in streams]
+        return Line(
+            shards=shards,
+            starts=np.concatenate([[0], np.cumsum(self.counts[shards])]),
+            cuts=np.concatenate([[0], np.cumsum(lengths)]),
+        )
+
+    def _make_window(self, epoch: int, stream: int, window: int, length: int) -> Int64:
+        return _permutation(length, WINDOW, self.seed, epoch, stream, window)
+
+
+@dataclass(frozen=True, eq=False)
+class SequentialOrder:
+    """The evaluation order: every sample once, in index order.
+
+    The last step is filled up with the last sample, at weight 0.
+    """
+
+    counts: Int64
+    unique_per_step: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self.counts)
+        if self.unique_per_step < 1:
+            raise ValueError(f"unique_per_step is {self.unique_per_step}; it must be at least 1")
+
+    @cached_property
+    def _ends(self) -> Int64:
+        return np.cumsum(self.counts)
+
+    @property
+    def num_steps(self) -> int:
+        return -(-int(self._ends[-1]) // self.unique_per_step)
+
+    def step(self, number: int) -> StepRows:
+        """Rows of batch `number`, counted from 0. Raises ValueError past the end."""
+        if not 0 <= number < self.num_steps:
+            raise ValueError(f"step is {number}; the steps are 0 to {self.num_steps - 1}")
+        wanted = np.arange(self.unique_per_step) + number * self.unique_per_step
+        places = np.minimum(wanted, self._ends[-1] - 1)
+        shard = np.searchsorted(self._ends, places, side="right")
+        row = places - (self._ends - self.counts)[shard]
+        weight = (wanted < self._ends[-1]).astype(np.float32)
+        return StepRows(shard, row, np.zeros_like(row), np.zeros_like(row), weight)
+
+
+def _check_counts(counts: Int64) -> None:
+    if len(counts) == 0:
+        raise ValueError("there are no shards; an order needs at least one")
+    if counts.min() < 1:
+        empty = int(counts.argmin())
+        raise ValueError(f"shard {empty} has {counts[empty]} samples; leave out shards without any")
+
+
+def _shard_at(line: Line, places: Any) -> Any:
+    """Number on the line of the shard that holds each place."""
+    return np.searchsorted(line.starts, places, side="right") - 1
+
+
+def _permutation(length: int, *key: int) -> Int64:
+    """Numbers 0 to `length - 1`, sorted by keyed random words.
+
+    Not `Generator.permutation`: a run that is resumed under a newer numpy must go on in its order,
+    and numpy promises the words of a SeedSequence and a Philox for ever, a Generator's methods only
+    until the next release (NEP 19).
+    """
+    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(length)
+    # Each number rides in the low bits of its word: no two are equal, and sorting is all it takes.
+    low_bits = np.uint64(length.bit_length())
+    words = (words >> low_bits << low_bits) | np.arange(length, dtype=np.uint64)
+    words.sort()
+    return (words & ((np.uint64(1) << low_bits) - np.uint64(1))).astype(np.int64)

@@ -1,0 +1,295 @@
+"""A batch is a function of its step: the same from any process, with its views, masks and names."""
+
+import io
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nfnets_xla.data.loader import Batch, Batches, EvalBatches, TrainBatches
+from nfnets_xla.data.masks import dropout_bits, keep_masks
+from nfnets_xla.data.order import Order
+from nfnets_xla.data.pack import pack_samples
+from nfnets_xla.data.shards import ShardIndex, build_index
+
+SAMPLES, CLASSES = 29, 5
+STREAMS, UNIQUE, REPEATS = 2, 6, 3
+RATES = (0.0, 0.5, 0.9)
+
+
+def encoded(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def picture(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (20, 24, 3), np.uint8)
+
+
+def pack(folder: Path, images: list[bytes]) -> ShardIndex:
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = ((f"{n:05}", data, "png", n % CLASSES) for n, data in enumerate(images))
+    pack_samples(samples, folder, samples_per_shard=8)
+    build_index(folder)
+    return ShardIndex.load(folder)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    folder = tmp_path_factory.mktemp("shards")
+    return pack(folder, [encoded(picture(n)) for n in range(SAMPLES)])
+
+
+def train(index: ShardIndex, *, epochs: float = 1.5, seed: int = 0, **changes: Any) -> TrainBatches:
+    order = Order(index.counts, seed, STREAMS, UNIQUE, window_shards=2, epochs=epochs)
+    options: dict[str, Any] = {
+        "num_classes": CLASSES,
+        "image_size": 16,
+        "repeats": REPEATS,
+        "flip": True,
+        "min_crop_area": 0.2,
+        "drop_path_rates": RATES,
+        "dropout_features": 11,
+        "dropout_rate": 0.25,
+    }
+    return TrainBatches(index, order, seed=seed, **(options | changes))
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert type(value) is type(other[name])
+        if name != "step":
+            assert value.dtype == other[name].dtype
+        assert np.array_equal(value, other[name]), name
+
+
+# ---- the same batches, however they are made ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_this_process(index: ShardIndex) -> list[Batch]:
+    dataset = train(index)
+    return [dataset[step] for step in range(len(dataset))]
+
+
+# torch warns of more workers than cores, which is about speed.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(
+    index: ShardIndex, in_this_process: list[Batch], workers: int
+) -> None:
+    dataset = train(index)
+    loader = Batches(dataset, start_step=0, stop_step=len(dataset), workers=workers)
+    loaded = list(loader)
+    assert [batch["step"] for batch in loaded] == list(range(len(dataset)))
+    for one, other in zip(loaded, in_this_process, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("start", [0, 3, 8])
+def test_resuming_is_a_suffix(index: ShardIndex, in_this_process: list[Batch], start: int) -> None:
+    dataset = train(index)
+    assert len(dataset) == 8  # ceil(1.5 * 29 / 6)
+    rest = list(Batches(dataset, start_step=start, stop_step=8, workers=0))
+    assert len(rest) == 8 - start
+    for one, other in zip(rest, in_this_process[start:], strict=True):
+        assert_same(one, other)
+
+
+def test_a_copy_sent_to_a_worker_and_another_order_of_asking_change_nothing(
+    index: ShardIndex, in_this_process: list[Batch]
+) -> None:
+    dataset = pickle.loads(pickle.dumps(train(index)))
+    for step in (5, 1, 7, 5):
+        assert_same(dataset[step], in_this_process[step])
+
+
+def test_the_seed_changes_the_batches(index: ShardIndex, in_this_process: list[Batch]) -> None:
+    other = train(index, seed=1)[0]
+    assert not np.array_equal(other["sample_U"], in_this_process[0]["sample_U"])
+
+
+# ---- what is in a batch -------------------------------------------------------------------------
+
+
+def test_shapes_and_dtypes_are_those_of_every_step(in_this_process: list[Batch]) -> None:
+    rows = UNIQUE * REPEATS
+    for batch in in_this_process:
+        shapes = {
+            name: (tuple(value.shape), value.dtype)
+            for name, value in batch.items()
+            if isinstance(value, torch.Tensor)
+        }
+        assert shapes == {
+            "images_BHWC": ((rows, 16, 16, 3), torch.uint8),
+            "labels_B": ((rows,), torch.int64),
+            "weight_B": ((rows,), torch.float32),
+            "keep_masks_BN": ((rows, 3), torch.uint8),
+            "dropout_bits_BP": ((rows, 2), torch.uint8),
+        }
+        assert isinstance(batch["step"], int)
+        for name in ("sample_U", "epoch_U", "weight_U"):  # stay on the host
+            assert isinstance(batch[name], np.ndarray)
+            assert batch[name].shape == (UNIQUE,)
+
+
+def test_every_sample_is_shown_once_per_epoch(
+    index: ShardIndex, in_this_process: list[Batch]
+) -> None:
+    dataset = train(index)
+    names = [name for batch in in_this_process for name in dataset.samples_shown(batch)["ids"]]
+    everything = [
+        index.sample_id(shard, row)
+        for shard, count in enumerate(index.counts)
+        for row in range(count)
+    ]
+    shown = Counter(names)
+    assert len(names) == round(1.5 * SAMPLES)
+    assert sorted(shown) == sorted(everything)
+    assert set(shown.values()) == {1, 2}
+    assert sum(float(batch["weight_B"].sum()) for batch in in_this_process) == len(names) * REPEATS
+
+
+def test_views_of_an_image_are_neighbours_that_differ(
+    index: ShardIndex, in_this_process: list[Batch]
+) -> None:
+    sample, first = in_this_process[0]["sample_U"], in_this_process[0]
+    labels = first["labels_B"].reshape(UNIQUE, REPEATS)
+    assert labels.tolist() == [[int(n) % CLASSES] * REPEATS for n in sample]
+    views = first["images_BHWC"].reshape(UNIQUE, REPEATS, -1)
+    keeps = first["keep_masks_BN"].reshape(UNIQUE, REPEATS, -1)
+    for one in range(UNIQUE):
+        assert len({tuple(view.tolist()) for view in views[one]}) == REPEATS
+    assert len(keeps.unique(dim=1)) > 1
+    # More repeats are more views of the same images: the first ones stay what they were.
+    more = train(index, repeats=5)[0]
+    assert torch.equal(more["images_BHWC"].reshape(UNIQUE, 5, -1)[:, :REPEATS], views)
+
+
+def test_pixels_are_those_of_the_named_sample(index: ShardIndex) -> None:
+    """Without a crop or a flip all views are the padded centre."""
+    dataset = train(index, min_crop_area=1.0, flip=False)
+    batch = dataset[0]
+    for place, number in enumerate(batch["sample_U"].tolist()):
+        side = 6  # 16 / (16 + 32) of the 20 pixels of the shorter side
+        centre = Image.fromarray(picture(number)).resize(
+            (16, 16), Image.Resampling.BICUBIC, box=(9, 7, 9 + side, 7 + side)
+        )
+        for view in range(REPEATS):
+            assert np.array_equal(batch["images_BHWC"][place * REPEATS + view], np.asarray(centre))
+
+
+def test_masks_are_keyed_by_sample_epoch_and_view(in_this_process: list[Batch]) -> None:
+    for batch in in_this_process[4:6]:  # step 4 holds the end of epoch 0
+        keys = (
+            batch["epoch_U"].repeat(REPEATS),
+            batch["sample_U"].repeat(REPEATS),
+            np.tile(range(REPEATS), UNIQUE),
+        )
+        assert np.array_equal(batch["keep_masks_BN"], keep_masks(0, *keys, RATES))
+        bits = dropout_bits(0, *keys, features=11, rate=0.25)
+        assert np.array_equal(batch["dropout_bits_BP"], bits)
+    assert set(in_this_process[4]["epoch_U"].tolist()) == {0, 1}
+
+
+def test_an_epoch_shows_other_views_of_a_sample(index: ShardIndex) -> None:
+    dataset = train(index, epochs=2)
+    seen: dict[int, list[np.ndarray]] = {}
+    for step in range(len(dataset)):
+        batch = dataset[step]
+        for place, (sample, weight) in enumerate(
+            zip(batch["sample_U"].tolist(), batch["weight_U"], strict=True)
+        ):
+            if weight:
+                seen.setdefault(sample, []).append(batch["images_BHWC"][place * REPEATS].numpy())
+    assert len(seen) == SAMPLES
+    assert not any(np.array_equal(first, second) for first, second in seen.values())
+
+
+def test_without_dropout_a_batch_has_no_bits(index: ShardIndex) -> None:
+    assert "dropout_bits_BP" not in train(index, dropout_rate=0.0)[0]
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_shows_everything_once_and_fills_up_with_weight_0(
+    index: ShardIndex, workers: int
+) -> None:
+    dataset = EvalBatches(index, num_classes=CLASSES, batch_size=8, image_size=16, margin=4)
+    assert dataset.num_steps == len(dataset) == 4
+    loaded = list(Batches(dataset, start_step=0, stop_step=4, workers=workers))
+    weight = torch.cat([batch["weight_B"] for batch in loaded])
+    assert weight.tolist() == [1] * SAMPLES + [0] * 3
+    images = torch.cat([batch["images_BHWC"] for batch in loaded])
+    labels = torch.cat([batch["labels_B"] for batch in loaded])
+    for number in range(32):
+        shown = min(number, SAMPLES - 1)  # the last sample fills up
+        resized = Image.fromarray(picture(shown)).resize((20, 20), Image.Resampling.BICUBIC)
+        assert np.array_equal(images[number], np.asarray(resized)[2:18, 2:18])
+        assert labels[number] == shown % CLASSES
+    assert "keep_masks_BN" not in loaded[0]
+
+
+# ---- errors and start-up ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_does_not_decode_is_named(tmp_path: Path, workers: int) -> None:
+    images = [encoded(picture(n)) for n in range(12)]
+    images[9] = images[9][:100]
+    index = pack(tmp_path, images)
+    dataset = EvalBatches(index, num_classes=CLASSES, batch_size=4, image_size=16, margin=0)
+    name = index.sample_id(1, 1)
+    with pytest.raises(ValueError, match=f"sample {name}: 100 bytes do not decode.*; take it out"):
+        list(Batches(dataset, start_step=0, stop_step=3, workers=workers))
+
+
+def test_a_label_outside_the_classes_is_named(index: ShardIndex) -> None:
+    dataset = train(index, num_classes=4)
+    with pytest.raises(ValueError, match=r"sample .* has label 4; it must be in \[0, 4\): raise"):
+        [dataset[step] for step in range(len(dataset))]
+
+
+def test_an_order_of_other_shards_is_refused(index: ShardIndex) -> None:
+    order = Order(index.counts + 1, 0, STREAMS, UNIQUE, window_shards=2, epochs=1)
+    with pytest.raises(ValueError, match="the order is of 33 samples and the index of 29"):
+        TrainBatches(
+            index,
+            order,
+            num_classes=CLASSES,
+            seed=0,
+            image_size=16,
+            repeats=1,
+            flip=True,
+            min_crop_area=0.1,
+            drop_path_rates=RATES,
+            dropout_features=1,
+            dropout_rate=0.0,
+        )
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 9)])
+def test_steps_outside_the_run_are_refused(index: ShardIndex, start: int, stop: int) -> None:
+    with pytest.raises(ValueError, match="must lie in 0 to 8"):
+        Batches(train(index), start_step=start, stop_step=stop, workers=0)
+
+
+def test_a_worker_starts_light() -> None:
+    """It imports this module and what that needs: no device runtime, trainer or model zoo."""
+    heavy = ["torch_xla", "lightning", "timm", "hydra", "torchvision", "webdataset", "torchmetrics"]
+    program = f"import sys, nfnets_xla.data.loader; print([m for m in {heavy} if m in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"

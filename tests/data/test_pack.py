@@ -1,0 +1,225 @@
+"""Packing gives the same bytes twice, webdataset reads them, and a failure leaves nothing."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from nfnets_xla.data.pack import Sample, encode_image, pack_image_folder, pack_samples
+from nfnets_xla.data.shards import ShardIndex, build_index
+
+
+def digits(count: int) -> list[Sample]:
+    """Scikit-learn's handwritten digits, 8 x 8, drawn at 32 x 32."""
+    data: Any = load_digits()
+    samples: list[Sample] = []
+    for number in range(count):
+        grey = (data.images[number] * 15.9375).astype(np.uint8).repeat(4, 0).repeat(4, 1)
+        image = encode_image(np.repeat(grey[..., None], 3, axis=2))
+        samples.append((f"digit{number:04}", image, "png", data.target[number]))
+    return samples
+
+
+def contents(index: ShardIndex) -> list[tuple[str, bytes, int]]:
+    return [
+        (index.sample_id(shard, row), index.read(shard, row), index.label(shard, row))
+        for shard, count in enumerate(index.counts)
+        for row in range(count)
+    ]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def one_line(action: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (callers compare the message)
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- samples ----------------------------------------------------------------------------------
+
+
+def test_digits_come_back_by_index_and_by_webdataset(tmp_path: Path) -> None:
+    samples = digits(50)
+    paths = pack_samples(samples, tmp_path, samples_per_shard=20, prefix="digits")
+    assert paths == [tmp_path / f"digits-00000{n}.tar" for n in range(3)]
+    assert build_index(tmp_path).num_classes == 10
+
+    index = ShardIndex.load(tmp_path)
+    np.testing.assert_array_equal(index.counts, [20, 20, 10])
+    assert contents(index) == [
+        (f"digits-00000{n // 20}/{key}", image, label)
+        for n, (key, image, _, label) in enumerate(samples)
+    ]
+    read: list[Any] = []
+    for path in paths:
+        with path.open("rb") as stream:
+            read += group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
+    assert [(s["__key__"], s["png"], int(s["cls"])) for s in read] == [
+        (key, image, label) for key, image, _, label in samples
+    ]
+
+
+def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    for folder in ("a", "50%d"):  # a folder's name is no pattern
+        pack_samples(digits(9), tmp_path / folder, samples_per_shard=4)
+    assert tree(tmp_path / "a") == tree(tmp_path / "50%d")
+    assert len(tree(tmp_path / "a")) == 3
+
+
+def test_long_and_foreign_keys_come_back(tmp_path: Path) -> None:
+    keys = ["k" * 300, "été 図"]
+    pack_samples([(key, b"x", "webp", 1) for key in keys], tmp_path, samples_per_shard=2)
+    index = build_index(tmp_path)
+    assert [index.sample_id(0, row) for row in range(2)] == [f"shard-000000/{key}" for key in keys]
+
+
+def test_progress_counts_samples(tmp_path: Path) -> None:
+    calls: list[int] = []
+    pack_samples(digits(3), tmp_path, samples_per_shard=2, on_progress=calls.append)
+    assert calls == [1, 2, 3]
+
+
+REFUSED: dict[str, tuple[list[Sample], str]] = {
+    "none": ([], "there are no samples"),
+    "duplicate": ([("x", b"1", "png", 0), ("x", b"2", "jpg", 0)], "duplicate key x"),
+    "dot": ([("x.y", b"1", "png", 0)], "key is 'x.y'; it must be printable and without dots"),
+    "slash": ([("x/y", b"1", "png", 0)], "key is 'x/y'"),
+    "line": ([("x\n", b"1", "png", 0)], r"key is 'x\n'"),
+    "no key": ([("", b"1", "png", 0)], "key is ''"),
+    "extension": ([("x", b"1", "gif", 0)], "extension of x is 'gif'; it must be one of png, jpg"),
+    "no image": ([("x", b"", "png", 0)], "image of x is empty"),
+    "negative": ([("x", b"1", "png", -1)], "label of x is -1; it must be a whole number"),
+    "true": ([("x", b"1", "png", True)], "label of x is True"),
+}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_samples_leave_nothing(tmp_path: Path, case: str, exists: bool) -> None:
+    samples, message = REFUSED[case]
+    folder = tmp_path / "shards"
+    if exists:
+        folder.mkdir()
+    good = [("good", b"1", "png", 0)] if samples else []
+    action = lambda: pack_samples([*good, *samples], folder, samples_per_shard=1)  # noqa: E731
+    assert message in one_line(action)
+    assert list(tmp_path.rglob("*")) == ([folder] if exists else [])
+
+
+def test_an_iterable_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def failing() -> Iterator[Sample]:
+        yield from digits(5)
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        pack_samples(failing(), tmp_path / "new", samples_per_shard=2)
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_refused_arguments(tmp_path: Path) -> None:
+    def pack(samples_per_shard: int = 1, **options: Any) -> Callable[[], object]:
+        samples = [("x", b"1", "png", 0)]
+        return lambda: pack_samples(
+            samples, tmp_path, samples_per_shard=samples_per_shard, **options
+        )
+
+    assert "samples_per_shard is 0; it must be at least 1" in one_line(pack(0))
+    for prefix in ("", "a/b", ".a", "%d"):
+        assert f"prefix is {prefix!r}" in one_line(pack(prefix=prefix))
+    assert list(tmp_path.iterdir()) == []
+    pack()()
+    before = tree(tmp_path)
+    assert "holds shards or classes.json already: choose an empty folder" in one_line(pack())
+    assert tree(tmp_path) == before
+
+
+# ---- folders of images ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    root = tmp_path / "images"
+    for label, name in enumerate(("ant", "bee", "c.at")):
+        (root / name).mkdir(parents=True)
+        for number in range(12):
+            extension = ("png", "JPG", "jpeg", "webp")[number % 4]
+            data = b"%d-%d" % (label, number)  # copied, not decoded
+            (root / name / f"photo.{number}.{extension}").write_bytes(data)
+    (root / "README.txt").write_text("beside the classes")
+    (root / "ant" / ".DS_Store").write_text("hidden")
+    return root
+
+
+def test_a_folder_of_images_is_packed_shuffled(images: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    out = tmp_path / "out"
+    paths = pack_image_folder(
+        images, out, samples_per_shard=9, on_progress=lambda *call: calls.append(call)
+    )
+    assert calls == [(n, 36) for n in range(1, 37)]
+    assert paths == sorted(out.glob("shard-*.tar"))
+    assert json.loads((out / "classes.json").read_text()) == ["ant", "bee", "c.at"]
+    index = build_index(out)
+    assert all(len(set(index.labels(shard))) > 1 for shard in range(4))
+
+    packed = {name.split("/")[1]: (data, label) for name, data, label in contents(index)}
+    assert packed == {
+        f"{name}-photo_{number}": (b"%d-%d" % (label, number), label)
+        for label, name in enumerate(("ant", "bee", "c_at"))
+        for number in range(12)
+    }
+    pack_image_folder(images, tmp_path / "again", samples_per_shard=9)
+    pack_image_folder(images, tmp_path / "other", samples_per_shard=9, seed=1)
+    (out / "index.json").unlink()
+    for sidecar in out.glob("*.npz"):
+        sidecar.unlink()
+    first, again, other = (tree(tmp_path / name) for name in ("out", "again", "other"))
+    assert first == again
+    assert first.keys() == other.keys()
+    assert first != other
+
+
+def test_refused_folders(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def pack() -> str:
+        message = one_line(lambda: pack_image_folder(images, out))
+        assert not out.exists()
+        return message
+
+    (images / "dog").mkdir()
+    assert "dog holds no images: remove it or fill it" in pack()
+    (images / "dog" / "a.b.png").write_bytes(b"1")
+    (images / "dog" / "a_b.jpg").write_bytes(b"2")
+    assert "duplicate key dog-a_b, of " in pack()
+    (images / "dog" / "a_b.jpg").rename(images / "dog" / "c.gif")
+    assert "c.gif is not a png, jpg, jpeg, webp file: convert it or move it away" in pack()
+    for empty in (tmp_path / "nothing", images / "ant"):
+        message = one_line(lambda: pack_image_folder(empty, out))  # noqa: B023
+        assert "class folders" in message or "is not a folder" in message
+
+
+# ---- images -----------------------------------------------------------------------------------
+
+
+def test_encoding() -> None:
+    pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encode_image(pixels)))), pixels)
+    small, large = (encode_image(pixels, "jpg", quality) for quality in (20, 95))
+    assert Image.open(io.BytesIO(small)).format == "JPEG"
+    assert len(small) < len(large)
+    assert "it must be png or jpg" in one_line(lambda: encode_image(pixels, "bmp"))
+    assert "quality is 0" in one_line(lambda: encode_image(pixels, "jpg", 0))
+    assert "shape (5, 7)" in one_line(lambda: encode_image(pixels[..., 0]))
+    assert "float32" in one_line(lambda: encode_image(pixels.astype(np.float32)))  # pyright: ignore

@@ -1,0 +1,348 @@
+"""An index gives a tar's bytes, changes with them, and refuses what it does not fit."""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+from webdataset.writer import TarWriter
+
+from nfnets_xla.data.shards import ShardIndex, build_index, scan_shard
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+PACKED = 7  # samples of each shard
+
+Member = tuple[str, bytes]
+
+
+def write_tar(path: Path, members: list[Member], format: int = tarfile.USTAR_FORMAT) -> None:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def sample(key: str, label: int | str = 0, image: bytes = b"picture") -> list[Member]:
+    return [(f"{key}.cls", str(label).encode()), (f"{key}.png", image)]
+
+
+def images_of(path: Path) -> list[bytes]:
+    """What tarfile and nothing else says."""
+    with tarfile.open(path) as tar:
+        files = [(tar.extractfile(member), member) for member in tar if member.isreg()]
+        return [f.read() for f, member in files if f and member.name.endswith(("JPEG", "jpg"))]
+
+
+def make_folder(folder: Path) -> Path:
+    """Shards in every tar format and of webdataset's writer, with long names and odd labels."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number, (name, format) in enumerate(FORMATS.items()):
+        members: list[Member] = [("__meta__", b"skipped")]
+        for row in range(PACKED):
+            key = f"{name}/row{row}"
+            if name != "ustar":
+                key = f"{'deep/' * 30}{'long' * 40}é{row}"  # no ustar header holds such a name
+            image, label = rng.bytes(int(rng.integers(0, 3000))), number * PACKED + row
+            text = [
+                (".cls", f"{label}\n"),
+                (".txt", f" {label}"),
+                (".json", f'{{"label":{label}}}'),
+            ]
+            extension, value = text[row % 3]
+            members += [(key + ".JPEG", image), (key + extension, value.encode())]
+            members += [(key + ".seg.png", b"another member")]
+        write_tar(folder / f"{name}.tar", members, format)
+    with TarWriter(str(folder / "wds.tar"), encoder=False, mtime=0.5) as writer:
+        for row in range(PACKED):
+            writer.write({"__key__": f"w{row}", "jpg": rng.bytes(100), "cls": b"%d" % row})
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "shards")
+
+
+@pytest.fixture
+def index(folder: Path) -> ShardIndex:
+    return build_index(folder)
+
+
+def one_line(action: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (callers compare the message)
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- what an index gives ----------------------------------------------------------------------
+
+
+def test_images_are_the_bytes_that_tarfile_gives(folder: Path, index: ShardIndex) -> None:
+    assert index.names == ("gnu.tar", "pax.tar", "ustar.tar", "wds.tar")
+    for shard, name in enumerate(index.names):
+        read = [index.read(shard, row) for row in range(PACKED)]
+        assert read == images_of(folder / name)
+        assert len(set(read)) == PACKED
+
+
+def test_labels_are_read_from_cls_txt_and_json(index: ShardIndex) -> None:
+    first = {"ustar.tar": 0, "gnu.tar": PACKED, "pax.tar": 2 * PACKED, "wds.tar": 0}
+    for shard, name in enumerate(index.names):
+        np.testing.assert_array_equal(index.labels(shard), first[name] + np.arange(PACKED))
+        assert index.label(shard, 3) == first[name] + 3
+    assert index.num_classes == 3 * PACKED
+
+
+def test_counts_and_ids(index: ShardIndex) -> None:
+    np.testing.assert_array_equal(index.counts, [PACKED] * 4)
+    assert index.counts.dtype == np.int64
+    assert index.num_samples == 4 * PACKED
+    assert index.sample_id(2, 0) == "ustar/ustar/row0"
+    assert index.sample_id(3, 6) == "wds/w6"
+    assert index.sample_id(1, 5) == f"pax/{'deep/' * 30}{'long' * 40}é5"
+
+
+def test_progress_counts_shards(folder: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    build_index(folder, on_progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_shards_can_be_scanned_in_parallel(folder: Path, index: ShardIndex) -> None:
+    with joblib.parallel_config("threading", n_jobs=2):
+        assert build_index(folder).fingerprint == index.fingerprint
+
+
+# ---- the fingerprint --------------------------------------------------------------------------
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tar"}
+
+
+def test_an_index_is_a_function_of_the_tars_alone(folder: Path, index: ShardIndex) -> None:
+    before = written(folder)
+    assert sorted(before) == sorted(["index.json", *(f"{name}.idx.npz" for name in index.names)])
+    for name in before:
+        (folder / name).write_bytes(b"rubbish")
+    assert build_index(folder).fingerprint == index.fingerprint
+    assert written(folder) == before
+    for name in before:
+        (folder / name).unlink()
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    moved = folder.rename(folder.with_name("moved"))
+    assert build_index(moved).fingerprint == index.fingerprint
+    assert written(moved) == before
+    assert ShardIndex.load(moved).fingerprint == index.fingerprint
+
+
+def test_the_fingerprint_is_golden(tmp_path: Path) -> None:
+    """A resumed run compares fingerprints: they may not change with a release of this library."""
+    write_tar(tmp_path / "a.tar", sample("x", 1) + sample("y", 2))
+    assert build_index(tmp_path).fingerprint == (
+        "77be3bafccf219d9fcfce3542b2c1060ba081506e934dcc440106e1404dc1636"
+    )
+
+
+@pytest.mark.parametrize("change", ["image", "label", "key", "order", "shard's name"])
+def test_the_fingerprint_changes_with(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, sample("x", 1, b"abc") + sample("y", 2))
+    before = build_index(tmp_path).fingerprint
+    if change == "shard's name":
+        path.rename(tmp_path / "b.tar")
+    else:
+        members = {
+            "image": sample("x", 1, b"abd") + sample("y", 2),
+            "label": sample("x", 3, b"abc") + sample("y", 2),
+            "key": sample("z", 1, b"abc") + sample("y", 2),
+            "order": sample("y", 2) + sample("x", 1, b"abc"),
+        }[change]
+        write_tar(path, members)
+    assert build_index(tmp_path).fingerprint != before
+
+
+def test_a_failed_rebuild_leaves_the_manifest_that_was_there(folder: Path) -> None:
+    build_index(folder)
+    before = (folder / "index.json").read_bytes()
+    write_tar(folder / "z.tar", [("a.png", b"no label")])
+    one_line(lambda: build_index(folder))
+    assert (folder / "index.json").read_bytes() == before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+# ---- tars that are refused --------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[list[Member], str]] = {
+    "empty": ([], "a.tar holds no samples (key.jpg, key.cls): take it out of the folder"),
+    "unnamed": ([("README", b""), (".png", b"")], "a.tar holds no samples"),
+    "unprintable": (sample("x\n"), r"has key 'x\\n': pack it with printable names"),
+    "no image": ([("x.cls", b"0")], "sample x of .* has no image: pack it with one .png, .jpg"),
+    "two images": ([*sample("x"), ("x.jpg", b"")], "sample x of .* has 2 image"),
+    "no label": ([("x.png", b"")], "sample x of .* has no label: pack it with a .cls, .json, .txt"),
+    "negative": (sample("x", -1), "has label b'-1' in .cls: .* whole number of 0 to 2147483647"),
+    "too large": (sample("x", 2**31), "has label b'2147483648' in .cls"),
+    "word": (sample("x", "cat"), "has label b'cat' in .cls"),
+    "underscore": (sample("x", "1_0"), "has label b'1_0' in .cls"),
+    "fraction": ([("x.json", b'{"label": 1.0}'), ("x.png", b"")], "in .json as {.label.: number}"),
+    "true": ([("x.json", b'{"label": true}'), ("x.png", b"")], "in .json"),
+    "no json": ([("x.json", b"{"), ("x.png", b"")], "has label b'{' in .json"),
+    "other json": ([("x.json", b"[1]"), ("x.png", b"")], "in .json"),
+    "duplicate": ([*sample("x"), *sample("x")], "a.tar has duplicate key x (.cls): give each its"),
+    "duplicate later": ([*sample("x"), *sample("y"), *sample("x")], "has duplicate key x (.cls)"),
+    "apart": (
+        [("x.png", b""), ("y.png", b""), ("x.cls", b"0"), ("y.cls", b"0")],
+        "a.tar has members of sample x apart: pack it sorted by name",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tmp_path: Path, case: str) -> None:
+    members, message = REFUSED[case]
+    write_tar(tmp_path / "a.tar", members)
+    pattern = message.replace("(", r"\(").replace(")", r"\)").replace("[", r"\[")
+    assert re.search(pattern, one_line(lambda: build_index(tmp_path)))
+    assert os.listdir(tmp_path) == ["a.tar"]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "in a header": lambda tar: tar[:1000],
+    "in the last data": lambda tar: tar[: 3 * 512 + 3],
+    "before the end-of-archive": lambda tar: tar[:2048],
+    "within the end-of-archive": lambda tar: tar[:2560],
+    "a header overwritten": lambda tar: tar[:1024] + b"?" * 512 + tar[1536:],
+    "the first header overwritten": lambda tar: b"?" * 512 + tar[512:],
+    "joined by cat": lambda tar: tar + tar,
+    "nothing": lambda tar: b"",
+    "not a tar": lambda tar: b"rubbish" * 1000,
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_tar_that_is_not_whole_is_refused(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, sample("x"))
+    path.write_bytes(DAMAGES[case](path.read_bytes()))
+    message = one_line(lambda: build_index(tmp_path))
+    assert f"{path} is not a whole, uncompressed tar" in message
+    assert message.endswith("copy or pack it again")
+
+
+def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("x.png"))
+    assert "is not a whole, uncompressed tar" in one_line(lambda: build_index(tmp_path))
+
+
+def test_the_folder_must_be_local_and_hold_shards(tmp_path: Path) -> None:
+    assert "holds no shards" in one_line(lambda: build_index(tmp_path))
+    for action in (build_index, ShardIndex.load):
+        assert "is not a folder" in one_line(lambda: action(tmp_path / "none"))  # noqa: B023
+        for url in ("gs://bucket/shards", "https://host/shards", Path("gs://bucket/shards")):
+            message = one_line(lambda: action(url))  # noqa: B023
+            assert "remote shards are not supported yet; copy them to a local folder" in message
+
+
+# ---- indexes that no longer fit ---------------------------------------------------------------
+
+
+def test_loading_says_what_is_wrong(folder: Path) -> None:
+    advice = f"run `nfnets-xla shards index {folder}`"
+
+    def load() -> str:
+        message = one_line(lambda: ShardIndex.load(folder))
+        assert message.endswith(advice)
+        return message.removesuffix("; " + advice)
+
+    assert load() == f"{folder} has no index.json"
+    stale = f"{folder}: index no longer matches its shards: "
+
+    build_index(folder)
+    write_tar(folder / "new.tar", sample("x"))
+    assert load() == stale + "new.tar is not in it"
+    (folder / "new.tar").unlink()
+    with (folder / "gnu.tar").open("ab") as file:
+        file.write(b"!")
+    size = (folder / "gnu.tar").stat().st_size
+    assert load() == stale + f"gnu.tar has {size} bytes instead of {size - 1}"
+    (folder / "gnu.tar").unlink()
+    assert load() == stale + "gnu.tar is missing"
+    build_index(folder)
+    (folder / "pax.tar.idx.npz").unlink()
+    assert load() == stale + "pax.tar.idx.npz is missing"
+
+    build_index(folder)
+    manifest = json.loads((folder / "index.json").read_text())
+    for change in ({"format": 2}, {"fingerprint": "0"}, {"shards": manifest["shards"][:-1]}):
+        (folder / "index.json").write_text(json.dumps(manifest | change))
+        assert "is not a whole index of format 1 (another format, or altered by hand)" in load()
+    for text in ("{", "[]", "{}", '{"shards": [{}]}'):
+        (folder / "index.json").write_text(text)
+        assert "index.json is not a whole index of format 1" in load()
+
+
+@pytest.mark.parametrize("where", ["data", "header"])
+def test_bit_rot_is_found_when_the_sample_is_read(
+    folder: Path, index: ShardIndex, where: str
+) -> None:
+    records = scan_shard(folder / "gnu.tar")
+    offset = int(records.offsets_N[2])
+    with (folder / "gnu.tar").open("r+b") as file:
+        file.seek(offset + 9 if where == "data" else offset - 500)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    message = one_line(lambda: index.read(0, 2))
+    assert message.startswith(f"{folder}: index no longer matches its shards: gnu.tar, key deep/")
+    assert f"bytes at offset {offset}: wrong checksum; restore the shard; run `nfnets-" in message
+    index.read(0, 1)  # the others are good
+
+
+def test_a_sidecar_of_another_index_is_refused(folder: Path, index: ShardIndex) -> None:
+    (folder / "gnu.tar.idx.npz").write_bytes((folder / "pax.tar.idx.npz").read_bytes())
+    (folder / "pax.tar.idx.npz").write_bytes(b"PK rubbish")
+    for shard, name in enumerate(("gnu", "pax")):
+        message = one_line(lambda: index.read(shard, 0))  # noqa: B023
+        assert f"index no longer matches its shards: {name}.tar.idx.npz is damaged" in message
+
+
+def test_a_sidecar_with_a_pickle_is_not_run(folder: Path, index: ShardIndex) -> None:
+    arrays: dict[str, Any] = scan_shard(folder / "gnu.tar")._asdict()
+    arrays["keys"] = np.array([{}], dtype=object)
+    with (folder / "gnu.tar.idx.npz").open("wb") as file:
+        np.savez(file, **arrays)
+    assert "allow_pickle=False" in one_line(lambda: index.read(0, 0))
+
+
+# ---- processes and files ----------------------------------------------------------------------
+
+
+def test_it_pickles_small_and_reads_in_a_spawned_process(index: ShardIndex) -> None:
+    expected = [index.read(shard, 1) for shard in range(4)]  # files are open now
+    assert len(pickle.dumps(index)) < 1500
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.starmap(index.read, [(shard, 1) for shard in range(4)]) == expected
+
+
+def test_no_file_stays_open(folder: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    index = build_index(folder)
+    for shard in range(4):
+        index.read(shard, 0)
+    assert len(os.listdir("/proc/self/fd")) == before + 4
+    del index
+    assert len(os.listdir("/proc/self/fd")) == before
