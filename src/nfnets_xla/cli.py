@@ -1,0 +1,178 @@
+"""The command line: a recipe and overrides in, a typed `Run` out. Hydra and OmegaConf stop here.
+
+    nfnets-xla pretrain data.shards=DIR run_dir=runs/f0 ...
+    nfnets-xla my_recipe --config-dir .        # a person's own recipe, extending ours
+    nfnets-xla pretrain ... --cfg job          # show the run without starting it
+    nfnets-xla shards index DIR
+
+Recipes (recipes/) are Hydra's primary configs; the groups they pick from live in conf/. A mistake
+in what was asked for is one line on standard error and exit code 2.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nfnets_xla.config import Run
+
+USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
+       nfnets-xla RECIPE --cfg job           show what it would run
+       nfnets-xla shards index DIR           index WebDataset shards (DIR/*.tar)
+       nfnets-xla shards pack IMAGES DIR     pack IMAGES/<class>/<image> into indexed shards
+       nfnets-xla models [PATTERN]           list the models
+
+recipes:"""
+
+
+class ConfOnPath(SearchPathPlugin):
+    """Adds conf/ to the places Hydra looks in. A recipe's own `hydra.searchpath` would not do: it
+    is refused as soon as one recipe extends another."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("nfnets-xla", "pkg://nfnets_xla.conf")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `nfnets-xla`. Exits with 0, or 2 for a mistake in the request."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(usage())
+        elif arguments[0] == "shards":
+            shards(arguments[1:])
+        elif arguments[0] == "models":
+            models(arguments[1:])
+        else:
+            recipe(arguments[0], arguments[1:])
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def usage() -> str:
+    lines = [f"  {name:24} {purpose}" for name, purpose in recipes().items()]
+    return "\n".join([USAGE, *lines])
+
+
+def recipes() -> dict[str, str]:
+    """Names of the shipped recipes with the first line of their headers."""
+    found = {}
+    for file in sorted(files("nfnets_xla.recipes").iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".yaml"):
+            first = file.read_text(encoding="utf-8").split("\n", 1)[0]
+            found[file.name.removesuffix(".yaml")] = first.removeprefix("#").strip()
+    return found
+
+
+def recipe(name: str, arguments: list[str]) -> None:
+    """Compose the recipe with Hydra and run it."""
+    own_folder = any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)
+    if name not in recipes() and not own_folder:
+        raise ValueError(
+            f"there is no recipe {name!r}; there are {', '.join(recipes())} "
+            "(your own needs --config-dir FOLDER)"
+        )
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to main() instead of a printed traceback
+    Plugins.instance().register(ConfOnPath)
+    quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
+    sys.argv = ["nfnets-xla", "--config-name", name, *arguments, *quiet, "hydra/hydra_logging=none"]
+    refused: list[ValueError] = []
+
+    def job(config: DictConfig) -> None:
+        try:
+            execute(to_run(config))
+        except ValueError as error:  # kept from Hydra, which would print more about it
+            refused.append(error)
+
+    hydra.main(version_base="1.3", config_path="pkg://nfnets_xla.recipes", config_name=None)(job)()
+    if refused:
+        raise refused[0]
+
+
+def execute(run: Run) -> None:
+    if run.job == "train":
+        from nfnets_xla.train import train
+
+        train(run)
+    else:
+        from nfnets_xla.evaluate import evaluate
+
+        evaluate(run)
+
+
+def to_run(config: DictConfig) -> Run:
+    """Merge into the dataclasses, so that types and names are checked, and check the values."""
+    typed = OmegaConf.merge(OmegaConf.structured(Run), config)
+    missing = sorted(OmegaConf.missing_keys(typed))
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not set: give {missing[0]}=VALUE")
+    run = OmegaConf.to_object(typed)
+    assert isinstance(run, Run)
+    run.check()
+    return run
+
+
+def shards(arguments: list[str]) -> None:
+    match arguments:
+        case ["index", folder]:
+            index_shards(Path(folder))
+        case ["pack", images, folder]:
+            from nfnets_xla.data.pack import pack_image_folder
+
+            pack_image_folder(Path(images), Path(folder), on_progress=progress("packed"))
+            index_shards(Path(folder))
+        case _:
+            raise ValueError("usage: nfnets-xla shards index DIR | shards pack IMAGES DIR")
+
+
+def index_shards(folder: Path) -> None:
+    from nfnets_xla.data.shards import build_index
+
+    index = build_index(folder, on_progress=progress("indexed"))
+    print(
+        f"{folder}: {index.num_samples:,} samples in {len(index.names)} shards, "
+        f"{index.num_classes} classes, fingerprint {index.fingerprint[:16]}"
+    )
+
+
+def models(arguments: list[str]) -> None:
+    from nfnets_xla.models.registry import card, list_models
+
+    names = list_models(*arguments[:1])
+    if not names:
+        raise ValueError(f"no model matches {arguments[0]!r}: see nfnets-xla models")
+    for name in names:
+        print(card(name))
+
+
+def progress(verb: str) -> Callable[..., None]:
+    """Counts on standard error: rewritten in place on a terminal, one line a minute elsewhere."""
+    last = time.monotonic()
+    on_terminal = sys.stderr.isatty()
+
+    def report(done: int, total: int | None = None) -> None:
+        nonlocal last
+        finished = done == total
+        if not finished and time.monotonic() - last < (0.2 if on_terminal else 60):
+            return
+        last = time.monotonic()
+        text = f"{verb} {done:,}" + ("" if total is None else f" of {total:,}")
+        end = "\r" if on_terminal and not finished else "\n"
+        print(text, end=end, file=sys.stderr, flush=True)
+
+    return report
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,145 @@
+"""The vocabulary of a run: one dataclass per group of conf/, composed by `Run`.
+
+A recipe is a complete `Run`. Fields without a default must be set by the recipe or by the person;
+everything past the command line sees these dataclasses and no other form of configuration. They are
+plain (not frozen), because OmegaConf merges into them.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+JOBS = ("train", "evaluate")
+DEVICES = ("auto", "xla", "cuda", "cpu")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class ModelConfig:
+    name: str  # a name of `nfnets-xla models`
+    init_from: str | None  # a run folder, a checkpoint folder or a .safetensors file; None: random
+    init_weights: str  # "raw" or "ema": which of a checkpoint's two sets init_from takes
+    drop_rate: float  # dropout before the classifier
+    drop_path_rate: float  # stochastic depth: block i of N is dropped with rate * i / N
+    compute_dtype: str  # of the convolutions in training; weights, loss and evaluation are float32
+
+
+@dataclass
+class DataConfig:
+    shards: str | None  # folder of indexed WebDataset shards to train on
+    eval_shards: str | None  # folder of held-out shards; None: no evaluation
+    num_classes: int | None  # None: the larger of the indexes' largest label, plus one
+    image_size: int  # pixels, training
+    eval_image_size: int  # pixels, evaluation
+    eval_margin: int  # evaluation resizes both sides to eval_image_size + margin, then crops
+    flip: bool  # mirror half of the training views
+    min_crop_area: float  # smallest part of the image a training crop may show
+    batch_size: int  # rows of a global batch: unique images x repeats
+    eval_batch_size: int
+    repeats: int  # views of each image in a batch (repeated augmentation)
+    num_streams: int  # canonical streams: divides batch_size / repeats; hosts divide it
+    window_shards: int  # shards shuffled together within a stream
+    workers: int  # loader processes per host; no effect on what is in a batch
+
+
+@dataclass
+class OptimConfig:
+    epochs: float  # passes over the training shards, in views: divided by `repeats`
+    peak_lr: float
+    warmup_steps: int  # linear from 0, then cosine to 0
+    momentum: float
+    weight_decay: float
+    clipping: float | None  # AGC's lambda; None: no clipping
+    label_smoothing: float
+    sam_rho: float | None  # None: no sharpness-aware minimisation
+    ema_decay: float | None  # None: no moving average
+
+
+@dataclass
+class TrainerConfig:
+    device: str  # "auto" takes the TPU, else the GPU, else plain CPU
+    virtual_devices: int | None  # with device=xla: so many devices of the CPU runtime
+    log_every: int  # steps between lines of the record
+    eval_every: int | None  # steps between evaluations; None: only at the end
+    checkpoint_every: int | None  # steps between checkpoints; None: only at the end
+    keep_checkpoints: int
+    trace_samples: bool  # write the sample ids of every batch into the record
+
+
+@dataclass
+class Run:
+    job: str  # "train" or "evaluate"
+    run_dir: str | None  # everything the run leaves behind; training needs one
+    seed: int
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+
+    def check(self) -> None:
+        """Refuse values that no part could work with. Raises ValueError with value, rule, fix."""
+        _one_of("job", self.job, JOBS)
+        _one_of("trainer.device", self.trainer.device, DEVICES)
+        _one_of("model.compute_dtype", self.model.compute_dtype, COMPUTE_DTYPES)
+        _one_of("model.init_weights", self.model.init_weights, ("raw", "ema"))
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be in [0, 2**32)")
+        for group, name in _POSITIVE:
+            value = getattr(getattr(self, group), name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{group}.{name} is {value}; it must be greater than 0")
+        for group, name, limit in _IN_HALF_OPEN:
+            value = getattr(getattr(self, group), name)
+            if value is not None and not 0 <= value < limit:
+                raise ValueError(f"{group}.{name} is {value}; it must be in [0, {limit})")
+        if not 0 < self.data.min_crop_area <= 1:
+            raise ValueError(
+                f"data.min_crop_area is {self.data.min_crop_area}; it must be in (0, 1]"
+            )
+        if self.trainer.virtual_devices is not None and self.trainer.device != "xla":
+            raise ValueError(
+                f"trainer.virtual_devices is {self.trainer.virtual_devices} with trainer.device="
+                f"{self.trainer.device}; virtual devices exist only with trainer.device=xla"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What defines the numbers of the run: a resumed run must agree in all of it.
+
+        The device, the loader's workers and how often something is written are not part of it.
+        """
+        values = asdict(self)
+        del values["run_dir"], values["trainer"]
+        del values["data"]["workers"], values["data"]["shards"], values["data"]["eval_shards"]
+        del values["data"]["eval_batch_size"], values["model"]["init_from"]
+        return values
+
+
+_POSITIVE = [
+    *[("data", name) for name in ("num_classes", "image_size", "eval_image_size", "batch_size")],
+    *[("data", name) for name in ("eval_batch_size", "repeats", "num_streams", "window_shards")],
+    *[("optim", name) for name in ("epochs", "peak_lr", "clipping", "sam_rho")],
+    *[("trainer", name) for name in ("virtual_devices", "log_every", "eval_every")],
+    *[("trainer", name) for name in ("checkpoint_every", "keep_checkpoints")],
+]
+_IN_HALF_OPEN = [
+    *[("model", name, 1) for name in ("drop_rate", "drop_path_rate")],
+    *[("optim", name, 1) for name in ("momentum", "label_smoothing", "ema_decay")],
+    *[("data", name, float("inf")) for name in ("workers", "eval_margin")],
+    *[("optim", name, float("inf")) for name in ("warmup_steps", "weight_decay")],
+]
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, each as "key: old -> new"."""
+    found: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before} -> {after}")
+    return found

@@ -1,0 +1,60 @@
+"""Evaluate given weights on held-out shards: the same graph and numbers as during training."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nfnets_xla import checkpoint
+from nfnets_xla.backend import open_backend
+from nfnets_xla.config import Run
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.models.registry import create_model
+from nfnets_xla.models.weights import load_checkpoint, load_into
+from nfnets_xla.record import RecordWriter
+from nfnets_xla.task import Classification
+from nfnets_xla.train import check_division, count_classes, make_eval_loader, make_trainer
+
+Say = Callable[[str], None]
+
+
+def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
+    """Loss, top-1 and top-5 of `model.init_from` on `data.eval_shards`, printed and returned.
+
+    With `run_dir` they are also written as that folder's record. The head must fit: here a
+    classifier of another size is an error and never replaced.
+    """
+    if run.data.eval_shards is None:
+        raise ValueError("data.eval_shards is not set; it must name a folder of indexed shards")
+    if run.model.init_from is None:
+        raise ValueError("model.init_from is not set; it must name the weights to evaluate")
+    held_out = ShardIndex.load(run.data.eval_shards)
+    path = checkpoint.weights_file(Path(run.model.init_from), run.model.init_weights)
+    weights = load_checkpoint(path)
+    num_classes = count_classes(run, held_out)
+    if run.data.num_classes is None and "head.weight" in weights:
+        num_classes = max(num_classes, weights["head.weight"].shape[0])
+    net = create_model(run.model.name, num_classes=num_classes)
+    load_into(net, weights, source=str(path))
+
+    backend = open_backend(run.trainer)
+    check_division(run, backend)
+    task = Classification(
+        net, run.optim, total_steps=0, compute_dtype=torch.float32, fetch=backend.fetch
+    )
+    loader = make_eval_loader(run, held_out, num_classes)
+    trainer = make_trainer(run, backend, num_steps=0, callbacks=[])
+    trainer.validate(task, loader, verbose=False)
+    (metrics,) = task.evaluation.values()
+    say(
+        f"{path}: loss {metrics['loss']:.4f}  top-1 {metrics['top1']:.4f}  "
+        f"top-5 {metrics['top5']:.4f}  on {metrics['images']} images of {held_out.folder}"
+    )
+    if run.run_dir is not None:
+        header = {"resumed_from": 0, "config": asdict(run), "fingerprint": held_out.fingerprint}
+        with RecordWriter(Path(run.run_dir), header) as record:
+            record.write("eval", 0, weights=run.model.init_weights, **metrics)
+            record.write("end", 0, **backend.report())
+    return metrics

@@ -1,0 +1,119 @@
+"""The record of a run: one JSON-lines file per start, which every later tool reads.
+
+`run-<attempt>.jsonl` opens with a header (kind "header"), then one object per line, each with a
+"kind" and a "step". Files are never appended to by a later start, because object stores cannot;
+a run that was interrupted twice leaves three. Steps count from 1: step n is the n-th update, and
+an evaluation or a checkpoint at step n follows that update. Standard library only.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+Row = dict[str, Any]
+
+
+class RecordWriter:
+    """Writes one attempt's file; every line is complete and flushed before `write` returns."""
+
+    def __init__(self, run_dir: Path, header: Row) -> None:
+        """`header["resumed_from"]` is the step whose checkpoint this start continues (0: none)."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.attempt = 1 + max((number for number, _ in _attempts(run_dir)), default=0)
+        self.path = run_dir / f"run-{self.attempt}.jsonl"
+        self._file: TextIO = self.path.open("x", encoding="utf-8")
+        self.write("header", header["resumed_from"], **header)
+
+    def write(self, kind: str, step: int, **fields: Any) -> None:
+        row = {"kind": kind, "step": step, **fields}
+        self._file.write(json.dumps(_finite(row), allow_nan=False, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All attempts of a run as one history: what a restart repeated appears once."""
+
+    headers: list[Row]
+    rows: list[Row]
+    steps_lost: int  # computed (as far as the record shows), in no checkpoint, computed again
+
+    def of_kind(self, kind: str) -> list[Row]:
+        return [row for row in self.rows if row["kind"] == kind]
+
+
+def read_record(run_dir: Path | str) -> RunRecord:
+    """Join the attempts in `run_dir`.
+
+    A start that resumed from step n replaces whatever earlier starts wrote after step n. A torn
+    last line (the process was killed while writing) is dropped; a torn line elsewhere is damage
+    and a ValueError, as is a folder without a record.
+    """
+    folder = Path(run_dir)
+    attempts = sorted(_attempts(folder))
+    if not attempts:
+        raise ValueError(f"{folder} holds no run-*.jsonl: it is not the folder of a run")
+    headers: list[Row] = []
+    rows: list[Row] = []
+    lost = 0
+    for _, path in attempts:
+        lines = _read_lines(path)
+        if not lines:
+            continue  # killed before its header was complete
+        header, body = lines[0], lines[1:]
+        resumed_from = int(header["resumed_from"])
+        reached = max((row["step"] for row in rows if row["kind"] in _PROGRESS), default=0)
+        lost += max(0, reached - resumed_from)
+        rows = [row for row in rows if row["step"] <= resumed_from and row["kind"] != "end"]
+        headers.append(header)
+        rows += body
+    return RunRecord(headers, rows, lost)
+
+
+_PROGRESS = ("train", "samples")  # rows written for a computed step
+
+
+def _attempts(run_dir: Path) -> Iterable[tuple[int, Path]]:
+    for path in run_dir.glob("run-*.jsonl"):
+        number = path.stem.removeprefix("run-")
+        if number.isdecimal():
+            yield int(number), path
+
+
+def _read_lines(path: Path) -> list[Row]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline after it: torn
+                break
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error}): the file was damaged"
+            ) from None
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity; both become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

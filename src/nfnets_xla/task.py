@@ -1,0 +1,222 @@
+"""What Lightning calls for each batch: the loss, the update, and the sums of an evaluation.
+
+Shape suffixes: B rows of the global batch, K classes, N residual blocks, F pooled features,
+P = ceil(F / 8) bytes of packed bits, H W C as usual, M numbers of a metrics vector.
+
+The step touches the device three times: the batch goes up, the hyper-parameters go up as one vector
+(DeepMind's schedule is 0 at step 0, and a scalar of exactly 0 or 1 would be compiled in), and the
+work is dispatched. Nothing comes back inside the step.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.func import functional_call
+from torchmetrics.aggregation import MeanMetric
+
+from nfnets_xla.config import OptimConfig
+from nfnets_xla.ema import EMA
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.optim.roles import parameter_roles
+from nfnets_xla.optim.sam import SAM
+from nfnets_xla.optim.schedule import warmup_cosine
+from nfnets_xla.optim.sgd_agc import SGD_AGC
+
+Batch = dict[str, Any]
+Fetch = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+# ImageNet's channel means and deviations on the 0-255 scale (dataset.py:34-35 of the reference).
+MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+TRAIN_METRICS = ("loss", "top1")
+EVAL_METRICS = ("loss", "top1", "top5")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Host tensors of a checkpoint that cannot be loaded before the optimizer exists."""
+
+    momentum: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+
+
+class Classification(LightningModule):
+    """Trains an NFNet on batches of `data.loader.TrainBatches`; evaluates on `EvalBatches`."""
+
+    mean_rgb: Tensor
+    stddev_rgb: Tensor
+
+    def __init__(
+        self,
+        net: NFNet,
+        optim: OptimConfig,
+        *,
+        total_steps: int,
+        compute_dtype: torch.dtype,
+        fetch: Fetch,
+        restored: Restored | None = None,
+    ) -> None:
+        """`fetch` copies device tensors to the host in one transfer, whatever the device is."""
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = net
+        self.optim = optim
+        self.total_steps = total_steps
+        self.compute_dtype = compute_dtype
+        self.fetch = fetch
+        self.register_buffer("mean_rgb", torch.tensor(MEAN_RGB), persistent=False)
+        self.register_buffer("stddev_rgb", torch.tensor(STDDEV_RGB), persistent=False)
+        bit = 2 ** torch.arange(8, dtype=torch.uint8)
+        self.register_buffer("bit_values", bit, persistent=False)
+        self.ema: EMA | None = None
+        self.sgd: SGD_AGC | None = None
+        self.step_metrics_M: Tensor | None = None  # of the latest step, still on the device
+        self.evaluation: dict[str, dict[str, float]] = {}  # of the latest evaluation, per weights
+        self._restored = restored
+        self._eval_sums: list[dict[str, Tensor]] = []
+
+    # ---- training -----------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Called after the module is on its device, so that every buffer is made there."""
+        named = dict(self.net.named_parameters())
+        sgd = SGD_AGC(
+            named.items(),
+            parameter_roles(self.net, classifier=self.net.classifier_name),
+            lr=self.optim.peak_lr,
+            momentum=self.optim.momentum,
+            weight_decay=self.optim.weight_decay,
+            clipping=self.optim.clipping,
+        )
+        self.sgd = sgd
+        if self.optim.ema_decay is not None:
+            self.ema = EMA(named.items(), decay=self.optim.ema_decay)
+        if self._restored is not None:
+            sgd.load_momentum(self._restored.momentum)
+            if self.ema is not None and self._restored.ema is not None:
+                self.ema.load(self._restored.ema)
+            self._restored = None
+        return sgd if self.optim.sam_rho is None else SAM(sgd, rho=self.optim.sam_rho)
+
+    def device_state(self) -> dict[str, Tensor]:
+        """Tensors beside parameters and momentum (see strategy.HasDeviceState)."""
+        return {} if self.ema is None else {f"ema/{k}": v for k, v in self.ema.shadow.items()}
+
+    def learning_rate(self, step: int) -> float:
+        """Of update number `step`, counted from 0."""
+        return warmup_cosine(
+            step,
+            peak=self.optim.peak_lr,
+            warmup_steps=self.optim.warmup_steps,
+            total_steps=self.total_steps,
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One update from one global batch; leaves `step_metrics_M` on the device."""
+        assert self.sgd is not None
+        step = batch["step"]
+        ema_decay = 0.0 if self.ema is None else self.ema.decay_at(step)
+        hyper_2 = torch.tensor([self.learning_rate(step), ema_decay]).to(self.device)
+        self.sgd.set_lr(hyper_2[0:1])
+
+        images_BCHW = self._normalised(batch["images_BHWC"]).to(self.compute_dtype)
+        dropout_keep_BF = self._dropout_keep(batch)
+        optimizer: Any = self.optimizers()
+        passes: list[tuple[Tensor, Tensor]] = []
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            logits_BK = self.net(images_BCHW, batch["keep_masks_BN"], dropout_keep_BF)
+            loss = self._loss(logits_BK, batch["labels_B"], batch["weight_B"])
+            self.manual_backward(loss)
+            passes.append((loss.detach(), logits_BK.detach()))
+            return loss
+
+        optimizer.step(closure=closure)
+        optimizer.zero_grad()  # before the dispatch: what is alive then is kept in device memory
+        if self.ema is not None:
+            self.ema.update(hyper_2[1:2])
+        loss, logits_BK = passes[0]  # SAM's first pass: at the unperturbed weights
+        top1 = _weighted_mean(_rank(logits_BK, batch["labels_B"]) < 1, batch["weight_B"])
+        self.step_metrics_M = torch.stack([loss, top1])
+
+    def _loss(self, logits_BK: Tensor, labels_B: Tensor, weight_B: Tensor) -> Tensor:
+        losses_B = F.cross_entropy(
+            logits_BK, labels_B, reduction="none", label_smoothing=self.optim.label_smoothing
+        )
+        return _weighted_mean(losses_B, weight_B)
+
+    def _normalised(self, images_BHWC: Tensor) -> Tensor:
+        images = (images_BHWC.float() - self.mean_rgb) / self.stddev_rgb
+        return images.permute(0, 3, 1, 2)
+
+    def _dropout_keep(self, batch: Batch) -> Tensor | None:
+        """Unpack the row's bits: 1 keeps the feature. (B, P) uint8 -> (B, F)."""
+        packed_BP = batch.get("dropout_bits_BP")
+        if packed_BP is None:
+            return None
+        bits_BP8 = (packed_BP[:, :, None] & self.bit_values) > 0  # pyright: ignore[reportOperatorIssue]
+        return bits_BP8.flatten(1)[:, : self.net.num_features].float()
+
+    # ---- evaluation ---------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Weighted sums of one padded batch, for the weights and, if kept, their average."""
+        images_BCHW = self._normalised(batch["images_BHWC"])
+        sums = {"raw": self._sums(self.net(images_BCHW), batch)}
+        if self.ema is not None:
+            averaged = functional_call(self.net, dict(self.ema.shadow), (images_BCHW,))
+            sums["ema"] = self._sums(averaged, batch)
+        self._eval_sums.append(sums)
+
+    def _sums(self, logits_BK: Tensor, batch: Batch) -> Tensor:
+        """(loss, top-1, top-5, weight), each summed over the rows by weight."""
+        labels_B, weight_B = batch["labels_B"], batch["weight_B"]
+        losses_B = F.cross_entropy(logits_BK, labels_B, reduction="none")
+        rank_B = _rank(logits_BK, labels_B)
+        columns = [losses_B, (rank_B < 1).float(), (rank_B < 5).float(), torch.ones_like(losses_B)]
+        return torch.stack([(column * weight_B).sum() for column in columns])
+
+    def on_validation_epoch_start(self) -> None:
+        self._eval_sums = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Bring the sums of all batches to the host in one transfer and average them there."""
+        flat = {
+            f"{number}/{weights}": sums
+            for number, batch in enumerate(self._eval_sums)
+            for weights, sums in batch.items()
+        }
+        host = self.fetch(flat)
+        self.evaluation = {}
+        for weights in self._eval_sums[0]:
+            means = {name: MeanMetric(nan_strategy="disable") for name in EVAL_METRICS}
+            images = 0.0
+            for number in range(len(self._eval_sums)):
+                *totals, weight = host[f"{number}/{weights}"].double()
+                images += float(weight)
+                for metric, total in zip(means.values(), totals, strict=True):
+                    metric.set_dtype(torch.float64).update(total / weight, weight)
+            self.evaluation[weights] = {
+                **{name: float(metric.compute()) for name, metric in means.items()},
+                "images": round(images),
+            }
+
+
+def _weighted_mean(values_B: Tensor, weight_B: Tensor) -> Tensor:
+    return (values_B * weight_B).sum() / weight_B.sum()
+
+
+def _rank(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+    """How many classes score above the label's; top-k is rank < k.
+
+    Written with `~(<=)`, because every comparison with NaN is false: a row of NaN ranks last.
+    """
+    own_B1 = logits_BK.gather(1, labels_B[:, None])
+    return (~(logits_BK <= own_B1)).sum(dim=1)

@@ -1,0 +1,327 @@
+"""A training run, top to bottom: shards, order, folder, device, model, task, trainer, fit.
+
+Everything that a run is made of is built here, once, in the order in which it is needed; all that
+can be refused is refused before anything is written.
+"""
+
+import json
+import logging
+import platform
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from nfnets_xla import checkpoint
+from nfnets_xla.backend import Backend, open_backend
+from nfnets_xla.checkpoint import Checkpoint
+from nfnets_xla.config import Run, differences
+from nfnets_xla.data.loader import Batches, EvalBatches, TrainBatches
+from nfnets_xla.data.order import Order
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.hooks import Checkpointer, Monitor
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.registry import create_model
+from nfnets_xla.models.weights import load_checkpoint, load_into
+from nfnets_xla.optim.schedule import warmup_cosine
+from nfnets_xla.record import RecordWriter
+from nfnets_xla.task import Classification, Restored
+
+Say = Callable[[str], None]
+
+
+def train(run: Run, say: Say = print) -> dict[str, Any]:
+    """Train, or go on training, in `run.run_dir`; returns the record's closing line.
+
+    A folder that holds checkpoints of the same run is resumed from the newest that verifies. A
+    folder of another run, or of a finished one, is a ValueError.
+    """
+    if run.run_dir is None:
+        raise ValueError("run_dir is not set; it must name the folder the run is to be kept in")
+    index, held_out = open_shards(run)
+    num_classes = count_classes(run, index, held_out)
+    order = make_order(run, index)
+    # Refuses a warm-up that does not fit, before anything is built.
+    warmup_cosine(
+        0,
+        peak=run.optim.peak_lr,
+        warmup_steps=run.optim.warmup_steps,
+        total_steps=order.num_steps,
+    )
+    identity = {**run.identity(), "shards": index.fingerprint, "num_classes": num_classes}
+    folder = Path(run.run_dir)
+    resume = find_resume(folder, identity, order.num_steps, say)
+    torch.manual_seed(run.seed)  # of the initial weights; nothing in the step draws from it
+    net = make_model(run, num_classes, say)
+    dataset = make_train_batches(run, index, order, net, num_classes)
+    backend = open_backend(run.trainer)
+    check_division(run, backend)
+
+    start_step, restored = (0, None) if resume is None else (resume.step, restore(net, resume, run))
+    say(
+        f"{run.model.name}: {count_parameters(net):,} parameters; {index.num_samples:,} images in "
+        f"{len(index.names)} shards; {order.num_steps} steps of {run.data.batch_size} rows "
+        f"({run.optim.epochs:g} epochs) on {backend.num_devices} x {backend.device_kind}"
+    )
+    task = Classification(
+        net,
+        run.optim,
+        total_steps=order.num_steps,
+        compute_dtype=getattr(torch, run.model.compute_dtype),
+        fetch=backend.fetch,
+        restored=restored,
+    )
+    loader = Batches(
+        dataset, start_step=start_step, stop_step=order.num_steps, workers=run.data.workers
+    )
+    eval_loader = None if held_out is None else make_eval_loader(run, held_out, num_classes)
+    with RecordWriter(folder, header(run, identity, order, net, backend, start_step)) as record:
+        (folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
+        monitor = Monitor(
+            record,
+            total_steps=order.num_steps,
+            steps_per_epoch=order.steps_per_epoch,
+            log_every=run.trainer.log_every,
+            trace=dataset.samples_shown if run.trainer.trace_samples else None,
+            say=say,
+        )
+        keeper = Checkpointer(
+            folder / "checkpoints",
+            record,
+            every=run.trainer.checkpoint_every,
+            keep=run.trainer.keep_checkpoints,
+            total_steps=order.num_steps,
+            state={"identity": identity},
+        )
+        trainer = make_trainer(run, backend, order.num_steps, [monitor, keeper])
+        restore_progress(trainer, start_step)
+        trainer.fit(task, loader, eval_loader)
+        if eval_loader is not None and monitor.evaluated_at != order.num_steps:
+            trainer.validate(task, eval_loader, verbose=False)
+        closing = {"steps": order.num_steps, **backend.report()}
+        record.write("end", order.num_steps, **closing)
+    say(f"finished after {order.num_steps} steps; everything is in {folder}")
+    return closing
+
+
+# ---- data -------------------------------------------------------------------------------------
+
+
+def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:
+    if run.data.shards is None:
+        raise ValueError("data.shards is not set; it must name a folder of indexed shards")
+    held_out = None if run.data.eval_shards is None else ShardIndex.load(run.data.eval_shards)
+    return ShardIndex.load(run.data.shards), held_out
+
+
+def count_classes(run: Run, *indexes: ShardIndex | None) -> int:
+    """Classes of the head. Raises ValueError if a label does not fit `data.num_classes`."""
+    present = [index for index in indexes if index is not None]
+    if run.data.num_classes is None:
+        return max(index.num_classes for index in present)
+    for index in present:
+        if index.num_classes > run.data.num_classes:
+            raise ValueError(
+                f"data.num_classes is {run.data.num_classes}, but {index.folder} holds label "
+                f"{index.num_classes - 1}: labels must be below it; raise data.num_classes"
+            )
+    return run.data.num_classes
+
+
+def make_order(run: Run, index: ShardIndex) -> Order:
+    """The order of unique images. K views of each: K times fewer passes, at equal compute."""
+    data = run.data
+    if data.batch_size % data.repeats:
+        raise ValueError(
+            f"data.batch_size is {data.batch_size}; it must be a multiple of data.repeats "
+            f"({data.repeats}), so that every image of a batch has all its views"
+        )
+    return Order(
+        counts=index.counts,
+        seed=run.seed,
+        num_streams=data.num_streams,
+        unique_per_step=data.batch_size // data.repeats,
+        window_shards=data.window_shards,
+        epochs=run.optim.epochs / data.repeats,
+    )
+
+
+def make_train_batches(
+    run: Run, index: ShardIndex, order: Order, net: NFNet, num_classes: int
+) -> TrainBatches:
+    return TrainBatches(
+        index,
+        order,
+        num_classes=num_classes,
+        seed=run.seed,
+        image_size=run.data.image_size,
+        repeats=run.data.repeats,
+        flip=run.data.flip,
+        min_crop_area=run.data.min_crop_area,
+        drop_path_rates=net.stochastic_depth_rates,
+        dropout_features=net.num_features,
+        dropout_rate=run.model.drop_rate,
+    )
+
+
+def make_eval_loader(run: Run, held_out: ShardIndex, num_classes: int) -> Batches:
+    dataset = EvalBatches(
+        held_out,
+        num_classes=num_classes,
+        batch_size=run.data.eval_batch_size,
+        image_size=run.data.eval_image_size,
+        margin=run.data.eval_margin,
+    )
+    return Batches(dataset, start_step=0, stop_step=len(dataset), workers=run.data.workers)
+
+
+# ---- model ------------------------------------------------------------------------------------
+
+
+def make_model(run: Run, num_classes: int, say: Say) -> NFNet:
+    """The network on the host, with random or given weights.
+
+    Weights of a run with other classes keep their body and get a new head, and that is said.
+    """
+    net = create_model(
+        run.model.name,
+        num_classes=num_classes,
+        drop_rate=run.model.drop_rate,
+        drop_path_rate=run.model.drop_path_rate,
+    )
+    if run.model.init_from is not None:
+        path = checkpoint.weights_file(Path(run.model.init_from), run.model.init_weights)
+        fresh = load_into(net, load_checkpoint(path), source=str(path), allow_new_head=True)
+        say(f"weights from {path}" + (" (new classifier)" if fresh else ""))
+    return net
+
+
+def count_parameters(net: NFNet) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+# ---- resuming ---------------------------------------------------------------------------------
+
+
+def find_resume(
+    folder: Path, identity: dict[str, Any], num_steps: int, say: Say
+) -> Checkpoint | None:
+    """The checkpoint to go on from, or None for an empty folder.
+
+    Raises ValueError if the folder belongs to another run, or to one that is finished.
+    """
+    found, skipped = checkpoint.latest(folder / "checkpoints")
+    for line in skipped:
+        say(line)
+    if found is None:
+        return None
+    changed = differences(found.state["identity"], identity)
+    if changed:
+        raise ValueError(
+            f"{folder} holds another run ({'; '.join(changed)}): choose another run_dir, or give "
+            "the values it was started with"
+        )
+    if found.step >= num_steps:
+        raise ValueError(f"{folder} holds this run, finished: choose another run_dir")
+    say(f"resuming from {found.folder}")
+    return found
+
+
+def restore(net: NFNet, resume: Checkpoint, run: Run) -> Restored:
+    """Weights go into the network now; the rest waits until the optimizer exists."""
+    load_into(net, resume.tensors("model"), source=str(resume.folder))
+    ema = None if run.optim.ema_decay is None else resume.tensors("ema")
+    return Restored(resume.tensors("momentum"), ema)
+
+
+def restore_progress(trainer: Trainer, step: int) -> None:
+    """Tell Lightning's loops that `step` updates are done; the loader starts after them.
+
+    Only totals are set: `global_step` (hence `max_steps`) counts the optimizer's steps, and
+    validation by step counts batches. What is counted per epoch starts anew with the process.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    updates = loop.manual_optimization.optim_step_progress.total
+    updates.ready = updates.completed = step
+    batches = loop.batch_progress.total
+    batches.ready = batches.completed = step
+
+
+# ---- trainer ----------------------------------------------------------------------------------
+
+
+class NoSignals:
+    """In place of Lightning's signal connector, which turns SIGTERM into a clean-looking exit 0."""
+
+    received_sigterm = False
+
+    def register_signal_handlers(self) -> None: ...
+
+    def teardown(self) -> None: ...
+
+
+def make_trainer(run: Run, backend: Backend, num_steps: int, callbacks: list[Callback]) -> Trainer:
+    """Lightning's Trainer counting steps only; its epochs are not epochs of the data."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    # The loader has as many workers as the recipe says, and its batches are whole by themselves.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
+    trainer = Trainer(
+        accelerator=backend.accelerator,
+        strategy=backend.strategy,
+        devices="auto" if backend.device_kind.startswith(("TPU", "XLA")) else 1,
+        max_steps=num_steps,
+        max_epochs=-1,
+        val_check_interval=run.trainer.eval_every or num_steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        inference_mode=False,  # it would forbid the same graph as in training
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer._signal_connector = NoSignals()  # pyright: ignore[reportAttributeAccessIssue]
+    return trainer
+
+
+def check_division(run: Run, backend: Backend) -> None:
+    for key in ("batch_size", "eval_batch_size"):
+        rows = getattr(run.data, key)
+        if rows % backend.num_devices:
+            raise ValueError(
+                f"data.{key} is {rows}; it must be a multiple of the {backend.num_devices} devices"
+            )
+
+
+def header(
+    run: Run,
+    identity: dict[str, Any],
+    order: Order,
+    net: NFNet,
+    backend: Backend,
+    start_step: int,
+) -> dict[str, Any]:
+    """The record's first line: all that is needed to know what the numbers below it are of."""
+    return {
+        "resumed_from": start_step,
+        "config": asdict(run),
+        "fingerprint": identity["shards"],
+        "num_classes": identity["num_classes"],
+        "num_steps": order.num_steps,
+        "parameters": count_parameters(net),
+        "macs_per_image": net.macs(run.data.image_size),
+        "device_kind": backend.device_kind,
+        "num_devices": backend.num_devices,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("nfnets_xla", "torch", "lightning")},
+        },
+    }

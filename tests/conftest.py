@@ -1,0 +1,23 @@
+"""Shards that several tests read."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.images import packed
+
+IMAGES, CLASSES = 100, 5
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 noise images of 5 classes in 7 shards, and 21 held-out ones."""
+    folder = tmp_path_factory.mktemp("shards")
+    packed(folder / "train", IMAGES, 15, CLASSES)
+    packed(folder / "held-out", 21, 8, CLASSES)
+    return folder
+
+
+@pytest.fixture
+def data(shards: Path) -> list[str]:
+    return [f"data.shards={shards / 'train'}", f"data.eval_shards={shards / 'held-out'}"]

@@ -1,0 +1,97 @@
+"""Runs of the command line in processes of their own, on real shards, and what they left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nfnets_xla import checkpoint
+from nfnets_xla.record import read_record
+
+# 100 images: 16 rows a step and 4 streams divide neither that nor 1.5 or 0.25 times it.
+SMALL = [
+    "data.image_size=16",
+    "data.eval_image_size=16",
+    "data.eval_margin=2",
+    "data.batch_size=16",
+    "data.eval_batch_size=16",
+    "data.num_streams=4",
+    "data.window_shards=2",
+    "data.workers=1",
+    "optim.warmup_steps=2",
+    "optim.peak_lr=0.05",
+    "trainer.log_every=1",
+    "trainer.eval_every=7",
+    "trainer.checkpoint_every=5",
+]
+# Everything that draws: dropout, stochastic depth, crops and flips; and every kind of state.
+RECIPE = ["finetune_sam_demo", "model.init_from=null", "model.drop_path_rate=0.2", "data.flip=true"]
+PLAIN_CPU = ["trainer.device=cpu", "trainer.virtual_devices=null"]
+
+
+def xla(devices: int) -> list[str]:
+    return ["trainer.device=xla", f"trainer.virtual_devices={devices}"]
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "OMP_NUM_THREADS": "1",  # bit-equality holds for one number of threads
+    }
+    with log.open("ab") as file:
+        command = [sys.executable, "-m", "nfnets_xla", *arguments]
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+
+
+def run(arguments: list[str], log: Path) -> None:
+    process = start(arguments, log)
+    assert process.wait() == 0, log.read_text()
+
+
+def run_killed_at(arguments: list[str], run_dir: Path, step: int, log: Path) -> None:
+    """SIGKILL the run as soon as its record shows `step`."""
+    process = start(arguments, log)
+    while process.poll() is None:
+        if (run_dir / "run-1.jsonl").exists():
+            record = read_record(run_dir)
+            if record.headers and any(row["step"] >= step for row in record.rows):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"the run ended before step {step}: {log.read_text()}")
+
+
+def samples(run_dir: Path) -> list[list[tuple[int, str]]]:
+    """(epoch, id) of every step's rows, over all attempts."""
+    rows = read_record(run_dir).of_kind("samples")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [list(zip(row["epochs"], row["ids"], strict=True)) for row in rows]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_record(run_dir).of_kind("train")]
+
+
+def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Weights, momentum and average of the newest checkpoint."""
+    newest, skipped = checkpoint.latest(run_dir / "checkpoints")
+    assert newest is not None
+    assert not skipped
+    assert newest.step == read_record(run_dir).headers[0]["num_steps"]
+    return {
+        f"{form}/{name}": tensor
+        for form in ("model", "momentum", "ema")
+        for name, tensor in newest.tensors(form).items()
+    }
+
+
+def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different[:5]

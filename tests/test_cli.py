@@ -1,0 +1,168 @@
+"""Mistakes at the command line: one line that names the thing and the fix, exit code 2."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla.cli import main, recipes, usage
+from nfnets_xla.data.pack import pack_samples
+from nfnets_xla.data.shards import build_index
+from tests.data.images import packed, samples
+from tests.runs import PLAIN_CPU, RECIPE, SMALL
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("nfnets-xla: ")
+    assert "\n" not in error
+    assert "Traceback" not in error
+    return error
+
+
+def test_help_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    printed = capsys.readouterr().out
+    assert printed.strip() == usage().strip()
+    for name in ("pretrain", "finetune_sam", "evaluate", "pretrain_demo"):
+        assert name in recipes()
+        assert f"  {name} " in printed
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["models", "nfnet_f7*"])
+    assert "829.55M" in capsys.readouterr().out
+    assert "no model matches 'vit*'" in refused(["models", "vit*"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["model.name=nfnet_f9"], "no model 'nfnet_f9'; did you mean"),
+        (["model.width=3"], "width"),
+        (["data.batch_size=many"], "many"),
+        (["data.batch_size=18"], "do not divide among 4 streams"),
+        (["data.repeats=3"], "it must be a multiple of data.repeats (3)"),
+        (["data.num_classes=4"], "holds label 4: labels must be below it; raise data.num_classes"),
+        (["optim.epochs=0"], "optim.epochs is 0.0; it must be greater than 0"),
+        (["optim.warmup_steps=500"], "warmup_steps is 500"),
+        (["model.drop_rate=1"], "model.drop_rate is 1.0; it must be in [0, 1)"),
+        (["model.compute_dtype=float8"], "must be one of float32, bfloat16"),
+        (["model.init_from=nowhere"], "'nowhere' holds no weights"),
+        (["trainer.device=abacus"], "must be one of auto, xla, cuda, cpu"),
+        (["trainer.virtual_devices=4"], "virtual devices exist only with trainer.device=xla"),
+        (["data.shards=nowhere"], "no folder 'nowhere'"),
+        (["data.shards=gs://bucket/x"], "remote"),
+        (["run_dir=null"], "run_dir is not set"),
+        (["data.shards=null"], "data.shards is not set"),
+        (["seed=-1"], "seed is -1"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_before_anything_is_written(
+    tmp_path: Path,
+    data: list[str],
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    message: str,
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, f"run_dir={run_dir}", *change]
+    assert message in refused(arguments, capsys)
+    assert not run_dir.exists()
+
+
+def test_a_recipe_that_does_not_exist_or_is_not_complete(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "there is no recipe 'pretrian'; there are evaluate" in refused(["pretrian"], capsys)
+    assert "not set: give data.shards=VALUE" in refused(["pretrain_demo"], capsys)
+
+
+def no_shards(folder: Path) -> None:
+    folder.mkdir()
+
+
+def empty_shard(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(bytes(10240))
+
+
+def no_index(folder: Path) -> None:
+    pack_samples(samples(20), folder, samples_per_shard=10)
+
+
+def changed_shard(folder: Path) -> None:
+    packed(folder, 20, 10)
+    data = bytearray((folder / "shard-000001.tar").read_bytes())
+    data[1600] ^= 1  # in the first image
+    (folder / "shard-000001.tar").write_bytes(data)
+
+
+def grown_shard(folder: Path) -> None:
+    packed(folder, 20, 10)
+    with (folder / "shard-000001.tar").open("ab") as file:
+        file.write(bytes(512))
+
+
+def undecodable(folder: Path) -> None:
+    good = list(samples(20))
+    pack_samples([*good[:-1], ("torn", good[-1][1][:60], "png", 0)], folder, samples_per_shard=10)
+    build_index(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (no_shards, "run `nfnets-xla shards index"),
+        (no_index, "run `nfnets-xla shards index"),
+        (grown_shard, "no longer matches its shards"),
+        (changed_shard, "no longer matches its shards"),
+        (undecodable, "shard-000001/torn"),
+    ],
+)
+def test_faulty_shards_stop_a_run_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], message: str
+) -> None:
+    make(tmp_path / "shards")
+    arguments = [*RECIPE, *SMALL, *PLAIN_CPU, f"data.shards={tmp_path / 'shards'}"]
+    arguments += [f"run_dir={tmp_path / 'run'}", "optim.epochs=1", "optim.warmup_steps=1"]
+    assert message in refused([*arguments, "data.workers=0"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(no_shards, "no shards"), (empty_shard, "empty shard")]
+)
+def test_indexing_nothing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], message: str
+) -> None:
+    make(tmp_path / "shards")
+    assert message in refused(["shards", "index", str(tmp_path / "shards")], capsys)
+    assert "usage: nfnets-xla shards" in refused(["shards", "shuffle"], capsys)
+
+
+def test_packing_and_indexing_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for key, image, suffix, _ in samples(3):
+            (tmp_path / "images" / name / f"{key}.{suffix}").write_bytes(image)
+    main(["shards", "pack", str(tmp_path / "images"), str(tmp_path / "shards")])
+    assert "6 samples in 1 shards, 2 classes" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_run_or_a_finished_one_is_refused(
+    tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["optim.epochs=0.2", "optim.warmup_steps=1", "data.workers=0"]
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, *short, f"run_dir={tmp_path}"]
+    main(arguments)
+    assert "finished: choose another run_dir" in refused(arguments, capsys)
+    other = refused([*arguments, "optim.peak_lr=0.5"], capsys)
+    assert "holds another run (optim.peak_lr: 0.05 -> 0.5)" in other
+    weights = [f"model.init_from={tmp_path}", "model.name=nfnet_mini_f1", f"run_dir={tmp_path}/2"]
+    assert "is of another model" in refused([*arguments, *weights], capsys)
+    assert not (tmp_path / "2").exists()

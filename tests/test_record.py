@@ -1,0 +1,67 @@
+"""The record: complete lines, attempts joined into one history, damage told from a torn end."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla.record import RecordWriter, read_record
+
+
+def attempt(folder: Path, resumed_from: int, steps: range, end: bool = False) -> Path:
+    with RecordWriter(folder, {"resumed_from": resumed_from}) as writer:
+        for step in steps:
+            writer.write("train", step, loss=float(step), attempt=writer.attempt)
+        if end:
+            writer.write("end", steps[-1])
+    return writer.path
+
+
+def test_a_restart_replaces_what_it_repeats(tmp_path: Path) -> None:
+    attempt(tmp_path, 0, range(1, 8))
+    attempt(tmp_path, 5, range(6, 7))
+    attempt(tmp_path, 5, range(6, 11), end=True)
+    record = read_record(tmp_path)
+    rows = record.of_kind("train")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["attempt"] for row in rows] == [1] * 5 + [3] * 5
+    assert record.steps_lost == 2 + 1
+    assert [header["resumed_from"] for header in record.headers] == [0, 5, 5]
+    assert len(record.of_kind("end")) == 1
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    path = attempt(tmp_path, 0, range(1, 4))
+    text = path.read_text()
+    path.write_text(text[: len(text) - 9])
+    assert [row["step"] for row in read_record(tmp_path).of_kind("train")] == [1, 2]
+
+
+def test_a_torn_header_is_no_attempt(tmp_path: Path) -> None:
+    attempt(tmp_path, 0, range(1, 3))
+    (tmp_path / "run-2.jsonl").write_text('{"kind":"hea')
+    assert len(read_record(tmp_path).headers) == 1
+    assert attempt(tmp_path, 2, range(3, 4)).name == "run-3.jsonl"
+
+
+def test_damage_elsewhere_is_an_error(tmp_path: Path) -> None:
+    path = attempt(tmp_path, 0, range(1, 4))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:10], lines[2]]) + "\n")
+    with pytest.raises(ValueError, match=r"run-1\.jsonl, line 2 is not JSON"):
+        read_record(tmp_path)
+    with pytest.raises(ValueError, match="not the folder of a run"):
+        read_record(tmp_path / "elsewhere")
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path, {"resumed_from": 0}) as writer:
+        writer.write("train", 1, loss=float("nan"), others=[float("inf"), {"x": float("-inf")}])
+    row = json.loads(writer.path.read_text().splitlines()[1])
+    assert row == {"kind": "train", "step": 1, "loss": None, "others": [None, {"x": None}]}
+
+
+def test_every_line_is_on_disk_before_write_returns(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path, {"resumed_from": 0}) as writer:
+        writer.write("train", 1, loss=1.0)
+        assert read_record(tmp_path).of_kind("train")[0]["loss"] == 1.0

@@ -1,0 +1,94 @@
+"""Whole runs on plain CPU: killed and resumed, every sample once, evaluation that adds up."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla.record import read_record
+from tests.conftest import IMAGES
+from tests.runs import (
+    PLAIN_CPU,
+    RECIPE,
+    SMALL,
+    assert_bit_equal,
+    final_state,
+    losses,
+    run,
+    run_killed_at,
+    samples,
+)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.25, 2), (1.5, 10)])
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    tmp_path: Path, data: list[str], epochs: float, steps: int
+) -> None:
+    """SAM, EMA, dropout, stochastic depth, augmentation: all on. 100 images, 16 rows a step."""
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, f"optim.epochs={epochs}"]
+    arguments += ["optim.warmup_steps=1", "trainer.checkpoint_every=1", "trainer.eval_every=3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    log = tmp_path / "log.txt"
+    run([*arguments, f"run_dir={whole}"], log)
+    kill_at = random.randint(1, steps - 1)
+    run_killed_at([*arguments, f"run_dir={killed}"], killed, kill_at, log)
+    run([*arguments, f"run_dir={killed}"], log)
+
+    record = read_record(killed)
+    assert len(record.headers) == 2
+    assert record.headers[0]["num_steps"] == steps
+    assert samples(killed) == samples(whole)
+    shown = [row for rows in samples(killed) for row in rows]
+    assert len(shown) == len(set(shown)) == round(epochs * IMAGES)  # no (epoch, id) twice
+    per_epoch = Counter(epoch for epoch, _ in shown)
+    assert per_epoch == {0.25: {0: 25}, 1.5: {0: 100, 1: 50}}[epochs]
+    assert losses(killed) == losses(whole)
+    assert_bit_equal(final_state(killed), final_state(whole))
+
+
+def test_workers_have_no_effect_and_repeats_divide_the_epochs(
+    tmp_path: Path, data: list[str]
+) -> None:
+    """Two views of each image, in this process and by two workers: the same run, twice."""
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=1", "data.repeats=2"]
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        run([*arguments, f"data.workers={workers}", f"run_dir={folder}"], tmp_path / "log.txt")
+    assert losses(tmp_path / "0") == losses(tmp_path / "2")
+    assert_bit_equal(final_state(tmp_path / "0"), final_state(tmp_path / "2"))
+    shown = [row for rows in samples(tmp_path / "0") for row in rows]
+    assert len(shown) == len(set(shown)) == IMAGES // 2  # one epoch of views: half of the images
+
+
+def test_evaluating_a_runs_weights_gives_its_last_evaluation(
+    tmp_path: Path, data: list[str]
+) -> None:
+    trained = tmp_path / "run"
+    short = ["optim.epochs=0.5", f"run_dir={trained}"]
+    run([*RECIPE, *data, *SMALL, *PLAIN_CPU, *short], tmp_path / "log.txt")
+    last = {row["weights"]: row for row in read_record(trained).of_kind("eval")[-2:]}
+    assert last["raw"]["images"] == last["ema"]["images"] == 21
+    for weights in ("raw", "ema"):
+        again = tmp_path / weights
+        arguments = ["evaluate_demo", f"model.init_from={trained}", f"model.init_weights={weights}"]
+        evaluate = [option for option in SMALL if option.startswith("data.")]
+        run([*arguments, data[1], *evaluate, *PLAIN_CPU, f"run_dir={again}"], tmp_path / "log.txt")
+        (row,) = read_record(again).of_kind("eval")
+        for name in ("loss", "top1", "top5", "images"):
+            assert row[name] == pytest.approx(last[weights][name], rel=1e-6)
+
+
+def test_fine_tuning_starts_from_the_pre_trained_body(tmp_path: Path, data: list[str]) -> None:
+    """A learning rate of (almost) nothing leaves the body where the first run left it."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = [*data, *SMALL, *PLAIN_CPU, "optim.epochs=0.5"]
+    run([*RECIPE, *common, f"run_dir={first}"], tmp_path / "log.txt")
+    tiny = ["optim.peak_lr=1e-12", f"model.init_from={first}", "data.num_classes=9"]
+    run([*RECIPE, *common, *tiny, f"run_dir={second}"], tmp_path / "log.txt")
+    before, after = final_state(first), final_state(second)
+    assert after["model/head.weight"].shape[0] == 9
+    body = [name for name in before if name.startswith("model/") and "head" not in name]
+    for name in body:
+        assert (before[name] - after[name]).abs().max() < 1e-6, name
+    assert "(new classifier)" in (tmp_path / "log.txt").read_text()

@@ -1,0 +1,100 @@
+"""The TPU's program on virtual devices: two graphs in all, and the same run on 1 and 4 devices."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nfnets_xla.record import read_record
+from tests.runs import (
+    PLAIN_CPU,
+    RECIPE,
+    SMALL,
+    assert_bit_equal,
+    final_state,
+    losses,
+    run,
+    run_killed_at,
+    samples,
+    xla,
+)
+
+pytest.importorskip("torch_xla", exc_type=ImportError)
+
+EPOCHS = 3.25  # 325 images in 21 steps, the last with rows to spare
+
+
+@pytest.fixture(scope="module")
+def on_four(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "four"
+    run([*arguments(shards), *xla(4), f"run_dir={folder}"], folder.parent / "log.txt")
+    return folder
+
+
+def arguments(shards: Path) -> list[str]:
+    data = [f"data.shards={shards / 'train'}", f"data.eval_shards={shards / 'held-out'}"]
+    return [*RECIPE, *data, *SMALL, f"optim.epochs={EPOCHS}"]
+
+
+def test_one_compilation_for_training_one_for_evaluation_and_no_fallback(on_four: Path) -> None:
+    """SAM, EMA, a learning rate that is 0 at first, evaluations, checkpoints: two graphs in all."""
+    record = read_record(on_four)
+    (end,) = record.of_kind("end")
+    assert record.headers[0]["num_devices"] == 4
+    assert record.of_kind("train")[0]["learning_rate"] == 0
+    assert len(record.of_kind("eval")) >= 6
+    assert len(record.of_kind("checkpoint")) >= 4
+    assert end["compilations"] == 2
+    assert end["fallbacks"] == {}
+
+
+@pytest.mark.parametrize("device", ["one", "cpu"])
+def test_the_device_is_not_part_of_the_run(
+    shards: Path, on_four: Path, tmp_path: Path, device: str
+) -> None:
+    """The same ids in every batch; losses equal to 1e-4 over 20 steps in float32."""
+    folder = tmp_path / device
+    options = xla(1) if device == "one" else PLAIN_CPU
+    run([*arguments(shards), *options, f"run_dir={folder}"], tmp_path / "log.txt")
+    assert samples(folder) == samples(on_four)
+    assert len(losses(folder)) == 21
+    np.testing.assert_allclose(losses(folder), losses(on_four), rtol=1e-4)
+    if device == "one":
+        assert read_record(folder).of_kind("end")[0]["compilations"] == 2
+
+
+def test_a_killed_run_on_four_devices_ends_as_if_it_had_not_been(
+    shards: Path, on_four: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    command = [*arguments(shards), *xla(4), f"run_dir={folder}"]
+    run_killed_at(command, folder, random.randint(2, 19), tmp_path / "log.txt")
+    run(command, tmp_path / "log.txt")
+    assert samples(folder) == samples(on_four)
+    assert losses(folder) == losses(on_four)
+    assert_bit_equal(final_state(folder), final_state(on_four))
+    assert read_record(folder).of_kind("end")[0]["compilations"] == 2
+
+
+def test_a_foreign_module_trains_with_the_strategy(tmp_path: Path) -> None:
+    """Automatic optimization, a timm model, Lightning's own checkpoint; equal to plain CPU."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-m", "tests.foreign_module", device, str(tmp_path / device)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for device in ("xla", "cpu")
+    ]
+    for output in outputs:
+        assert output.returncode == 0, output.stderr
+    on_xla, on_cpu = ([float(x) for x in o.stdout.split("losses:")[1].split()] for o in outputs)
+    assert len(on_xla) == 6
+    np.testing.assert_allclose(on_xla, on_cpu, rtol=1e-4)
