@@ -53,13 +53,14 @@ def run(arguments: list[str], log: Path) -> None:
     assert process.wait() == 0, log.read_text()
 
 
-def run_killed_at(arguments: list[str], run_dir: Path, step: int, log: Path) -> None:
-    """SIGKILL the run as soon as its record shows `step`."""
+def run_killed_at(
+    arguments: list[str], run_dir: Path, step: int, log: Path, kind: str = "samples"
+) -> None:
+    """SIGKILL the run as soon as its record shows a row of this kind at `step` or later."""
     process = start(arguments, log)
     while process.poll() is None:
         if (run_dir / "run-1.jsonl").exists():
-            record = read_record(run_dir)
-            if record.headers and any(row["step"] >= step for row in record.rows):
+            if any(row["step"] >= step for row in read_record(run_dir).of_kind(kind)):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 return

@@ -54,7 +54,7 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["model.init_from=nowhere"], "'nowhere' holds no weights"),
         (["trainer.device=abacus"], "must be one of auto, xla, cuda, cpu"),
         (["trainer.virtual_devices=4"], "virtual devices exist only with trainer.device=xla"),
-        (["data.shards=nowhere"], "no folder 'nowhere'"),
+        (["data.shards=nowhere"], "nowhere is not a folder: give one"),
         (["data.shards=gs://bucket/x"], "remote"),
         (["run_dir=null"], "run_dir is not set"),
         (["data.shards=null"], "data.shards is not set"),
@@ -133,7 +133,7 @@ def test_faulty_shards_stop_a_run_with_one_line(
 
 
 @pytest.mark.parametrize(
-    ("make", "message"), [(no_shards, "no shards"), (empty_shard, "empty shard")]
+    ("make", "message"), [(no_shards, "no shards"), (empty_shard, "holds no samples")]
 )
 def test_indexing_nothing_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], message: str

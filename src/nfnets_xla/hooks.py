@@ -61,7 +61,7 @@ class Monitor(Callback):
             self.record.write("samples", step, **self.trace(batch))
         self._images += len(batch["labels_B"])
         if step % self.log_every == 0 or step == self.total_steps:
-            self._write_pending(task)
+            self.write_pending(task)
             self._pending = (step, self._rates(task, step), _required(task.step_metrics_M))
         self._batch_asked_at = time.perf_counter()
 
@@ -77,7 +77,8 @@ class Monitor(Callback):
         self._images, self._since, self._waited = 0, now, 0.0
         return rates
 
-    def _write_pending(self, task: Classification) -> None:
+    def write_pending(self, task: Classification) -> None:
+        """Write the logged step that is still held back; before a checkpoint, or it may be lost."""
         if self._pending is None:
             return
         step, rates, metrics_M = self._pending
@@ -93,7 +94,7 @@ class Monitor(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         task = _task(pl_module)
-        self._write_pending(task)
+        self.write_pending(task)
         self.evaluated_at = trainer.global_step
         for weights, metrics in task.evaluation.items():
             self.record.write("eval", trainer.global_step, weights=weights, **metrics)
@@ -107,7 +108,7 @@ class Monitor(Callback):
         self._batch_asked_at = self._since
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write_pending(_task(pl_module))
+        self.write_pending(_task(pl_module))
 
 
 class Checkpointer(Callback):
@@ -116,7 +117,7 @@ class Checkpointer(Callback):
     def __init__(
         self,
         root: Path,
-        record: RecordWriter,
+        monitor: Monitor,
         *,
         every: int | None,
         keep: int,
@@ -124,7 +125,7 @@ class Checkpointer(Callback):
         state: dict[str, Any],
     ) -> None:
         self.root = root
-        self.record = record
+        self.monitor = monitor
         self.every = every
         self.keep = keep
         self.total_steps = total_steps
@@ -149,6 +150,8 @@ class Checkpointer(Callback):
                 for name, value in named.items()
             }
         )
+        # A start from this checkpoint computes no earlier step again: their rows come first.
+        self.monitor.write_pending(task)
         checkpoint.save(
             self.root,
             step,
@@ -158,7 +161,7 @@ class Checkpointer(Callback):
             },
             self.state,
         )
-        self.record.write("checkpoint", step)
+        self.monitor.record.write("checkpoint", step)
         checkpoint.prune(self.root, self.keep)
 
 

@@ -92,7 +92,7 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
         )
         keeper = Checkpointer(
             folder / "checkpoints",
-            record,
+            monitor,
             every=run.trainer.checkpoint_every,
             keep=run.trainer.keep_checkpoints,
             total_steps=order.num_steps,
