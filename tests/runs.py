@@ -59,11 +59,11 @@ def run_killed_at(
     """SIGKILL the run as soon as its record shows a row of this kind at `step` or later."""
     process = start(arguments, log)
     while process.poll() is None:
-        if (run_dir / "run-1.jsonl").exists():
-            if any(row["step"] >= step for row in read_record(run_dir).of_kind(kind)):
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                return
+        started = (run_dir / "run-1.jsonl").exists()
+        if started and any(row["step"] >= step for row in read_record(run_dir).of_kind(kind)):
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return
         time.sleep(0.02)
     raise AssertionError(f"the run ended before step {step}: {log.read_text()}")
 
