@@ -4,8 +4,8 @@ import pytest
 
 from nfnets_xla import create_model, list_models
 from nfnets_xla.models import registry
-from nfnets_xla.models.nfnet import VARIANTS
 from nfnets_xla.models.registry import canonical_name, card, register
+from nfnets_xla.models.variants import VARIANTS
 
 
 def test_the_family_is_complete_and_in_natural_order() -> None:

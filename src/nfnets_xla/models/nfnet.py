@@ -4,162 +4,43 @@ Reference: deepmind-research/nfnets, nfnet.py and base.py at f5de0ed; where the 
 (the squeeze-excite's activation), the code holds. Parameter counts and multiply-accumulates of all
 16 equal the reference's.
 
-Shape suffixes: B batch, C channels, H W pixels, O out and I in channels of a weight, N residual
-blocks, F pooled features, K classes.
+Scalar gains (the activation's, beta, alpha, squeeze-excite's 2) are multiplied into weights and
+gates, never into feature maps: one pass over memory less for each.
+
+Shape suffixes: B batch, C channels, H W pixels, N residual blocks, F pooled features, K classes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-GELU_GAIN = 1.7015043497085571  # base.py: unit variance out for N(0, 1) in, tanh approximation
-WS_FLOOR = 1e-4  # base.py: a floor under variance * fan_in, not an addend
-ALPHA = 0.2  # nfnet.py: weight of the residual branch
-STAGE_STRIDES = (1, 2, 2, 2)
-STEM_STRIDES = (2, 1, 1, 2)
+from nfnets_xla.models.layers import (
+    GELU_GAIN,
+    EpsMode,
+    Gelu,
+    Linear,
+    SqueezeExcite,
+    WSConv2d,
+    at_least_float32,
+    gelu,
+    same_avg_pool2d,
+    scaled_gelu,
+)
+from nfnets_xla.models.variants import (
+    ALPHA,
+    STAGE_STRIDES,
+    STEM_STRIDES,
+    Variant,
+    betas,
+    bottleneck,
+)
 
-
-@dataclass(frozen=True)
-class Variant:
-    """What distinguishes one member of the family. Sizes in pixels."""
-
-    width: tuple[int, int, int, int]  # channels out of each stage
-    depth: tuple[int, int, int, int]  # residual blocks of each stage
-    train_size: int
-    test_size: int
-    drop_rate: float  # dropout before the classifier, for ImageNet from scratch
-    group_width: int = 128  # channels per group of the 3x3 convolutions
-    stem: tuple[int, int, int] = (16, 32, 64)  # the fourth has width[0] // 2
-    dense_remainder: bool = False  # keep a bottleneck that group_width does not divide, ungrouped
-
-
-# Of F0 ... F7: Table 1 of the paper; F7 from the code (base.py:57-90).
-_TRAIN_SIZES = (192, 224, 256, 320, 384, 416, 448, 480)
-_TEST_SIZES = (256, 320, 352, 416, 512, 544, 576, 608)
-_DROP_RATES = (0.2, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5, 0.5)
-_WIDTH = {"": (256, 512, 1536, 1536), "_plus": (384, 768, 2048, 2048)}
-
-
-def _family() -> dict[str, Variant]:
-    """16 published variants, and the same 16 at an eighth of the width for small machines.
-
-    The minis' sizes are chosen here: at 32 px their last stage is one pixel.
-    """
-    family = {}
-    for plus, width in _WIDTH.items():
-        members = zip(_TRAIN_SIZES, _TEST_SIZES, _DROP_RATES, strict=True)
-        for n, (train_size, test_size, drop_rate) in enumerate(members):
-            a, b, c, d = ((n + 1) * blocks for blocks in (1, 2, 6, 3))
-            full = Variant(width, (a, b, c, d), train_size, test_size, drop_rate)
-            family[f"nfnet_f{n}{plus}"] = full
-            w0, w1, w2, w3 = (channels // 8 for channels in width)
-            family[f"nfnet_mini_f{n}{plus}"] = replace(
-                full,
-                width=(w0, w1, w2, w3),
-                train_size=32,
-                test_size=40,
-                group_width=16,
-                stem=(8, 8, 8),
-            )
-    return family
-
-
-VARIANTS: dict[str, Variant] = _family()
-
-
-def scaled_gelu(x: Tensor) -> Tensor:
-    """GELU's tanh form, scaled to give unit variance for N(0, 1); any shape, dtype kept."""
-    return F.gelu(x, approximate="tanh") * GELU_GAIN
-
-
-def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's SAME: pixels before and after. A stride-2 3x3 on an even size pads (0, 1)."""
-    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-    return total // 2, total - total // 2
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """bfloat16 and float16 become float32; float32 and float64 stay what they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class Linear(nn.Linear):
-    """nn.Linear that computes in its input's dtype, whatever its own, as WSConv2d does."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
-
-
-class WSConv2d(nn.Conv2d):
-    """Convolution with scaled weight standardisation, a gain per output channel, and SAME padding.
-
-    The weight is standardised in float32 and cast to the input's dtype, so that the dtype of the
-    input decides what the convolution computes in while the master weights stay float32.
-    Reference: base.py:121-154. The gain is `(O,)` as there: AGC clips it as one vector.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=bias)
-        self.gain = nn.Parameter(torch.ones(out_channels))
-        self.fan_in = self.weight[0].numel()
-        nn.init.normal_(self.weight, std=self.fan_in**-0.5)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def standardised_weight(self) -> Tensor:
-        """`(O, I / groups, H, W)`, mean 0 and variance 1 / fan-in per output channel, times gain.
-
-        float32, or float64 for a float64 weight.
-        """
-        weight = at_least_float32(self.weight)
-        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        scale = torch.rsqrt((variance * self.fan_in).clamp(min=WS_FLOOR))
-        return (weight - mean) * (scale * self.gain.to(weight.dtype)[:, None, None, None])
-
-    def forward(self, input: Tensor) -> Tensor:
-        """`(B, C, H, W)` to `(B, O, ceil(H / stride), ceil(W / stride))`, in the input's dtype."""
-        x_BCHW = input
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        top, bottom = same_padding(x_BCHW.shape[2], kernel, stride)
-        left, right = same_padding(x_BCHW.shape[3], kernel, stride)
-        padding = (top, left)
-        if (top, left) != (bottom, right):  # asymmetric: pad by hand
-            x_BCHW = F.pad(x_BCHW, (left, right, top, bottom))
-            padding = (0, 0)
-        weight = self.standardised_weight().to(x_BCHW.dtype)
-        bias = None if self.bias is None else self.bias.to(x_BCHW.dtype)
-        return F.conv2d(x_BCHW, weight, bias, self.stride, padding, groups=self.groups)
-
-
-class SqueezeExcite(nn.Module):
-    """Channel gates sigmoid(W relu(W mean(x))), doubled by the caller. base.py:177-199."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.reduce = Linear(channels, channels // 2)
-        self.expand = Linear(channels // 2, channels)
-        for linear in (self.reduce, self.expand):
-            # Haiku's TruncatedNormal: cut at two standard deviations, not rescaled for the cut.
-            std = linear.in_features**-0.5
-            nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Gates in (0, 1), `(B, C, 1, 1)`, in the input's dtype."""
-        hidden = F.relu(self.reduce(x_BCHW.mean(dim=(2, 3))))
-        return torch.sigmoid(self.expand(hidden))[:, :, None, None]
+Checkpoint = Callable[..., Tensor]  # as torch.utils.checkpoint: (function, *arguments)
 
 
 class NFBlock(nn.Module):
@@ -175,43 +56,36 @@ class NFBlock(nn.Module):
         super().__init__()
         self.beta = beta
         self.stride = stride
+        self.gelu: Gelu = variant.gelu
         mid, groups = bottleneck(variant, out_channels)
-        self.conv0 = WSConv2d(in_channels, mid, 1)
-        self.conv1 = WSConv2d(mid, mid, 3, stride=stride, groups=groups)
-        self.conv1b = WSConv2d(mid, mid, 3, groups=groups)
-        self.conv2 = WSConv2d(mid, out_channels, 1)
+        eps = variant.eps_mode
+        self.conv0 = WSConv2d(in_channels, mid, 1, eps_mode=eps)
+        self.conv1 = WSConv2d(mid, mid, 3, stride=stride, groups=groups, eps_mode=eps)
+        self.conv1b = WSConv2d(mid, mid, 3, groups=groups, eps_mode=eps)
+        self.conv2 = WSConv2d(mid, out_channels, 1, eps_mode=eps)
         self.squeeze_excite = SqueezeExcite(out_channels)
         self.skip_gain = nn.Parameter(torch.zeros(()))
-        projects = stride > 1 or in_channels != out_channels
-        self.conv_shortcut = WSConv2d(in_channels, out_channels, 1) if projects else None
+        self.conv_shortcut = None
+        if stride > 1 or in_channels != out_channels:
+            self.conv_shortcut = WSConv2d(in_channels, out_channels, 1, eps_mode=eps)
 
     def forward(self, x_BCHW: Tensor, keep_B: Tensor | None = None) -> Tensor:
         """`(B, C, H, W)` to `(B, O, ceil(H / stride), ceil(W / stride))`.
 
         `keep_B` is 1 for rows whose branch counts, 0 for rows that are only the shortcut.
         """
-        activated = scaled_gelu(x_BCHW) * self.beta
-        shortcut = self._shortcut(x_BCHW, activated)
-        branch = self.branch(activated)
+        activated = gelu(x_BCHW, self.gelu)
+        shortcut = x_BCHW
+        if self.conv_shortcut is not None:
+            pooled = same_avg_pool2d(activated, self.stride)
+            shortcut = self.conv_shortcut(pooled, GELU_GAIN * self.beta)
+        out = self.conv0(activated, GELU_GAIN * self.beta)
+        for conv in (self.conv1, self.conv1b, self.conv2):
+            out = conv(gelu(out, self.gelu), GELU_GAIN)
+        gates_BC11 = self.squeeze_excite(out) * (self.skip_gain * (2 * ALPHA)).to(out.dtype)
         if keep_B is not None:  # not divided by the keep probability: base.py:202-220
-            branch = branch * keep_B.to(branch.dtype)[:, None, None, None]
-        return shortcut + branch * (self.skip_gain * ALPHA).to(branch.dtype)
-
-    def _shortcut(self, x_BCHW: Tensor, activated: Tensor) -> Tensor:
-        if self.conv_shortcut is None:
-            return x_BCHW
-        if self.stride > 1:  # SAME pooling that leaves the padding out of the mean
-            window = [min(2, size) for size in activated.shape[2:]]  # XLA: no 2 over 1
-            activated = F.avg_pool2d(activated, window, 2, ceil_mode=True, count_include_pad=False)
-        return self.conv_shortcut(activated)
-
-    def branch(self, activated: Tensor) -> Tensor:
-        """Bottleneck and squeeze-excite, before the skip gain."""
-        out = self.conv0(activated)
-        out = self.conv1(scaled_gelu(out))
-        out = self.conv1b(scaled_gelu(out))
-        out = self.conv2(scaled_gelu(out))
-        return out * self.squeeze_excite(out) * 2
+            gates_BC11 = gates_BC11 * keep_B.to(out.dtype)[:, None, None, None]
+        return torch.addcmul(shortcut, out, gates_BC11)
 
 
 class Stage(nn.ModuleList):
@@ -220,49 +94,32 @@ class Stage(nn.ModuleList):
     The network calls a stage as one thing, so that one scan over a stacked tail can take its place.
     """
 
+    checkpoint: Checkpoint | None = None  # recomputes a block in the backward pass
+
     def forward(self, x_BCHW: Tensor, keep_masks_BN: Tensor | None = None) -> Tensor:
         """N counts this stage's blocks."""
         for number, block in enumerate(self):
-            x_BCHW = block(x_BCHW, None if keep_masks_BN is None else keep_masks_BN[:, number])
+            keep_B = None if keep_masks_BN is None else keep_masks_BN[:, number]
+            if self.checkpoint is not None and torch.is_grad_enabled():
+                x_BCHW = self.checkpoint(block, x_BCHW, keep_B)
+            else:
+                x_BCHW = block(x_BCHW, keep_B)
         return x_BCHW
 
 
-def bottleneck(variant: Variant, out_channels: int) -> tuple[int, int]:
-    """Channels and groups of the 3x3 convolutions (nfnet.py:193-196).
-
-    The code rounds half the width down to whole groups. The numbers printed for F4+ in the paper
-    (527M, 367B) need the 192 channels of its first stage kept, as one dense group.
-    """
-    mid = out_channels // 2
-    groups = max(mid // variant.group_width, 1)
-    if mid % variant.group_width and variant.dense_remainder:
-        return mid, groups if mid % groups == 0 else 1
-    return variant.group_width * groups, groups
-
-
-def betas(depth: Sequence[int]) -> list[list[float]]:
-    """1 / expected standard deviation at each block's input, by stage (nfnet.py:85-115).
-
-    A stage's first block still divides by what the previous stage has accumulated; its projection
-    then resets the variance to 1, and every block adds ALPHA**2.
-    """
-    expected_std = 1.0
-    schedule = []
-    for blocks in depth:
-        stage = []
-        for block in range(blocks):
-            stage.append(1 / expected_std)
-            if block == 0:
-                expected_std = 1.0
-            expected_std = (expected_std**2 + ALPHA**2) ** 0.5
-        schedule.append(stage)
-    return schedule
+def recompute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """torch's checkpointing. A block draws nothing random: its masks are arguments."""
+    result = torch_checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, Tensor)
+    return result
 
 
 class NFNet(nn.Module):
     """The network: stem, four stages, a last convolution to twice the width, pooling, head.
 
     Parameters are named by place, e.g. `stages.2.0.conv1b.gain`: stage, block in it, convolution.
+    What timm asks of a model is there under timm's names (`forward_intermediates`,
+    `feature_info`, `group_matcher`, ...), so that its tools work on this one.
     """
 
     classifier_name = "head"
@@ -273,21 +130,27 @@ class NFNet(nn.Module):
         *,
         num_classes: int = 1000,
         in_chans: int = 3,
+        global_pool: str = "avg",
         drop_rate: float | None = None,
         drop_path_rate: float = 0.25,
         plus_bottleneck: str = "code",
+        gelu: Gelu = "tanh",
+        eps_mode: EpsMode = "floor",
     ) -> None:
         """`drop_rate=None` takes the variant's; `num_classes=0` returns pooled features.
 
-        `plus_bottleneck="paper"` keeps 192 dense channels in a "+" model's first stage. Raises
-        ValueError for a rate outside [0, 1), and for any other `plus_bottleneck`.
+        `plus_bottleneck="paper"` keeps 192 dense channels in a "+" model's first stage.
+        `gelu="erf"` with `eps_mode="add"` computes what timm's dm_nfnet does. `global_pool=""`,
+        with no classes, leaves the features unpooled. Raises ValueError for rates outside [0, 1)
+        and for options that are none of these.
         """
         super().__init__()
-        if plus_bottleneck not in ("code", "paper"):
-            raise ValueError(f"plus_bottleneck is {plus_bottleneck!r}; give 'code' or 'paper'")
+        _check_option("plus_bottleneck", plus_bottleneck, ("code", "paper"))
+        _check_option("gelu", gelu, ("tanh", "erf"))
+        _check_option("eps_mode", eps_mode, ("floor", "add"))
         if plus_bottleneck == "paper":
             variant = replace(variant, dense_remainder=True)
-        self.variant = variant
+        self.variant = variant = replace(variant, gelu=gelu, eps_mode=eps_mode)
         self.drop_rate = variant.drop_rate if drop_rate is None else drop_rate
         for name, rate in (("drop_rate", self.drop_rate), ("drop_path_rate", drop_path_rate)):
             if not 0 <= rate < 1:
@@ -296,9 +159,10 @@ class NFNet(nn.Module):
         self.stochastic_depth_rates = tuple(  # nfnet.py:97: the first block is never dropped
             drop_path_rate * block / self.num_blocks for block in range(self.num_blocks)
         )
+        self.in_chans = in_chans
         channels = [in_chans, *variant.stem, variant.width[0] // 2]
         self.stem = nn.ModuleList(
-            WSConv2d(into, out, 3, stride=stride)
+            WSConv2d(into, out, 3, stride=stride, eps_mode=variant.eps_mode)
             for into, out, stride in zip(channels, channels[1:], STEM_STRIDES, strict=False)
         )
         self.stages = nn.ModuleList()
@@ -310,23 +174,15 @@ class NFNet(nn.Module):
                 stage.append(NFBlock(variant, width, width, stride=1, beta=beta))
             self.stages.append(stage)
             into = width
-        self.num_features = 2 * into
-        self.final_conv = WSConv2d(into, self.num_features, 1)
+        self.num_features = self.head_hidden_size = 2 * into
+        self.final_conv: WSConv2d | nn.Identity = WSConv2d(
+            into, self.num_features, 1, eps_mode=variant.eps_mode
+        )
+        self.global_pool = "avg"
         self.head: Linear | nn.Identity = nn.Identity()
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head: weight N(0, 0.01**2), bias 0; or none for 0. ValueError below 0."""
-        if num_classes < 0:
-            raise ValueError(f"num_classes is {num_classes}; it must be 0 (no head) or more")
-        self.num_classes = num_classes
-        if num_classes == 0:
-            self.head = nn.Identity()
-            return
-        head = Linear(self.num_features, num_classes)
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.zeros_(head.bias)
-        self.head = head.to(self.final_conv.weight)  # device and dtype
+    # ---- forward ------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -342,31 +198,164 @@ class NFNet(nn.Module):
         mask of another shape. float64 images give float64 logits.
         """
         features_BFHW = self.forward_features(images_BCHW, keep_masks_BN)
-        pooled_BF = at_least_float32(features_BFHW).mean(dim=(2, 3))
-        return self.head(self._drop(pooled_BF, dropout_keep_BF))
+        return self.forward_head(features_BFHW, dropout_keep_BF=dropout_keep_BF)
 
     def forward_features(self, images_BCHW: Tensor, keep_masks_BN: Tensor | None = None) -> Tensor:
         """The last activation, `(B, F, H / 32, W / 32)` rounded up, in the images' dtype."""
+        x = self._stem(images_BCHW)[1]
+        for stage, masks_BN in zip(
+            self.stages, self._stage_masks(images_BCHW, keep_masks_BN), strict=True
+        ):
+            x = stage(x, masks_BN)
+        return scaled_gelu(self.final_conv(x), self.variant.gelu)
+
+    def forward_head(
+        self,
+        features_BFHW: Tensor,
+        pre_logits: bool = False,
+        *,
+        dropout_keep_BF: Tensor | None = None,
+    ) -> Tensor:
+        """From `forward_features`' result to the logits, or with `pre_logits` to `(B, F)`."""
+        if self.global_pool == "":
+            return features_BFHW
+        pooled_BF = self._drop(at_least_float32(features_BFHW).mean(dim=(2, 3)), dropout_keep_BF)
+        return pooled_BF if pre_logits else self.head(pooled_BF)
+
+    def forward_intermediates(
+        self,
+        images_BCHW: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Maps before activation, at `indices` of `feature_info` (None: all; n: the last n).
+
+        Returns (what `forward_features` returns, maps), or only the maps if asked. With
+        `stop_early` nothing is computed past the last map wanted, and the first is then that map.
+        `norm` is of no effect: there is none. Raises ValueError for another `output_fmt`.
+        """
+        from timm.models._features import feature_take_indices
+
+        _check_option("output_fmt", output_fmt, ("NCHW",))
+        wanted, last = feature_take_indices(len(self.stages) + 1, indices)  # type: ignore[arg-type]
+        tap, x = self._stem(images_BCHW)
+        maps = [tap] if 0 in wanted else []
+        stages = self.stages[:last] if stop_early or intermediates_only else self.stages
+        stage_masks = self._stage_masks(images_BCHW, None)
+        for place, (stage, masks_BN) in enumerate(zip(stages, stage_masks, strict=False), start=1):
+            x = stage(x, masks_BN)
+            if place == len(STAGE_STRIDES):
+                x = self.final_conv(x)
+            if place in wanted:
+                maps.append(x)
+        if intermediates_only:
+            return maps
+        whole = len(stages) == len(STAGE_STRIDES)
+        return (scaled_gelu(x, self.variant.gelu) if whole else x), maps
+
+    def _stem(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Two maps before activation: the last at stride 2, and the one at stride 4."""
+        tap = x = self.stem[0](images_BCHW)
+        for conv in self.stem[1:]:
+            tap, x = x, conv(gelu(x, self.variant.gelu), GELU_GAIN)
+        return tap, x
+
+    def _stage_masks(
+        self, images_BCHW: Tensor, keep_masks_BN: Tensor | None
+    ) -> Sequence[Tensor | None]:
+        """One `(B, blocks)` mask per stage: of those given, of our own in training, or none."""
         batch, device = images_BCHW.shape[0], images_BCHW.device
         if keep_masks_BN is None and self.training and any(self.stochastic_depth_rates):
             rates_N = torch.tensor(self.stochastic_depth_rates, device=device)
             keep_masks_BN = torch.rand(batch, self.num_blocks, device=device) >= rates_N
-        stage_masks: Sequence[Tensor | None] = [None] * len(self.stages)
-        if keep_masks_BN is not None:
-            _check_shape("keep_masks_BN", keep_masks_BN, (batch, self.num_blocks))
-            stage_masks = keep_masks_BN.split(self.variant.depth, dim=1)
-        x = images_BCHW
-        for number, conv in enumerate(self.stem):
-            x = conv(x if number == 0 else scaled_gelu(x))
-        for stage, masks_BN in zip(self.stages, stage_masks, strict=True):
-            x = stage(x, masks_BN)
-        return scaled_gelu(self.final_conv(x))
+        if keep_masks_BN is None:
+            return [None] * len(self.stages)
+        _check_shape("keep_masks_BN", keep_masks_BN, (batch, self.num_blocks))
+        return keep_masks_BN.split(self.variant.depth, dim=1)
 
     def _drop(self, pooled_BF: Tensor, keep_BF: Tensor | None) -> Tensor:
         if keep_BF is None:
             return F.dropout(pooled_BF, self.drop_rate, self.training)
         _check_shape("dropout_keep_BF", keep_BF, tuple(pooled_BF.shape))
         return pooled_BF * (keep_BF.to(pooled_BF.dtype) / (1 - self.drop_rate))
+
+    # ---- what timm's tools ask for ------------------------------------------------------------
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head: weight N(0, 0.01**2), bias 0; or none for 0. ValueError below 0."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}; it must be 0 (no head) or more")
+        global_pool = self.global_pool if global_pool is None else global_pool
+        _check_option("global_pool", global_pool, ("avg", ""))
+        if num_classes and not global_pool:
+            raise ValueError(f"global_pool is '' with {num_classes} classes: a head needs 'avg'")
+        self.num_classes, self.global_pool = num_classes, global_pool
+        if num_classes == 0:
+            self.head = nn.Identity()
+            return
+        head = Linear(self.num_features, num_classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        self.head = head.to(next(self.parameters()))  # device and dtype
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def set_grad_checkpointing(
+        self, enable: bool = True, checkpoint: Checkpoint = recompute
+    ) -> None:
+        """Keep only each block's input for the backward pass, which then computes it again."""
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.checkpoint = checkpoint if enable else None
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The maps that `forward_intermediates` can return: channels, stride, and where it is."""
+        maps = [(self.variant.stem[-1], "stem.2")]
+        maps += [(width, f"stages.{stage}") for stage, width in enumerate(self.variant.width)]
+        maps[-1] = (2 * self.variant.width[-1], "final_conv")
+        return [
+            {"num_chs": channels, "reduction": 2 ** (place + 1), "module": module}
+            for place, (channels, module) in enumerate(maps)
+        ]
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the maps at `indices` do not need; returns those, counted from 0."""
+        from timm.models._features import feature_take_indices
+
+        wanted, last = feature_take_indices(len(self.stages) + 1, indices)  # type: ignore[arg-type]
+        pruned = last < len(self.stages)
+        if pruned:
+            self.stages = self.stages[:last]
+            self.final_conv = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if pruned or prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers by depth, as timm's layer-wise learning rates want them."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_conv", (99999,))]}
+
+    def no_weight_decay(self) -> set[str]:
+        """Gains and biases, as DeepMind has it (experiment_nfnets.py:107-111)."""
+        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+
+    # ---- cost ---------------------------------------------------------------------------------
+
+    def flops(self, size: int) -> int:
+        """Floating-point operations of one `size` x `size` image, forward: twice the `macs`.
+
+        This is the unit of the ViT papers; what the NFNet paper calls "FLOPs" is `macs`.
+        """
+        return 2 * self.macs(size)
 
     def macs(self, size: int) -> int:
         """Multiply-accumulates of one `size` x `size` image, forward. What NF calls "FLOPs".
@@ -378,17 +367,17 @@ class NFNet(nn.Module):
             assert isinstance(conv, WSConv2d)
             size = -(-size // conv.stride[0])
             total += _conv_macs(conv, size)
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            for block in stage:
-                assert isinstance(block, NFBlock)
-                total += _conv_macs(block.conv0, size)
-                size = -(-size // block.stride)
-                for conv in (block.conv1, block.conv1b, block.conv2, block.conv_shortcut):
-                    total += 0 if conv is None else _conv_macs(conv, size)
-                gates = block.squeeze_excite
-                total += gates.reduce.weight.numel() + gates.expand.weight.numel()
-        return total + _conv_macs(self.final_conv, size) + self.num_features * self.num_classes
+        for block in (block for stage in self.stages for block in stage.children()):
+            assert isinstance(block, NFBlock)
+            total += _conv_macs(block.conv0, size)
+            size = -(-size // block.stride)
+            for conv in (block.conv1, block.conv1b, block.conv2, block.conv_shortcut):
+                total += 0 if conv is None else _conv_macs(conv, size)
+            gates = block.squeeze_excite
+            total += gates.reduce.weight.numel() + gates.expand.weight.numel()
+        if isinstance(self.final_conv, WSConv2d):
+            total += _conv_macs(self.final_conv, size)
+        return total + self.num_features * self.num_classes
 
 
 def _conv_macs(conv: WSConv2d, out_size: int) -> int:
@@ -399,3 +388,8 @@ def _check_shape(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
     """A mask of another shape could broadcast, and drop the wrong thing without a word."""
     if tuple(mask.shape) != shape:
         raise ValueError(f"{name} is {tuple(mask.shape)}; for these images it must be {shape}")
+
+
+def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")

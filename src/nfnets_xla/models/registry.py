@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from nfnets_xla.models.nfnet import VARIANTS, NFNet, Variant
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.variants import VARIANTS, Variant
 from nfnets_xla.models.weights import load_checkpoint, load_into
 
 

@@ -1,0 +1,96 @@
+"""The members of the NFNet family: F0 ... F7, F0+ ... F7+, and the same at an eighth of the width.
+
+Reference: deepmind-research/nfnets, base.py at f5de0ed, and Table 1 of arXiv 2102.06171.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from nfnets_xla.models.layers import EpsMode, Gelu
+
+ALPHA = 0.2  # nfnet.py: weight of the residual branch
+STAGE_STRIDES = (1, 2, 2, 2)
+STEM_STRIDES = (2, 1, 1, 2)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What distinguishes one member of the family. Sizes in pixels."""
+
+    width: tuple[int, int, int, int]  # channels out of each stage
+    depth: tuple[int, int, int, int]  # residual blocks of each stage
+    train_size: int
+    test_size: int
+    drop_rate: float  # dropout before the classifier, for ImageNet from scratch
+    group_width: int = 128  # channels per group of the 3x3 convolutions
+    stem: tuple[int, int, int] = (16, 32, 64)  # the fourth has width[0] // 2
+    dense_remainder: bool = False  # keep a bottleneck that group_width does not divide, ungrouped
+    gelu: Gelu = "tanh"  # or "erf", as timm has it
+    eps_mode: EpsMode = "floor"  # under the variance of a weight; "add" to it, as timm does
+
+
+# Of F0 ... F7: Table 1 of the paper; F7 from the code (base.py:57-90).
+_TRAIN_SIZES = (192, 224, 256, 320, 384, 416, 448, 480)
+_TEST_SIZES = (256, 320, 352, 416, 512, 544, 576, 608)
+_DROP_RATES = (0.2, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5, 0.5)
+_WIDTH = {"": (256, 512, 1536, 1536), "_plus": (384, 768, 2048, 2048)}
+_NUM_BLOCKS = (1, 2, 6, 3)  # of F0, by stage; F<n> has n + 1 times as many
+
+
+def _family() -> dict[str, Variant]:
+    """16 published variants, and the same 16 at an eighth of the width for small machines.
+
+    The minis' sizes are chosen here: at 32 px their last stage is one pixel.
+    """
+    family = {}
+    for plus, width in _WIDTH.items():
+        members = zip(_TRAIN_SIZES, _TEST_SIZES, _DROP_RATES, strict=True)
+        for n, (train_size, test_size, drop_rate) in enumerate(members):
+            a, b, c, d = ((n + 1) * blocks for blocks in _NUM_BLOCKS)
+            full = Variant(width, (a, b, c, d), train_size, test_size, drop_rate)
+            family[f"nfnet_f{n}{plus}"] = full
+            w0, w1, w2, w3 = (channels // 8 for channels in width)
+            family[f"nfnet_mini_f{n}{plus}"] = replace(
+                full,
+                width=(w0, w1, w2, w3),
+                train_size=32,
+                test_size=40,
+                group_width=16,
+                stem=(8, 8, 8),
+            )
+    return family
+
+
+VARIANTS: dict[str, Variant] = _family()
+
+
+def bottleneck(variant: Variant, out_channels: int) -> tuple[int, int]:
+    """Channels and groups of the 3x3 convolutions (nfnet.py:193-196).
+
+    The code rounds half the width down to whole groups. The numbers printed for F4+ in the paper
+    (527M, 367B) need the 192 channels of its first stage kept, as one dense group.
+    """
+    mid = out_channels // 2
+    groups = max(mid // variant.group_width, 1)
+    if mid % variant.group_width and variant.dense_remainder:
+        return mid, groups if mid % groups == 0 else 1
+    return variant.group_width * groups, groups
+
+
+def betas(depth: Sequence[int]) -> list[list[float]]:
+    """1 / expected standard deviation at each block's input, by stage (nfnet.py:85-115).
+
+    A stage's first block still divides by what the previous stage has accumulated; its projection
+    then resets the variance to 1, and every block adds ALPHA**2.
+    """
+    expected_std = 1.0
+    schedule = []
+    for blocks in depth:
+        stage = []
+        for block in range(blocks):
+            stage.append(1 / expected_std)
+            if block == 0:
+                expected_std = 1.0
+            expected_std = (expected_std**2 + ALPHA**2) ** 0.5
+        schedule.append(stage)
+    return schedule
