@@ -3,5 +3,6 @@
 from nfnets_xla.models import NFNet as NFNet
 from nfnets_xla.models import WSConv2d as WSConv2d
 from nfnets_xla.models import create_model as create_model
+from nfnets_xla.models import fuse as fuse
 from nfnets_xla.models import list_models as list_models
 from nfnets_xla.version import __version__ as __version__

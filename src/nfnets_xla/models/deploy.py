@@ -1,0 +1,126 @@
+"""A network for inference: weights standardised once, and every scalar gain folded away.
+
+    fused = nfnets_xla.fuse(net)     # the same logits, from plain convolutions
+
+What is left are ordinary convolutions and linear layers, GELU, and one multiply-add per block, so
+that it exports and quantises like any other network. Nothing of it can be trained.
+
+Shape suffixes as in nfnet.py.
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from nfnets_xla.models.layers import (
+    GELU_GAIN,
+    Gelu,
+    WSConv2d,
+    at_least_float32,
+    gelu,
+    same_avg_pool2d,
+    same_conv2d,
+    same_padding,
+)
+from nfnets_xla.models.nfnet import NFBlock, NFNet
+from nfnets_xla.models.variants import ALPHA
+
+
+@torch.no_grad()
+def fuse(net: NFNet) -> "FusedNFNet":
+    """A copy of `net` for inference, in channels_last, with the same logits to 1e-4.
+
+    Device and dtypes are kept; `net` is left as it is.
+    """
+    fused = FusedNFNet(net).requires_grad_(False).eval()
+    return fused.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+class FusedNFNet(nn.Module):
+    """What `fuse` returns. Overwrites its own activations, never its input."""
+
+    def __init__(self, net: NFNet) -> None:
+        super().__init__()
+        self.num_classes, self.num_features = net.num_classes, net.num_features
+        self.gelu: Gelu = net.variant.gelu
+        gains = [1.0] + [GELU_GAIN] * (len(net.stem) - 1)  # images are not activated
+        self.stem = nn.ModuleList(map(_plain, net.stem, gains))
+        self.blocks = nn.ModuleList(
+            FusedBlock(block) for stage in net.stages for block in stage.children()
+        )
+        self.final_conv = _plain(net.final_conv)
+        self.head = deepcopy(net.head)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits `(B, K)` in float32, or pooled features `(B, F)` without a classifier."""
+        pooled_BF = at_least_float32(self.forward_features(images_BCHW)).mean(dim=(2, 3))
+        return self.head(pooled_BF * GELU_GAIN)
+
+    def forward_features(self, images_BCHW: Tensor) -> Tensor:
+        """`(B, F, H / 32, W / 32)` rounded up: the last activation without its gain."""
+        x = images_BCHW
+        for number, conv in enumerate(self.stem):
+            x = conv(x if number == 0 else gelu_(x, self.gelu))
+        for block in self.blocks:
+            x = block(x)
+        return gelu_(self.final_conv(x), self.gelu)
+
+
+class FusedBlock(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(block, NFBlock)
+        self.gelu: Gelu = block.gelu
+        self.stride = block.stride
+        self.conv0 = _plain(block.conv0, GELU_GAIN * block.beta)
+        self.conv1 = _plain(block.conv1, GELU_GAIN)
+        self.conv1b = _plain(block.conv1b, GELU_GAIN)
+        self.conv2 = _plain(block.conv2, GELU_GAIN)
+        self.conv_shortcut = None
+        if block.conv_shortcut is not None:
+            self.conv_shortcut = _plain(block.conv_shortcut, GELU_GAIN * block.beta)
+        self.squeeze_excite = deepcopy(block.squeeze_excite)
+        self.branch_gain = float(block.skip_gain) * 2 * ALPHA
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = gelu(x, self.gelu)
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(same_avg_pool2d(activated, self.stride))
+        out = self.conv0(activated)
+        for conv in (self.conv1, self.conv1b, self.conv2):
+            out = conv(gelu_(out, self.gelu))
+        return x.addcmul_(out, self.squeeze_excite(out), value=self.branch_gain)
+
+
+class SameConv2d(nn.Conv2d):
+    """An ordinary convolution whose padding follows from the size of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return same_conv2d(input, self.weight, self.bias, self.stride[0], self.groups)
+
+
+def gelu_(x: Tensor, form: Gelu) -> Tensor:
+    """In place: at large batches writing to fresh memory costs more than the activation does."""
+    return torch.ops.aten.gelu_(x, approximate="tanh" if form == "tanh" else "none")
+
+
+def _plain(conv: nn.Module, input_gain: float = 1.0) -> nn.Conv2d:
+    """The convolution that a WSConv2d amounts to, on inputs that lack this gain."""
+    assert isinstance(conv, WSConv2d)
+    strided = conv.stride[0] > 1
+    kind = SameConv2d if strided else nn.Conv2d
+    weight = conv.standardised_weight(input_gain).to(conv.weight.dtype)
+    with torch.device(weight.device):
+        plain = kind(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size[0],
+            stride=conv.stride[0],
+            padding=0 if strided else same_padding(0, conv.kernel_size[0], 1)[0],
+            groups=conv.groups,
+            dtype=weight.dtype,
+        )
+    plain.weight = nn.Parameter(weight)
+    plain.bias = deepcopy(conv.bias)
+    return plain

@@ -1,0 +1,107 @@
+"""The network for inference: the same function, in parts that any tool knows."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nfnets_xla import fuse
+from nfnets_xla.models.layers import WSConv2d
+from tests.models.networks import trained
+
+
+@pytest.mark.parametrize("size", [32, 47])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"name": "nfnet_mini_f1_plus", "plus_bottleneck": "paper"},
+        {"num_classes": 0, "in_chans": 5},
+        {"gelu": "erf", "eps_mode": "add"},
+    ],
+)
+@torch.no_grad()
+def test_fusing_keeps_the_logits(options: dict[str, Any], size: int) -> None:
+    net = trained(**options).eval()
+    images = torch.randn(3, net.in_chans, size, size)
+    before = images.clone()
+    torch.testing.assert_close(fuse(net)(images), net(images), atol=1e-5, rtol=1e-4)
+    assert torch.equal(images, before)
+
+
+def test_fusing_leaves_the_network_as_it_is_and_shares_nothing_with_it() -> None:
+    net = trained()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    fused = fuse(net)
+    own = {parameter.data_ptr() for parameter in net.parameters()}
+    assert not own & {parameter.data_ptr() for parameter in fused.parameters()}
+    for parameter in fused.parameters():
+        assert not parameter.requires_grad
+        parameter.data.zero_()
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_nothing_is_left_to_standardise() -> None:
+    kinds = {type(module) for module in fuse(trained()).modules()}
+    assert nn.Conv2d in kinds
+    assert WSConv2d not in kinds
+
+
+@torch.no_grad()
+def test_a_fused_network_runs_in_bfloat16() -> None:
+    net = trained().eval()
+    images = torch.randn(2, 3, 32, 32)
+    logits = fuse(net.bfloat16())(images.bfloat16())
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, net.float()(images), atol=0.02, rtol=0.1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace is for one size
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch's load
+@torch.no_grad()
+def test_traced_and_exported_graphs_give_the_same_logits(fused: bool) -> None:
+    net: nn.Module = trained().eval()
+    net = fuse(trained()) if fused else net
+    images = torch.randn(2, 3, 32, 32)
+    logits = net(images)
+    more = torch.randn(5, 3, 32, 32)
+
+    program = torch.export.export(
+        net, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)
+    )
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    again = torch.export.load(file).module()
+    torch.testing.assert_close(again(images), logits)
+    torch.testing.assert_close(again(more), net(more))
+
+    traced: Any = torch.jit.trace(net, images)
+    torch.testing.assert_close(traced(images), logits)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's exporter
+@torch.no_grad()
+def test_the_onnx_file_gives_the_same_logits(fused: bool, tmp_path: Any) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    net: nn.Module = fuse(trained()) if fused else trained().eval()
+    images = torch.randn(2, 3, 32, 32)
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(net, (images,), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), net(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_compiled_networks_give_the_same_logits(fused: bool) -> None:
+    net: nn.Module = fuse(trained()) if fused else trained().eval()
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(net, fullgraph=True)
+    torch.testing.assert_close(compiled(images), net(images), atol=1e-5, rtol=1e-4)
