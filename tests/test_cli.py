@@ -35,7 +35,9 @@ def test_help_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["models", "nfnet_f7*"])
     assert "829.55M" in capsys.readouterr().out
-    assert "no model matches 'vit*'" in refused(["models", "vit*"], capsys)
+    main(["models", "nfnet_f3"])
+    assert "trained at 320 px, evaluated at 416 px" in capsys.readouterr().out
+    assert "no model matches 'swin*'" in refused(["models", "swin*"], capsys)
 
 
 @pytest.mark.parametrize(

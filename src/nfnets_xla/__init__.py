@@ -5,4 +5,7 @@ from nfnets_xla.models import WSConv2d as WSConv2d
 from nfnets_xla.models import create_model as create_model
 from nfnets_xla.models import fuse as fuse
 from nfnets_xla.models import list_models as list_models
+from nfnets_xla.models.timm_names import register_with_timm
 from nfnets_xla.version import __version__ as __version__
+
+register_with_timm()

@@ -9,12 +9,14 @@ Recipes (recipes/) are Hydra's primary configs; the groups they pick from live i
 in what was asked for is one line on standard error and exit code 2.
 """
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
@@ -30,7 +32,9 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla RECIPE --cfg job           show what it would run
        nfnets-xla shards index DIR           index WebDataset shards (DIR/*.tar)
        nfnets-xla shards pack IMAGES DIR     pack IMAGES/<class>/<image> into indexed shards
-       nfnets-xla models [PATTERN]           list the models
+       nfnets-xla models [PATTERN | NAME]    list the models, or show all about one
+       nfnets-xla convert SRC DST --model NAME [--to ours|timm|haiku] [--force]
+                                             rewrite weights: a file of any form, or an address
 
 recipes:"""
 
@@ -53,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             shards(arguments[1:])
         elif arguments[0] == "models":
             models(arguments[1:])
+        elif arguments[0] == "convert":
+            convert(arguments[1:])
         else:
             recipe(arguments[0], arguments[1:])
     except (ValueError, HydraException, OmegaConfBaseException) as error:
@@ -147,13 +153,48 @@ def index_shards(folder: Path) -> None:
 
 
 def models(arguments: list[str]) -> None:
-    from nfnets_xla.models.registry import card, list_models
+    from nfnets_xla.models.registry import card, full_card, list_models
 
     names = list_models(*arguments[:1])
+    if names == arguments[:1]:
+        print(full_card(names[0]))
+        return
     if not names:
         raise ValueError(f"no model matches {arguments[0]!r}: see nfnets-xla models")
     for name in names:
         print(card(name))
+
+
+def convert(arguments: list[str]) -> None:
+    """`convert SRC DST --model NAME`; the form of SRC is told by its content."""
+    from nfnets_xla.models.convert import TARGETS, convert_weights
+
+    parser = Parser(prog="nfnets-xla convert", description=convert_weights.__doc__)
+    parser.add_argument("source", help="file of weights of any form, or its http(s) address")
+    parser.add_argument("target", type=Path, help="file to write")
+    parser.add_argument("--model", required=True, help="a name of `nfnets-xla models`")
+    parser.add_argument("--to", choices=TARGETS, default="ours", help="whose names to write")
+    parser.add_argument("--plus-bottleneck", choices=("code", "paper"), default="code")
+    parser.add_argument("--force", action="store_true", help="overwrite the target")
+    given = parser.parse_args(arguments)
+    print(
+        convert_weights(
+            given.source,
+            given.target,
+            model=given.model,
+            to=given.to,
+            plus_bottleneck=given.plus_bottleneck,
+            force=given.force,
+            on_progress=progress("fetched"),
+        )
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are ValueErrors, as everywhere, and not an exit from within."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {' '.join(self.format_usage().split())}")
 
 
 def progress(verb: str) -> Callable[..., None]:

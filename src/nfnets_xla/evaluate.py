@@ -11,7 +11,8 @@ from nfnets_xla import checkpoint
 from nfnets_xla.backend import open_backend
 from nfnets_xla.config import Run
 from nfnets_xla.data.shards import ShardIndex
-from nfnets_xla.models.registry import create_model
+from nfnets_xla.models.peers import is_peer
+from nfnets_xla.models.registry import create_network
 from nfnets_xla.models.weights import load_checkpoint, load_into
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.task import Classification
@@ -36,7 +37,9 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     num_classes = count_classes(run, held_out)
     if run.data.num_classes is None and "head.weight" in weights:
         num_classes = max(num_classes, weights["head.weight"].shape[0])
-    net = create_model(run.model.name, num_classes=num_classes)
+    sized = {"image_size": run.data.eval_image_size} if is_peer(run.model.name) else {}
+    options: dict[str, Any] = {"num_classes": num_classes, **sized}
+    net = create_network(run.model.name, **options)
     load_into(net, weights, source=str(path))
 
     backend = open_backend(run.trainer)

@@ -21,7 +21,7 @@ from torchmetrics.aggregation import MeanMetric
 
 from nfnets_xla.config import OptimConfig
 from nfnets_xla.ema import EMA
-from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.registry import Network
 from nfnets_xla.optim.roles import parameter_roles
 from nfnets_xla.optim.sam import SAM
 from nfnets_xla.optim.schedule import warmup_cosine
@@ -47,14 +47,14 @@ class Restored:
 
 
 class Classification(LightningModule):
-    """Trains an NFNet on batches of `data.loader.TrainBatches`; evaluates on `EvalBatches`."""
+    """Trains a network on batches of `data.loader.TrainBatches`; evaluates on `EvalBatches`."""
 
     mean_rgb: Tensor
     stddev_rgb: Tensor
 
     def __init__(
         self,
-        net: NFNet,
+        net: Network,
         optim: OptimConfig,
         *,
         total_steps: int,

@@ -25,8 +25,8 @@ from nfnets_xla.data.loader import Batches, EvalBatches, TrainBatches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.hooks import Checkpointer, Monitor
-from nfnets_xla.models.nfnet import NFNet
-from nfnets_xla.models.registry import create_model
+from nfnets_xla.models.peers import is_peer
+from nfnets_xla.models.registry import Network, count_parameters, create_network
 from nfnets_xla.models.weights import load_checkpoint, load_into
 from nfnets_xla.optim.schedule import warmup_cosine
 from nfnets_xla.record import RecordWriter
@@ -152,7 +152,7 @@ def make_order(run: Run, index: ShardIndex) -> Order:
 
 
 def make_train_batches(
-    run: Run, index: ShardIndex, order: Order, net: NFNet, num_classes: int
+    run: Run, index: ShardIndex, order: Order, net: Network, num_classes: int
 ) -> TrainBatches:
     return TrainBatches(
         index,
@@ -183,26 +183,27 @@ def make_eval_loader(run: Run, held_out: ShardIndex, num_classes: int) -> Batche
 # ---- model ------------------------------------------------------------------------------------
 
 
-def make_model(run: Run, num_classes: int, say: Say) -> NFNet:
+def make_model(run: Run, num_classes: int, say: Say) -> Network:
     """The network on the host, with random or given weights.
 
     Weights of a run with other classes keep their body and get a new head, and that is said.
     """
-    net = create_model(
-        run.model.name,
-        num_classes=num_classes,
-        drop_rate=run.model.drop_rate,
-        drop_path_rate=run.model.drop_path_rate,
+    options: dict[str, Any] = {"drop_path_rate": run.model.drop_path_rate}
+    if is_peer(run.model.name):
+        if run.model.drop_path_rate:
+            raise ValueError(
+                f"model.drop_path_rate is {run.model.drop_path_rate} for {run.model.name}: timm's "
+                "layers draw their own randomness, which no restart could repeat; give 0"
+            )
+        options = {"image_size": run.data.image_size}
+    net = create_network(
+        run.model.name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options
     )
     if run.model.init_from is not None:
         path = checkpoint.weights_file(Path(run.model.init_from), run.model.init_weights)
         fresh = load_into(net, load_checkpoint(path), source=str(path), allow_new_head=True)
         say(f"weights from {path}" + (" (new classifier)" if fresh else ""))
     return net
-
-
-def count_parameters(net: NFNet) -> int:
-    return sum(parameter.numel() for parameter in net.parameters())
 
 
 # ---- resuming ---------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def find_resume(
     return found
 
 
-def restore(net: NFNet, resume: Checkpoint, run: Run) -> Restored:
+def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
     """Weights go into the network now; the rest waits until the optimizer exists."""
     load_into(net, resume.tensors("model"), source=str(resume.folder))
     ema = None if run.optim.ema_decay is None else resume.tensors("ema")
@@ -305,7 +306,7 @@ def header(
     run: Run,
     identity: dict[str, Any],
     order: Order,
-    net: NFNet,
+    net: Network,
     backend: Backend,
     start_step: int,
 ) -> dict[str, Any]:

@@ -1,10 +1,24 @@
 """Names, their spellings and their order."""
 
-import pytest
+from dataclasses import replace
+from pathlib import Path
 
-from nfnets_xla import create_model, list_models
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from nfnets_xla import NFNet, create_model, list_models
 from nfnets_xla.models import registry
-from nfnets_xla.models.registry import canonical_name, card, register
+from nfnets_xla.models.names import to_timm
+from nfnets_xla.models.registry import (
+    canonical_name,
+    card,
+    count_parameters,
+    create_network,
+    full_card,
+    register,
+)
 from nfnets_xla.models.variants import VARIANTS
 
 
@@ -43,11 +57,12 @@ def test_a_registered_variant_is_built_by_its_name(monkeypatch: pytest.MonkeyPat
 
 
 def test_options_reach_the_model() -> None:
-    net = create_model(
+    net = create_network(
         "nfnet_mini_f0", num_classes=3, in_chans=5, drop_rate=0.1, drop_path_rate=0.12
     )
-    assert net.head.weight.shape == (3, 2 * 192)
-    assert net.stem[0].weight.shape == (8, 5, 3, 3)
+    shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    assert shapes["head.weight"] == (3, 2 * 192)
+    assert shapes["stem.0.weight"] == (8, 5, 3, 3)
     assert net.drop_rate == 0.1
     assert net.stochastic_depth_rates[-1] == pytest.approx(0.11)
 
@@ -63,3 +78,97 @@ def test_minis_are_the_same_family_at_an_eighth_of_the_width() -> None:
 def test_card_names_size_and_cost() -> None:
     assert "71.49M" in card("nfnet_f0")
     assert "12.38 GMACs at 256 px" in card("nfnet_f0")
+
+
+def test_the_full_card_has_the_published_numbers() -> None:
+    lines = full_card("nfnet_f5")
+    assert "377,214,144 with 1000 classes" in lines
+    assert "86.0 top-1, 97.6 top-5 (86.3 and 97.9 with SAM)" in lines
+    assert "resized to 576, centre cropped" in lines
+    assert "289.76 GMACs,   579.51 GFLOPs (2 per MAC)" in lines
+    assert "nfnet_f5.dm_in1k" in lines
+    plus = full_card("nfnet_f7_plus")
+    assert "none are public" in plus
+    assert "90.3 top-1 after 8 epochs of JFT-4B" in plus
+
+
+def test_nothing_is_allocated_on_the_meta_device() -> None:
+    net = create_model("nfnet_f7_plus", device="meta", dtype=torch.bfloat16)
+    assert {parameter.device.type for parameter in net.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.bfloat16}
+
+
+def test_feature_maps_are_those_asked_for_and_the_rest_is_dropped() -> None:
+    images = torch.randn(2, 3, 65, 64)
+    torch.manual_seed(0)
+    maps = create_model("nfnet_mini_f0", features_only=True, out_indices=(1, 3)).eval()
+    torch.manual_seed(0)
+    net = create_network("nfnet_mini_f0").eval()
+    assert isinstance(net, NFNet)
+    last, every = net.forward_intermediates(images)
+    assert torch.equal(net.forward_head(last), net(images))
+    assert [tuple(map.shape[1:]) for map in every] == [
+        (8, 33, 32),
+        (32, 17, 16),
+        (64, 9, 8),
+        (192, 5, 4),
+        (384, 3, 2),
+    ]
+    for one, other in zip(maps(images), (every[1], every[3]), strict=True):
+        assert torch.equal(one, other)
+    assert count_parameters(maps) < count_parameters(net) / 2
+    assert maps.feature_info.channels() == [32, 192]  # type: ignore[union-attr,operator]
+
+
+# ---- public weights, from a cache that looks like the Hub's ------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, with the weights of a small network in the cache as timm's dm_nfnet_f0."""
+    small = replace(VARIANTS["nfnet_f0"], width=(256, 256, 512, 256), depth=(1, 2, 1, 1))
+    monkeypatch.setitem(VARIANTS, "nfnet_f0", small)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    repository = tmp_path / "models--timm--dm_nfnet_f0.dm_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    torch.manual_seed(5)
+    net = NFNet(small)
+    save_file(
+        {name: value.contiguous() for name, value in to_timm(net).items()},
+        repository / "snapshots" / "abc" / "model.safetensors",
+    )
+
+
+@pytest.mark.usefixtures("hub")
+def test_pretrained_weights_come_from_the_hubs_cache() -> None:
+    torch.manual_seed(5)
+    expected = NFNet(VARIANTS["nfnet_f0"]).state_dict()
+    for name in ("nfnet_f0", "nfnet_f0.dm_in1k", "dm_nfnet_f0.dm_in1k"):
+        net = create_network(name, pretrained=True)
+        assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
+    fine = create_network("nfnet_f0", pretrained=True, num_classes=7).state_dict()
+    assert fine["head.weight"].shape == (7, 512)
+    assert torch.equal(fine["final_conv.weight"], expected["final_conv.weight"])
+    grey = create_network("nfnet_f0", pretrained=True, in_chans=1).state_dict()
+    torch.testing.assert_close(
+        grey["stem.0.weight"], expected["stem.0.weight"].sum(dim=1, keepdim=True)
+    )
+    with pytest.raises(
+        ValueError, match=r"dm_nfnet_f1\.dm_in1k is neither in the Hugging Face cache"
+    ):
+        create_network("nfnet_f1", pretrained=True)
+
+
+@pytest.mark.usefixtures("hub")
+def test_timm_finds_the_same_weights_under_our_name() -> None:
+    torch.manual_seed(5)
+    expected = NFNet(VARIANTS["nfnet_f0"]).state_dict()
+    net = timm.create_model("xla_nfnet_f0", pretrained=True, num_classes=3)
+    state = net.state_dict()
+    assert state["head.weight"].shape == (3, 512)
+    body = [name for name in expected if not name.startswith("head.")]
+    assert all(torch.equal(state[name], expected[name]) for name in body)

@@ -1,58 +1,127 @@
-"""Names to models. `nfnet_f3` here is DeepMind's network, which timm calls `dm_nfnet_f3`."""
+"""Names to models. `nfnet_f3` here is DeepMind's network, which timm calls `dm_nfnet_f3`.
+
+A name may carry a tag for its weights (`nfnet_f3.dm_in1k`), and `timm/<name>` is any of timm's.
+"""
 
 import difflib
 import fnmatch
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from nfnets_xla.models.formats import read_weights
+from nfnets_xla.models.names import in_our_names
 from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.peers import VITS, Peer, create_peer, is_peer
+from nfnets_xla.models.pretrained import fetch_pretrained
+from nfnets_xla.models.published import HAIKU_TAG, IMAGENET, TAG, TIMM_TOP1, TRANSFERRED
 from nfnets_xla.models.variants import VARIANTS, Variant
 from nfnets_xla.models.weights import load_checkpoint, load_into
+
+Network = NFNet | Peer
 
 
 def create_model(
     name: str,
     *,
-    num_classes: int = 1000,
-    checkpoint_path: str | Path | None = None,
-    in_chans: int = 3,
-    drop_rate: float | None = None,
-    drop_path_rate: float = 0.25,
-    plus_bottleneck: str = "code",
-) -> NFNet:
-    """Build a model by name, with random weights or those of `checkpoint_path` (see weights.py).
+    features_only: bool = False,
+    out_indices: Sequence[int] = (0, 1, 2, 3, 4),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a model by name; the other options are those of `create_network`.
 
-    `drop_rate=None` takes the variant's. The weights' classifier must have `num_classes`, except
-    that 0 asks for none and leaves theirs out; to fine-tune to other classes, use
-    `weights.load_into`. Raises ValueError for an unknown name (with the nearest ones), for options
-    out of range and for weights of another model.
+    With `features_only` it returns a list of feature maps, those at `out_indices`: strides 2, 4, 8,
+    16 and 32. On the meta device nothing is allocated.
 
     >>> create_model("nfnet_mini_f0", num_classes=10).num_features
     384
+    >>> maps = create_model("nfnet_mini_f0", features_only=True, out_indices=(1, 3))
+    >>> [tuple(map.shape) for map in maps(torch.zeros(1, 3, 64, 64))]
+    [(1, 32, 16, 16), (1, 192, 4, 4)]
     """
-    net = NFNet(
-        VARIANTS[canonical_name(name)],
-        num_classes=num_classes,
-        in_chans=in_chans,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-        plus_bottleneck=plus_bottleneck,
-    )
+    with torch.device(device) if device is not None else torch.device("cpu"):
+        net: nn.Module = create_network(name, **options)
+    if dtype is not None:
+        net = net.to(dtype)
+    if features_only:
+        from timm.models._features import FeatureGetterNet
+
+        inner = net.net if isinstance(net, Peer) else net
+        net = FeatureGetterNet(inner, out_indices=list(out_indices))  # type: ignore[arg-type]
+    return net
+
+
+def create_network(
+    name: str,
+    *,
+    pretrained: bool = False,
+    checkpoint_path: str | Path | None = None,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    **options: Any,
+) -> Network:
+    """The same, typed for those who train it: an NFNet, or a peer that answers to the same calls.
+
+    Random weights, or public ones (`pretrained`), or those of a file (`checkpoint_path`, see
+    weights.py). The file's classifier must have `num_classes`, except that 0 asks for none and
+    leaves theirs out; public weights give way to a new classifier if it is of another size. Their
+    first convolution is fitted to `in_chans` as timm does it. Raises ValueError for an unknown name
+    (with the nearest ones), for options out of range, and for weights of another model.
+    """
+    if pretrained and checkpoint_path is not None:
+        raise ValueError("pretrained=True and checkpoint_path are two sources of weights; give one")
+    if is_peer(name):
+        net: Network = create_peer(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options
+        )
+    else:
+        plain, tag = split_tag(name)
+        net = NFNet(VARIANTS[plain], num_classes=num_classes, in_chans=in_chans, **options)
+        if pretrained:
+            load_pretrained(net, plain, tag)
     if checkpoint_path is not None:
         weights = load_checkpoint(checkpoint_path)
         load_into(net, weights, source=str(checkpoint_path), allow_new_head=num_classes == 0)
     return net
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names that match a shell pattern, in natural order.
+def load_pretrained(net: NFNet, name: str, tag: str | None) -> None:
+    """Public weights into `net`, which keeps its own classifier if that is of another size."""
+    path = fetch_pretrained(name, tag)
+    state = dict(in_our_names(net, read_weights(path), str(path)))
+    if net.in_chans != 3:
+        from timm.models._manipulate import adapt_input_conv
+
+        first = adapt_input_conv(net.in_chans, state["stem.0.weight"])
+        state["stem.0.weight"] = first
+    load_into(net, state, source=str(path), allow_new_head=True)
+
+
+def split_tag(name: str) -> tuple[str, str | None]:
+    """("nfnet_f3", "dm_in1k") of `nfnet_f3.dm_in1k`; None for no tag. ValueError for other tags."""
+    plain, dot, tag = name.partition(".")
+    plain = canonical_name(plain)
+    if dot and tag not in (TAG, HAIKU_TAG):
+        raise ValueError(f"there is no tag {tag!r}; give {plain}.{TAG} or {plain}.{HAIKU_TAG}")
+    return plain, tag or None
+
+
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """Names that match a shell pattern, in natural order; or tagged names of public weights.
 
     >>> list_models("nfnet_f[01]*")
     ['nfnet_f0', 'nfnet_f0_plus', 'nfnet_f1', 'nfnet_f1_plus']
+    >>> list_models("*f[56]*", pretrained=True)
+    ['nfnet_f5.dm_in1k', 'nfnet_f6.dm_in1k']
     """
-    return sorted(fnmatch.filter(VARIANTS, pattern), key=_natural)
+    names = [f"{name}.{TAG}" for name in IMAGENET] if pretrained else [*VARIANTS, *VITS]
+    return sorted(fnmatch.filter(names, pattern), key=_natural)
 
 
 def register(name: str, variant: Variant) -> None:
@@ -64,30 +133,80 @@ def register(name: str, variant: Variant) -> None:
 
 def canonical_name(name: str) -> str:
     """Accepts what people write: `NFNet_F7+`, `F7+`, and timm's `dm_nfnet_f7`."""
-    plain = name.lower().replace("-", "_").replace("+", "_plus").removeprefix("dm_")
+    plain = name.lower().replace("-", "_").replace("+", "_plus")
+    plain = plain.removeprefix("dm_").removeprefix("xla_")
     if re.fullmatch(r"(mini_)?f\d(_plus)?", plain):
         plain = f"nfnet_{plain}"
     if plain in VARIANTS:
         return plain
     if name in VARIANTS:
         return name
-    near = difflib.get_close_matches(plain, VARIANTS, n=3)
+    near = difflib.get_close_matches(plain, [*VARIANTS, *VITS], n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "see `nfnets-xla models`"
-    raise ValueError(f"there is no model {name!r}; {hint}")
+    raise ValueError(f"there is no model {name!r}; {hint} (timm's are timm/<name>)")
 
 
 def card(name: str) -> str:
     """One line on a model: parameters, and multiply-accumulates at its two resolutions."""
-    variant = VARIANTS[canonical_name(name)]
-    with torch.device("meta"):
-        net = NFNet(variant)
-    parameters = sum(parameter.numel() for parameter in net.parameters())
-    train, test = variant.train_size, variant.test_size
+    net, (train, test) = _on_paper(name)
     return (
-        f"{name:22} {parameters / 1e6:7.2f}M parameters  "
+        f"{name:22} {count_parameters(net) / 1e6:8.2f}M parameters  "
         f"{net.macs(train) / 1e9:7.2f} GMACs at {train} px  "
         f"{net.macs(test) / 1e9:7.2f} GMACs at {test} px"
     )
+
+
+def full_card(name: str) -> str:
+    """All that is known of one model, in lines."""
+    net, (train, test) = _on_paper(name)
+    sizes = sorted({train, test, 224, 256, 384, 480})
+    lines = [name, f"  parameters     {count_parameters(net):,} with {net.num_classes} classes"]
+    if isinstance(net, NFNet):
+        variant = net.variant
+        lines += [
+            f"  blocks         {' + '.join(map(str, variant.depth))} of "
+            f"{', '.join(map(str, variant.width))} channels, then {net.num_features}",
+            f"  resolution     trained at {train} px, evaluated at {test} px "
+            f"(both sides resized to {test + 32}, centre cropped)",
+            f"  regularisation dropout {variant.drop_rate}, stochastic depth 0.25 (from scratch)",
+        ]
+    lines += [
+        f"  at {size:3} px      {net.macs(size) / 1e9:8.2f} GMACs, "
+        f"{net.flops(size) / 1e9:8.2f} GFLOPs (2 per MAC)"
+        for size in sizes
+    ]
+    return "\n".join([*lines, *_accuracy(name)])
+
+
+def _accuracy(name: str) -> list[str]:
+    lines = []
+    if name in IMAGENET:
+        found = IMAGENET[name]
+        remark = f" ({found.remark})" if found.remark else ""
+        lines += [
+            f"  ImageNet       {found.top1} top-1, {found.top5} top-5{remark}: "
+            "arXiv 2102.06171, Table 3",
+            f"                 {TIMM_TOP1[name]:.2f} top-1 of these weights, by timm's results",
+            f"  weights        {name}.{TAG}",
+        ]
+    else:
+        lines.append("  weights        none are public")
+    if name in TRANSFERRED:
+        lines.append(f"  pre-trained    {TRANSFERRED[name]}; those weights are not public")
+    return lines
+
+
+def _on_paper(name: str) -> tuple[Network, tuple[int, int]]:
+    """The model without its tensors, and its sizes for training and testing."""
+    with torch.device("meta"):
+        net = create_network(name, num_classes=0 if is_peer(name) else 1000)
+    if isinstance(net, Peer):
+        return net, (224, 518)
+    return net, (net.variant.train_size, net.variant.test_size)
+
+
+def count_parameters(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -1,138 +1,44 @@
-"""Reading weights, and DeepMind's names for them.
+"""Weights into and out of a network; from a file or an address, in anybody's names."""
 
-Every name is mapped by an explicit table; nothing is guessed. Files that can run code when they are
-opened (pickles) are not read.
-"""
-
-import pickle
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from nfnets_xla.models.download import download, is_address
+from nfnets_xla.models.formats import read_weights
+from nfnets_xla.models.names import in_our_names
 from nfnets_xla.models.nfnet import NFNet
-
-CONVOLUTION = {"w": "weight", "gain": "gain", "bias": "bias"}
-LINEAR = {"w": "weight", "b": "bias"}
+from nfnets_xla.models.peers import Peer
 
 
-def haiku_names(net: NFNet) -> dict[str, str]:
-    """{name in our state dict: DeepMind's flattened name}, e.g.
-    {"stages.0.1.conv0.weight": "NFNet.nf_block_1.conv0.w"}; blocks are numbered through there."""
-    names: dict[str, str] = {}
+def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
+    """Tensors of a file of weights (formats.py), or of one at an http(s) address, kept for later.
 
-    def add(ours: str, theirs: str, leaves: Mapping[str, str]) -> None:
-        names.update({f"{ours}.{leaf}": f"{theirs}.{haiku}" for haiku, leaf in leaves.items()})
-
-    for number in range(len(net.stem)):
-        add(f"stem.{number}", f"NFNet.stem_conv{number}", CONVOLUTION)
-    number = 0
-    for stage, depth in enumerate(net.variant.depth):
-        for place in range(depth):
-            ours = f"stages.{stage}.{place}"
-            theirs = "NFNet.nf_block" + (f"_{number}" if number else "")
-            for conv in ("conv0", "conv1", "conv1b", "conv2"):
-                add(f"{ours}.{conv}", f"{theirs}.{conv}", CONVOLUTION)
-            if place == 0:
-                add(f"{ours}.conv_shortcut", f"{theirs}.conv_shortcut", CONVOLUTION)
-            add(f"{ours}.squeeze_excite.reduce", f"{theirs}.squeeze_excite.linear", LINEAR)
-            add(f"{ours}.squeeze_excite.expand", f"{theirs}.squeeze_excite.linear_1", LINEAR)
-            names[f"{ours}.skip_gain"] = f"{theirs}.skip_gain"
-            number += 1
-    add("final_conv", "NFNet.final_conv", CONVOLUTION)
-    if net.num_classes:
-        add("head", "NFNet.linear", LINEAR)
-    return names
-
-
-def from_haiku(net: NFNet, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """A state dict (float32, on the CPU) for `net`, whose shapes it does not check.
-
-    `arrays` are Haiku's parameters under flattened names; HWIO becomes OIHW, IO becomes OI. Raises
-    ValueError unless their names are exactly `net`'s.
+    The names are the file's; `load_into` translates them. Raises ValueError for a file that is
+    absent, broken, or anything but tensors.
     """
-    names = haiku_names(net)
-    theirs = set(names.values())
-    for verb, wrong in (("lack", theirs - arrays.keys()), ("also hold", arrays.keys() - theirs)):
-        if wrong:
-            raise ValueError(
-                f"the parameters {verb} {min(wrong)!r} ({len(wrong)} such names): they are of "
-                "another model, or its names are not flattened"
-            )
-    return {ours: torch.from_numpy(_transposed(arrays[theirs])) for ours, theirs in names.items()}
-
-
-def to_haiku(net: NFNet) -> dict[str, np.ndarray]:
-    """The inverse of `from_haiku`, for the weights `net` holds."""
-    state = net.state_dict()
-    return {
-        theirs: _transposed(state[ours].detach().cpu().numpy(), inverse=True)
-        for ours, theirs in haiku_names(net).items()
-    }
-
-
-def _transposed(array: np.ndarray, *, inverse: bool = False) -> np.ndarray:
-    if array.ndim == 4:
-        array = array.transpose((2, 3, 1, 0) if inverse else (3, 2, 0, 1))
-    elif array.ndim == 2:
-        array = array.T
-    return np.array(array, np.float32, order="C")
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a .pt / .pth file read without running its code.
-
-    Raises ValueError for a file that is absent, broken, or not a plain state dict of tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no weights file {str(path)!r}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole .safetensors file: {error}") from error
-    if path.suffix in (".pt", ".pth"):
-        return _load_torch(path)
-    if path.suffix == ".npz":  # nfnets/utils.py:111-115 of the reference reads it with dill
-        raise ValueError(
-            f"{path} is .npz: DeepMind's are pickles by another name, which can run code when they "
-            "are opened, so none is read; weights are .safetensors or .pt"
-        )
-    raise ValueError(
-        f"{path} is {path.suffix or 'without a suffix'}; weights are .safetensors or .pt"
-    )
-
-
-def _load_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # refused, or broken
-        raise ValueError(
-            f"{path} is not a file of tensors alone, and nothing else is read, since unpickling "
-            "can run code: save the state dict by itself, best as .safetensors"
-        ) from error
-    if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
-        return state
-    raise ValueError(f"{path} is not a plain state dict of tensors: save only that")
+    return read_weights(download(str(source)) if is_address(source) else Path(source))
 
 
 def load_into(
-    net: NFNet, state: Mapping[str, Tensor], *, source: str, allow_new_head: bool = False
+    net: NFNet | Peer, state: Mapping[str, Tensor], *, source: str, allow_new_head: bool = False
 ) -> bool:
     """Copy `state` into `net`; every name and shape must agree. Returns whether the head is new.
 
-    With `allow_new_head` a classifier of another size (or none, on either side) is left out, and
-    `net` keeps its own: fine-tuning. `source` is what messages call the weights. Raises ValueError,
-    changing nothing, if the weights are of another model.
+    DeepMind's and timm's names become ours first. With `allow_new_head` a classifier of another
+    size (or none, on either side) is left out, and `net` keeps its own: fine-tuning. `source` is
+    what messages call the weights. Raises ValueError, changing nothing, if the weights are of
+    another model or not all finite.
     """
-    _refuse_timm(state, source)
+    if isinstance(net, NFNet):
+        state = in_our_names(net, state, source)
     expected = net.state_dict()
     _check_body(state, expected, source)
     head = {f"{net.classifier_name}.{leaf}" for leaf in ("weight", "bias")}
@@ -152,8 +58,42 @@ def load_into(
                 f"{source} is of another model: {name!r} is {_shape(state, name) or 'absent'} "
                 f"there, expected {_shape(expected, name) or 'absent'}"
             )
-    net.load_state_dict({**expected, **{name: state[name] for name in expected.keys() - skipped}})
+    wanted = {name: state[name] for name in expected.keys() - skipped}
+    for name in sorted(wanted):
+        if not torch.isfinite(wanted[name]).all():
+            raise ValueError(
+                f"{source} has values in {name!r} that are not finite: it is of no use"
+            )
+    net.load_state_dict({**expected, **wanted})
     return bool(expected.keys() & skipped)
+
+
+def save_weights(net: nn.Module, path: Path, about: Mapping[str, str]) -> None:
+    """Write `net`'s state dict as .safetensors that says what it is; the whole file or nothing."""
+    state = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+    save_tensors(state, path, about)
+
+
+def save_tensors(state: dict[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        save_file(state, temporary, metadata=dict(about))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def describe(net: NFNet, name: str, provenance: str) -> dict[str, str]:
+    """What a file of `net`'s weights says of them."""
+    return {
+        "model": name,
+        "num_classes": str(net.num_classes),
+        "in_chans": str(net.in_chans),
+        "plus_bottleneck": "paper" if net.variant.dense_remainder else "code",
+        "provenance": provenance,
+    }
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> str | None:
@@ -184,15 +124,3 @@ def _body(state: Mapping[str, Tensor]) -> str:
     widths = [_length(state, f"stages.{stage}.0.conv2.gain") for stage in sorted(depth)]
     blocks = ", ".join(str(depth[stage]) for stage in sorted(depth))
     return f"stages of {blocks} blocks and {', '.join(map(str, widths))} channels"
-
-
-def _refuse_timm(state: Mapping[str, Tensor], source: str) -> None:
-    """timm's two families share their stem's names; only dm_nfnet has skip gains."""
-    if "stem.conv1.weight" not in state:
-        return
-    if any(name.endswith("skipinit_gain") for name in state):
-        raise ValueError(f"{source} has timm's names (dm_nfnet), which are not converted yet")
-    raise ValueError(
-        f"{source} holds timm's own nfnet, a different network (no skip gain, other padding, gains "
-        "inside the convolutions): only DeepMind's (timm's dm_nfnet) are the NFNets of this library"
-    )

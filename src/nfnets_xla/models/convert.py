@@ -1,0 +1,67 @@
+"""One file of weights into another: any form and anybody's names in, a chosen one's out."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nfnets_xla.models.download import download, is_address
+from nfnets_xla.models.formats import read_metadata, read_weights
+from nfnets_xla.models.names import HEAD, in_our_names, to_haiku, to_timm
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.registry import canonical_name
+from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.models.weights import describe, load_into, save_tensors
+
+TARGETS = ("ours", "timm", "haiku")
+
+
+def convert_weights(
+    source: str,
+    target: Path,
+    *,
+    model: str,
+    to: str = "ours",
+    plus_bottleneck: str = "code",
+    force: bool = False,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> str:
+    """Rewrite weights of an NFNet as .safetensors: in our names, timm's, or DeepMind's.
+
+    Every name, shape and value is checked against the model first. DeepMind's names come with
+    their layouts. Returns one line to be printed. Raises ValueError, writing nothing, for weights
+    of another model, and for a target that exists unless `force`.
+    """
+    if target.exists() and not force:
+        raise ValueError(f"{target} exists; give --force to overwrite it")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent} is not a folder; make it first")
+    name = canonical_name(model)
+    path = download(source, on_progress=on_progress) if is_address(source) else Path(source)
+    with torch.device("meta"):
+        net = NFNet(VARIANTS[name], plus_bottleneck=plus_bottleneck)
+    state = in_our_names(net, read_weights(path), source)
+    classes, in_chans = _sizes(state)
+    net = NFNet(
+        VARIANTS[name], num_classes=classes, in_chans=in_chans, plus_bottleneck=plus_bottleneck
+    )
+    load_into(net, state, source=source)
+    origin = read_metadata(path).get("provenance") or source.rsplit("/", 1)[-1]
+    save_tensors(_named(net, to), target, describe(net, name, origin) | {"names": to})
+    return f"{target}: {name}, {classes} classes, in {to} names, from {source}"
+
+
+def _sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Classes and input channels, read off the weights."""
+    bias, stem = state.get(HEAD[1]), state.get("stem.0.weight")
+    classes = 0 if bias is None else len(bias)
+    return classes, stem.shape[1] if stem is not None and stem.ndim == 4 else 3
+
+
+def _named(net: NFNet, to: str) -> dict[str, Tensor]:
+    if to == "timm":
+        return {name: value.contiguous() for name, value in to_timm(net).items()}
+    if to == "haiku":
+        return {name: torch.from_numpy(array) for name, array in to_haiku(net).items()}
+    return dict(net.state_dict())

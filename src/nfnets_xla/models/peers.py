@@ -1,0 +1,154 @@
+"""Other people's networks by the same door: any timm model, and the paper's ViTs.
+
+A fair comparison needs the same data, loss, optimizer and accounts, so a peer answers to what the
+trainer asks of an NFNet: logits in float32 from images in the compute dtype, keyed dropout on the
+pooled features, and its cost. Randomness inside timm's own layers is not keyed, so it is off.
+
+Shape suffixes: B batch, C channels, H W pixels, N residual blocks (none here), F features.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TIMM = "timm/"
+
+# (width, depth, MLP width, heads, pooling). arXiv 2106.04560, Table 2, for g/14 (giant) and G/14
+# (gigantic); arXiv 2305.13035, Table 1, for SoViT, whose 428M parameters include a head that pools
+# by attention, while the 1011M and 1843M of g and G are those of the encoder alone.
+VITS: dict[str, tuple[int, int, int, int, str]] = {
+    "vit_giant_14": (1408, 40, 6144, 16, "avg"),
+    "vit_gigantic_14": (1664, 48, 8192, 16, "avg"),
+    "sovit_400m_14": (1152, 27, 4304, 16, "map"),
+}
+VIT_PATCH = 14
+VIT_SIZE = 224  # pixels
+
+
+class Peer(nn.Module):
+    """A timm model that trains as an NFNet does."""
+
+    stochastic_depth_rates: tuple[float, ...] = ()
+
+    def __init__(self, make: Callable[..., nn.Module], *, drop_rate: float = 0.0) -> None:
+        """`make(size)` builds the timm model; `drop_rate` is of the pooled features."""
+        super().__init__()
+        self.make = make
+        self.net: Any = make()
+        self.drop_rate = drop_rate
+        self.num_features = int(self.net.head_hidden_size)
+        self.num_classes = int(self.net.num_classes)
+
+    @property
+    def classifier_name(self) -> str:
+        return "net." + str(self.net.pretrained_cfg["classifier"])
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        keep_masks_BN: Tensor | None = None,
+        dropout_keep_BF: Tensor | None = None,
+    ) -> Tensor:
+        """Logits in float32. Weights are cast where timm's layers need it, by autocast."""
+        device, dtype = images_BCHW.device.type, images_BCHW.dtype
+        lower = dtype in (torch.bfloat16, torch.float16)
+        images_BCHW = images_BCHW.float() if lower else images_BCHW
+        with torch.autocast(device, dtype if lower else None, enabled=lower):
+            features = self.net.forward_features(images_BCHW)
+            pooled_BF = self.net.forward_head(features, pre_logits=True)
+        pooled_BF = pooled_BF.float() if lower else pooled_BF
+        if dropout_keep_BF is not None:
+            pooled_BF = pooled_BF * (dropout_keep_BF.to(pooled_BF.dtype) / (1 - self.drop_rate))
+        else:
+            pooled_BF = nn.functional.dropout(pooled_BF, self.drop_rate, self.training)
+        return self.net.get_classifier()(pooled_BF)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.net.reset_classifier(num_classes)
+        self.num_classes = num_classes
+
+    def flops(self, size: int) -> int:
+        """Floating-point operations of one `size` x `size` image, forward; twice the `macs`.
+
+        Counted by torch over convolutions, linear layers and attention, without computing them.
+        """
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with torch.device("meta"):
+            net = self.make(size)
+            counter = FlopCounterMode(display=False)
+            with counter:
+                net.eval().requires_grad_(False)(torch.empty(1, 3, size, size))
+        return counter.get_total_flops()
+
+    def macs(self, size: int) -> int:
+        return self.flops(size) // 2
+
+
+def is_peer(name: str) -> bool:
+    return name.startswith(TIMM) or name in VITS
+
+
+def create_peer(
+    name: str,
+    *,
+    pretrained: bool = False,
+    drop_rate: float = 0.0,
+    image_size: int | None = None,
+    **options: Any,
+) -> Peer:
+    """`timm/<model>` with timm's options, or one of VITS. ValueError for names that are neither.
+
+    `image_size`, in pixels, is for networks made for one (ViTs), which then take others too.
+    """
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate is {drop_rate}; it must be in [0, 1)")
+    if name in VITS and pretrained:
+        raise ValueError(f"{name} has no public weights; leave out pretrained")
+    plain = name.removeprefix(TIMM)
+    if name not in VITS and not is_in_timm(plain):
+        raise ValueError(f"timm has no model {plain!r}; see timm.list_models()")
+    wanted = [pretrained]  # by the first network made, not by those made to be counted
+
+    def make(size: int | None = image_size) -> nn.Module:
+        loads = wanted.pop() if wanted else False
+        if name in VITS:
+            return _vit(name, size or VIT_SIZE, options)
+        import timm
+
+        sized = {} if size is None else {"img_size": size, "dynamic_img_size": True}
+        try:
+            return timm.create_model(plain, pretrained=loads, **options, **sized)
+        except TypeError:  # a network for images of any size
+            return timm.create_model(plain, pretrained=loads, **options)
+
+    return Peer(make, drop_rate=drop_rate)
+
+
+def is_in_timm(name: str) -> bool:
+    import timm
+
+    return timm.is_model(name.partition(".")[0])
+
+
+def _vit(name: str, size: int, options: dict[str, Any]) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    width, depth, mlp_width, heads, pooling = VITS[name]
+    net = VisionTransformer(
+        img_size=size,
+        patch_size=VIT_PATCH,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=mlp_width / width,
+        class_token=False,
+        global_pool=pooling,  # type: ignore[arg-type]
+        fc_norm=False,
+        dynamic_img_size=size % VIT_PATCH == 0,  # timm wants that of other sizes, too
+        **options,
+    )
+    net.pretrained_cfg = {"classifier": "head"}  # type: ignore[assignment]
+    return net

@@ -1,0 +1,118 @@
+"""Our networks under timm's door: `timm.create_model("xla_nfnet_f7_plus")`.
+
+timm calls DeepMind's networks `dm_nfnet_*` and has others under `nfnet_*`; ours are `xla_nfnet_*`.
+`import nfnets_xla` calls `register_with_timm`, which waits until timm is imported: timm takes as
+long to load as torch, and a data worker needs neither its models nor ours.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from nfnets_xla.models.names import in_our_names
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.published import IMAGENET, TAG
+from nfnets_xla.models.variants import VARIANTS, Variant
+
+PREFIX = "xla_"
+TIMM = "timm.models"
+MARGIN = 32  # pixels: DeepMind resizes both sides to size + 32 for evaluation
+
+default_cfgs: dict[str, Any] = {}  # read by timm's registry, which takes them from this module
+
+
+def register_with_timm() -> None:
+    """Now if timm is loaded, else as soon as it is."""
+    if TIMM in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _AfterTimm())
+
+
+class _AfterTimm(importlib.abc.MetaPathFinder):
+    """Lets the import of timm.models take its course and registers after it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != TIMM:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                _register()
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    from timm.models import generate_default_cfgs, register_model
+
+    cfgs = {}
+    for name, variant in VARIANTS.items():
+        cfgs[f"{PREFIX}{name}.{TAG}" if name in IMAGENET else f"{PREFIX}{name}"] = cfg(
+            name, variant
+        )
+    default_cfgs.update(generate_default_cfgs(cfgs))
+    for name in VARIANTS:
+        register_model(_entrypoint(name))
+
+
+def cfg(name: str, variant: Variant) -> dict[str, Any]:
+    """What timm wants to know: sizes, how to evaluate, where the classifier and the weights are."""
+    found = {"hf_hub_id": f"timm/dm_{name}.{TAG}", "license": "apache-2.0"}
+    return {
+        **(found if name in IMAGENET else {}),
+        "num_classes": 1000,
+        "input_size": (3, variant.train_size, variant.train_size),
+        "test_input_size": (3, variant.test_size, variant.test_size),
+        "pool_size": (-(-variant.train_size // 32),) * 2,
+        "crop_pct": _crop_share(variant.train_size),
+        "test_crop_pct": _crop_share(variant.test_size),
+        "crop_mode": "squash",
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "stem.0",
+        "classifier": NFNet.classifier_name,
+    }
+
+
+def _crop_share(size: int) -> float:
+    """Of size + 32, which timm gets back by dividing and rounding down: hence a little less."""
+    return size / (size + MARGIN) * (1 - 1e-9)
+
+
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, **options: Any) -> nn.Module:
+        from timm.models import build_model_with_cfg
+
+        return build_model_with_cfg(
+            partial(NFNet, VARIANTS[name]),
+            PREFIX + name,
+            pretrained,
+            feature_cfg={"feature_cls": "getter"},
+            pretrained_filter_fn=_in_our_names,
+            **options,
+        )
+
+    build.__name__ = build.__qualname__ = PREFIX + name
+    build.__module__ = __name__
+    build.__doc__ = f"DeepMind's {name} as nfnets_xla has it."
+    return build
+
+
+def _in_our_names(state: Mapping[str, Tensor], net: NFNet) -> dict[str, Tensor]:
+    return dict(in_our_names(net, state, "the file"))

@@ -1,0 +1,64 @@
+"""Other networks by the same door: timm's, and the ViTs of the paper with their published sizes."""
+
+import pytest
+import torch
+
+from nfnets_xla import create_model
+from nfnets_xla.models.peers import VITS, Peer, create_peer
+from nfnets_xla.models.registry import count_parameters, create_network
+
+# Millions of parameters of the encoder, and GFLOPs (2 per multiply-accumulate) at 224, 384 and 518
+# px: arXiv 2106.04560, Table 2, and arXiv 2305.13035, section 5.
+PUBLISHED = {
+    "vit_giant_14": (1011, 533.1, 1596.4, 3208),
+    "vit_gigantic_14": (1843, 965.3, 2859.9, 5668),
+    "sovit_400m_14": (428, 221, 672, 1374),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_papers_vits_have_their_published_sizes(name: str) -> None:
+    """Parameters to the printed million. FLOPs to 1 %: how softmax and norms count is not said."""
+    million, *gflops = PUBLISHED[name]
+    with torch.device("meta"):
+        net = create_peer(name, num_classes=0)
+    assert round(count_parameters(net) / 1e6) == million
+    for size, expected in zip((224, 384, 518), gflops, strict=True):
+        assert net.flops(size) / 1e9 == pytest.approx(expected, rel=0.01)
+        assert net.macs(size) * 2 == net.flops(size)
+    assert set(VITS) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_resnet"])
+def test_a_timm_model_answers_as_an_nfnet_does(name: str) -> None:
+    torch.manual_seed(0)
+    net = create_network(name, num_classes=5, drop_rate=0.5, image_size=64)
+    assert isinstance(net, Peer)
+    net.eval()
+    images = torch.randn(2, 3, 64, 64)
+    logits = net(images)
+    torch.testing.assert_close(logits, net.net(images))
+    ones = torch.ones(2, net.num_features)
+    bias = net.get_submodule(net.classifier_name).bias
+    doubled = net(images, None, ones) - bias  # inverted dropout at rate 0.5 that keeps everything
+    torch.testing.assert_close(doubled, 2 * (logits - bias), rtol=1e-4, atol=1e-5)
+    assert net(images.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(net(images.bfloat16()), logits, atol=0.05, rtol=0.1)
+    net.reset_classifier(3)
+    assert net(images).shape == (2, 3)
+    assert net.num_classes == 3
+    assert net.macs(64) > net.macs(32) > 0
+
+
+def test_feature_maps_of_a_timm_model() -> None:
+    maps = create_model("timm/test_resnet", features_only=True, out_indices=(1, 2))
+    assert len(maps(torch.randn(1, 3, 64, 64))) == 2
+
+
+def test_unknown_peers_and_absent_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="timm has no model 'vit_nothing'"):
+        create_model("timm/vit_nothing")
+    with pytest.raises(ValueError, match="vit_giant_14 has no public weights"):
+        create_model("vit_giant_14", pretrained=True, device="meta")
+    with pytest.raises(ValueError, match="drop_rate is 2"):
+        create_model("timm/test_vit", drop_rate=2)
