@@ -41,7 +41,7 @@ check: install  ## Lint, formatting, types, import layers
 	$(BIN)/lint-imports
 
 bench: install  ## Every benchmark, each beside its peer
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## Delete what was built and what the demo wrote
 	rm -rf $(VENV) .tools build dist demo-run src/*.egg-info .pytest_cache .ruff_cache

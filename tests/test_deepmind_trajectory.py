@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nfnets_xla.ema import EMA
-from nfnets_xla.models.weights import haiku_names
+from nfnets_xla.models.names import haiku_names
 from nfnets_xla.optim import SGD_AGC, parameter_roles, warmup_cosine
 from tests.fixtures import deepmind
 
