@@ -34,6 +34,9 @@ from nfnets_xla.task import Classification, Restored
 
 Say = Callable[[str], None]
 
+# Recorded with a run: what its numbers and pixels may depend on.
+VERSIONS = ("nfnets_xla", "torch", "lightning", "numpy", "pillow", "simplejpeg")
+
 
 def train(run: Run, say: Say = print) -> dict[str, Any]:
     """Train, or go on training, in `run.run_dir`; returns the record's closing line.
@@ -323,6 +326,6 @@ def header(
         "num_devices": backend.num_devices,
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("nfnets_xla", "torch", "lightning")},
+            **{name: version(name) for name in VERSIONS},
         },
     }

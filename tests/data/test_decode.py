@@ -1,4 +1,4 @@
-"""Every kind of picture becomes RGB; everything else becomes a ValueError."""
+"""Every kind of picture becomes RGB, as Pillow has it; everything else becomes a ValueError."""
 
 import io
 import warnings
@@ -22,9 +22,21 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def pixels(data: bytes) -> np.ndarray:
-    image = decode(data)
-    assert image.mode == "RGB"
-    return np.asarray(image)
+    decoded = decode(data)
+    assert (decoded.ndim, decoded.shape[2], decoded.dtype) == (3, 3, np.uint8)
+    return decoded
+
+
+def pillows(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Neither smooth nor pure noise."""
+    coarse = Image.fromarray(COLOURS).resize((width, height), Image.Resampling.BICUBIC)
+    grain = np.random.default_rng(1).integers(-20, 21, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "WEBP"])
@@ -40,6 +52,38 @@ def test_jpegs_of_any_colour_space(mode: str) -> None:
     data = encoded(smooth.convert(mode), "JPEG", quality=95, subsampling=0)
     expected = np.asarray(smooth.convert(mode).convert("RGB"), np.int64)
     assert abs(pixels(data) - expected).mean() < 4
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (17, 9), (333, 250)])
+def test_jpegs_are_pillows_bit_for_bit(
+    subsampling: str, progressive: bool, size: tuple[int, int]
+) -> None:
+    data = encoded(photo(*size), "JPEG", subsampling=subsampling, progressive=progressive)
+    assert module._by_simplejpeg(data) is not None
+    assert np.array_equal(pixels(data), pillows(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "YCbCr"])
+def test_jpegs_of_other_colour_spaces_are_pillows_bit_for_bit(mode: str) -> None:
+    data = encoded(photo(60, 50).convert(mode), "JPEG")
+    assert (module._by_simplejpeg(data) is None) == (mode == "CMYK")
+    assert np.array_equal(pixels(data), pillows(data))
+
+
+def test_jpegs_that_keep_rgb_are_pillows_bit_for_bit() -> None:
+    data = encoded(photo(60, 50), "JPEG", keep_rgb=True)
+    assert np.array_equal(pixels(data), pillows(data))
+
+
+def test_a_jpeg_that_only_pillow_forgives_is_read_by_pillow() -> None:
+    """Stray bytes before a marker, as some files of ImageNet have them."""
+    whole = encoded(photo(60, 50), "JPEG")
+    scan = whole.index(b"\xff\xda")
+    data = whole[:scan] + b"stray" + whole[scan:]
+    assert module._by_simplejpeg(data) is None
+    assert np.array_equal(pixels(data), pillows(whole))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
@@ -81,6 +125,8 @@ def test_the_orientation_in_the_metadata_is_ignored() -> None:
     exif[0x0112] = 6  # turned by 90 degrees
     data = encoded(Image.fromarray(COLOURS), "PNG", exif=exif)
     assert np.array_equal(pixels(data), COLOURS)
+    jpeg = encoded(photo(40, 30), "JPEG", exif=exif)
+    assert np.array_equal(pixels(jpeg), pillows(encoded(photo(40, 30), "JPEG")))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM"])
@@ -100,8 +146,9 @@ def test_no_other_format_is_tried() -> None:
         decode(data)
 
 
-def test_more_pixels_than_allowed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded(Image.fromarray(COLOURS), "PNG")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_more_pixels_than_allowed_are_refused(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    data = encoded(Image.fromarray(COLOURS), kind)
     monkeypatch.setattr(module, "MAX_PIXELS", 239)
     with pytest.raises(ValueError, match="20 x 12 pixels are more than 239"):
         decode(data)
@@ -115,3 +162,22 @@ def test_a_decompression_bomb_is_refused_by_its_header(side: int) -> None:
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
     with pytest.raises(ValueError, match="do not decode as an image"):
         decode(bytes(data))
+
+
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_a_jpegs_header_that_lies_is_refused(side: int) -> None:
+    """One that claims more pixels than the file has, below and above what is allowed."""
+    data = bytearray(encoded(Image.fromarray(COLOURS), "JPEG"))
+    size_at = data.index(b"\xff\xc0") + 5  # start of frame: marker, length, precision
+    data[size_at : size_at + 4] = side.to_bytes(2, "big") * 2
+    with pytest.raises(ValueError, match="do not decode as an image"):
+        decode(bytes(data))
+
+
+def test_a_jpeg_of_endless_scans_is_refused() -> None:
+    data = encoded(photo(64, 48), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    assert 5 < data.count(b"\xff\xda") < 15
+    bomb = data[:last] + data[last:-2] * 200 + data[-2:]
+    with pytest.raises(ValueError, match=r"20\d scans are more than 200"):
+        decode(bomb)

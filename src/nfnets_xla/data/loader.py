@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from nfnets_xla.data.augment import Pixels, eval_view, random_resized_crop_flip
@@ -51,7 +50,7 @@ class Samples:
         shard = int(np.searchsorted(self.first_of_shard, number, side="right")) - 1
         return self.index.sample_id(shard, number - int(self.first_of_shard[shard]))
 
-    def image(self, shard: int, row: int) -> Image.Image:
+    def pixels(self, shard: int, row: int) -> Pixels:
         try:
             return decode(self.index.read(shard, row))
         except ValueError as error:
@@ -132,9 +131,9 @@ class TrainBatches(Dataset[Batch]):
         ids = [self.samples.name(int(number)) for number in batch["sample_U"][real]]
         return {"ids": ids, "epochs": batch["epoch_U"][real].tolist()}
 
-    def _view(self, image: Image.Image, epoch: int, sample: int, view: int) -> Pixels:
+    def _view(self, pixels: Pixels, epoch: int, sample: int, view: int) -> Pixels:
         return random_resized_crop_flip(
-            image,
+            pixels,
             row_rng(AUGMENT, self.seed, epoch, sample, view),
             size=self.image_size,
             area=(self.min_crop_area, 1.0),
@@ -164,9 +163,9 @@ class EvalBatches(Dataset[Batch]):
         rows = self.order.step(step)
         return _batch(step, rows, self.samples, self._view, self.image_size, repeats=1)
 
-    def _view(self, image: Image.Image, epoch: int, sample: int, view: int) -> Pixels:
+    def _view(self, pixels: Pixels, epoch: int, sample: int, view: int) -> Pixels:
         del epoch, sample, view
-        return eval_view(image, size=self.image_size, margin=self.margin)
+        return eval_view(pixels, size=self.image_size, margin=self.margin)
 
 
 class Batches:
@@ -227,7 +226,7 @@ def _batch(
     step: int,
     rows: StepRows,
     samples: Samples,
-    view_of: Callable[[Image.Image, int, int, int], Pixels],
+    view_of: Callable[[Pixels, int, int, int], Pixels],
     size: int,
     repeats: int,
 ) -> Batch:
@@ -241,9 +240,9 @@ def _batch(
             continue  # evaluation fills up with one sample, which need not be decoded each time
         shard, row, epoch = (int(column[place]) for column in (rows.shard, rows.row, rows.epoch))
         labels_U[place] = samples.label(shard, row)
-        image = samples.image(shard, row)
+        pixels = samples.pixels(shard, row)
         for view in range(repeats):
-            images_UKHWC[place, view] = view_of(image, epoch, sample, view)
+            images_UKHWC[place, view] = view_of(pixels, epoch, sample, view)
     return {
         "step": step,
         "images_BHWC": torch.from_numpy(images_UKHWC.reshape(-1, size, size, 3)),
