@@ -28,8 +28,10 @@ SMALL = [
     "trainer.eval_every=7",
     "trainer.checkpoint_every=5",
 ]
-# Everything that draws: dropout, stochastic depth, crops and flips; and every kind of state.
+# Everything that draws: dropout, stochastic depth, crops, flips, RandAugment, MixUp and CutMix; and
+# every kind of state.
 RECIPE = ["finetune_sam_demo", "model.init_from=null", "model.drop_path_rate=0.2", "data.flip=true"]
+RECIPE += ["data.randaugment_magnitude=5", "data.mix=mixup_cutmix", "optim.label_smoothing=0.1"]
 PLAIN_CPU = ["trainer.device=cpu", "trainer.virtual_devices=null"]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 JOBS = ("train", "evaluate")
 DEVICES = ("auto", "xla", "cuda", "cpu")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+MIXES = ("none", "mixup_cutmix")
 
 
 @dataclass
@@ -33,6 +34,9 @@ class DataConfig:
     eval_margin: int  # evaluation resizes both sides to eval_image_size + margin, then crops
     flip: bool  # mirror half of the training views
     min_crop_area: float  # smallest part of the image a training crop may show
+    randaugment_magnitude: int | None  # the NFNets had F0 5, F1 and F2 10, larger 15; None: without
+    randaugment_ops: int  # operations applied to a view in turn
+    mix: str  # "none", or "mixup_cutmix": MixUp on half of the rows and CutMix on the others
     batch_size: int  # rows of a global batch: unique images x repeats
     eval_batch_size: int
     repeats: int  # views of each image in a batch (repeated augmentation)
@@ -80,6 +84,7 @@ class Run:
         _one_of("job", self.job, JOBS)
         _one_of("trainer.device", self.trainer.device, DEVICES)
         _one_of("model.compute_dtype", self.model.compute_dtype, COMPUTE_DTYPES)
+        _one_of("data.mix", self.data.mix, MIXES)
         _one_of("model.init_weights", self.model.init_weights, ("raw", "ema"))
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must be in [0, 2**32)")
@@ -95,6 +100,9 @@ class Run:
             raise ValueError(
                 f"data.min_crop_area is {self.data.min_crop_area}; it must be in (0, 1]"
             )
+        magnitude = self.data.randaugment_magnitude
+        if magnitude is not None and not 1 <= magnitude <= 20:  # at 20 `Posterize` keeps 8 bits
+            raise ValueError(f"data.randaugment_magnitude is {magnitude}; it must be in [1, 20]")
         if self.trainer.virtual_devices is not None and self.trainer.device != "xla":
             raise ValueError(
                 f"trainer.virtual_devices is {self.trainer.virtual_devices} with trainer.device="
@@ -116,6 +124,7 @@ class Run:
 _POSITIVE = [
     *[("data", name) for name in ("num_classes", "image_size", "eval_image_size", "batch_size")],
     *[("data", name) for name in ("eval_batch_size", "repeats", "num_streams", "window_shards")],
+    ("data", "randaugment_ops"),
     *[("optim", name) for name in ("epochs", "peak_lr", "clipping", "sam_rho")],
     *[("trainer", name) for name in ("virtual_devices", "log_every", "eval_every")],
     *[("trainer", name) for name in ("checkpoint_every", "keep_checkpoints")],

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torchmetrics.aggregation import MeanMetric
 
 from nfnets_xla.config import OptimConfig
+from nfnets_xla.data.mix import mixed
 from nfnets_xla.ema import EMA
 from nfnets_xla.models.registry import Network
 from nfnets_xla.optim.roles import parameter_roles
@@ -125,7 +126,11 @@ class Classification(LightningModule):
         hyper_2 = torch.tensor([self.learning_rate(step), ema_decay]).to(self.device)
         self.sgd.set_lr(hyper_2[0:1])
 
-        images_BCHW = self._normalised(batch["images_BHWC"]).to(self.compute_dtype)
+        images_BHWC = batch["images_BHWC"]
+        if "mix_ratio_B" in batch:
+            boxes = batch["mix_outside_B"], batch["mix_box_B4"]
+            images_BHWC = mixed(images_BHWC, batch["layout"], *boxes)
+        images_BCHW = self._normalised(images_BHWC).to(self.compute_dtype)
         dropout_keep_BF = self._dropout_keep(batch)
         optimizer: Any = self.optimizers()
         passes: list[tuple[Tensor, Tensor]] = []
@@ -133,7 +138,7 @@ class Classification(LightningModule):
         def closure() -> Tensor:
             optimizer.zero_grad()
             logits_BK = self.net(images_BCHW, batch["keep_masks_BN"], dropout_keep_BF)
-            loss = self._loss(logits_BK, batch["labels_B"], batch["weight_B"])
+            loss = self._loss(logits_BK, batch)
             self.manual_backward(loss)
             passes.append((loss.detach(), logits_BK.detach()))
             return loss
@@ -146,11 +151,19 @@ class Classification(LightningModule):
         top1 = _weighted_mean(_rank(logits_BK, batch["labels_B"]) < 1, batch["weight_B"])
         self.step_metrics_M = torch.stack([loss, top1])
 
-    def _loss(self, logits_BK: Tensor, labels_B: Tensor, weight_B: Tensor) -> Tensor:
-        losses_B = F.cross_entropy(
-            logits_BK, labels_B, reduction="none", label_smoothing=self.optim.label_smoothing
-        )
-        return _weighted_mean(losses_B, weight_B)
+    def _loss(self, logits_BK: Tensor, batch: Batch) -> Tensor:
+        """Of a mixed row, the share of its own label's loss and the rest of its partner's: equal to
+        one loss of mixed targets, smoothed after mixing, for the loss is linear in the target."""
+
+        def losses_B(labels_B: Tensor) -> Tensor:
+            smoothing = self.optim.label_smoothing
+            return F.cross_entropy(logits_BK, labels_B, reduction="none", label_smoothing=smoothing)
+
+        of_rows_B = losses_B(batch["labels_B"])
+        if "mix_ratio_B" in batch:
+            ratio_B = batch["mix_ratio_B"]
+            of_rows_B = ratio_B * of_rows_B + (1 - ratio_B) * losses_B(batch["mix_labels_B"])
+        return _weighted_mean(of_rows_B, batch["weight_B"])
 
     def _normalised(self, images_BHWC: Tensor) -> Tensor:
         images = (images_BHWC.float() - self.mean_rgb) / self.stddev_rgb

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from nfnets_xla.data.loader import Batch, Batches, EvalBatches, TrainBatches
-from nfnets_xla.data.masks import dropout_bits, keep_masks
+from nfnets_xla.data.masks import RANDAUGMENT, dropout_bits, keep_masks, row_rng
+from nfnets_xla.data.mix import partner_rows
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.pack import pack_samples
+from nfnets_xla.data.randaugment import rand_augment
 from nfnets_xla.data.shards import ShardIndex, build_index
 from tests.reference.resize import resized
 
@@ -57,6 +59,9 @@ def train(index: ShardIndex, *, epochs: float = 1.5, seed: int = 0, **changes: A
         "repeats": REPEATS,
         "flip": True,
         "min_crop_area": 0.2,
+        "randaugment_ops": 2,
+        "randaugment_magnitude": None,
+        "mix": False,
         "drop_path_rates": RATES,
         "dropout_features": 11,
         "dropout_rate": 0.25,
@@ -219,6 +224,63 @@ def test_without_dropout_a_batch_has_no_bits(index: ShardIndex) -> None:
     assert "dropout_bits_BP" not in train(index, dropout_rate=0.0)[0]
 
 
+def test_randaugment_changes_the_views_and_nothing_else(
+    index: ShardIndex, in_this_process: list[Batch]
+) -> None:
+    """Each view is the plain one, augmented with the row's own key."""
+    batch, plain = train(index, randaugment_magnitude=5)[4], in_this_process[4]
+    keys = zip(
+        batch["epoch_U"].repeat(REPEATS).tolist(),
+        batch["sample_U"].repeat(REPEATS).tolist(),
+        list(range(REPEATS)) * UNIQUE,
+        strict=True,
+    )
+    for row, key in enumerate(keys):
+        view = plain["images_BHWC"][row].numpy()
+        rng = row_rng(RANDAUGMENT, 0, *key)
+        expected = rand_augment(view, rng, operations=2, magnitude=5)
+        assert np.array_equal(batch["images_BHWC"][row], expected)
+    for name in plain.keys() - {"images_BHWC", "step"}:
+        assert np.array_equal(batch[name], plain[name])
+
+
+def test_mixing_adds_what_the_device_needs_and_leaves_the_images(
+    index: ShardIndex, in_this_process: list[Batch]
+) -> None:
+    dataset = train(index, mix=True)
+    for step, plain in enumerate(in_this_process):
+        batch = dataset[step]
+        assert np.array_equal(batch["images_BHWC"], plain["images_BHWC"])
+        layout = batch["layout"]
+        assert layout == (STREAMS, UNIQUE // STREAMS, REPEATS)
+        partner = partner_rows(layout)
+        assert np.array_equal(batch["mix_labels_B"], batch["labels_B"][partner])
+        kept = batch["mix_ratio_B"] == 1  # also where Beta(0.2, 0.2) comes that close
+        is_spare = batch["weight_B"][partner] == 0
+        assert kept[is_spare].all()
+        assert kept[~is_spare].float().mean() < 0.5
+        assert batch["mix_outside_B"].dtype == batch["mix_ratio_B"].dtype == torch.float32
+        assert batch["mix_box_B4"].dtype == torch.int32
+
+
+def test_some_streams_of_a_batch_are_as_in_the_whole(index: ShardIndex) -> None:
+    dataset = train(index, mix=True, randaugment_magnitude=5)
+    for stream in range(STREAMS):
+        part, whole = dataset.of_streams(2, [stream]), dataset[2]
+        for name, value in part.items():
+            if isinstance(value, (torch.Tensor, np.ndarray)):
+                length = len(value)
+                assert np.array_equal(value, whole[name][stream * length :][:length]), name
+
+
+def test_a_batch_too_small_to_be_mixed_is_refused(index: ShardIndex) -> None:
+    order = Order(index.counts, 0, 6, 6, window_shards=2, epochs=1)
+    options = vars(train(index)) | {"num_classes": CLASSES, "mix": True, "order": order}
+    del options["samples"]
+    with pytest.raises(ValueError, match=r"1 images of each of 6 streams; mixing needs 2 and"):
+        TrainBatches(index, **options)
+
+
 # ---- evaluation ---------------------------------------------------------------------------------
 
 
@@ -273,6 +335,9 @@ def test_an_order_of_other_shards_is_refused(index: ShardIndex) -> None:
             repeats=1,
             flip=True,
             min_crop_area=0.1,
+            randaugment_ops=2,
+            randaugment_magnitude=None,
+            mix=False,
             drop_path_rates=RATES,
             dropout_features=1,
             dropout_rate=0.0,

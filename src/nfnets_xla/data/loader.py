@@ -24,13 +24,23 @@ from torch.utils.data import DataLoader, Dataset
 
 from nfnets_xla.data.augment import Pixels, eval_view, random_resized_crop_flip
 from nfnets_xla.data.decode import decode
-from nfnets_xla.data.masks import AUGMENT, dropout_bits, keep_masks, row_rng
+from nfnets_xla.data.masks import (
+    AUGMENT,
+    MIX,
+    RANDAUGMENT,
+    dropout_bits,
+    keep_masks,
+    row_rng,
+)
+from nfnets_xla.data.mix import Layout, draw_mixes
 from nfnets_xla.data.order import Order, SequentialOrder, StepRows
+from nfnets_xla.data.randaugment import rand_augment
 from nfnets_xla.data.shards import ShardIndex
 
 # images_BHWC uint8, labels_B int64, weight_B float32 and, in training, keep_masks_BN and
-# dropout_bits_BP uint8 are tensors. What stays on the host is not: sample_U and epoch_U int64,
-# weight_U float32 (numpy), step (int).
+# dropout_bits_BP uint8 are tensors; so are mix_outside_B and mix_ratio_B float32, mix_box_B4 int32
+# and mix_labels_B int64, where images are to be mixed. What stays on the host is not: sample_U and
+# epoch_U int64, weight_U float32 (numpy), step (int), layout (mix.Layout).
 Batch = dict[str, Any]
 
 
@@ -83,6 +93,9 @@ class TrainBatches(Dataset[Batch]):
         repeats: int,
         flip: bool,
         min_crop_area: float,
+        randaugment_ops: int,
+        randaugment_magnitude: int | None,
+        mix: bool,
         drop_path_rates: Sequence[float],
         dropout_features: int,
         dropout_rate: float,
@@ -93,6 +106,12 @@ class TrainBatches(Dataset[Batch]):
                 f"the order is of {order.num_samples} samples and the index of "
                 f"{index.num_samples}, or of other shards: make the order from this index"
             )
+        images_per_stream = order.unique_per_step // order.num_streams
+        if mix and (order.num_streams % 2 or images_per_stream < 2):
+            raise ValueError(
+                f"a batch has {images_per_stream} images of each of {order.num_streams} streams; "
+                "mixing needs 2 and an even number of streams: change data.num_streams"
+            )
         self.samples = Samples(index, num_classes)
         self.order = order
         self.seed = seed
@@ -100,6 +119,9 @@ class TrainBatches(Dataset[Batch]):
         self.repeats = repeats
         self.flip = flip
         self.min_crop_area = min_crop_area
+        self.randaugment_ops = randaugment_ops
+        self.randaugment_magnitude = randaugment_magnitude
+        self.mix = mix
         self.drop_path_rates = tuple(drop_path_rates)
         self.dropout_features = dropout_features
         self.dropout_rate = dropout_rate
@@ -109,7 +131,15 @@ class TrainBatches(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         """Raises ValueError, with the sample's name, for an image or a label that is no good."""
+        return self._of_rows(step, self.order.step(step))
+
+    def of_streams(self, step: int, streams: Sequence[int]) -> Batch:
+        """The part of a batch that these streams make: its rows are those of the whole."""
         rows = self.order.step(step)
+        chosen = np.isin(rows.stream, streams)
+        return self._of_rows(step, StepRows._make(column[chosen] for column in rows))
+
+    def _of_rows(self, step: int, rows: StepRows) -> Batch:
         batch = _batch(step, rows, self.samples, self._view, self.image_size, self.repeats)
         keys = {
             "epoch_B": rows.epoch.repeat(self.repeats),
@@ -123,6 +153,8 @@ class TrainBatches(Dataset[Batch]):
                 self.seed, **keys, features=self.dropout_features, rate=self.dropout_rate
             )
             batch["dropout_bits_BP"] = torch.from_numpy(bits_BP)
+        if self.mix:
+            batch |= self._mixes(batch, rows, **keys)
         return batch
 
     def samples_shown(self, batch: Batch) -> dict[str, list]:
@@ -132,13 +164,50 @@ class TrainBatches(Dataset[Batch]):
         return {"ids": ids, "epochs": batch["epoch_U"][real].tolist()}
 
     def _view(self, pixels: Pixels, epoch: int, sample: int, view: int) -> Pixels:
-        return random_resized_crop_flip(
+        key = self.seed, epoch, sample, view
+        shown = random_resized_crop_flip(
             pixels,
-            row_rng(AUGMENT, self.seed, epoch, sample, view),
+            row_rng(AUGMENT, *key),
             size=self.image_size,
             area=(self.min_crop_area, 1.0),
             flip=self.flip,
         )
+        if self.randaugment_magnitude is None:
+            return shown
+        return rand_augment(
+            shown,
+            row_rng(RANDAUGMENT, *key),
+            operations=self.randaugment_ops,
+            magnitude=self.randaugment_magnitude,
+        )
+
+    def _mixes(
+        self,
+        batch: Batch,
+        rows: StepRows,
+        epoch_B: NDArray[np.int64],
+        sample_B: NDArray[np.int64],
+        view_B: NDArray[np.int64],
+    ) -> Batch:
+        """What is to be mixed with what; the device does it."""
+        images_per_stream = self.order.unique_per_step // self.order.num_streams
+        layout = Layout(len(rows.row) // images_per_stream, images_per_stream, self.repeats)
+        keys = list(zip(epoch_B.tolist(), sample_B.tolist(), view_B.tolist(), strict=True))
+        mixes = draw_mixes(
+            layout,
+            self.image_size,
+            sample_B=sample_B,
+            stream_B=rows.stream.repeat(self.repeats),
+            weight_B=rows.weight.repeat(self.repeats),
+            rng_of=lambda row: row_rng(MIX, self.seed, *keys[row]),
+        )
+        return {
+            "layout": layout,
+            "mix_outside_B": torch.from_numpy(mixes.outside_B),
+            "mix_box_B4": torch.from_numpy(mixes.box_B4),
+            "mix_ratio_B": torch.from_numpy(mixes.ratio_B),
+            "mix_labels_B": batch["labels_B"][torch.from_numpy(mixes.partner_B)],
+        }
 
 
 class EvalBatches(Dataset[Batch]):

@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 UInt8 = NDArray[np.uint8]
 
 # Purposes. Draws made for one never meet those made for another.
-AUGMENT, STOCHASTIC_DEPTH, DROPOUT = 3, 4, 5
+AUGMENT, STOCHASTIC_DEPTH, DROPOUT, RANDAUGMENT, MIX = 3, 4, 5, 6, 7
 
 
 def row_rng(purpose: int, seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:

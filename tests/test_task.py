@@ -1,0 +1,50 @@
+"""The loss of a batch, against targets written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nfnets_xla.config import OptimConfig
+from nfnets_xla.models.registry import create_model
+from nfnets_xla.task import Classification
+
+ROWS, CLASSES = 6, 11
+
+
+def task(label_smoothing: float) -> Classification:
+    optim = OptimConfig(
+        epochs=1,
+        peak_lr=0.1,
+        warmup_steps=0,
+        momentum=0.9,
+        weight_decay=0.0,
+        clipping=None,
+        label_smoothing=label_smoothing,
+        sam_rho=None,
+        ema_decay=None,
+    )
+    net = create_model("nfnet_mini_f0", num_classes=CLASSES)
+    return Classification(net, optim, total_steps=1, compute_dtype=torch.float32, fetch=dict)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_the_loss_is_that_of_mixed_and_then_smoothed_targets(smoothing: float, mixes: bool) -> None:
+    """As in the reference (experiment.py:230-250); rows count by weight."""
+    torch.manual_seed(0)
+    logits_BK = torch.randn(ROWS, CLASSES)
+    own_B, other_B = torch.randint(CLASSES, (2, ROWS))
+    ratio_B = torch.rand(ROWS) if mixes else torch.ones(ROWS)
+    weight_B = torch.tensor([1.0, 1, 0, 1, 1, 0])
+    batch = {"labels_B": own_B, "weight_B": weight_B}
+    if mixes:
+        batch |= {"mix_labels_B": other_B, "mix_ratio_B": ratio_B}
+
+    own_BK, other_BK = (F.one_hot(labels_B, CLASSES).double() for labels_B in (own_B, other_B))
+    targets_BK = ratio_B[:, None] * own_BK + (1 - ratio_B[:, None]) * other_BK
+    targets_BK = (1 - smoothing) * targets_BK + smoothing / CLASSES
+    torch.testing.assert_close(targets_BK.sum(dim=1), torch.ones(ROWS).double())
+    losses_B = -(targets_BK * logits_BK.double().log_softmax(dim=1)).sum(dim=1)
+    expected = losses_B[weight_B > 0].mean()
+    loss = task(smoothing)._loss(logits_BK, batch)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
