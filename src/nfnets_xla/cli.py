@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra import initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -32,6 +33,7 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla RECIPE --cfg job           show what it would run
        nfnets-xla shards index DIR           index WebDataset shards (DIR/*.tar)
        nfnets-xla shards pack IMAGES DIR     pack IMAGES/<class>/<image> into indexed shards
+       nfnets-xla shards show DIR            draw the views that a recipe makes of them
        nfnets-xla models [PATTERN | NAME]    list the models, or show all about one
        nfnets-xla convert SRC DST --model NAME [--to ours|timm|haiku] [--force]
                                              rewrite weights: a file of any form, or an address
@@ -138,8 +140,12 @@ def shards(arguments: list[str]) -> None:
 
             pack_image_folder(Path(images), Path(folder), on_progress=progress("packed"))
             index_shards(Path(folder))
+        case ["show", *rest]:
+            show_shards(rest)
         case _:
-            raise ValueError("usage: nfnets-xla shards index DIR | shards pack IMAGES DIR")
+            raise ValueError(
+                "usage: nfnets-xla shards index DIR | shards pack IMAGES DIR | shards show DIR ..."
+            )
 
 
 def index_shards(folder: Path) -> None:
@@ -150,6 +156,19 @@ def index_shards(folder: Path) -> None:
         f"{folder}: {index.num_samples:,} samples in {len(index.names)} shards, "
         f"{index.num_classes} classes, fingerprint {index.fingerprint[:16]}"
     )
+
+
+def show_shards(arguments: list[str]) -> None:
+    from nfnets_xla.show import parse, show
+
+    request = parse(arguments)
+    # What the sheet does not depend on, and a recipe may leave to be set.
+    needless = ["run_dir=null", "model.init_from=null", "data.eval_shards=null", "optim.epochs=1"]
+    Plugins.instance().register(ConfOnPath)
+    with initialize_config_module("nfnets_xla.recipes", version_base="1.3"):
+        overrides = [f"data.shards={request.folder}", *needless, *request.overrides]
+        run = to_run(hydra.compose(request.recipe, overrides))
+    show(run, request.out, request.rows)
 
 
 def models(arguments: list[str]) -> None:

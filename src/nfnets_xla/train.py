@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -61,7 +61,14 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
     resume = find_resume(folder, identity, order.num_steps, say)
     torch.manual_seed(run.seed)  # of the initial weights; nothing in the step draws from it
     net = make_model(run, num_classes, say)
-    dataset = make_train_batches(run, index, order, net, num_classes)
+    dataset = make_train_batches(
+        run,
+        index,
+        order,
+        num_classes,
+        drop_path_rates=net.stochastic_depth_rates,
+        num_features=net.num_features,
+    )
     backend = open_backend(run.trainer)
     check_division(run, backend)
 
@@ -80,7 +87,11 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
         restored=restored,
     )
     loader = Batches(
-        dataset, start_step=start_step, stop_step=order.num_steps, workers=run.data.workers
+        dataset,
+        start_step=start_step,
+        stop_step=order.num_steps,
+        workers=run.data.workers,
+        pin_memory=backend.accelerator == "cuda",
     )
     eval_loader = None if held_out is None else make_eval_loader(run, held_out, num_classes)
     with RecordWriter(folder, header(run, identity, order, net, backend, start_step)) as record:
@@ -155,7 +166,13 @@ def make_order(run: Run, index: ShardIndex) -> Order:
 
 
 def make_train_batches(
-    run: Run, index: ShardIndex, order: Order, net: Network, num_classes: int
+    run: Run,
+    index: ShardIndex,
+    order: Order,
+    num_classes: int,
+    *,
+    drop_path_rates: Sequence[float],
+    num_features: int,
 ) -> TrainBatches:
     return TrainBatches(
         index,
@@ -169,8 +186,8 @@ def make_train_batches(
         randaugment_ops=run.data.randaugment_ops,
         randaugment_magnitude=run.data.randaugment_magnitude,
         mix=run.data.mix == "mixup_cutmix",
-        drop_path_rates=net.stochastic_depth_rates,
-        dropout_features=net.num_features,
+        drop_path_rates=drop_path_rates,
+        dropout_features=num_features,
         dropout_rate=run.model.drop_rate,
     )
 

@@ -254,7 +254,9 @@ class Batches:
         stop_step: int,
         workers: int,
         prefetch: int = 2,
+        pin_memory: bool = False,
     ) -> None:
+        """`pin_memory` is for a GPU, which copies from such memory while it computes."""
         if not 0 <= start_step <= stop_step <= len(dataset):
             raise ValueError(
                 f"steps {start_step} to {stop_step} are asked for; they must lie in 0 to "
@@ -268,6 +270,7 @@ class Batches:
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
+            pin_memory=pin_memory,
             multiprocessing_context="spawn" if workers else None,
         )
 

@@ -1,0 +1,121 @@
+"""What the model will see: the first views of a run on a contact sheet, one PNG.
+
+    nfnets-xla shards show DIR --recipe imagenet --out sheet.png --rows 6 data.repeats=4
+
+These are the views of step 0 as they enter normalisation: cropped, augmented and mixed, each with
+its label (or two, with their shares) and its sample's id.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from nfnets_xla.config import Run
+from nfnets_xla.data.loader import TrainBatches
+from nfnets_xla.data.mix import mixed
+from nfnets_xla.train import count_classes, make_order, make_train_batches, open_shards
+
+USAGE = "shards show DIR [--out FILE] [--rows N] [--recipe NAME] [key=value ...]"
+
+COLUMNS = 8  # of a sheet without repeats; with K repeats, a row has the K views of an image
+SMALLEST_TILE = 128  # pixels: smaller views are enlarged by a whole factor
+CAPTION = 30  # pixels, two lines
+
+
+@dataclass
+class Request:
+    folder: Path
+    out: Path
+    rows: int
+    recipe: str
+    overrides: list[str]
+
+
+def parse(arguments: list[str]) -> Request:
+    """Raises ValueError for anything but what USAGE says."""
+    options = {"--out": "sheet.png", "--rows": "4", "--recipe": "pretrain"}
+    plain: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in options:
+            options[word] = next(words, "")
+        else:
+            plain.append(word)
+    folders = [word for word in plain if "=" not in word]
+    rows = options["--rows"]
+    if len(folders) != 1 or folders[0].startswith("-") or not all(options.values()):
+        raise ValueError(f"usage: nfnets-xla {USAGE}")
+    if not rows.isdecimal() or not 1 <= int(rows) <= 100:
+        raise ValueError(f"--rows is {rows}; it must be a whole number from 1 to 100")
+    overrides = [word for word in plain if "=" in word]
+    folder = Path(folders[0])
+    return Request(folder, Path(options["--out"]), int(rows), options["--recipe"], overrides)
+
+
+def show(run: Run, out: Path, rows: int, say: Callable[[str], None] = print) -> None:
+    """Write the sheet, and say which sample is where."""
+    index, _ = open_shards(run)
+    order = make_order(run, index)
+    dataset = make_train_batches(
+        run, index, order, count_classes(run, index), drop_path_rates=(), num_features=1
+    )
+    columns = run.data.repeats if run.data.repeats > 1 else COLUMNS
+    tiles = first_views(dataset, rows * columns)
+    draw_sheet(tiles, columns).save(out, "PNG")
+    for start in range(0, len(tiles), columns):
+        line = [f"{sample} ({label})" for _, label, sample in tiles[start : start + columns]]
+        say(f"row {start // columns + 1}: {', '.join(line)}")
+    say(f"{out}: {len(tiles)} views of {run.data.image_size} px")
+
+
+def first_views(dataset: TrainBatches, number: int) -> list[tuple[np.ndarray, str, str]]:
+    """(pixels, label, id) of the first views of step 0 that are not there to fill up.
+
+    They come from as few streams as have them, but from two at least: MixUp's and CutMix's."""
+    order, repeats = dataset.order, dataset.repeats
+    real_CN = order.step(0).weight.reshape(order.num_streams, -1) > 0
+    images = -(-number // repeats)
+    streams = int(np.searchsorted(real_CN.sum(axis=1).cumsum(), images)) + 1
+    streams = min(max(streams, 2), order.num_streams)
+    batch = dataset.of_streams(0, range(streams))
+    places_CN = np.arange(real_CN[:streams].size).reshape(streams, -1)
+    # Stream by stream, as many of each as are needed; the first ones have one more.
+    in_turn = [place for place in places_CN.T.flat if batch["weight_U"][place] > 0][:images]
+    pixels_BHWD, labels = seen(batch)
+    return [
+        (pixels_BHWD[row], labels[row], dataset.samples.name(int(batch["sample_U"][place])))
+        for place in sorted(in_turn)
+        for row in range(place * repeats, (place + 1) * repeats)
+    ]
+
+
+def seen(batch: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
+    """The images of a batch as the model gets them, in uint8 again, and their labels in words."""
+    images_BHWD, own_B = batch["images_BHWC"], batch["labels_B"].tolist()
+    if "mix_ratio_B" not in batch:
+        return images_BHWD.numpy(), [str(label) for label in own_B]
+    images = mixed(images_BHWD, batch["layout"], batch["mix_outside_B"], batch["mix_box_B4"])
+    shares = zip(own_B, batch["mix_labels_B"].tolist(), batch["mix_ratio_B"].tolist(), strict=True)
+    words = [f"{own} x {r:.2f} + {other} x {1 - r:.2f}" for own, other, r in shares]
+    return images.round().byte().numpy(), words
+
+
+def draw_sheet(tiles: list[tuple[np.ndarray, str, str]], columns: int) -> Image.Image:
+    side = len(tiles[0][0])
+    side *= -(-SMALLEST_TILE // side)
+    lines = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4), lines * (side + CAPTION + 4)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for number, (pixels, label, sample) in enumerate(tiles):
+        left, top = number % columns * (side + 4), number // columns * (side + CAPTION + 4)
+        tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(tile, (left, top))
+        for line, text in enumerate((label, sample)):
+            while font.getlength(text) > side:
+                text = "~" + text[2:]  # the end of an id tells more than its beginning
+            pen.text((left, top + side + 2 + 14 * line), text, "black", font)
+    return sheet
