@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nfnets_xla.config import OptimConfig
-from nfnets_xla.models.registry import create_model
+from nfnets_xla.models.registry import create_network
 from nfnets_xla.task import Classification
 
 ROWS, CLASSES = 6, 11
@@ -23,7 +23,7 @@ def task(label_smoothing: float) -> Classification:
         sam_rho=None,
         ema_decay=None,
     )
-    net = create_model("nfnet_mini_f0", num_classes=CLASSES)
+    net = create_network("nfnet_mini_f0", num_classes=CLASSES)
     return Classification(net, optim, total_steps=1, compute_dtype=torch.float32, fetch=dict)
 
 
