@@ -130,10 +130,10 @@ class WSConv2d(nn.Conv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def standardised_weight(self, input_gain: float = 1.0) -> Tensor:
+    def standardised_weight(self, input_gain: float | Tensor = 1.0) -> Tensor:
         """`(O, I / groups, H, W)`: mean 0, variance 1 / fan-in per output channel, times the gains.
 
-        float32, or float64 for a float64 weight.
+        float32, or float64 for a float64 weight. A tensor as `input_gain` has no axes.
         """
         weight = at_least_float32(self.weight)
         gain = self.gain.to(weight.dtype) * input_gain
@@ -145,7 +145,7 @@ class WSConv2d(nn.Conv2d):
             return standardised[0]
         return Standardise.forward(weight, gain, floor, addend)[0]  # which a trace can follow
 
-    def forward(self, input: Tensor, input_gain: float = 1.0) -> Tensor:
+    def forward(self, input: Tensor, input_gain: float | Tensor = 1.0) -> Tensor:
         """`(B, C, H, W)` to `(B, O, ceil(H / stride), ceil(W / stride))`, in the input's dtype.
 
         As if the input were multiplied by `input_gain`, which costs nothing here.

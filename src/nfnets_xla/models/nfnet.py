@@ -55,6 +55,7 @@ class NFBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.beta = beta
+        self.input_gain: float | Tensor = GELU_GAIN * beta  # a tensor in a stack of blocks
         self.stride = stride
         self.gelu: Gelu = variant.gelu
         mid, groups = bottleneck(variant, out_channels)
@@ -78,8 +79,8 @@ class NFBlock(nn.Module):
         shortcut = x_BCHW
         if self.conv_shortcut is not None:
             pooled = same_avg_pool2d(activated, self.stride)
-            shortcut = self.conv_shortcut(pooled, GELU_GAIN * self.beta)
-        out = self.conv0(activated, GELU_GAIN * self.beta)
+            shortcut = self.conv_shortcut(pooled, self.input_gain)
+        out = self.conv0(activated, self.input_gain)
         for conv in (self.conv1, self.conv1b, self.conv2):
             out = conv(gelu(out, self.gelu), GELU_GAIN)
         gates_BC11 = self.squeeze_excite(out) * (self.skip_gain * (2 * ALPHA)).to(out.dtype)
@@ -100,11 +101,13 @@ class Stage(nn.ModuleList):
         """N counts this stage's blocks."""
         for number, block in enumerate(self):
             keep_B = None if keep_masks_BN is None else keep_masks_BN[:, number]
-            if self.checkpoint is not None and torch.is_grad_enabled():
-                x_BCHW = self.checkpoint(block, x_BCHW, keep_B)
-            else:
-                x_BCHW = block(x_BCHW, keep_B)
+            x_BCHW = self.run(block, x_BCHW, keep_B)
         return x_BCHW
+
+    def run(self, block: nn.Module, x_BCHW: Tensor, keep_B: Tensor | None) -> Tensor:
+        if self.checkpoint is not None and torch.is_grad_enabled():
+            return self.checkpoint(block, x_BCHW, keep_B)
+        return block(x_BCHW, keep_B)
 
 
 def recompute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -1,0 +1,245 @@
+"""Depth as a loop: the alike blocks of every stage as one block whose parameters are stacked.
+
+A stage is a projecting block and a tail of identical ones. `stack` makes one parameter per role of
+a tail, with a leading axis that counts its blocks, and runs it as a loop over that axis. Under XLA
+the loop is one operation, so that graph, compilation and tracing do not grow with depth. `unstack`
+is the inverse. Both forms compute the same, and nothing that is saved tells them apart: state dicts
+have the names of single blocks, `stages.2.3.conv0.weight`, in either form.
+
+Shape suffixes: as in nfnet.py, and D blocks of a tail.
+"""
+
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nfnets_xla.models.layers import GELU_GAIN
+from nfnets_xla.models.nfnet import Checkpoint, NFBlock, NFNet, Stage
+from nfnets_xla.models.variants import Variant
+
+# stages.2.tail.conv0.weight holds stages.2.1.conv0.weight and those of the blocks after it.
+_STACKED_NAME = re.compile(r"((?:.*\.)?)tail\.(.+)")
+
+Slices = tuple[
+    dict[str, Tensor], dict[str, Tensor]
+]  # those that take a gradient, those that do not
+
+
+class Body(Protocol):
+    """One step of a loop: the next carry from this one and a slice of every stacked tensor."""
+
+    def __call__(self, carry: Tensor, slices: Slices) -> Tensor: ...
+
+
+class Scan(Protocol):
+    """The last carry of a loop over the first axis of `stacked`; `checkpoint` recomputes steps."""
+
+    def __call__(
+        self, body: Body, carry: Tensor, stacked: Slices, checkpoint: Checkpoint | None
+    ) -> Tensor: ...
+
+
+def loop(body: Body, carry: Tensor, stacked: Slices, checkpoint: Checkpoint | None) -> Tensor:
+    """Python's own loop, for devices that run one operation after the other."""
+    if carry.device.type == "xla":
+        raise ValueError(
+            "a stacked network on an XLA device was given no scan, and its slices would compile "
+            "longer than single blocks do: use stack(net, scan=xla.scan)"
+        )
+    learned, given = ({name: x.unbind() for name, x in part.items()} for part in stacked)
+    for index in range(len(next(iter((stacked[0] | stacked[1]).values())))):
+        slices = _at(learned, index), _at(given, index)
+        carry = checkpoint(body, carry, slices) if checkpoint else body(carry, slices)
+    return carry
+
+
+def _at(unbound: Mapping[str, Sequence[Tensor]], index: int) -> dict[str, Tensor]:
+    return {name: parts[index] for name, parts in unbound.items()}
+
+
+class StackedBlocks(NFBlock):
+    """NFBlock with an axis in front of every parameter, which only its stage can run."""
+
+    is_stack = True  # the optimizer's units are those of a block: optim/roles.py
+
+    def __init__(self, variant: Variant, blocks: Sequence[NFBlock]) -> None:
+        channels = blocks[0].conv2.out_channels
+        with torch.device("meta"):  # all of it is replaced below
+            super().__init__(variant, channels, channels, stride=1, beta=0.0)
+        for name in [name for name, _ in self.named_parameters()]:
+            parts = [block.get_parameter(name) for block in blocks]
+            value = torch.stack([part.detach() for part in parts])
+            _set_parameter(self, name, value, requires_grad=parts[0].requires_grad)
+        self.betas = [block.beta for block in blocks]
+        gains_D = torch.tensor(
+            [GELU_GAIN * beta for beta in self.betas],
+            dtype=self.skip_gain.dtype,
+            device=self.skip_gain.device,
+        )
+        del self.input_gain
+        self.register_buffer("input_gain", gains_D, persistent=False)
+
+    def blocks(self, variant: Variant) -> list[NFBlock]:
+        """Each block by itself, with copies of its parameters."""
+        channels = self.conv2.out_channels
+        with torch.device("meta"):
+            blocks = [
+                NFBlock(variant, channels, channels, stride=1, beta=beta) for beta in self.betas
+            ]
+        for name, stacked in self.named_parameters():
+            for block, part in zip(blocks, stacked.detach().unbind(), strict=True):
+                _set_parameter(block, name, part.clone(), requires_grad=stacked.requires_grad)
+        return blocks
+
+
+def _set_parameter(module: nn.Module, name: str, value: Tensor, *, requires_grad: bool) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=requires_grad))
+
+
+@dataclass(eq=False)  # a scan keeps what it traced by the body's identity
+class _OneBlock:
+    """The body of a tail's loop: `tail` as the block whose parameters are given."""
+
+    tail: StackedBlocks
+
+    def __call__(self, carry: Tensor, slices: Slices) -> Tensor:
+        values = slices[0] | slices[1]
+        keep_B = values.pop("keep", None)
+        return functional_call(self.tail, values, (carry, keep_B))
+
+
+class StackedStage(Stage):
+    """A stage of two parts: "0", the projecting block, and "tail", all others."""
+
+    def __init__(self, variant: Variant, stage: Stage, scan: Scan) -> None:
+        first, *others = (block for block in stage if isinstance(block, NFBlock))
+        super().__init__([first])
+        self.tail = StackedBlocks(variant, others)
+        self.checkpoint = stage.checkpoint
+        self.scan = scan
+        self._body = _OneBlock(self.tail)
+        self.register_state_dict_post_hook(_save)
+        self.register_load_state_dict_pre_hook(_load)
+
+    def forward(self, x_BCHW: Tensor, keep_masks_BN: Tensor | None = None) -> Tensor:
+        """As Stage: N counts blocks."""
+        first_B = None if keep_masks_BN is None else keep_masks_BN[:, 0]
+        x_BCHW = self.run(self[0], x_BCHW, first_B)
+        learned: dict[str, Tensor] = {}
+        given: dict[str, Tensor] = dict(self.tail.named_buffers())
+        for name, parameter in self.tail.named_parameters():
+            (learned if parameter.requires_grad else given)[name] = parameter
+        if keep_masks_BN is not None:
+            given["keep"] = keep_masks_BN[:, 1:].t().to(x_BCHW.dtype)
+        checkpoint = self.checkpoint if torch.is_grad_enabled() else None
+        return self.scan(self._body, x_BCHW, (learned, given), checkpoint)
+
+
+def stack(net: NFNet, *, scan: Scan = loop) -> NFNet:
+    """Turn `net` into its stacked form, in place; returns it. `xla.scan` is the `scan` for XLA.
+
+    To be done before the network moves to its device and before its optimizer is made. A tail of
+    one block stays as it is. Raises ValueError for a network that is stacked already.
+    """
+    for number, stage in enumerate(net.stages):
+        assert isinstance(stage, Stage)
+        if isinstance(stage, StackedStage):
+            raise ValueError(f"stage {number} is stacked already; call unstack first")
+        if len(stage) > 2:
+            net.stages[number] = StackedStage(net.variant, stage, scan)
+    return net
+
+
+def unstack(net: NFNet) -> NFNet:
+    """The inverse of `stack`: every block by itself again, in place."""
+    for number, stage in enumerate(net.stages):
+        if isinstance(stage, StackedStage):
+            blocks = Stage([stage[0], *stage.tail.blocks(net.variant)])
+            blocks.checkpoint = stage.checkpoint
+            net.stages[number] = blocks
+    return net
+
+
+def is_stacked(net: NFNet) -> bool:
+    return any(isinstance(stage, StackedStage) for stage in net.stages)
+
+
+def output_axes(net: nn.Module) -> dict[str, int]:
+    """{parameter: the axis that counts its outputs}, without the scalars.
+
+    Where to cut parameters that are to be spread over devices: never along a stack, whose loop
+    needs one block at a time, and so that a unit of the clipping stays in one place.
+    """
+    axes = {name: int(bool(_STACKED_NAME.fullmatch(name))) for name, _ in net.named_parameters()}
+    return {name: axis for name, axis in axes.items() if net.get_parameter(name).ndim > axis}
+
+
+# ---- names ------------------------------------------------------------------------------------
+
+
+def per_block(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters, or what is shaped like them, under the names of single blocks.
+
+    Stacked ones become views of their slices, on the host: on an XLA device every slice would be a
+    graph to compile. Those of a network that is not stacked pass as they are.
+    """
+    result: dict[str, Tensor] = {}
+    tails: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in named.items():
+        match = _STACKED_NAME.fullmatch(name)
+        if match is None:
+            result[name] = tensor
+        else:
+            on_xla = tensor.device.type == "xla"
+            tails.setdefault(match[1], {})[match[2]] = tensor.cpu() if on_xla else tensor
+    for stage, leaves in tails.items():
+        for place in range(len(next(iter(leaves.values())))):
+            result |= {f"{stage}{place + 1}.{leaf}": value[place] for leaf, value in leaves.items()}
+    return result
+
+
+def as_in(net: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `per_block`: under the names that `net`, in either form, has for them.
+
+    Raises ValueError if one is missing of which `net` has a stack.
+    """
+    result = dict(named)
+    for name, stage in net.named_modules():
+        if isinstance(stage, StackedStage):
+            for missing in _stack_names(stage, f"{name}." if name else "", result):
+                raise ValueError(f"there is no {missing!r}: the tensors are of another model")
+    return result
+
+
+def _stack_names(stage: StackedStage, prefix: str, named: MutableMapping[str, Any]) -> list[str]:
+    """Replace blocks' tensors by their stacks; returns the names that are missing for that."""
+    missing: list[str] = []
+    for leaf, own in stage.tail.named_parameters():
+        names = [f"{prefix}{place + 1}.{leaf}" for place in range(len(own))]
+        absent = [name for name in names if name not in named]
+        missing += absent
+        if not absent:
+            named[f"{prefix}tail.{leaf}"] = torch.stack([named.pop(name) for name in names])
+    return missing
+
+
+def _save(
+    stage: nn.Module, state: MutableMapping[str, Any], prefix: str, _metadata: dict[str, Any]
+) -> None:
+    """After `stage` has put its tensors into `state`."""
+    stacked = {name: state.pop(name) for name in list(state) if name.startswith(f"{prefix}tail.")}
+    state.update(per_block(stacked))
+
+
+def _load(
+    stage: nn.Module, state: MutableMapping[str, Any], prefix: str, *_of_no_use: object
+) -> None:
+    """Before `stage` takes its tensors from `state`; torch reports what is missing."""
+    assert isinstance(stage, StackedStage)
+    _stack_names(stage, prefix, state)
