@@ -4,7 +4,8 @@ Moving a module to an XLA device makes new Parameter objects without the old one
 a role hangs on the parameter's name, not on the parameter.
 """
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 CONV = "conv"  # weight of a convolution, (O, I / groups, H, W)
 LINEAR = "linear"  # weight of an nn.Linear, (O, I)
@@ -12,21 +13,28 @@ VECTOR = "vector"  # gain, bias, norm scale: at most one axis longer than 1
 SCALAR = "scalar"  # 0-d: a skip gain
 CLASSIFIER_WEIGHT = "classifier_weight"
 CLASSIFIER_BIAS = "classifier_bias"
+STACKED = "stacked "  # in front of a role: the first axis counts parameters of that role
 
 
 def parameter_roles(module: nn.Module, classifier: str | None) -> dict[str, str]:
     """{name in `module.named_parameters()`: role}, in that order.
 
     `classifier` names the nn.Linear, e.g. "head", whose weight is exempt from clipping; None if
-    there is none. Raises ValueError for a classifier that is not an nn.Linear of this module, and
-    for a parameter that fits no role.
+    there is none. What lies in a submodule with a true `is_stack` has one axis more than its role
+    says, e.g. "stacked conv". Raises ValueError for a classifier that is not an nn.Linear of this
+    module, and for a parameter that fits no role.
     """
     if classifier is not None:
         _check_classifier(module, classifier)
-    return {
-        name: _role(module, name, parameter, classifier)
-        for name, parameter in module.named_parameters()
-    }
+    stacks = tuple(
+        f"{name}." for name, child in module.named_modules() if getattr(child, "is_stack", False)
+    )
+    roles: dict[str, str] = {}
+    for name, parameter in module.named_parameters():
+        stacked = name.startswith(stacks)
+        shape = parameter.shape[1:] if stacked else parameter.shape
+        roles[name] = (STACKED if stacked else "") + _role(module, name, shape, classifier)
+    return roles
 
 
 def _check_classifier(module: nn.Module, classifier: str) -> None:
@@ -42,7 +50,7 @@ def _check_classifier(module: nn.Module, classifier: str) -> None:
         )
 
 
-def _role(module: nn.Module, name: str, parameter: Tensor, classifier: str | None) -> str:
+def _role(module: nn.Module, name: str, shape: torch.Size, classifier: str | None) -> str:
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     if owner_name == classifier and leaf in ("weight", "bias"):
@@ -51,13 +59,13 @@ def _role(module: nn.Module, name: str, parameter: Tensor, classifier: str | Non
         return CONV
     if isinstance(owner, nn.Linear) and leaf == "weight":
         return LINEAR
-    if parameter.ndim == 0:
+    if not shape:
         return SCALAR
     # As optim.py:446-459 of the reference, which squeezes: a (C, 1, 1, 1) gain is a vector too.
-    if sum(size > 1 for size in parameter.shape) <= 1:
+    if sum(size > 1 for size in shape) <= 1:
         return VECTOR
     raise ValueError(
-        f"parameter {name!r} belongs to a {type(owner).__name__}, shape {tuple(parameter.shape)}; "
+        f"parameter {name!r} belongs to a {type(owner).__name__}, shape {tuple(shape)}; "
         "only weights of nn.Conv2d and nn.Linear may have several axes, because nothing tells "
         "which axis of another is the output's: use those layers, or give SGD_AGC your own roles"
     )

@@ -10,6 +10,7 @@ steps may be a tensor.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class SGD_AGC(torch.optim.Optimizer):
         w = w - lr * (g + momentum * v)         (w - lr * v without nesterov)
 
     which is `torch.optim.SGD(nesterov=True)` after the clipping. There is one parameter group for
-    each row of GROUPS that has members; "weight_decay" is 0 and "clipping" None where exempt.
+    each row of GROUPS that has members, and one for those of them that are stacked;
+    "weight_decay" is 0 and "clipping" None where exempt.
     """
 
     def __init__(
@@ -69,14 +71,16 @@ class SGD_AGC(torch.optim.Optimizer):
             raise ValueError(f"eps is {eps}; it must be greater than 0, or zeros could never move")
         named = _checked_parameters(named_parameters, roles)
         groups: list[dict[str, Any]] = []
-        for members, decayed, clipped in GROUPS:
-            params = [(name, p) for name, p in named.items() if roles[name] in members]
+        for (members, decayed, clipped), stacked in product(GROUPS, (False, True)):
+            wanted = [role.STACKED + member if stacked else member for member in members]
+            params = [(name, p) for name, p in named.items() if roles[name] in wanted]
             if params:
                 groups.append(
                     {
                         "params": params,
                         "weight_decay": weight_decay if decayed else 0.0,
                         "clipping": clipping if clipped else None,
+                        "stacked": stacked,
                     }
                 )
         defaults = {
@@ -86,6 +90,7 @@ class SGD_AGC(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "clipping": clipping,
             "eps": eps,
+            "stacked": False,
         }
         super().__init__(groups, defaults)
         self.set_lr(lr)
@@ -123,7 +128,9 @@ class SGD_AGC(torch.optim.Optimizer):
         grad = parameter.grad
         assert grad is not None
         if group["clipping"] is not None:
-            grad = clip_adaptively(grad, parameter, group["clipping"], group["eps"])
+            grad = clip_adaptively(
+                grad, parameter, group["clipping"], group["eps"], stacked=group["stacked"]
+            )
         if group["weight_decay"]:
             grad = grad + parameter * group["weight_decay"]
         buffer = self.state[parameter]["momentum_buffer"]
@@ -148,32 +155,40 @@ class SGD_AGC(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = copies[name]
 
 
-def clip_adaptively(grad: Tensor, weight: Tensor, clipping: float, eps: float) -> Tensor:
+def clip_adaptively(
+    grad: Tensor, weight: Tensor, clipping: float, eps: float, *, stacked: bool = False
+) -> Tensor:
     """Eq. 3: scale each unit of `grad` down to `clipping` times the norm of that unit of `weight`.
 
     Units within the bound come back bit for bit. Shapes and dtypes equal.
     """
-    max_norm = unitwise_norm(weight).clamp(min=eps) * clipping
-    norm = unitwise_norm(grad)
+    max_norm = unitwise_norm(weight, stacked=stacked).clamp(min=eps) * clipping
+    norm = unitwise_norm(grad, stacked=stacked)
     clipped = grad * (max_norm / norm.clamp(min=NORM_FLOOR))
     return torch.where(norm > max_norm, clipped, grad)
 
 
-def unitwise_norm(x: Tensor) -> Tensor:
+def unitwise_norm(x: Tensor, *, stacked: bool = False) -> Tensor:
     """L2 norm of every unit of a parameter (or of its gradient), shaped to broadcast against it.
 
     A unit is what feeds one output: a filter of an OIHW convolution, a row of torch's (O, I) linear
-    weight. A tensor with at most one axis longer than 1 is one unit (optim.py:446-459).
+    weight. A tensor with at most one axis longer than 1 is one unit (optim.py:446-459). The first
+    axis of a stacked one counts tensors: (D, C) has D units, and so has (D,).
     """
-    if sum(size > 1 for size in x.shape) <= 1:
+    own = x.shape[1:] if stacked else x.shape
+    kept = int(stacked) + int(sum(size > 1 for size in own) > 1)  # axes that are not summed over
+    if kept == 0:
         return torch.linalg.vector_norm(x)
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+    if kept == x.ndim:  # stacked scalars; no axis to sum over would mean all of them
+        return x.abs()
+    return torch.linalg.vector_norm(x, dim=tuple(range(kept, x.ndim)), keepdim=True)
 
 
 def _checked_parameters(
     named_parameters: Iterable[tuple[str, Tensor]], roles: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    known = {name for members, _, _ in GROUPS for name in members}
+    plain = {name for members, _, _ in GROUPS for name in members}
+    known = plain | {role.STACKED + name for name in plain}
     named: dict[str, Tensor] = {}
     names_by_id: dict[int, str] = {}
     for name, parameter in named_parameters:
