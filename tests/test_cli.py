@@ -44,6 +44,8 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     ("change", "message"),
     [
         (["model.name=nfnet_f9"], "no model 'nfnet_f9'; did you mean"),
+        (["model.name=timm/vit_x", "model.drop_path_rate=0"], "timm has no model 'vit_x'"),
+        (["model.name=timm/test_vit"], "timm's layers draw their own randomness"),
         (["model.width=3"], "width"),
         (["data.batch_size=many"], "many"),
         (["data.batch_size=18"], "do not divide among 4 streams"),

@@ -98,3 +98,25 @@ def test_fine_tuning_starts_from_the_pre_trained_body(tmp_path: Path, data: list
     for name in body:
         assert (before[name] - after[name]).abs().max() < 1e-6, name
     assert "(new classifier)" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_timm_model_trains_and_is_evaluated_as_an_nfnet_is(
+    tmp_path: Path, data: list[str]
+) -> None:
+    """SAM, clipping, averaging and keyed dropout for a ViT; the same run twice is the same."""
+    sizes = ["data.image_size=32", "data.eval_image_size=32", "optim.epochs=0.5"]
+    peer = ["model.name=timm/test_vit", "model.drop_path_rate=0", *sizes]
+    for name in ("one", "two"):
+        run(
+            [*RECIPE, *data, *SMALL, *PLAIN_CPU, *peer, f"run_dir={tmp_path / name}"],
+            tmp_path / "log",
+        )
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    record = read_record(tmp_path / "one")
+    assert record.headers[0]["macs_per_image"] > 0
+    last = {row["weights"]: row for row in record.of_kind("eval")[-2:]}
+    arguments = ["evaluate_demo", *SMALL[:6], *sizes[:2], f"model.init_from={tmp_path / 'one'}"]
+    arguments += ["model.name=timm/test_vit", data[1], *PLAIN_CPU, f"run_dir={tmp_path / 'eval'}"]
+    run([*arguments, "model.init_weights=ema"], tmp_path / "log")
+    (row,) = read_record(tmp_path / "eval").of_kind("eval")
+    assert row["loss"] == pytest.approx(last["ema"]["loss"], rel=1e-6)

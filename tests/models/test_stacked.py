@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
 
-from nfnets_xla.models import NFNet, create_model
+from nfnets_xla.models.deploy import fuse
+from nfnets_xla.models.names import haiku_names, to_haiku
+from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import StackedStage, as_in, per_block, stack, unstack
-from nfnets_xla.models.weights import haiku_names, load_into, to_haiku
+from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.models.weights import load_into
 
 NAME = "nfnet_mini_f0"  # depths 1, 2, 6, 3: two stages have a tail worth stacking
 
@@ -23,7 +26,7 @@ NAME = "nfnet_mini_f0"  # depths 1, 2, 6, 3: two stages have a tail worth stacki
 def network(seed: int = 0) -> NFNet:
     """With skip gains that are not 0, so that every parameter has a gradient."""
     torch.manual_seed(seed)
-    net = create_model(NAME, num_classes=10)
+    net = NFNet(VARIANTS[NAME], num_classes=10)
     for name, parameter in net.named_parameters():
         if name.endswith(("skip_gain", "bias")):
             torch.nn.init.uniform_(parameter, 0.1, 0.6)
@@ -191,3 +194,12 @@ def _grad(net: NFNet, name: str) -> Tensor:
     grad = net.get_parameter(name).grad
     assert grad is not None
     return grad
+
+
+@torch.no_grad()
+def test_it_counts_and_fuses_as_the_same_network() -> None:
+    net, stacked = network().eval(), stack(network()).eval()
+    assert stacked.macs(32) == net.macs(32)
+    images = inputs(net)[0]
+    torch.testing.assert_close(fuse(stacked)(images), net(images), atol=1e-5, rtol=1e-4)
+    assert isinstance(stacked.stages[2], StackedStage)

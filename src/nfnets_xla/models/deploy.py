@@ -24,15 +24,18 @@ from nfnets_xla.models.layers import (
     same_padding,
 )
 from nfnets_xla.models.nfnet import NFBlock, NFNet
+from nfnets_xla.models.stacked import is_stacked, unstack
 from nfnets_xla.models.variants import ALPHA
 
 
 @torch.no_grad()
 def fuse(net: NFNet) -> "FusedNFNet":
-    """A copy of `net` for inference, in channels_last, with the same logits to 1e-4.
+    """A copy of `net`, in either form, for inference, in channels_last: the same logits to 1e-4.
 
     Device and dtypes are kept; `net` is left as it is.
     """
+    if is_stacked(net):
+        net = unstack(deepcopy(net))
     fused = FusedNFNet(net).requires_grad_(False).eval()
     return fused.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 CONV = "conv"  # weight of a convolution, (O, I / groups, H, W)
 LINEAR = "linear"  # weight of an nn.Linear, (O, I)
-VECTOR = "vector"  # gain, bias, norm scale: at most one axis longer than 1
+VECTOR = "vector"  # gain, bias, norm scale, a table of tokens: one unit, and not decayed
 SCALAR = "scalar"  # 0-d: a skip gain
 CLASSIFIER_WEIGHT = "classifier_weight"
 CLASSIFIER_BIAS = "classifier_bias"
@@ -63,6 +63,9 @@ def _role(module: nn.Module, name: str, shape: torch.Size, classifier: str | Non
         return SCALAR
     # As optim.py:446-459 of the reference, which squeezes: a (C, 1, 1, 1) gain is a vector too.
     if sum(size > 1 for size in shape) <= 1:
+        return VECTOR
+    # (1, tokens, C): what a ViT adds to its patches, or asks them. No output axis either.
+    if len(shape) == 3 and shape[0] == 1:
         return VECTOR
     raise ValueError(
         f"parameter {name!r} belongs to a {type(owner).__name__}, shape {tuple(shape)}; "
