@@ -1,0 +1,68 @@
+"""One pure function per shard, mapped by joblib: on this machine, or on a Ray or Dask cluster."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+Progress = Callable[[int, int], None]  # done, of how many
+
+ENGINES = ("local", "ray", "dask")
+# Jobs handed out between two reports, for each that runs at a time: joblib's clusters cannot
+# report each job as it ends.
+PER_WORKER = 16
+
+
+def map_jobs(
+    function: Callable[[In], Out],
+    items: Sequence[In],
+    *,
+    engine: str = "local",
+    jobs: int = 1,
+    on_progress: Progress | None = None,
+) -> Iterator[Out]:
+    """`function(item) for item in items`, `jobs` at a time (-1: one per core).
+
+    `ray` and `dask` use the cluster that their own environment variables or settings name, else
+    this machine; there the folder must be the same on all machines. Raises ValueError for an engine
+    that is not installed, and what `function` raises.
+    """
+    from joblib import Parallel, delayed, effective_n_jobs, parallel_config
+
+    done = 0
+    with _cluster(engine), parallel_config(backend=_BACKENDS[engine], n_jobs=jobs):
+        part = PER_WORKER * max(1, effective_n_jobs(jobs))
+        with Parallel() as parallel:
+            for first in range(0, len(items), part):
+                some: Any = parallel(delayed(function)(i) for i in items[first : first + part])
+                yield from some
+                done += len(some)
+                if on_progress:
+                    on_progress(done, len(items))
+
+
+_BACKENDS = {"local": "loky", "ray": "ray", "dask": "dask"}
+
+
+def _cluster(engine: str) -> AbstractContextManager[object]:
+    """Connects to the engine's cluster and lets joblib know of it."""
+    from contextlib import nullcontext
+    from importlib import import_module
+
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
+    if engine == "local":
+        return nullcontext()
+    name = {"ray": "ray.util.joblib", "dask": "distributed"}[engine]
+    try:
+        module: Any = import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"engine is {engine}, which is not installed ({error}): pip install "
+            f"{'ray' if engine == 'ray' else 'dask distributed'}, or use engine local"
+        ) from error
+    if engine == "dask":
+        return module.Client()  # reads DASK_SCHEDULER_ADDRESS
+    module.register_ray()
+    return nullcontext()

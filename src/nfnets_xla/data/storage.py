@@ -1,0 +1,85 @@
+"""Where shards lie. Nothing else in the package opens a shard, a sidecar or a manifest.
+
+`Folder` is a local folder, and the seam for other places: whoever can list names with sizes, open a
+name for reads at an offset, and write a small file whole, can hold shards.
+"""
+
+import os
+import re
+from pathlib import Path
+from uuid import uuid4
+
+SHARD = ".tar"
+
+
+class Folder:
+    """Shards and the files beside them, by names relative to the folder, with slashes."""
+
+    def __init__(self, where: str | Path) -> None:
+        """Raises ValueError for what is not a local folder."""
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(where)):  # Path makes gs:/a of gs://a
+            raise ValueError(
+                f"{where} is remote: remote shards are not supported yet; copy them to a local "
+                "folder"
+            )
+        self.path = Path(where)
+        if not self.path.is_dir():
+            raise ValueError(f"{where} is not a folder: give one that holds shards (*{SHARD})")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def sizes(self, ending: str = SHARD) -> dict[str, int]:
+        """Bytes of every file with this ending, by name, sorted; nothing hidden."""
+        found: dict[str, int] = {}
+        for top, folders, files in os.walk(self.path):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            inside = Path(top).relative_to(self.path)
+            for name in files:
+                if name.endswith(ending) and not name.startswith("."):
+                    found[str(inside / name)] = os.stat(os.path.join(top, name)).st_size
+        return dict(sorted(found.items()))
+
+    def modified(self, name: str) -> int | None:
+        """When the file was last written, in nanoseconds; None if there is none."""
+        try:
+            return (self.path / name).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def open(self, name: str) -> "OpenFile":
+        return OpenFile(self.path / name)
+
+    def read(self, name: str) -> bytes:
+        """A whole file that belongs to an index."""
+        return (self.path / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """The whole file or, if the machine stops, the one that was there."""
+        path = self.path / name
+        temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+class OpenFile:
+    """A file to read from at any offset; closes when the last reader lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes from `offset` on: `size` of them, or fewer if the file ends before."""
+        return os.pread(self._descriptor, size, offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
