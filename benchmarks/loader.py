@@ -19,10 +19,11 @@ from PIL import Image
 from torchvision.transforms import v2
 from webdataset.compat import WebDataset
 
+from nfnets_xla.data.index import build_index
 from nfnets_xla.data.loader import TrainBatches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.pack import pack_samples
-from nfnets_xla.data.shards import ShardIndex, build_index
+from nfnets_xla.data.shards import ShardIndex
 
 IMAGES, BATCH, SIZE, ROUNDS = 512, 64, 224, 5
 
@@ -83,7 +84,7 @@ def ours(index: ShardIndex, seed: int) -> float:
 
 def webdatasets(index: ShardIndex) -> float:
     transform = v2.Compose([v2.RandomResizedCrop(SIZE, interpolation=3), v2.RandomHorizontalFlip()])
-    urls = [str(index.folder / name) for name in index.names]
+    urls = [str(index.folder / name) for name in map(index.name, range(index.num_shards))]
     dataset = (
         WebDataset(urls, shardshuffle=len(urls))
         .shuffle(256)

@@ -23,8 +23,9 @@ import numpy as np
 from PIL import Image
 
 from nfnets_xla.data.fractals import fractal_samples
+from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import Sample, pack_samples
-from nfnets_xla.data.shards import ShardIndex, build_index
+from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.record import RunRecord, read_record
 
 matplotlib.use("Agg")
@@ -98,7 +99,7 @@ def pack_all(shards: Path) -> None:
     ):
         pack_samples(samples, shards / name, samples_per_shard=per_shard)
         index = build_index(shards / name)
-        print(f"{name}: {index.num_samples} images in {len(index.names)} shards")
+        print(f"{name}: {index.num_samples} images in {index.num_shards} shards")
 
 
 def digit_samples() -> Iterator[Sample]:

@@ -1,13 +1,17 @@
 """Whole runs on plain CPU: killed and resumed, every sample once, evaluation that adds up."""
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from nfnets_xla.data.index import build_index
+from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.record import read_record
 from tests.conftest import IMAGES
+from tests.data.images import samples as image_samples
 from tests.runs import (
     PLAIN_CPU,
     RECIPE,
@@ -18,6 +22,7 @@ from tests.runs import (
     run,
     run_killed_at,
     samples,
+    start,
 )
 
 
@@ -120,3 +125,47 @@ def test_a_timm_model_trains_and_is_evaluated_as_an_nfnet_is(
     run([*arguments, "model.init_weights=ema"], tmp_path / "log")
     (row,) = read_record(tmp_path / "eval").of_kind("eval")
     assert row["loss"] == pytest.approx(last["ema"]["loss"], rel=1e-6)
+
+
+def test_undecodable_samples_are_listed_and_counted_over_a_kill(tmp_path: Path) -> None:
+    """Five of 100 images and a held-out one; the run stops where the ceiling says, not before."""
+    for name, count in (("train", IMAGES), ("held-out", 21)):
+        torn = (
+            (key, image[:60] if number % 20 == 3 else image, extension, label)
+            for number, (key, image, extension, label) in enumerate(image_samples(count))
+        )
+        pack_samples(torn, tmp_path / name, samples_per_shard=15)
+        build_index(tmp_path / name)
+    log, run_dir = tmp_path / "log.txt", tmp_path / "run"
+    arguments = [*RECIPE, *SMALL, *PLAIN_CPU, "optim.epochs=1.5", "trainer.checkpoint_every=1"]
+    arguments += [f"data.{key}={tmp_path / name}" for key, name in FOLDERS]
+    lenient = [*arguments, "data.max_missed=0.1", f"run_dir={run_dir}"]
+    run_killed_at(lenient, run_dir, 4, log, kind="checkpoint")
+    run(lenient, log)
+
+    record = read_record(run_dir)
+    shown = [row for rows in samples(run_dir) for row in rows]
+    missed = [row for row in record.of_kind("missed") if row["split"] == "train"]
+    assert len(shown) == len(set(shown)) == 150 - missed[-1]["total"]
+    assert sum(row["count"] for row in missed) == missed[-1]["total"]
+    assert record.of_kind("end")[-1]["missed"] == missed[-1]["total"]
+    assert {row["images"] for row in record.of_kind("eval")} == {20}
+    listed = [
+        json.loads(line)
+        for file in sorted(run_dir.glob("missed-*.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
+    names = {sample["id"] for sample in listed if sample["split"] == "train"}
+    assert names == {f"shard-00000{n // 15}/{n:05d}" for n in (3, 23, 43, 63, 83)}
+    assert all("60 bytes do not decode" in sample["reason"] for sample in listed)
+
+    strict = [*arguments, "data.max_missed=0.01", f"run_dir={tmp_path / 'strict'}"]
+    process = start(strict, log := tmp_path / "strict.txt")
+    assert process.wait() == 2
+    last = log.read_text().splitlines()[-1]
+    assert "2 undecodable train samples, now" in last
+    assert "More than data.max_missed=0.01 of 150: restore the shards, list" in last
+    assert len((tmp_path / "strict" / "missed-1.jsonl").read_text().splitlines()) == 2
+
+
+FOLDERS = (("shards", "train"), ("eval_shards", "held-out"))

@@ -9,14 +9,11 @@ Recipes (recipes/) are Hydra's primary configs; the groups they pick from live i
 in what was asked for is one line on standard error and exit code 2.
 """
 
-import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NoReturn
 
 import hydra
 from hydra import initialize_config_module
@@ -28,11 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nfnets_xla.config import Run
+from nfnets_xla.shards_cli import Parser, progress, shards
 
 USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla RECIPE --cfg job           show what it would run
-       nfnets-xla shards index DIR           index WebDataset shards (DIR/*.tar)
-       nfnets-xla shards pack IMAGES DIR     pack IMAGES/<class>/<image> into indexed shards
+       nfnets-xla shards COMMAND ...         pack, index, lint, stats, holdout, exclude (--help)
        nfnets-xla shards show DIR            draw the views that a recipe makes of them
        nfnets-xla models [PATTERN | NAME]    list the models, or show all about one
        nfnets-xla convert SRC DST --model NAME [--to ours|timm|haiku] [--force]
@@ -50,13 +47,17 @@ class ConfOnPath(SearchPathPlugin):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `nfnets-xla`. Exits with 0, or 2 for a mistake in the request."""
+    """Entry point of `nfnets-xla`. Exits with 0, or 2 for a mistake in the request; 1: lint found
+    faults."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(usage())
+        elif arguments[:2] == ["shards", "show"]:
+            show_shards(arguments[2:])
         elif arguments[0] == "shards":
-            shards(arguments[1:])
+            if code := shards(arguments[1:]):
+                sys.exit(code)
         elif arguments[0] == "models":
             models(arguments[1:])
         elif arguments[0] == "convert":
@@ -131,33 +132,6 @@ def to_run(config: DictConfig) -> Run:
     return run
 
 
-def shards(arguments: list[str]) -> None:
-    match arguments:
-        case ["index", folder]:
-            index_shards(Path(folder))
-        case ["pack", images, folder]:
-            from nfnets_xla.data.pack import pack_image_folder
-
-            pack_image_folder(Path(images), Path(folder), on_progress=progress("packed"))
-            index_shards(Path(folder))
-        case ["show", *rest]:
-            show_shards(rest)
-        case _:
-            raise ValueError(
-                "usage: nfnets-xla shards index DIR | shards pack IMAGES DIR | shards show DIR ..."
-            )
-
-
-def index_shards(folder: Path) -> None:
-    from nfnets_xla.data.shards import build_index
-
-    index = build_index(folder, on_progress=progress("indexed"))
-    print(
-        f"{folder}: {index.num_samples:,} samples in {len(index.names)} shards, "
-        f"{index.num_classes} classes, fingerprint {index.fingerprint[:16]}"
-    )
-
-
 def show_shards(arguments: list[str]) -> None:
     from nfnets_xla.show import parse, show
 
@@ -207,31 +181,6 @@ def convert(arguments: list[str]) -> None:
             on_progress=progress("fetched"),
         )
     )
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes are ValueErrors, as everywhere, and not an exit from within."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {' '.join(self.format_usage().split())}")
-
-
-def progress(verb: str) -> Callable[..., None]:
-    """Counts on standard error: rewritten in place on a terminal, one line a minute elsewhere."""
-    last = time.monotonic()
-    on_terminal = sys.stderr.isatty()
-
-    def report(done: int, total: int | None = None) -> None:
-        nonlocal last
-        finished = done == total
-        if not finished and time.monotonic() - last < (0.2 if on_terminal else 60):
-            return
-        last = time.monotonic()
-        text = f"{verb} {done:,}" + ("" if total is None else f" of {total:,}")
-        end = "\r" if on_terminal and not finished else "\n"
-        print(text, end=end, file=sys.stderr, flush=True)
-
-    return report
 
 
 def one_line(error: Exception) -> str:

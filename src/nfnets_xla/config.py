@@ -28,6 +28,8 @@ class ModelConfig:
 class DataConfig:
     shards: str | None  # folder of indexed WebDataset shards to train on
     eval_shards: str | None  # folder of held-out shards; None: no evaluation
+    exclude: str | None  # list of training samples not to show, one id on a line; None: show all
+    max_missed: float  # share of undecodable samples past which the run stops
     num_classes: int | None  # None: the larger of the indexes' largest label, plus one
     image_size: int  # pixels, training
     eval_image_size: int  # pixels, evaluation
@@ -118,6 +120,8 @@ class Run:
         del values["run_dir"], values["trainer"]
         del values["data"]["workers"], values["data"]["shards"], values["data"]["eval_shards"]
         del values["data"]["eval_batch_size"], values["model"]["init_from"]
+        # Which samples are excluded is in the fingerprint of the shards.
+        del values["data"]["exclude"], values["data"]["max_missed"]
         return values
 
 
@@ -133,6 +137,7 @@ _IN_HALF_OPEN = [
     *[("model", name, 1) for name in ("drop_rate", "drop_path_rate")],
     *[("optim", name, 1) for name in ("momentum", "label_smoothing", "ema_decay")],
     *[("data", name, float("inf")) for name in ("workers", "eval_margin")],
+    ("data", "max_missed", 1),
     *[("optim", name, float("inf")) for name in ("warmup_steps", "weight_decay")],
 ]
 

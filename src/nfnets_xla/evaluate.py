@@ -1,6 +1,7 @@
 """Evaluate given weights on held-out shards: the same graph and numbers as during training."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from nfnets_xla import checkpoint
 from nfnets_xla.backend import open_backend
 from nfnets_xla.config import Run
 from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.missed import Missed
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import create_network
 from nfnets_xla.models.weights import load_checkpoint, load_into
@@ -48,16 +50,26 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
         net, run.optim, total_steps=0, compute_dtype=torch.float32, fetch=backend.fetch
     )
     loader = make_eval_loader(run, held_out, num_classes)
-    trainer = make_trainer(run, backend, num_steps=0, callbacks=[])
-    trainer.validate(task, loader, verbose=False)
-    (metrics,) = task.evaluation.values()
-    say(
-        f"{path}: loss {metrics['loss']:.4f}  top-1 {metrics['top1']:.4f}  "
-        f"top-5 {metrics['top5']:.4f}  on {metrics['images']} images of {held_out.folder}"
-    )
-    if run.run_dir is not None:
-        header = {"resumed_from": 0, "config": asdict(run), "fingerprint": held_out.fingerprint}
-        with RecordWriter(Path(run.run_dir), header) as record:
+    header = {"resumed_from": 0, "config": asdict(run), "fingerprint": held_out.fingerprint}
+    keeps = nullcontext() if run.run_dir is None else RecordWriter(Path(run.run_dir), header)
+    with keeps as record:
+        missed = Missed(
+            record,
+            ceiling=run.data.max_missed,
+            unique_per_step=0,
+            train_samples=0,
+            eval_samples=held_out.num_samples,
+            before=0,
+            say=say,
+        )
+        trainer = make_trainer(run, backend, num_steps=0, callbacks=[missed])
+        trainer.validate(task, loader, verbose=False)
+        (metrics,) = task.evaluation.values()
+        say(
+            f"{path}: loss {metrics['loss']:.4f}  top-1 {metrics['top1']:.4f}  "
+            f"top-5 {metrics['top5']:.4f}  on {metrics['images']} images of {held_out.folder}"
+        )
+        if record is not None:
             record.write("eval", 0, weights=run.model.init_weights, **metrics)
-            record.write("end", 0, **backend.report())
+            record.write("end", 0, missed=missed.evaluated, **backend.report())
     return metrics

@@ -1,7 +1,8 @@
 """What Lightning calls for each batch: the loss, the update, and the sums of an evaluation.
 
-Shape suffixes: B rows of the global batch, K classes, N residual blocks, F pooled features,
-P = ceil(F / 8) bytes of packed bits, H W C as usual, M numbers of a metrics vector.
+Shape suffixes: B rows of the global batch, K classes, L labels of a row, N residual blocks,
+F pooled features, P = ceil(F / 8) bytes of packed bits, H W C as usual, M numbers of a metrics
+vector.
 
 The step touches the device three times: the batch goes up, the hyper-parameters go up as one vector
 (DeepMind's schedule is 0 at step 0, and a scalar of exactly 0 or 1 would be compiled in), and the
@@ -148,21 +149,23 @@ class Classification(LightningModule):
         if self.ema is not None:
             self.ema.update(hyper_2[1:2])
         loss, logits_BK = passes[0]  # SAM's first pass: at the unperturbed weights
-        top1 = _weighted_mean(_rank(logits_BK, batch["labels_B"]) < 1, batch["weight_B"])
+        top1 = _weighted_mean(_rank(logits_BK, batch) < 1, batch["weight_B"])
         self.step_metrics_M = torch.stack([loss, top1])
 
     def _loss(self, logits_BK: Tensor, batch: Batch) -> Tensor:
-        """Of a mixed row, the share of its own label's loss and the rest of its partner's: equal to
+        """Of a mixed row, the share of its own labels' loss and the rest of its partner's: equal to
         one loss of mixed targets, smoothed after mixing, for the loss is linear in the target."""
 
-        def losses_B(labels_B: Tensor) -> Tensor:
+        def losses_B(targets: Tensor) -> Tensor:
             smoothing = self.optim.label_smoothing
-            return F.cross_entropy(logits_BK, labels_B, reduction="none", label_smoothing=smoothing)
+            return F.cross_entropy(logits_BK, targets, reduction="none", label_smoothing=smoothing)
 
-        of_rows_B = losses_B(batch["labels_B"])
+        num_classes = logits_BK.shape[1]
+        of_rows_B = losses_B(_targets(batch, num_classes))
         if "mix_ratio_B" in batch:
             ratio_B = batch["mix_ratio_B"]
-            of_rows_B = ratio_B * of_rows_B + (1 - ratio_B) * losses_B(batch["mix_labels_B"])
+            partners_B = losses_B(_targets(batch, num_classes, "mix_"))
+            of_rows_B = ratio_B * of_rows_B + (1 - ratio_B) * partners_B
         return _weighted_mean(of_rows_B, batch["weight_B"])
 
     def _normalised(self, images_BHWC: Tensor) -> Tensor:
@@ -190,9 +193,9 @@ class Classification(LightningModule):
 
     def _sums(self, logits_BK: Tensor, batch: Batch) -> Tensor:
         """(loss, top-1, top-5, weight), each summed over the rows by weight."""
-        labels_B, weight_B = batch["labels_B"], batch["weight_B"]
-        losses_B = F.cross_entropy(logits_BK, labels_B, reduction="none")
-        rank_B = _rank(logits_BK, labels_B)
+        weight_B, targets = batch["weight_B"], _targets(batch, logits_BK.shape[1])
+        losses_B = F.cross_entropy(logits_BK, targets, reduction="none")
+        rank_B = _rank(logits_BK, batch)
         columns = [losses_B, (rank_B < 1).float(), (rank_B < 5).float(), torch.ones_like(losses_B)]
         return torch.stack([(column * weight_B).sum() for column in columns])
 
@@ -226,10 +229,23 @@ def _weighted_mean(values_B: Tensor, weight_B: Tensor) -> Tensor:
     return (values_B * weight_B).sum() / weight_B.sum()
 
 
-def _rank(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """How many classes score above the label's; top-k is rank < k.
+def _targets(batch: Batch, num_classes: int, whose: str = "") -> Tensor:
+    """Labels, (B,); or where samples have several, each one's share of the target, (B, K).
+
+    `whose` is "mix_" for those of the rows' partners."""
+    if "labels_BL" not in batch:
+        return batch[f"{whose}labels_B"]
+    weights_BL = batch[f"{whose}label_weights_BL"]
+    shares_BL = weights_BL / weights_BL.sum(dim=1, keepdim=True)
+    targets_BK = torch.zeros(len(shares_BL), num_classes, device=shares_BL.device)
+    return targets_BK.scatter_add(1, batch[f"{whose}labels_BL"], shares_BL)
+
+
+def _rank(logits_BK: Tensor, batch: Batch) -> Tensor:
+    """How many classes score above the label's, or the best of several; top-k is rank < k.
 
     Written with `~(<=)`, because every comparison with NaN is false: a row of NaN ranks last.
     """
-    own_B1 = logits_BK.gather(1, labels_B[:, None])
-    return (~(logits_BK <= own_B1)).sum(dim=1)
+    labels_BL = batch["labels_BL"] if "labels_BL" in batch else batch["labels_B"][:, None]
+    best_B1 = logits_BK.gather(1, labels_BL).amax(dim=1, keepdim=True)
+    return (~(logits_BK <= best_B1)).sum(dim=1)

@@ -21,10 +21,12 @@ from nfnets_xla import checkpoint
 from nfnets_xla.backend import Backend, open_backend
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import Run, differences
+from nfnets_xla.data.exclude import without
 from nfnets_xla.data.loader import Batches, EvalBatches, TrainBatches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.hooks import Checkpointer, Monitor
+from nfnets_xla.missed import Missed, missed_before
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, count_parameters, create_network
 from nfnets_xla.models.weights import load_checkpoint, load_into
@@ -75,7 +77,7 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
     start_step, restored = (0, None) if resume is None else (resume.step, restore(net, resume, run))
     say(
         f"{run.model.name}: {count_parameters(net):,} parameters; {index.num_samples:,} images in "
-        f"{len(index.names)} shards; {order.num_steps} steps of {run.data.batch_size} rows "
+        f"{index.num_shards} shards; {order.num_steps} steps of {run.data.batch_size} rows "
         f"({run.optim.epochs:g} epochs) on {backend.num_devices} x {backend.device_kind}"
     )
     task = Classification(
@@ -94,6 +96,7 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
         pin_memory=backend.accelerator == "cuda",
     )
     eval_loader = None if held_out is None else make_eval_loader(run, held_out, num_classes)
+    before = missed_before(folder, start_step)
     with RecordWriter(folder, header(run, identity, order, net, backend, start_step)) as record:
         (folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
         monitor = Monitor(
@@ -112,12 +115,21 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
             total_steps=order.num_steps,
             state={"identity": identity},
         )
-        trainer = make_trainer(run, backend, order.num_steps, [monitor, keeper])
+        missed = Missed(
+            record,
+            ceiling=run.data.max_missed,
+            unique_per_step=order.unique_per_step,
+            train_samples=order.total_draws,
+            eval_samples=0 if held_out is None else held_out.num_samples,
+            before=before,
+            say=say,
+        )
+        trainer = make_trainer(run, backend, order.num_steps, [missed, monitor, keeper])
         restore_progress(trainer, start_step)
         trainer.fit(task, loader, eval_loader)
         if eval_loader is not None and monitor.evaluated_at != order.num_steps:
             trainer.validate(task, eval_loader, verbose=False)
-        closing = {"steps": order.num_steps, **backend.report()}
+        closing = {"steps": order.num_steps, "missed": missed.trained, **backend.report()}
         record.write("end", order.num_steps, **closing)
     say(f"finished after {order.num_steps} steps; everything is in {folder}")
     return closing
@@ -130,7 +142,8 @@ def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:
     if run.data.shards is None:
         raise ValueError("data.shards is not set; it must name a folder of indexed shards")
     held_out = None if run.data.eval_shards is None else ShardIndex.load(run.data.eval_shards)
-    return ShardIndex.load(run.data.shards), held_out
+    index = ShardIndex.load(run.data.shards)
+    return index if run.data.exclude is None else without(index, run.data.exclude), held_out
 
 
 def count_classes(run: Run, *indexes: ShardIndex | None) -> int:

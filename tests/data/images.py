@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
-from nfnets_xla.data.shards import ShardIndex, build_index
+from nfnets_xla.data.shards import ShardIndex
 
 
 def noise_png(number: int, size: int = 12) -> bytes:

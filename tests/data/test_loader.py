@@ -13,13 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
+from nfnets_xla.data.index import build_index
 from nfnets_xla.data.loader import Batch, Batches, EvalBatches, TrainBatches
 from nfnets_xla.data.masks import RANDAUGMENT, dropout_bits, keep_masks, row_rng
 from nfnets_xla.data.mix import partner_rows
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.data.randaugment import rand_augment
-from nfnets_xla.data.shards import ShardIndex, build_index
+from nfnets_xla.data.shards import ShardIndex
+from tests.data.images import packed
 from tests.reference.resize import resized
 
 SAMPLES, CLASSES = 29, 5
@@ -73,7 +75,7 @@ def assert_same(one: Batch, other: Batch) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert type(value) is type(other[name])
-        if name != "step":
+        if name not in ("step", "missed"):
             assert value.dtype == other[name].dtype
         assert np.array_equal(value, other[name]), name
 
@@ -266,7 +268,7 @@ def test_mixing_adds_what_the_device_needs_and_leaves_the_images(
 def test_some_streams_of_a_batch_are_as_in_the_whole(index: ShardIndex) -> None:
     dataset = train(index, mix=True, randaugment_magnitude=5)
     for stream in range(STREAMS):
-        part, whole = dataset.of_streams(2, [stream]), dataset[2]
+        part, whole = dataset.of_streams(2, range(stream, stream + 1)), dataset[2]
         for name, value in part.items():
             if isinstance(value, (torch.Tensor, np.ndarray)):
                 length = len(value)
@@ -307,14 +309,82 @@ def test_evaluation_shows_everything_once_and_fills_up_with_weight_0(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_does_not_decode_is_named(tmp_path: Path, workers: int) -> None:
-    images = [encoded(picture(n)) for n in range(12)]
+def test_an_image_that_does_not_decode_is_grey_weighs_nothing_and_is_told(
+    index: ShardIndex, tmp_path: Path, workers: int
+) -> None:
+    images = [encoded(picture(n)) for n in range(SAMPLES)]
     images[9] = images[9][:100]
-    index = pack(tmp_path, images)
-    dataset = EvalBatches(index, num_classes=CLASSES, batch_size=4, image_size=16, margin=0)
-    name = index.sample_id(1, 1)
-    with pytest.raises(ValueError, match=f"sample {name}: 100 bytes do not decode.*; take it out"):
-        list(Batches(dataset, start_step=0, stop_step=3, workers=workers))
+    faulty = pack(tmp_path, images)
+    for make in (train, evaluation):
+        good, dataset = make(index), make(faulty)
+        missed = []
+        for batch in Batches(dataset, start_step=0, stop_step=len(dataset), workers=workers):
+            whole = good[batch["step"]]
+            missed += batch["missed"]
+            torn_U = batch["sample_U"] == 9
+            torn_B = torn_U.repeat(len(batch["labels_B"]) // len(torn_U))
+            assert (batch["weight_B"][torn_B] == 0).all()
+            assert (batch["images_BHWC"][torn_B] == 128).all()
+            for name in ("images_BHWC", "weight_B"):
+                assert torch.equal(batch[name][~torn_B], whole[name][~torn_B])
+            assert torch.equal(batch["labels_B"], whole["labels_B"])
+        name, offset = faulty.sample_id(1, 1), faulty.offset(1, 1)
+        for sample in missed:
+            assert sample["id"] == name
+            assert (sample["shard"], sample["offset"]) == ("shard-000001.tar", offset)
+            assert "100 bytes do not decode as an image" in sample["reason"]
+        epochs = [sample["epoch"] for sample in missed]
+        assert epochs in ([0], [0, 1])  # the second epoch shows half of the samples
+
+
+def evaluation(index: ShardIndex) -> EvalBatches:
+    return EvalBatches(index, num_classes=CLASSES, batch_size=4, image_size=16, margin=0)
+
+
+def test_a_shard_that_has_changed_stops_the_run(tmp_path: Path) -> None:
+    index = pack(tmp_path, [encoded(picture(n)) for n in range(3)])
+    data = bytearray((tmp_path / "shard-000000.tar").read_bytes())
+    data[index.offset(0, 0) + 50] ^= 1
+    (tmp_path / "shard-000000.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=r"no longer matches its shards.*wrong checksum"):
+        evaluation(index)[0]
+
+
+def test_several_labels_have_one_shape_and_the_heaviest_first(tmp_path: Path) -> None:
+    labels: list[Any] = [3, {1: 1.0, 4: 3.0}, {0: 0.5, 1: 0.25, 2: 0.25}, {2: 1.0, 3: 1.0}]
+    samples = ((f"{n}", encoded(picture(n)), "png", label) for n, label in enumerate(labels))
+    pack_samples(samples, tmp_path, samples_per_shard=2)
+    index = build_index(tmp_path)
+    assert index.max_labels == 3
+    for batch in (evaluation(index)[0], train(index, epochs=2)[0]):
+        views = len(batch["labels_B"]) // len(batch["sample_U"])
+        expected = {
+            0: (3, [3, 3, 3], [1, 0, 0]),
+            1: (4, [4, 1, 4], [3, 1, 0]),
+            2: (0, [0, 1, 2], [0.5, 0.25, 0.25]),
+            3: (2, [2, 3, 2], [1, 1, 0]),
+        }
+        for place, sample in enumerate(batch["sample_U"].repeat(views).tolist()):
+            first, row, weights = expected[sample]
+            assert batch["labels_B"][place] == first
+            assert batch["labels_BL"][place].tolist() == row
+            assert batch["label_weights_BL"][place].tolist() == weights
+    assert "labels_BL" not in evaluation(packed(tmp_path / "one", 4, 2))[0]
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_hosts_make_parts_of_the_batch(index: ShardIndex, hosts: int) -> None:
+    whole = train(index)
+    order = whole.order
+    parts = [train(index, streams=order.streams_of(host, hosts)) for host in range(hosts)]
+    for step in range(len(whole)):
+        batches = [part[step] for part in parts]
+        for name, value in whole[step].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, torch.cat([batch[name] for batch in batches]))
+    for host, of in ((0, 3), (2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="2 streams must divide among them"):
+            order.streams_of(host, of)
 
 
 def test_a_label_outside_the_classes_is_named(index: ShardIndex) -> None:

@@ -222,8 +222,9 @@ def test_sequential_shows_each_sample_once_and_fills_up_with_weight_0(unique: in
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"counts": np.array([], np.int64)}, "no shards"),
-        ({"counts": np.array([3, 0])}, "shard 1 has 0 samples; leave out"),
+        ({"counts": np.array([], np.int64)}, "there are no samples"),
+        ({"counts": np.array([0, 0])}, "there are no samples"),
+        ({"counts": np.array([3, -1])}, "a shard has -1 samples"),
         ({"num_streams": 3}, "do not divide among 3 streams: make"),
         ({"num_streams": 0}, "num_streams is 0"),
         ({"unique_per_step": 0}, "unique_per_step is 0"),
@@ -257,7 +258,7 @@ def test_steps_outside_the_run_are_refused(number: int) -> None:
 
 
 def test_a_sequential_order_needs_samples_and_a_batch() -> None:
-    with pytest.raises(ValueError, match="shard 0 has 0 samples"):
+    with pytest.raises(ValueError, match="there are no samples"):
         SequentialOrder(np.array([0]), 2)
     with pytest.raises(ValueError, match="unique_per_step is 0"):
         SequentialOrder(np.array([1]), 0)

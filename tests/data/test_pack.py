@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 from sklearn.datasets import load_digits
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from nfnets_xla.data.pack import Sample, encode_image, pack_image_folder, pack_samples
-from nfnets_xla.data.shards import ShardIndex, build_index
+from nfnets_xla.data.index import build_index
+from nfnets_xla.data.pack import Sample, encode_image, pack_samples
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.data.sources import dataset_samples, pack_image_folder, pack_table
 
 
 def digits(count: int) -> list[Sample]:
@@ -27,9 +31,14 @@ def digits(count: int) -> list[Sample]:
     return samples
 
 
+def label(index: ShardIndex, shard: int, row: int) -> int:
+    (label,) = index.labels(shard, row)
+    return label
+
+
 def contents(index: ShardIndex) -> list[tuple[str, bytes, int]]:
     return [
-        (index.sample_id(shard, row), index.read(shard, row), index.label(shard, row))
+        (index.sample_id(shard, row), index.read(shard, row), label(index, shard, row))
         for shard, count in enumerate(index.counts)
         for row in range(count)
     ]
@@ -99,8 +108,11 @@ REFUSED: dict[str, tuple[list[Sample], str]] = {
     "no key": ([("", b"1", "png", 0)], "key is ''"),
     "extension": ([("x", b"1", "gif", 0)], "extension of x is 'gif'; it must be one of png, jpg"),
     "no image": ([("x", b"", "png", 0)], "image of x is empty"),
-    "negative": ([("x", b"1", "png", -1)], "label of x is -1; it must be a whole number"),
+    "negative": ([("x", b"1", "png", -1)], "label of x is -1 (label -1); it must be"),
     "true": ([("x", b"1", "png", True)], "label of x is True"),
+    "word": ([("x", b"1", "png", "cat")], "label of x is cat"),  # pyright: ignore
+    "no labels": ([("x", b"1", "png", {})], "label of x is {} (0 labels"),
+    "no weight": ([("x", b"1", "png", {3: 0.0})], "(weight 0.0); it must be a whole number"),
 }
 
 
@@ -171,7 +183,8 @@ def test_a_folder_of_images_is_packed_shuffled(images: Path, tmp_path: Path) -> 
     assert paths == sorted(out.glob("shard-*.tar"))
     assert json.loads((out / "classes.json").read_text()) == ["ant", "bee", "c.at"]
     index = build_index(out)
-    assert all(len(set(index.labels(shard))) > 1 for shard in range(4))
+    for shard in range(4):
+        assert len({label(index, shard, row) for row in range(index.counts[shard])}) > 1
 
     packed = {name.split("/")[1]: (data, label) for name, data, label in contents(index)}
     assert packed == {
@@ -181,7 +194,7 @@ def test_a_folder_of_images_is_packed_shuffled(images: Path, tmp_path: Path) -> 
     }
     pack_image_folder(images, tmp_path / "again", samples_per_shard=9)
     pack_image_folder(images, tmp_path / "other", samples_per_shard=9, seed=1)
-    (out / "index.json").unlink()
+    (out / "index.npz").unlink()
     for sidecar in out.glob("*.npz"):
         sidecar.unlink()
     first, again, other = (tree(tmp_path / name) for name in ("out", "again", "other"))
@@ -208,6 +221,93 @@ def test_refused_folders(images: Path, tmp_path: Path) -> None:
     for empty in (tmp_path / "nothing", images / "ant"):
         message = one_line(lambda: pack_image_folder(empty, out))  # noqa: B023
         assert "class folders" in message or "is not a folder" in message
+
+
+# ---- tables and data sets ---------------------------------------------------------------------
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+        path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_is_packed(images: Path, tmp_path: Path, ending: str) -> None:
+    rows = [
+        {"path": f"images/ant/photo.{n}.{e}", "label": label, "source": "web"}
+        for n, e, label in ((0, "png", "3"), (1, "JPG", "3 7"), (3, "webp", "7:0.25 2:0.75"))
+    ]
+    table = write_table(tmp_path / f"list.{ending}", rows)
+    calls: list[tuple[int, int]] = []
+    pack_table(table, tmp_path / "out", on_progress=lambda *call: calls.append(call))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    index = build_index(tmp_path / "out")
+    found = {
+        index.sample_id(0, row): (index.read(0, row), index.labels(0, row)) for row in range(3)
+    }
+    assert found == {
+        "shard-000000/images_ant_photo_0": (b"0-0", {3: 1.0}),
+        "shard-000000/images_ant_photo_1": (b"0-1", {3: 1.0, 7: 1.0}),
+        "shard-000000/images_ant_photo_3": (b"0-3", {7: 0.25, 2: 0.75}),
+    }
+    assert index.max_labels == 2
+    pack_table(table, tmp_path / "again")
+    assert tree(tmp_path / "again").items() <= tree(tmp_path / "out").items()
+
+
+def test_a_parquet_list_of_labels_and_keys_of_ones_own(images: Path, tmp_path: Path) -> None:
+    row = {"path": "images/ant/photo.0.png", "label": [5, 4], "key": "mine"}
+    pack_table(write_table(tmp_path / "a.parquet", [row]), tmp_path / "out")
+    index = build_index(tmp_path / "out")
+    assert (index.sample_id(0, 0), index.labels(0, 0)) == ("shard-000000/mine", {5: 1.0, 4: 1.0})
+
+
+def test_refused_tables(images: Path, tmp_path: Path) -> None:
+    def refused(*rows: dict[str, Any], name: str = "a.csv") -> str:
+        table = write_table(tmp_path / name, list(rows))
+        return one_line(lambda: pack_table(table, tmp_path / "out"))
+
+    good = {"path": "images/ant/photo.0.png", "label": "1"}
+    assert "a.csv, row 1: it must have a path and a label" in refused({"path": "x"})
+    assert "row 2: duplicate key images_ant_photo_0" in refused(good, good)
+    assert "images/none.png is not a png, jpg" in refused(good | {"path": "images/none.png"})
+    assert "label 'cat' is none of 3, 3 7" in refused(good | {"label": "cat"})
+    assert "must be a whole number" in refused(good | {"label": 1.5}, name="a.parquet")
+    for name in ("none.csv", "images"):
+        message = one_line(lambda: pack_table(tmp_path / name, tmp_path / "out"))  # noqa: B023
+        assert "is no table: give a file that ends in .csv or .parquet" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_like_those_of_datasets(tmp_path: Path) -> None:
+    pixels = np.arange(108, dtype=np.uint8).reshape(6, 6, 3)
+    png, jpg = encode_image(pixels), encode_image(pixels, "jpg")
+    rows = [
+        {"img": Image.fromarray(pixels), "fine": 3},
+        {"img": {"bytes": jpg, "path": None}, "fine": [1, 2]},
+        {"img": png, "fine": {4: 0.5}},
+    ]
+    samples = list(dataset_samples(rows, image="img", label="fine"))
+    assert samples == [
+        ("000000000", png, "png", 3),
+        ("000000001", jpg, "jpg", {1: 1.0, 2: 1.0}),
+        ("000000002", png, "png", {4: 0.5}),
+    ]
+    pack_samples(samples, tmp_path, samples_per_shard=2)
+    assert build_index(tmp_path).labels(0, 1) == {1: 1.0, 2: 1.0}
+    assert "row 0: img is str; it must be a Pillow image" in one_line(
+        lambda: list(dataset_samples([{"img": "x", "fine": 1}], image="img", label="fine"))
+    )
+
+
+def test_shards_of_a_target_size(tmp_path: Path) -> None:
+    samples: list[Sample] = [(f"{n}", b"x" * 99, "png", 1) for n in range(10)]  # 100 with the label
+    pack_samples(samples, tmp_path, samples_per_shard=1000, shard_bytes=300)
+    assert build_index(tmp_path).counts.tolist() == [3, 3, 3, 1]
 
 
 # ---- images -----------------------------------------------------------------------------------

@@ -1,39 +1,36 @@
 """An index gives a tar's bytes, changes with them, and refuses what it does not fit."""
 
 import io
-import json
 import multiprocessing
 import os
 import pickle
 import re
+import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import pytest
 from webdataset.writer import TarWriter
 
-from nfnets_xla.data.shards import ShardIndex, build_index, scan_shard
+from nfnets_xla.data import jobs
+from nfnets_xla.data.index import build_index
+from nfnets_xla.data.records import Records
+from nfnets_xla.data.scan import Scan, scan_shard
+from nfnets_xla.data.shards import Line, ShardIndex, make_manifest, manifest_bytes
+from nfnets_xla.data.storage import Folder, OpenFile
+from tests.data.tars import FORMATS, Member, sample, write_tar
 
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 PACKED = 7  # samples of each shard
 
-Member = tuple[str, bytes]
 
-
-def write_tar(path: Path, members: list[Member], format: int = tarfile.USTAR_FORMAT) -> None:
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def sample(key: str, label: int | str = 0, image: bytes = b"picture") -> list[Member]:
-    return [(f"{key}.cls", str(label).encode()), (f"{key}.png", image)]
+def scanned(folder: Path, name: str) -> Records:
+    records = scan_shard(Folder(folder).open(name)).records
+    assert records is not None
+    return records
 
 
 def images_of(path: Path) -> list[bytes]:
@@ -90,19 +87,20 @@ def one_line(action: Callable[[], object]) -> str:
 
 
 def test_images_are_the_bytes_that_tarfile_gives(folder: Path, index: ShardIndex) -> None:
-    assert index.names == ("gnu.tar", "pax.tar", "ustar.tar", "wds.tar")
-    for shard, name in enumerate(index.names):
+    names = [index.name(shard) for shard in range(index.num_shards)]
+    assert names == ["gnu.tar", "pax.tar", "ustar.tar", "wds.tar"]
+    for shard, name in enumerate(names):
         read = [index.read(shard, row) for row in range(PACKED)]
         assert read == images_of(folder / name)
         assert len(set(read)) == PACKED
 
 
 def test_labels_are_read_from_cls_txt_and_json(index: ShardIndex) -> None:
-    first = {"ustar.tar": 0, "gnu.tar": PACKED, "pax.tar": 2 * PACKED, "wds.tar": 0}
-    for shard, name in enumerate(index.names):
-        np.testing.assert_array_equal(index.labels(shard), first[name] + np.arange(PACKED))
-        assert index.label(shard, 3) == first[name] + 3
+    for shard, first in enumerate((PACKED, 2 * PACKED, 0, 0)):
+        for row in range(PACKED):
+            assert index.labels(shard, row) == {first + row: 1.0}
     assert index.num_classes == 3 * PACKED
+    assert index.max_labels == 1
 
 
 def test_counts_and_ids(index: ShardIndex) -> None:
@@ -114,15 +112,75 @@ def test_counts_and_ids(index: ShardIndex) -> None:
     assert index.sample_id(1, 5) == f"pax/{'deep/' * 30}{'long' * 40}é5"
 
 
-def test_progress_counts_shards(folder: Path) -> None:
+def test_progress_counts_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(jobs, "PER_WORKER", 3)
     build_index(folder, on_progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert calls == [(3, 4), (4, 4)]
 
 
 def test_shards_can_be_scanned_in_parallel(folder: Path, index: ShardIndex) -> None:
-    with joblib.parallel_config("threading", n_jobs=2):
-        assert build_index(folder).fingerprint == index.fingerprint
+    assert build_index(folder, jobs=2, force=True).fingerprint == index.fingerprint
+    assert "engine is 'abacus'; it must be one of local, ray, dask" in one_line(
+        lambda: build_index(folder, engine="abacus")
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ray.util.joblib", None)
+        message = one_line(lambda: build_index(folder, engine="ray"))
+    assert "engine is ray, which is not installed" in message
+
+
+def test_a_rerun_scans_only_what_has_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scans: list[int] = []
+
+    def scan(file: OpenFile) -> Scan:
+        scans.append(file.size)
+        if len(scans) == 3:
+            raise KeyboardInterrupt
+        return scan_shard(file)
+
+    monkeypatch.setattr("nfnets_xla.data.index.scan_shard", scan)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(folder)
+    assert not (folder / "index.npz").exists()
+    stopped = build_index(folder)
+    assert len(scans) == 3 + 2  # two of four were done
+    build_index(folder)
+    assert len(scans) == 5
+    os.utime(folder / "wds.tar")
+    build_index(folder)
+    assert len(scans) == 6
+    assert build_index(folder, force=True).fingerprint == stopped.fingerprint
+    assert len(scans) == 10
+
+
+def test_shards_may_lie_in_subfolders_but_not_share_a_file_name(tmp_path: Path) -> None:
+    for name in ("one/a.tar", "two/b.tar", ".hidden/c.tar"):
+        (tmp_path / name).parent.mkdir()
+        write_tar(tmp_path / name, sample("x/1", 1) + sample("y", 2))
+    index = build_index(tmp_path)
+    assert [index.name(0), index.name(1)] == ["one/a.tar", "two/b.tar"]
+    assert index.sample_id(1, 0) == "b/x/1"
+    assert index.read(1, 1) == b"picture"
+    (tmp_path / "two/b.tar").rename(tmp_path / "two/a.tar")
+    message = one_line(lambda: build_index(tmp_path))
+    assert "two/a.tar and one/a.tar have one file name: rename one of them" in message
+
+
+def test_a_manifest_is_32_bytes_a_shard_and_its_name(tmp_path: Path) -> None:
+    """And a million samples are open at once, their sidecars unread."""
+    lines = [Line(f"{n:06d}.tar", 1000, 7, b"d" * 16, 9, 1) for n in range(1000)]
+    manifest = make_manifest(lines)
+    assert sum(part.nbytes for part in manifest) == 1000 * (32 + 10) + 3 * 8
+    (tmp_path / "index.npz").write_bytes(manifest_bytes(manifest))
+    for line in lines:
+        (tmp_path / line.name).write_bytes(b"7 bytes")
+        (tmp_path / (line.name + ".idx.npz")).touch()
+    start = time.perf_counter()
+    index = ShardIndex.load(tmp_path)
+    assert time.perf_counter() - start < 1
+    assert index.num_samples == 1_000_000
+    assert index.name(999) == "000999.tar"
 
 
 # ---- the fingerprint --------------------------------------------------------------------------
@@ -134,7 +192,9 @@ def written(folder: Path) -> dict[str, bytes]:
 
 def test_an_index_is_a_function_of_the_tars_alone(folder: Path, index: ShardIndex) -> None:
     before = written(folder)
-    assert sorted(before) == sorted(["index.json", *(f"{name}.idx.npz" for name in index.names)])
+    assert sorted(before) == sorted(
+        ["index.npz", *(f"{index.name(shard)}.idx.npz" for shard in range(4))]
+    )
     for name in before:
         (folder / name).write_bytes(b"rubbish")
     assert build_index(folder).fingerprint == index.fingerprint
@@ -153,7 +213,7 @@ def test_the_fingerprint_is_golden(tmp_path: Path) -> None:
     """A resumed run compares fingerprints: they may not change with a release of this library."""
     write_tar(tmp_path / "a.tar", sample("x", 1) + sample("y", 2))
     assert build_index(tmp_path).fingerprint == (
-        "77be3bafccf219d9fcfce3542b2c1060ba081506e934dcc440106e1404dc1636"
+        "53f046a131ca907a942f9886445b916bc731d88b23f8f7c48b2bf9b0ec8ef24b"
     )
 
 
@@ -177,35 +237,38 @@ def test_the_fingerprint_changes_with(tmp_path: Path, change: str) -> None:
 
 def test_a_failed_rebuild_leaves_the_manifest_that_was_there(folder: Path) -> None:
     build_index(folder)
-    before = (folder / "index.json").read_bytes()
+    before = (folder / "index.npz").read_bytes()
     write_tar(folder / "z.tar", [("a.png", b"no label")])
     one_line(lambda: build_index(folder))
-    assert (folder / "index.json").read_bytes() == before
+    assert (folder / "index.npz").read_bytes() == before
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 # ---- tars that are refused --------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[list[Member], str]] = {
-    "empty": ([], "a.tar holds no samples (key.jpg, key.cls): take it out of the folder"),
-    "unnamed": ([("README", b""), (".png", b"")], "a.tar holds no samples"),
-    "unprintable": (sample("x\n"), r"has key 'x\\n': pack it with printable names"),
-    "no image": ([("x.cls", b"0")], "sample x of .* has no image: pack it with one .png, .jpg"),
-    "two images": ([*sample("x"), ("x.jpg", b"")], "sample x of .* has 2 image"),
-    "no label": ([("x.png", b"")], "sample x of .* has no label: pack it with a .cls, .json, .txt"),
+    "empty": ([], "a.tar, offset 0: holds no samples (key.jpg, key.cls): take it out"),
+    "unnamed": ([("README", b""), (".png", b"")], "a.tar, offset 0: holds no samples"),
+    "unprintable": (sample("x\n"), r"key 'x\\n': pack it with printable names"),
+    "no image": ([("x.cls", b"0")], "sample x has no image: pack it with one .png, .jpg"),
+    "two images": ([*sample("x"), ("x.jpg", b"")], "sample x has 2 image"),
+    "no label": ([("x.png", b"")], "sample x has no label: pack it with a .cls, .json, .txt"),
     "negative": (sample("x", -1), "has label b'-1' in .cls: .* whole number of 0 to 2147483647"),
     "too large": (sample("x", 2**31), "has label b'2147483648' in .cls"),
     "word": (sample("x", "cat"), "has label b'cat' in .cls"),
     "underscore": (sample("x", "1_0"), "has label b'1_0' in .cls"),
-    "fraction": ([("x.json", b'{"label": 1.0}'), ("x.png", b"")], "in .json as {.label.: number}"),
+    "fraction": ([("x.json", b'{"label": 1.0}'), ("x.png", b"")], "in .json: pack it with"),
     "true": ([("x.json", b'{"label": true}'), ("x.png", b"")], "in .json"),
     "no json": ([("x.json", b"{"), ("x.png", b"")], "has label b'{' in .json"),
     "other json": ([("x.json", b"[1]"), ("x.png", b"")], "in .json"),
-    "duplicate": ([*sample("x"), *sample("x")], "a.tar has duplicate key x (.cls): give each its"),
-    "duplicate later": ([*sample("x"), *sample("y"), *sample("x")], "has duplicate key x (.cls)"),
+    "duplicate": (
+        [*sample("x"), *sample("x")],
+        "a.tar, offset 2048: duplicate key x (.cls): g",
+    ),
+    "duplicate later": ([*sample("x"), *sample("y"), *sample("x")], "duplicate key x (.cls)"),
     "apart": (
         [("x.png", b""), ("y.png", b""), ("x.cls", b"0"), ("y.cls", b"0")],
-        "a.tar has members of sample x apart: pack it sorted by name",
+        "a.tar, offset 1024: members of sample x apart: pack it sorted by name",
     ),
 }
 
@@ -219,33 +282,33 @@ def test_refused(tmp_path: Path, case: str) -> None:
     assert os.listdir(tmp_path) == ["a.tar"]
 
 
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "in a header": lambda tar: tar[:1000],
-    "in the last data": lambda tar: tar[: 3 * 512 + 3],
-    "before the end-of-archive": lambda tar: tar[:2048],
-    "within the end-of-archive": lambda tar: tar[:2560],
-    "a header overwritten": lambda tar: tar[:1024] + b"?" * 512 + tar[1536:],
-    "the first header overwritten": lambda tar: b"?" * 512 + tar[512:],
-    "joined by cat": lambda tar: tar + tar,
-    "nothing": lambda tar: b"",
-    "not a tar": lambda tar: b"rubbish" * 1000,
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "in a header": (lambda tar: tar[:1000], "offset 0: truncated: a member of 1 bytes needs 24 mo"),
+    "in the last data": (lambda tar: tar[:1539], "offset 1024: truncated: a member of 7 bytes"),
+    "before its end": (lambda tar: tar[:2048], "offset 2048: truncated: it ends at byte 2048 with"),
+    "within its end": (lambda tar: tar[:2560], "offset 2048: truncated: it ends at byte 2560 with"),
+    "a header": (lambda tar: tar[:1024] + b"?" * 512 + tar[1536:], "offset 1024: damaged header"),
+    "the first header": (lambda tar: b"?" * 512 + tar[512:], "offset 0: damaged header"),
+    "joined by cat": (lambda tar: tar + tar, "offset 10240: data after the end of the archive"),
+    "nothing": (lambda tar: b"", "offset 0: truncated: it ends at byte 0"),
+    "not a tar": (lambda tar: b"rubbish" * 1000, "offset 0: damaged header"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_a_tar_that_is_not_whole_is_refused(tmp_path: Path, case: str) -> None:
-    path = tmp_path / "a.tar"
+    path, (damage, message) = tmp_path / "a.tar", DAMAGES[case]
     write_tar(path, sample("x"))
-    path.write_bytes(DAMAGES[case](path.read_bytes()))
-    message = one_line(lambda: build_index(tmp_path))
-    assert f"{path} is not a whole, uncompressed tar" in message
-    assert message.endswith("copy or pack it again")
+    path.write_bytes(damage(path.read_bytes()))
+    assert f"{path}, {message}" in one_line(lambda: build_index(tmp_path))
 
 
 def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("x.png"))
-    assert "is not a whole, uncompressed tar" in one_line(lambda: build_index(tmp_path))
+    assert "offset 0: compressed: a shard must be a plain tar" in one_line(
+        lambda: build_index(tmp_path)
+    )
 
 
 def test_the_folder_must_be_local_and_hold_shards(tmp_path: Path) -> None:
@@ -268,7 +331,7 @@ def test_loading_says_what_is_wrong(folder: Path) -> None:
         assert message.endswith(advice)
         return message.removesuffix("; " + advice)
 
-    assert load() == f"{folder} has no index.json"
+    assert load() == f"{folder} has no index.npz"
     stale = f"{folder}: index no longer matches its shards: "
 
     build_index(folder)
@@ -286,20 +349,26 @@ def test_loading_says_what_is_wrong(folder: Path) -> None:
     assert load() == stale + "pax.tar.idx.npz is missing"
 
     build_index(folder)
-    manifest = json.loads((folder / "index.json").read_text())
-    for change in ({"format": 2}, {"fingerprint": "0"}, {"shards": manifest["shards"][:-1]}):
-        (folder / "index.json").write_text(json.dumps(manifest | change))
-        assert "is not a whole index of format 1 (another format, or altered by hand)" in load()
-    for text in ("{", "[]", "{}", '{"shards": [{}]}'):
-        (folder / "index.json").write_text(text)
-        assert "index.json is not a whole index of format 1" in load()
+    good = (folder / "index.npz").read_bytes()
+    with np.load(io.BytesIO(good)) as file:
+        arrays: dict[str, Any] = dict(file)
+    for name, change in (("head", [1, 21, 1]), ("fingerprint", [0] * 32), ("counts_S", [8] * 3)):
+        changed: Any = arrays | {name: np.array(change).astype(arrays[name].dtype)}
+        np.savez(folder / "index.npz", **changed)
+        assert "is not a whole index of format 2 (another format, or altered by hand)" in load()
+    pickled: Any = arrays | {"names": np.array([{}], dtype=object)}
+    np.savez(folder / "index.npz", **pickled)
+    assert "allow_pickle=False" in load()
+    for data in (b"", b"{}", good[:-30], good[:200] + b"?" + good[201:]):
+        (folder / "index.npz").write_bytes(data)
+        assert "index.npz is not a whole index of format 2" in load()
 
 
 @pytest.mark.parametrize("where", ["data", "header"])
 def test_bit_rot_is_found_when_the_sample_is_read(
     folder: Path, index: ShardIndex, where: str
 ) -> None:
-    records = scan_shard(folder / "gnu.tar")
+    records = scanned(folder, "gnu.tar")
     offset = int(records.offsets_N[2])
     with (folder / "gnu.tar").open("r+b") as file:
         file.seek(offset + 9 if where == "data" else offset - 500)
@@ -321,7 +390,7 @@ def test_a_sidecar_of_another_index_is_refused(folder: Path, index: ShardIndex) 
 
 
 def test_a_sidecar_with_a_pickle_is_not_run(folder: Path, index: ShardIndex) -> None:
-    arrays: dict[str, Any] = scan_shard(folder / "gnu.tar")._asdict()
+    arrays: dict[str, Any] = scanned(folder, "gnu.tar")._asdict()
     arrays["keys"] = np.array([{}], dtype=object)
     with (folder / "gnu.tar.idx.npz").open("wb") as file:
         np.savez(file, **arrays)
@@ -333,7 +402,7 @@ def test_a_sidecar_with_a_pickle_is_not_run(folder: Path, index: ShardIndex) -> 
 
 def test_it_pickles_small_and_reads_in_a_spawned_process(index: ShardIndex) -> None:
     expected = [index.read(shard, 1) for shard in range(4)]  # files are open now
-    assert len(pickle.dumps(index)) < 1500
+    assert len(pickle.dumps(index)) < 2000
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.starmap(index.read, [(shard, 1) for shard in range(4)]) == expected
 

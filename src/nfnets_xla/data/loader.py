@@ -10,8 +10,8 @@ be lost: to resume is to start at another number, and workers only change how so
 
 Of one image, the K views come from one decode and lie next to each other; rows stay stream-major.
 
-Shape suffixes: U unique images, B = U * K rows, H W C as usual, N residual blocks, P = ceil(F / 8)
-bytes of the F features that dropout masks.
+Shape suffixes: U unique images, B = U * K rows, H W C as usual, L labels of an image, N residual
+blocks, P = ceil(F / 8) bytes of the F features that dropout masks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,10 +38,16 @@ from nfnets_xla.data.randaugment import rand_augment
 from nfnets_xla.data.shards import ShardIndex
 
 # images_BHWC uint8, labels_B int64, weight_B float32 and, in training, keep_masks_BN and
-# dropout_bits_BP uint8 are tensors; so are mix_outside_B and mix_ratio_B float32, mix_box_B4 int32
-# and mix_labels_B int64, where images are to be mixed. What stays on the host is not: sample_U and
-# epoch_U int64, weight_U float32 (numpy), step (int), layout (mix.Layout).
+# dropout_bits_BP uint8 are tensors. If a sample of the data set has several labels, labels_B is the
+# heaviest, and there are labels_BL int64 and label_weights_BL float32, filled up with the heaviest
+# at weight 0. Where images are to be mixed there are mix_outside_B and mix_ratio_B float32,
+# mix_box_B4 int32, and the partner's labels, under the names of the own with "mix_". What stays
+# on the host is no tensor: sample_U and epoch_U int64, weight_U float32 (numpy), step (int), layout
+# (mix.Layout), and missed, a list of what could not be decoded.
 Batch = dict[str, Any]
+
+
+GREY = 128  # of the row that stands for an image that cannot be decoded
 
 
 class Samples:
@@ -60,23 +66,30 @@ class Samples:
         shard = int(np.searchsorted(self.first_of_shard, number, side="right")) - 1
         return self.index.sample_id(shard, number - int(self.first_of_shard[shard]))
 
-    def pixels(self, shard: int, row: int) -> Pixels:
+    def pixels(self, shard: int, row: int) -> Pixels | dict[str, Any]:
+        """The image or, if it cannot be decoded, what is told of it. Raises ValueError for a shard
+        that is not the one that was indexed."""
+        data = self.index.read(shard, row)
         try:
-            return decode(self.index.read(shard, row))
+            return decode(data)
         except ValueError as error:
-            raise ValueError(
-                f"sample {self.index.sample_id(shard, row)}: {error}; take it out of its shard "
-                "and index the shards again"
-            ) from error
+            return {
+                "id": self.index.sample_id(shard, row),
+                "shard": self.index.name(shard),
+                "offset": self.index.offset(shard, row),
+                "reason": str(error),
+            }
 
-    def label(self, shard: int, row: int) -> int:
-        label = self.index.label(shard, row)
-        if not 0 <= label < self.num_classes:
-            raise ValueError(
-                f"sample {self.index.sample_id(shard, row)} has label {label}; it must be in "
-                f"[0, {self.num_classes}): raise data.num_classes or correct the label"
-            )
-        return label
+    def labels(self, shard: int, row: int) -> list[tuple[int, float]]:
+        """Labels with their weights, the heaviest first."""
+        labels = sorted(self.index.labels(shard, row).items(), key=lambda item: -item[1])
+        for label, _ in labels:
+            if label >= self.num_classes:
+                raise ValueError(
+                    f"sample {self.index.sample_id(shard, row)} has label {label}; it must be in "
+                    f"[0, {self.num_classes}): raise data.num_classes or correct the label"
+                )
+        return labels
 
 
 class TrainBatches(Dataset[Batch]):
@@ -99,8 +112,12 @@ class TrainBatches(Dataset[Batch]):
         drop_path_rates: Sequence[float],
         dropout_features: int,
         dropout_rate: float,
+        streams: range | None = None,
     ) -> None:
-        """`repeats` is K. With a dropout rate of 0, batches have no "dropout_bits_BP"."""
+        """`repeats` is K. With a dropout rate of 0, batches have no "dropout_bits_BP".
+
+        With `streams`, batches are those streams' rows: one host's part of the global batch.
+        """
         if not np.array_equal(index.counts, order.counts):
             raise ValueError(
                 f"the order is of {order.num_samples} samples and the index of "
@@ -112,7 +129,10 @@ class TrainBatches(Dataset[Batch]):
                 f"a batch has {images_per_stream} images of each of {order.num_streams} streams; "
                 "mixing needs 2 and an even number of streams: change data.num_streams"
             )
-        self.samples = Samples(index, num_classes)
+        self.streams = range(order.num_streams) if streams is None else streams
+        # A batch touches a window of every stream, and two where one gives way to the next.
+        touched = 2 * len(self.streams) * (order.window_shards + 1)
+        self.samples = Samples(index.keeping(touched), num_classes)
         self.order = order
         self.seed = seed
         self.image_size = image_size
@@ -130,16 +150,12 @@ class TrainBatches(Dataset[Batch]):
         return self.order.num_steps
 
     def __getitem__(self, step: int) -> Batch:
-        """Raises ValueError, with the sample's name, for an image or a label that is no good."""
-        return self._of_rows(step, self.order.step(step))
+        """Raises ValueError for a label that is no good, and for a shard that has changed."""
+        return self.of_streams(step, self.streams)
 
-    def of_streams(self, step: int, streams: Sequence[int]) -> Batch:
+    def of_streams(self, step: int, streams: range) -> Batch:
         """The part of a batch that these streams make: its rows are those of the whole."""
-        rows = self.order.step(step)
-        chosen = np.isin(rows.stream, streams)
-        return self._of_rows(step, StepRows._make(column[chosen] for column in rows))
-
-    def _of_rows(self, step: int, rows: StepRows) -> Batch:
+        rows = self.order.step(step, streams)
         batch = _batch(step, rows, self.samples, self._view, self.image_size, self.repeats)
         keys = {
             "epoch_B": rows.epoch.repeat(self.repeats),
@@ -198,7 +214,7 @@ class TrainBatches(Dataset[Batch]):
             self.image_size,
             sample_B=sample_B,
             stream_B=rows.stream.repeat(self.repeats),
-            weight_B=rows.weight.repeat(self.repeats),
+            weight_B=batch["weight_U"].repeat(self.repeats),
             rng_of=lambda row: row_rng(MIX, self.seed, *keys[row]),
         )
         return {
@@ -206,7 +222,11 @@ class TrainBatches(Dataset[Batch]):
             "mix_outside_B": torch.from_numpy(mixes.outside_B),
             "mix_box_B4": torch.from_numpy(mixes.box_B4),
             "mix_ratio_B": torch.from_numpy(mixes.ratio_B),
-            "mix_labels_B": batch["labels_B"][torch.from_numpy(mixes.partner_B)],
+            **{
+                f"mix_{name}": batch[name][torch.from_numpy(mixes.partner_B)]
+                for name in ("labels_B", "labels_BL", "label_weights_BL")
+                if name in batch
+            },
         }
 
 
@@ -303,27 +323,53 @@ def _batch(
     repeats: int,
 ) -> Batch:
     """What training and evaluation have in common: decode each image once, view it K times."""
-    sample_U = samples.numbers(rows)
-    images_UKHWC = np.empty((len(sample_U), repeats, size, size, 3), np.uint8)
-    labels_U = np.empty(len(sample_U), np.int64)
+    sample_U, weight_U = samples.numbers(rows), rows.weight.copy()
+    images_UKHWC = np.full((len(sample_U), repeats, size, size, 3), GREY, np.uint8)
+    labels_U: list[list[tuple[int, float]]] = []
+    missed: list[dict[str, Any]] = []
     for place, sample in enumerate(sample_U.tolist()):
         if place and not rows.weight[place] and sample == sample_U[place - 1]:
-            images_UKHWC[place], labels_U[place] = images_UKHWC[place - 1], labels_U[place - 1]
+            images_UKHWC[place] = images_UKHWC[place - 1]
+            labels_U.append(labels_U[-1])
             continue  # evaluation fills up with one sample, which need not be decoded each time
         shard, row, epoch = (int(column[place]) for column in (rows.shard, rows.row, rows.epoch))
-        labels_U[place] = samples.label(shard, row)
+        labels_U.append(samples.labels(shard, row))
         pixels = samples.pixels(shard, row)
+        if isinstance(pixels, dict):
+            if rows.weight[place]:
+                missed.append({**pixels, "epoch": epoch})
+            weight_U[place] = 0
+            continue
         for view in range(repeats):
             images_UKHWC[place, view] = view_of(pixels, epoch, sample, view)
     return {
         "step": step,
         "images_BHWC": torch.from_numpy(images_UKHWC.reshape(-1, size, size, 3)),
-        "labels_B": torch.from_numpy(labels_U.repeat(repeats)),
-        "weight_B": torch.from_numpy(rows.weight.repeat(repeats)),
+        **_label_tensors(labels_U, samples.index.max_labels, repeats),
+        "weight_B": torch.from_numpy(weight_U.repeat(repeats)),
         "sample_U": sample_U,
         "epoch_U": rows.epoch,
-        "weight_U": rows.weight,
+        "weight_U": weight_U,
+        "missed": missed,
     }
+
+
+def _label_tensors(
+    labels_U: list[list[tuple[int, float]]], most: int, repeats: int
+) -> dict[str, torch.Tensor]:
+    """Of the same shape for every batch of a data set, of whose samples one has `most` labels."""
+    first_U = np.array([labels[0][0] for labels in labels_U])
+    tensors = {"labels_B": torch.from_numpy(first_U.repeat(repeats))}
+    if most > 1:
+        labels_UL = first_U[:, None].repeat(most, axis=1)
+        weights_UL = np.zeros(labels_UL.shape, np.float32)
+        for place, labels in enumerate(labels_U):
+            labels_UL[place, : len(labels)], weights_UL[place, : len(labels)] = zip(
+                *labels, strict=True
+            )
+        tensors["labels_BL"] = torch.from_numpy(labels_UL.repeat(repeats, axis=0))
+        tensors["label_weights_BL"] = torch.from_numpy(weights_UL.repeat(repeats, axis=0))
+    return tensors
 
 
 def _unchanged(batch: Any) -> Any:

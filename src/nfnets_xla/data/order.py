@@ -73,7 +73,7 @@ class Line(NamedTuple):
 class Order:
     """The training order. The constructor raises ValueError for what cannot be dealt out evenly."""
 
-    counts: Int64  # (S,) samples of each shard
+    counts: Int64  # (S,) samples of each shard, less those that are excluded
     seed: int
     num_streams: int  # C; the hosts of a run divide it
     unique_per_step: int  # U, before any repeats; a multiple of C
@@ -137,6 +137,16 @@ class Order:
                 draw += len(stretches[-1].row)
         return StepRows(*map(np.concatenate, zip(*stretches, strict=True)))
 
+    def streams_of(self, host: int, hosts: int) -> range:
+        """The streams that one of several hosts reads: its rows of a batch lie together."""
+        if hosts < 1 or self.num_streams % hosts or not 0 <= host < hosts:
+            raise ValueError(
+                f"host {host} of {hosts}: hosts are numbered from 0, and {self.num_streams} "
+                "streams must divide among them; choose another num_streams or number of hosts"
+            )
+        each = self.num_streams // hosts
+        return range(host * each, (host + 1) * each)
+
     def _stretch(self, stream: int, draw: int, end: int) -> StepRows:
         """Draws of one stream from `draw` on, up to `end` or to the end of their window."""
         epoch = self._draw_of_run(stream, draw) // self.num_samples
@@ -153,7 +163,7 @@ class Order:
         high = min(after, int(line.starts[closing]))
 
         shuffled = self._window(epoch, stream, window, high - low)
-        places = low + shuffled[place - low :][: end - draw]
+        places = low + shuffled[place - low :][: end - draw].astype(np.int64)
         at = _shard_at(line, places)
         draws = self._draw_of_run(stream, np.arange(draw, draw + len(places)))
         return StepRows(
@@ -178,7 +188,7 @@ class Order:
         return lru_cache(maxsize=4)(self._make_line)
 
     @cached_property
-    def _window(self) -> Callable[[int, int, int, int], Int64]:
+    def _window(self) -> Callable[[int, int, int, int], NDArray[np.uint32]]:
         """Of (epoch, stream, number of the window, its length): the permutation of its places.
 
         Two a stream are kept: at a window's end a step needs both that one and the next, and a
@@ -186,8 +196,13 @@ class Order:
         """
         return lru_cache(maxsize=2 * self.num_streams)(self._make_window)
 
+    @cached_property
+    def _shards(self) -> Int64:
+        """Those that have a sample left: an order is the same with the others and without."""
+        return np.flatnonzero(self.counts)
+
     def _make_line(self, epoch: int) -> Line:
-        shards = _permutation(len(self.counts), LINE, self.seed, epoch)
+        shards = self._shards[_permutation(len(self._shards), LINE, self.seed, epoch)]
         first, after = epoch * self.num_samples, (epoch + 1) * self.num_samples
         streams = range(self.num_streams)
         lengths = [self._dealt(s, after) - self._dealt(s, first) for s in streams]
@@ -197,8 +212,8 @@ class Order:
             cuts=np.concatenate([[0], np.cumsum(lengths)]),
         )
 
-    def _make_window(self, epoch: int, stream: int, window: int, length: int) -> Int64:
-        return _permutation(length, WINDOW, self.seed, epoch, stream, window)
+    def _make_window(self, epoch: int, stream: int, window: int, length: int) -> NDArray[np.uint32]:
+        return _permutation(length, WINDOW, self.seed, epoch, stream, window).astype(np.uint32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,11 +252,10 @@ class SequentialOrder:
 
 
 def _check_counts(counts: Int64) -> None:
-    if len(counts) == 0:
-        raise ValueError("there are no shards; an order needs at least one")
-    if counts.min() < 1:
-        empty = int(counts.argmin())
-        raise ValueError(f"shard {empty} has {counts[empty]} samples; leave out shards without any")
+    if len(counts) == 0 or counts.max() < 1:
+        raise ValueError("there are no samples; an order needs at least one")
+    if counts.min() < 0:
+        raise ValueError(f"a shard has {counts.min()} samples; it must have 0 or more")
 
 
 def _shard_at(line: Line, places: Any) -> Any:

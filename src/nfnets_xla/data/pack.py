@@ -1,4 +1,4 @@
-"""Packing: samples, or a folder of images by class, into tars that WebDataset reads.
+"""Packing: samples, however they come, into tars that WebDataset reads.
 
 The tars are written by webdataset's own writer, and the same samples give the same bytes. They are
 made aside and moved into place when all is well, so that a failure leaves nothing behind.
@@ -6,7 +6,7 @@ made aside and moved into place when all is well, so that a failure leaves nothi
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -17,10 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+from nfnets_xla.data import labels
+from nfnets_xla.data.scan import IMAGES
+
 CLASSES = "classes.json"
 
-Sample = tuple[str, bytes, str, int]  # key, image file, its extension, label
+# Key, image file, its extension, and its label: a number, or several with weights.
+Sample = tuple[str, bytes, str, int | Mapping[int, float]]
 
 
 def pack_samples(
@@ -28,53 +31,23 @@ def pack_samples(
     folder: str | Path,
     *,
     samples_per_shard: int,
+    shard_bytes: float = float("inf"),
     prefix: str = "shard",
+    classes: Sequence[str] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Write samples in their order to `<folder>/<prefix>-000000.tar` and so on; return the shards.
 
-    Keys must be unique, without dots and slashes; images are copied as they are. `on_progress` is
-    called with the samples done so far. Raises ValueError for a bad or repeated sample, for none at
-    all, and for a folder that has shards already. A process that is killed leaves a folder
-    `.packing-*` behind, which can be deleted.
+    A shard is full when it has so many samples, or images and labels of so many bytes. Keys must be
+    unique, without dots and slashes; images are copied as they are. `classes` are written beside
+    the shards, as classes.json. `on_progress` is called with the samples done so far. Raises
+    ValueError for a bad or repeated sample, for none at all, and for a folder that has shards
+    already. A process that is killed leaves a folder `.packing-*` behind, which can be deleted.
     """
     with _aside(Path(folder)) as aside:
-        _write_shards(samples, aside, samples_per_shard, prefix, on_progress)
-    return sorted(Path(folder).glob("*.tar"))
-
-
-def pack_image_folder(
-    source: str | Path,
-    folder: str | Path,
-    *,
-    samples_per_shard: int = 1000,
-    prefix: str = "shard",
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[Path]:
-    """Pack `<source>/<class>/<image>`; return the shards.
-
-    A class's label is its place among the sorted folder names, which `classes.json` lists in this
-    order. Images are shuffled by `seed`, so that no shard is of one class; keys are
-    `<class>-<file name>`, dots as underscores. `on_progress` is called with (images done, images).
-    Hidden files, and files beside the class folders, are left out. Raises ValueError for any other
-    file that is not an image, for a class without images, and as `pack_samples` does.
-    """
-    classes, images = _find_images(Path(source))
-    keys = sorted(images)
-
-    def shuffled() -> Iterator[Sample]:
-        for number in np.random.default_rng(seed).permutation(len(keys)):
-            path, label = images[keys[number]]
-            yield keys[number], path.read_bytes(), _extension(path), label
-
-    def progress(done: int) -> None:
-        if on_progress:
-            on_progress(done, len(keys))
-
-    with _aside(Path(folder)) as aside:
-        (aside / CLASSES).write_text(json.dumps(classes, indent=1) + "\n")
-        _write_shards(shuffled(), aside, samples_per_shard, prefix, progress)
+        if classes is not None:
+            (aside / CLASSES).write_text(json.dumps(list(classes), indent=1) + "\n")
+        _write_shards(samples, aside, samples_per_shard, shard_bytes, prefix, on_progress)
     return sorted(Path(folder).glob("*.tar"))
 
 
@@ -129,6 +102,7 @@ def _write_shards(
     samples: Iterable[Sample],
     folder: Path,
     samples_per_shard: int,
+    shard_bytes: float,
     prefix: str,
     on_progress: Callable[[int], None] | None,
 ) -> None:
@@ -136,13 +110,15 @@ def _write_shards(
 
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
+    if not shard_bytes >= 1:
+        raise ValueError(f"shard_bytes is {shard_bytes}; it must be at least 1")
     if not prefix or "/" in prefix or "%" in prefix or prefix.startswith("."):
         raise ValueError(f"prefix is {prefix!r}; it must be a file name's beginning, without %")
     keys: set[str] = set()
     with ShardWriter(
         str(folder).replace("%", "%%") + f"/{prefix}-%06d.tar",
         maxcount=samples_per_shard,
-        maxsize=float("inf"),
+        maxsize=shard_bytes,
         post=_flush_to_disk,
         verbose=0,
         encoder=False,
@@ -153,70 +129,41 @@ def _write_shards(
         mode=0o444,
     ) as writer:
         for key, image, extension, label in samples:
-            _check(key, image, extension, label)
+            kind, text = _check(key, image, extension, label)
             if key in keys:
                 raise ValueError(f"duplicate key {key}: every sample must have its own")
             keys.add(key)
-            writer.write({"__key__": key, extension: image, "cls": str(int(label)).encode()})
+            writer.write({"__key__": key, extension: image, kind: text})
             if on_progress:
                 on_progress(len(keys))
     if not keys:
         raise ValueError("there are no samples: a shard must have at least one")
 
 
-def _check(key: str, image: bytes, extension: str, label: int) -> None:
+def _check(
+    key: str, image: bytes, extension: str, label: int | Mapping[int, float]
+) -> tuple[str, bytes]:
+    """The label as it is written: (extension, text)."""
     if not key or not key.isprintable() or "." in key or "/" in key:
         raise ValueError(
             f"key is {key!r}; it must be printable and without dots, which end a key, and slashes"
         )
-    if extension not in EXTENSIONS:
+    if extension not in IMAGES:
         raise ValueError(
-            f"extension of {key} is {extension!r}; it must be one of {', '.join(EXTENSIONS)}"
+            f"extension of {key} is {extension!r}; it must be one of {', '.join(IMAGES)}"
         )
     if not image:
         raise ValueError(f"image of {key} is empty; it must be a {extension} file")
-    if isinstance(label, bool) or not isinstance(label, int | np.integer) or label < 0:
-        raise ValueError(f"label of {key} is {label}; it must be a whole number of 0 or more")
+    several = label if isinstance(label, Mapping) else {label: 1.0}
+    try:
+        return labels.to_text(labels.checked(list(several), list(several.values())))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"label of {key} is {label} ({error}); it must be a whole number of 0 to "
+            f"{labels.MAX_LABEL}, or 1 to {labels.MAX_LABELS} of them with weights"
+        ) from error
 
 
 def _flush_to_disk(name: str) -> None:
     with open(name, "rb") as file:
         os.fsync(file.fileno())
-
-
-# ---- finding ----------------------------------------------------------------------------------
-
-
-def _find_images(source: Path) -> tuple[list[str], dict[str, tuple[Path, int]]]:
-    """Class names, and by key each image's path and label."""
-    if not source.is_dir():
-        raise ValueError(f"{source} is not a folder: give one that holds <class>/<image>")
-    folders = sorted(
-        (path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")),
-        key=lambda path: path.name,
-    )
-    if not folders:
-        raise ValueError(f"{source} holds no class folders: images must be <class>/<image>")
-    images: dict[str, tuple[Path, int]] = {}
-    for label, folder in enumerate(folders):
-        before = len(images)
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith("."):
-                continue
-            if not path.is_file() or _extension(path) not in EXTENSIONS:
-                raise ValueError(
-                    f"{path} is not a {', '.join(EXTENSIONS)} file: convert it or move it away"
-                )
-            key = f"{folder.name}-{path.stem}".replace(".", "_")
-            if key in images:
-                raise ValueError(
-                    f"duplicate key {key}, of {images[key][0]} and {path}: rename one of them"
-                )
-            images[key] = path, label
-        if len(images) == before:
-            raise ValueError(f"class folder {folder} holds no images: remove it or fill it")
-    return [folder.name for folder in folders], images
-
-
-def _extension(path: Path) -> str:
-    return path.suffix.lower().removeprefix(".")

@@ -1,79 +1,79 @@
 """Shards: WebDataset tars in a folder, an index beside them, and samples read by offset.
 
-A shard is any tar whose members `<key>.<extension>` lie together by key, as WebDataset has it. The
-index is `index.json`, which lists the shards, and for each a `<shard>.idx.npz`, which says where
-its images lie. It is a function of the tars alone, and so is its fingerprint, which names the data
-in a run's record: a run that resumes finds the same samples in the same places, or is told.
+The index has two levels. The manifest, `index.npz`, is held in memory: 32 bytes a shard and its
+name. A sidecar for each shard (`records.py`) says where its samples lie, and is read when the shard
+is. Both are functions of the tars alone, and so is the fingerprint, which names the data in a run's
+record: a run that resumes finds the same samples in the same places, or is told.
 
-    index = build_index("shards")        # once; afterwards ShardIndex.load("shards")
+    index = build_index("shards")        # data/index.py, once; afterwards ShardIndex.load("shards")
     data = index.read(shard=3, row=17)   # the image's bytes, checked
-    label = index.label(shard=3, row=17)
 
-Shape suffixes: S shards, N samples of one shard.
+Shards are numbered in the order of their names, rows in the order of the tar. Excluded samples
+(`exclude.py`) have no row: what is counted, ordered and read here is what is left.
+
+Shape suffixes: S shards.
 """
 
 import hashlib
-import json
-import os
-import re
-import tarfile
+import io
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-from uuid import uuid4
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 1
-MANIFEST = "index.json"
-SIDECAR = ".idx.npz"  # after the shard's whole name
-TARS = "[!.]*.tar"
-IMAGES = ("png", "jpg", "jpeg", "webp")
-LABELS = ("cls", "json", "txt")  # the first that a sample has counts
-MAX_LABEL = 2**31 - 1
-BLOCK = 512  # bytes: of a tar's header, and what its members are padded to
+from nfnets_xla.data.records import DIGEST, SIDECAR, Records
+from nfnets_xla.data.storage import SHARD, Folder, OpenFile
+from nfnets_xla.data.tar import BLOCK
 
-# Shards a process keeps open: above what a batch of 64 streams in windows of 4 shards touches, and
-# below the 1,024 files that a process may commonly open.
-OPEN_SHARDS = 512
+FORMAT = 2
+MANIFEST = "index.npz"
 
-Members = dict[str, tarfile.TarInfo]  # of one sample, by extension
+# Shards a process keeps open: below the 1,024 files that a process may commonly open.
+OPEN_FILES = 512
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A line of the manifest."""
+class Manifest(NamedTuple):
+    """All shards, in the order of their names. Little-endian, so that fingerprints agree."""
 
-    name: str  # with .tar
-    count: int  # samples
-    bytes: int  # of the tar
-    digest: str  # of its records
+    names: NDArray[np.uint8]  # all names end to end, in UTF-8
+    name_ends_S: NDArray[np.uint32]
+    counts_S: NDArray[np.uint32]  # samples
+    bytes_S: NDArray[np.int64]  # of the tar
+    digests_S: NDArray[np.void]  # of the records
+    head: NDArray[np.int64]  # format, largest label + 1, the most labels of a sample
 
+    def name(self, shard: int) -> str:
+        start = int(self.name_ends_S[shard - 1]) if shard else 0
+        return self.names[start : int(self.name_ends_S[shard])].tobytes().decode()
 
-class Records(NamedTuple):
-    """A sidecar: where the samples of one shard lie. Little-endian, so that digests agree."""
-
-    keys: NDArray[np.uint8]  # all keys end to end, in UTF-8
-    key_ends_N: NDArray[np.int64]
-    offsets_N: NDArray[np.int64]  # of the image's first byte in the tar
-    sizes_N: NDArray[np.int64]  # bytes of the image
-    labels_N: NDArray[np.int64]
-    crcs_N: NDArray[np.uint32]  # CRC-32 of the image's tar header and data
-
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         sha = hashlib.sha256()
         for name, values in self._asdict().items():
             sha.update(f"{name} {values.dtype.str} {len(values)}\n".encode() + values.tobytes())
         return sha.hexdigest()
 
-    def key(self, row: int) -> str:
-        start = int(self.key_ends_N[row - 1]) if row else 0
-        return self.keys[start : int(self.key_ends_N[row])].tobytes().decode()
+
+class Exclusions(NamedTuple):
+    """Rows that are not shown, of the shards that have any: E shards."""
+
+    shards_E: NDArray[np.int64]  # ascending
+    ends_E: NDArray[np.int64]  # of each shard's part of `rows`
+    rows: NDArray[np.uint32]  # ascending within a shard
+
+    def of(self, shard: int) -> NDArray[np.uint32]:
+        place = int(np.searchsorted(self.shards_E, shard))
+        if place == len(self.shards_E) or self.shards_E[place] != shard:
+            return self.rows[:0]
+        return self.rows[int(self.ends_E[place - 1]) if place else 0 : int(self.ends_E[place])]
+
+    def digest(self) -> bytes:
+        parts = [self.shards_E.astype("<i8"), self.ends_E.astype("<i8"), self.rows.astype("<u4")]
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,24 +81,22 @@ class ShardIndex:
     """The samples of a folder, by shard and row. Pickles as its manifest, without open files."""
 
     folder: Path
-    shards: tuple[Shard, ...]  # in the order of their names
-    num_classes: int  # largest label + 1
+    manifest: Manifest
+    exclusions: Exclusions | None = None
+    open_sidecars: int = OPEN_FILES  # kept in memory; below what a batch touches, each is read anew
 
     @classmethod
     def load(cls, folder: str | Path) -> "ShardIndex":
         """Read the manifest. Raises ValueError if there is none, or if the shards do not fit it."""
-        folder = _local(folder)
-        if not (folder / MANIFEST).exists():
+        where = Folder(folder)
+        if where.modified(MANIFEST) is None:
             raise ValueError(f"{folder} has no {MANIFEST}; {_rebuild(folder)}")
         try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-            shards = tuple(Shard(**shard) for shard in manifest["shards"])
-            index = cls(folder, shards, manifest["num_classes"])
-            if (manifest["format"], manifest["fingerprint"]) != (FORMAT, index.fingerprint):
-                raise ValueError("another format, or altered by hand")
-        except (ValueError, LookupError, TypeError) as error:
+            index = cls(Path(folder), _load_manifest(where.read(MANIFEST)))
+        except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
+            what = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"{folder / MANIFEST} is not a whole index of format {FORMAT} ({error}); "
+                f"{where.path / MANIFEST} is not a whole index of format {FORMAT} ({what}); "
                 f"{_rebuild(folder)}"
             ) from error
         index._check_folder()
@@ -108,234 +106,195 @@ class ShardIndex:
         """Pickled without its caches, for the loader's workers."""
         return ShardIndex, tuple(getattr(self, field.name) for field in fields(self))
 
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        return tuple(shard.name for shard in self.shards)
+    def keeping(self, open_sidecars: int) -> "ShardIndex":
+        """The same samples, with so many sidecars kept in memory."""
+        return replace(self, open_sidecars=open_sidecars)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.manifest.counts_S)
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
         """Samples of each shard, (S,)."""
-        return np.array([shard.count for shard in self.shards], np.int64)
+        counts_S = self.manifest.counts_S.astype(np.int64)
+        if self.exclusions is not None:
+            counts_S[self.exclusions.shards_E] -= np.diff(self.exclusions.ends_E, prepend=0)
+        return counts_S
 
     @cached_property
     def num_samples(self) -> int:
         return int(self.counts.sum())
 
+    @property
+    def num_classes(self) -> int:
+        """Largest label + 1, excluded samples included: a head may not depend on them."""
+        return int(self.manifest.head[1])
+
+    @property
+    def max_labels(self) -> int:
+        """The most labels that a sample has; excluded ones included, for the same reason."""
+        return int(self.manifest.head[2])
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of each shard's name, count, size and samples in order."""
-        return hashlib.sha256(json.dumps([astuple(s) for s in self.shards]).encode()).hexdigest()
+        """SHA-256, in hexadecimal, of each shard's name, count, size and samples, in their order,
+        and of the rows that are excluded."""
+        fingerprint = self.manifest.fingerprint()
+        if self.exclusions is None:
+            return fingerprint
+        return hashlib.sha256(fingerprint.encode() + self.exclusions.digest()).hexdigest()
+
+    def name(self, shard: int) -> str:
+        return self.manifest.name(shard)
 
     def sample_id(self, shard: int, row: int) -> str:
-        """`<shard's name without .tar>/<key>`; the key itself may have slashes."""
-        return f"{self.names[shard].removesuffix('.tar')}/{self._open(shard).records.key(row)}"
+        """`<shard's file name without .tar>/<key>`; the key itself may have slashes."""
+        records, row = self._at(shard, row)
+        return f"{short_name(self.name(shard))}/{records.key(row)}"
 
-    def label(self, shard: int, row: int) -> int:
-        return int(self.labels(shard)[row])
+    def labels(self, shard: int, row: int) -> dict[int, float]:
+        """Labels of a sample with their weights."""
+        records, row = self._at(shard, row)
+        return records.labels(row)
 
-    def labels(self, shard: int) -> NDArray[np.int64]:
-        """Labels of one shard, (N,)."""
-        return self._open(shard).records.labels_N
+    def offset(self, shard: int, row: int) -> int:
+        """Of the image's first byte in the shard."""
+        records, row = self._at(shard, row)
+        return int(records.offsets_N[row])
 
     def read(self, shard: int, row: int) -> bytes:
         """The image as it is in the tar. Raises ValueError if it is not what was indexed."""
-        opened = self._open(shard)
-        offset, size = int(opened.records.offsets_N[row]), int(opened.records.sizes_N[row])
-        member = os.pread(opened.descriptor, BLOCK + size, offset - BLOCK)
-        if zlib.crc32(member) != opened.records.crcs_N[row]:
-            key = opened.records.key(row)
-            place = f"{self.names[shard]}, key {key}, {size} bytes at offset {offset}"
+        records, row = self._at(shard, row)
+        offset, size = int(records.offsets_N[row]), int(records.sizes_N[row])
+        member = self._file(shard).read(offset - BLOCK, BLOCK + size)
+        if zlib.crc32(member) != records.crcs_N[row]:
+            place = f"{self.name(shard)}, key {records.key(row)}, {size} bytes at offset {offset}"
             raise _mismatch(self.folder, f"{place}: wrong checksum; restore the shard")
         return member[BLOCK:]
 
+    def records(self, shard: int) -> Records:
+        """The sidecar of a shard, as it is, excluded samples included."""
+        return self._opened(shard).records
+
+    def excluded(self, shard: int) -> NDArray[np.uint32]:
+        """Rows of its sidecar that are not shown."""
+        return _excluded(self.exclusions, shard)
+
+    def _at(self, shard: int, row: int) -> tuple[Records, int]:
+        """The sidecar, and the row in it."""
+        opened = self._opened(shard)
+        return opened.records, row if opened.kept is None else int(opened.kept[row])
+
+    # Both caches are bound to fields and not to self: a cycle would keep files open after the index
+    # is gone.
+
     @cached_property
-    def _open(self) -> Callable[[int], "OpenShard"]:
-        # Bound to the fields, not to self: a cycle would keep files open after the index is gone.
-        return lru_cache(OPEN_SHARDS)(partial(OpenShard, self.folder, self.shards))
+    def _opened(self) -> Callable[[int], "_Sidecar"]:
+        make = partial(_open_sidecar, Folder(self.folder), self.manifest, self.exclusions)
+        return lru_cache(self.open_sidecars)(make)
+
+    @cached_property
+    def _file(self) -> Callable[[int], OpenFile]:
+        return lru_cache(OPEN_FILES)(partial(_open_file, Folder(self.folder), self.manifest))
 
     def _check_folder(self) -> None:
         """Raises ValueError unless the tars and sidecars there are those of the manifest."""
-        sizes = {path.name: path.stat().st_size for path in self.folder.glob(TARS)}
-        indexed = {shard.name: shard.bytes for shard in self.shards}
-        for name in sorted(sizes | indexed):
-            if name not in sizes:
+        folder = Folder(self.folder)
+        sizes, sidecars = folder.sizes(), folder.sizes(SHARD + SIDECAR)
+        for shard in range(self.num_shards):
+            name, indexed = self.name(shard), int(self.manifest.bytes_S[shard])
+            size = sizes.pop(name, None)
+            if size is None:
                 raise _mismatch(self.folder, f"{name} is missing")
-            if name not in indexed:
-                raise _mismatch(self.folder, f"{name} is not in it")
-            if sizes[name] != indexed[name]:
-                fault = f"{name} has {sizes[name]} bytes instead of {indexed[name]}"
-                raise _mismatch(self.folder, fault)
-            if not (self.folder / (name + SIDECAR)).exists():
+            if size != indexed:
+                raise _mismatch(self.folder, f"{name} has {size} bytes instead of {indexed}")
+            if name + SIDECAR not in sidecars:
                 raise _mismatch(self.folder, f"{name}{SIDECAR} is missing")
+        if sizes:
+            raise _mismatch(self.folder, f"{min(sizes)} is not in it")
 
 
-class OpenShard:
-    """Records and a file descriptor, which closes when the last reader lets go of it."""
-
-    def __init__(self, folder: Path, shards: tuple[Shard, ...], number: int) -> None:
-        shard = shards[number]
-        try:
-            with np.load(folder / (shard.name + SIDECAR), allow_pickle=False) as arrays:
-                self.records = Records(**arrays)
-            if self.records.digest() != shard.digest:
-                raise ValueError("of another index")
-        except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
-            raise _mismatch(folder, f"{shard.name}{SIDECAR} is damaged ({error})") from error
-        self.descriptor = os.open(folder / shard.name, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+class _Sidecar(NamedTuple):
+    records: Records
+    kept: NDArray[np.int64] | None  # rows that are left, if any is excluded
 
 
-# ---- building ---------------------------------------------------------------------------------
-
-
-def build_index(
-    folder: str | Path, *, on_progress: Callable[[int, int], None] | None = None
-) -> ShardIndex:
-    """Index every *.tar of a local folder, and write the index into it, the manifest last.
-
-    Shards are scanned one by one, or as an enclosing `joblib.parallel_config` says. `on_progress`
-    is called with (shards done, shards). Raises ValueError for a shard that is not a whole tar, or
-    has a sample without one image and a label.
-    """
-    from joblib import Parallel, delayed  # here, for readers of an index do without it
-
-    folder = _local(folder)
-    paths = sorted(folder.glob(TARS))
-    if not paths:
-        raise ValueError(f"{folder} holds no shards: give a folder that has files named *.tar")
-    shards: list[Shard] = []
-    num_classes = 0
-    scans: Any = Parallel(return_as="generator")(delayed(scan_shard)(path) for path in paths)
-    for path, records in zip(paths, scans, strict=True):
-        _write(folder / (path.name + SIDECAR), partial(np.savez, **records._asdict()))
-        size = path.stat().st_size
-        shards.append(Shard(path.name, len(records.labels_N), size, records.digest()))
-        num_classes = max(num_classes, int(records.labels_N.max()) + 1)
-        if on_progress:
-            on_progress(len(shards), len(paths))
-    index = ShardIndex(folder, tuple(shards), num_classes)
-    manifest = {"format": FORMAT, "fingerprint": index.fingerprint, "num_classes": num_classes}
-    manifest["shards"] = [asdict(shard) for shard in shards]
-    _write(folder / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-    return index
-
-
-def scan_shard(path: Path) -> Records:
-    """Records of one tar, in its order. Raises ValueError as `build_index` does."""
+def _open_sidecar(
+    folder: Folder, manifest: Manifest, exclusions: Exclusions | None, shard: int
+) -> _Sidecar:
+    name = manifest.name(shard)
     try:
-        with (
-            path.open("rb") as file,
-            tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict") as tar,
-        ):
-            samples = _group(path, tar)
-            # tarfile takes a broken header for the end, and stops where `cat` joined two tars. The
-            # true end is two blocks of zeros, and more of them up to a record of 10 KiB.
-            file.seek(tar.offset)
-            tail = file.read(2**16)
-            if len(tail) < 2 * BLOCK or tail.strip(b"\0"):
-                raise tarfile.ReadError(f"it does not end at offset {tar.offset}")
-            keys = [key.encode() for key in samples]
-            rows = [_row(f"sample {key} of {path}", samples[key], file) for key in samples]
-    except (tarfile.TarError, UnicodeError) as error:
-        raise ValueError(
-            f"{path} is not a whole, uncompressed tar ({error}): copy or pack it again"
-        ) from error
-    if not rows:
-        raise ValueError(f"{path} holds no samples (key.jpg, key.cls): take it out of the folder")
-    ends_N = np.cumsum([len(key) for key in keys], dtype="<i8")
-    offsets_N, sizes_N, labels_N, crcs_N = np.array(rows, "<i8").T
-    joined = np.frombuffer(b"".join(keys), "u1")
-    return Records(joined, ends_N, offsets_N, sizes_N, labels_N, crcs_N.astype("<u4"))
+        records = Records.from_bytes(folder.read(name + SIDECAR))
+        if records.digest() != manifest.digests_S[shard].tobytes():
+            raise ValueError("of another index")
+    except (OSError, ValueError) as error:
+        raise _mismatch(folder.path, f"{name}{SIDECAR} is damaged ({error})") from error
+    excluded = _excluded(exclusions, shard)
+    kept = np.delete(np.arange(records.num_samples), excluded) if len(excluded) else None
+    return _Sidecar(records, kept)
 
 
-def _group(path: Path, tar: tarfile.TarFile) -> dict[str, Members]:
-    """Members by key and lower-case extension: webdataset's rule, but none may lie apart."""
-    samples: dict[str, Members] = {}
-    last = None
-    for member in tar:
-        directory, slash, name = member.name.rpartition("/")
-        stem, dot, extension = name.partition(".")
-        is_meta = re.match(r"__[^/]*__($|/)", member.name)
-        if not (member.isreg() and stem and dot) or is_meta or member.issparse():
-            continue
-        key, extension = directory + slash + stem, extension.lower()
-        if not key.isprintable():
-            raise ValueError(f"{path} has key {key!r}: pack it with printable names")
-        parts = samples.setdefault(key, {})
-        if extension in parts:
-            raise ValueError(f"{path} has duplicate key {key} (.{extension}): give each its own")
-        if parts and key != last:
-            raise ValueError(f"{path} has members of sample {key} apart: pack it sorted by name")
-        parts[extension], last = member, key
-    return samples
+def _excluded(exclusions: Exclusions | None, shard: int) -> NDArray[np.uint32]:
+    return np.zeros(0, np.uint32) if exclusions is None else exclusions.of(shard)
 
 
-def _row(sample: str, members: Members, file: IO[bytes]) -> tuple[int, int, int, int]:
-    """Offset, size, label and CRC-32 of a sample's image."""
-    images = [members[extension] for extension in IMAGES if extension in members]
-    if len(images) != 1:
-        raise ValueError(
-            f"{sample} has {len(images) or 'no'} image: pack it with one .{', .'.join(IMAGES)}"
-        )
-    image = images[0]
-    file.seek(image.offset_data - BLOCK)
-    checksum = zlib.crc32(file.read(BLOCK + image.size))
-    return image.offset_data, image.size, _label(sample, members, file), checksum
+def _open_file(folder: Folder, manifest: Manifest, shard: int) -> OpenFile:
+    return folder.open(manifest.name(shard))
 
 
-def _label(sample: str, members: Members, file: IO[bytes]) -> int:
-    kind = next((extension for extension in LABELS if extension in members), None)
-    if kind is None:
-        raise ValueError(f"{sample} has no label: pack it with a .{', .'.join(LABELS)}")
-    file.seek(members[kind].offset_data)
-    text = file.read(members[kind].size)
-    label = None
-    with suppress(ValueError, LookupError, TypeError, RecursionError):
-        if kind == "json":
-            label = json.loads(text)["label"]
-        elif text.strip().isdigit():  # int() alone takes 1_0, too
-            label = int(text)
-    if type(label) is not int or not 0 <= label <= MAX_LABEL:
-        raise ValueError(
-            f"{sample} has label {text[:60]!r} in .{kind}: pack it with a whole number of 0 to "
-            f'{MAX_LABEL}, in .json as {{"label": number}}'
-        )
-    return label
+# ---- manifests --------------------------------------------------------------------------------
 
 
-# ---- files ------------------------------------------------------------------------------------
+class Line(NamedTuple):
+    """What the manifest keeps of one shard."""
+
+    name: str
+    num_samples: int
+    num_bytes: int  # of the tar
+    digest: bytes
+    num_classes: int
+    max_labels: int
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """The whole file or, if `write` fails or the machine stops, the one that was there."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def make_manifest(lines: list[Line]) -> Manifest:
+    names = [line.name.encode() for line in lines]
+    classes = max(line.num_classes for line in lines)
+    return Manifest(
+        names=np.frombuffer(b"".join(names), "u1"),
+        name_ends_S=np.cumsum([len(name) for name in names]).astype("<u4"),
+        counts_S=np.array([line.num_samples for line in lines], "<u4"),
+        bytes_S=np.array([line.num_bytes for line in lines], "<i8"),
+        digests_S=np.frombuffer(b"".join(line.digest for line in lines), f"V{DIGEST}"),
+        head=np.array([FORMAT, classes, max(line.max_labels for line in lines)], "<i8"),
+    )
 
 
-def _local(folder: str | Path) -> Path:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # Path makes gs:/a of gs://a
-        raise ValueError(
-            f"{folder} is remote: remote shards are not supported yet; copy them to a local folder"
-        )
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder: give one that holds shards (*.tar)")
-    return Path(folder)
+def manifest_bytes(manifest: Manifest) -> bytes:
+    file = io.BytesIO()
+    fingerprint = np.frombuffer(bytes.fromhex(manifest.fingerprint()), "u1")
+    np.savez(file, **manifest._asdict(), fingerprint=fingerprint)
+    return file.getvalue()
+
+
+def _load_manifest(data: bytes) -> Manifest:
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        arrays = dict(file)
+    fingerprint = arrays.pop("fingerprint").tobytes().hex()
+    manifest = Manifest(**arrays)
+    if manifest.head[0] != FORMAT or manifest.fingerprint() != fingerprint:
+        raise ValueError("another format, or altered by hand")
+    return manifest
+
+
+def short_name(name: str) -> str:
+    """A shard's file name without its folder and .tar: what the ids of its samples begin with."""
+    return name.rpartition("/")[2].removesuffix(SHARD)
 
 
 def _mismatch(folder: Path, fault: str) -> ValueError:
     return ValueError(f"{folder}: index no longer matches its shards: {fault}; {_rebuild(folder)}")
 
 
-def _rebuild(folder: Path) -> str:
+def _rebuild(folder: str | Path) -> str:
     return f"run `nfnets-xla shards index {folder}`"

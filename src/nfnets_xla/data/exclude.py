@@ -1,0 +1,109 @@
+"""Samples that are in the shards and not to be shown: duplicates, held-out ones, faulty ones.
+
+A list is a text file of sample ids, `shard/key`, one on a line. `resolve` finds their rows, for
+which it reads the sidecars of the shards that are named; a list of millions is resolved once, by
+`nfnets-xla shards exclude`, into an .npz file that says rows and fits one index only.
+
+    index = without(ShardIndex.load("shards"), "duplicates.txt")
+"""
+
+import io
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nfnets_xla.data.records import Records
+from nfnets_xla.data.shards import Exclusions, ShardIndex, short_name
+
+RESOLVED = ".npz"
+
+
+def without(index: ShardIndex, path: str | Path) -> ShardIndex:
+    """The index less the samples of a list. Raises ValueError for a list that does not fit it."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: give a list of sample ids, one on a line")
+    if path.suffix == RESOLVED:
+        exclusions = load_exclusions(path, index)
+    else:
+        exclusions = resolve(index, read_ids(path), str(path))
+    left = replace(index, exclusions=exclusions)
+    if not left.num_samples:
+        raise ValueError(f"{path} excludes every sample of {index.folder}: shorten the list")
+    return left
+
+
+def read_ids(path: Path) -> list[str]:
+    """The lines that are not empty."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file of sample ids ({error})") from error
+
+
+def resolve(index: ShardIndex, ids: Iterable[str], source: str = "the list") -> Exclusions:
+    """Rows of the samples. Raises ValueError for an id that is not in the index."""
+    numbers = {short_name(index.name(shard)): shard for shard in range(index.num_shards)}
+    keys: dict[int, list[str]] = {}
+    for sample_id in ids:
+        shard, slash, key = sample_id.partition("/")
+        if not slash or shard not in numbers:
+            raise ValueError(_unknown(sample_id, source, index))
+        keys.setdefault(numbers[shard], []).append(key)
+    rows: dict[int, NDArray[np.uint32]] = {}
+    for shard in sorted(keys):
+        row_of = rows_by_key(index.records(shard))
+        missing = [key for key in keys[shard] if key not in row_of]
+        if missing:
+            sample_id = f"{short_name(index.name(shard))}/{missing[0]}"
+            raise ValueError(_unknown(sample_id, source, index))
+        rows[shard] = np.unique(np.array([row_of[key] for key in keys[shard]], np.uint32))
+    return Exclusions(
+        shards_E=np.array(sorted(rows), np.int64),
+        ends_E=np.cumsum([len(rows[shard]) for shard in sorted(rows)], dtype=np.int64),
+        rows=np.concatenate([np.zeros(0, np.uint32), *(rows[shard] for shard in sorted(rows))]),
+    )
+
+
+def rows_by_key(records: Records) -> dict[str, int]:
+    return {records.key(row): row for row in range(records.num_samples)}
+
+
+def save_exclusions(path: Path, index: ShardIndex, exclusions: Exclusions) -> None:
+    if path.suffix != RESOLVED:
+        raise ValueError(f"{path} must end in {RESOLVED}: rows are no text")
+    file = io.BytesIO()
+    fingerprint = np.frombuffer(bytes.fromhex(index.manifest.fingerprint()), "u1")
+    np.savez(file, **exclusions._asdict(), fingerprint=fingerprint)
+    path.write_bytes(file.getvalue())
+
+
+def load_exclusions(path: Path, index: ShardIndex) -> Exclusions:
+    """Raises ValueError for a list of another index."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        fingerprint = arrays.pop("fingerprint").tobytes().hex()
+        exclusions = Exclusions(**arrays)
+        ordered = bool(np.all(np.diff(exclusions.shards_E) > 0))
+        whole = len(exclusions.ends_E) == 0 or exclusions.ends_E[-1] == len(exclusions.rows)
+    except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not a resolved list ({what}); {_again(index)}") from error
+    if fingerprint != index.manifest.fingerprint() or not ordered or not whole:
+        raise ValueError(f"{path} was resolved against another index; {_again(index)}")
+    return exclusions
+
+
+def _unknown(sample_id: str, source: str, index: ShardIndex) -> str:
+    return (
+        f"{source} names {sample_id!r}, which is not in {index.folder}: a line must be the id "
+        "shard/key of a sample there"
+    )
+
+
+def _again(index: ShardIndex) -> str:
+    return f"run `nfnets-xla shards exclude {index.folder} IDS FILE{RESOLVED}`"

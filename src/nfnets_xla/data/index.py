@@ -1,0 +1,92 @@
+"""Building an index: every shard of a folder scanned once, in any number of processes.
+
+A shard's sidecar is written as soon as it is scanned, the manifest last. A re-run therefore goes on
+where one that was stopped left off: shards whose sidecar is newer than they are not read again.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nfnets_xla.data.jobs import Progress, map_jobs
+from nfnets_xla.data.records import SIDECAR, Records
+from nfnets_xla.data.scan import scan_shard
+from nfnets_xla.data.shards import (
+    MANIFEST,
+    Line,
+    ShardIndex,
+    make_manifest,
+    manifest_bytes,
+    short_name,
+)
+from nfnets_xla.data.storage import Folder
+
+
+def build_index(
+    folder: str | Path,
+    *,
+    engine: str = "local",
+    jobs: int = 1,
+    force: bool = False,
+    on_progress: Progress | None = None,
+) -> ShardIndex:
+    """Index every *.tar in a folder and its subfolders, and write the index beside them.
+
+    With `force`, shards are scanned again whatever is there. Raises ValueError for two shards of
+    one file name, and for the first fault of a shard; `lint.py` lists them all.
+    """
+    where = Folder(folder)
+    names = list(where.sizes())
+    if not names:
+        raise ValueError(f"{folder} holds no shards: give a folder that has files named *.tar")
+    twice = same_names(names)
+    if twice:
+        raise ValueError(f"{folder}: {twice[0][1]}")
+    job = partial(index_shard, where, force)
+    lines = map_jobs(job, names, engine=engine, jobs=jobs, on_progress=on_progress)
+    manifest = make_manifest(list(lines))
+    where.write(MANIFEST, manifest_bytes(manifest))
+    return ShardIndex(Path(folder), manifest)
+
+
+def index_shard(folder: Folder, force: bool, name: str) -> Line:
+    """Scan one shard and write its sidecar, or read the one that is there."""
+    file = folder.open(name)
+    records = None if force else _up_to_date(folder, name)
+    if records is None:
+        scan = scan_shard(file)
+        if scan.faults or scan.records is None:
+            more = f" (and {len(scan.faults) - 1} more: run `nfnets-xla shards lint {folder}`)"
+            fault = scan.faults[0]
+            raise ValueError(
+                f"{folder}/{name}, offset {fault.offset}: {fault.what}"
+                + (more if len(scan.faults) > 1 else "")
+            )
+        records = scan.records
+        folder.write(name + SIDECAR, records.to_bytes())
+    classes = int(records.labels_M.max()) + 1
+    return Line(name, records.num_samples, file.size, records.digest(), classes, records.max_labels)
+
+
+def _up_to_date(folder: Folder, name: str) -> Records | None:
+    written, changed = folder.modified(name + SIDECAR), folder.modified(name)
+    if written is None or changed is None or written <= changed:
+        return None
+    try:
+        records = Records.from_bytes(folder.read(name + SIDECAR))
+    except ValueError:
+        return None
+    size = folder.open(name).size
+    return records if np.all(records.offsets_N + records.sizes_N <= size) else None
+
+
+def same_names(names: list[str]) -> list[tuple[str, str]]:
+    """Shards whose ids would be the same: each with what is wrong with it."""
+    first: dict[str, str] = {}
+    found: list[tuple[str, str]] = []
+    for name in names:
+        other = first.setdefault(short_name(name), name)
+        if other != name:
+            found.append((name, f"{name} and {other} have one file name: rename one of them"))
+    return found

@@ -1,0 +1,206 @@
+"""Where samples to pack come from: a folder of images, a table, or a data set of `datasets`.
+
+Each is read in an order drawn from a seed, so that no shard is of one class, except data sets,
+which come in their own.
+"""
+
+import csv
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nfnets_xla.data import labels
+from nfnets_xla.data.pack import Sample, encode_image, pack_samples
+from nfnets_xla.data.scan import IMAGES
+
+Progress = Callable[[int, int], None]  # images done, of how many
+TABLES = (".csv", ".parquet")
+
+
+def pack_image_folder(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    samples_per_shard: int = 1000,
+    shard_bytes: float = float("inf"),
+    prefix: str = "shard",
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> list[Path]:
+    """Pack `<source>/<class>/<image>`; return the shards.
+
+    A class's label is its place among the sorted folder names, which `classes.json` lists in this
+    order. Keys are `<class>-<file name>`, dots as underscores. Hidden files, and files beside the
+    class folders, are left out. Raises ValueError for any other file that is not an image, for a
+    class without images, and as `pack_samples` does.
+    """
+    classes, images = _find_images(Path(source))
+    return pack_samples(
+        _shuffled(images, seed),
+        folder,
+        samples_per_shard=samples_per_shard,
+        shard_bytes=shard_bytes,
+        prefix=prefix,
+        classes=classes,
+        on_progress=_out_of(len(images), on_progress),
+    )
+
+
+def pack_table(
+    table: str | Path,
+    folder: str | Path,
+    *,
+    samples_per_shard: int = 1000,
+    shard_bytes: float = float("inf"),
+    prefix: str = "shard",
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> list[Path]:
+    """Pack the images that a .csv or .parquet file lists; return the shards.
+
+    Columns: `path`, from the table's own folder on; `label`, as in a .txt member (`3`, `3 7`,
+    `3:0.8 7:0.2`) or, in Parquet, a number or a list of them; and, if you like, `key`, else made of
+    the path, its slashes and dots as underscores. Other columns are left alone.
+    """
+    images = _read_table(Path(table))
+    return pack_samples(
+        _shuffled(images, seed),
+        folder,
+        samples_per_shard=samples_per_shard,
+        shard_bytes=shard_bytes,
+        prefix=prefix,
+        on_progress=_out_of(len(images), on_progress),
+    )
+
+
+def dataset_samples(
+    dataset: Iterable[Mapping[str, Any]], *, image: str = "image", label: str = "label"
+) -> Iterator[Sample]:
+    """Samples for `pack_samples` of rows like those of Hugging Face's `datasets`.
+
+    An image is a Pillow image, written as PNG; or the file's bytes, alone or as `{"bytes": ...}`,
+    copied. A label is a number, a list of them, or labels with weights. Keys count the rows.
+    """
+    for number, row in enumerate(dataset):
+        found = row[image].get("bytes") if isinstance(row[image], Mapping) else row[image]
+        if isinstance(found, Image.Image):
+            data, extension = encode_image(np.asarray(found.convert("RGB"))), "png"
+        elif isinstance(found, bytes):
+            data, extension = found, extension_of(found)
+        else:
+            raise ValueError(
+                f"row {number}: {image} is {type(found).__name__}; it must be a Pillow image or a "
+                "file's bytes"
+            )
+        found = row[label]
+        several = dict.fromkeys(found, 1.0) if isinstance(found, list | tuple) else found
+        yield f"{number:09d}", data, extension, several
+
+
+def extension_of(data: bytes) -> str:
+    """By the file's first bytes; what is none of the others is called a JPEG."""
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "jpg"
+
+
+# ---- tables -----------------------------------------------------------------------------------
+
+Found = dict[str, tuple[Path, Any]]  # by key: image file and label
+
+
+def _read_table(path: Path) -> Found:
+    if not path.is_file() or path.suffix not in TABLES:
+        raise ValueError(f"{path} is no table: give a file that ends in {' or '.join(TABLES)}")
+    rows = _csv_rows(path) if path.suffix == ".csv" else _parquet_rows(path)
+    images: Found = {}
+    for number, row in enumerate(rows, start=1):
+        if not row.get("path") or row.get("label") in (None, ""):
+            raise ValueError(f"{path}, row {number}: it must have a path and a label")
+        image = path.parent / str(row["path"])
+        key = str(row.get("key") or Path(row["path"]).with_suffix(""))
+        key = key.replace("/", "_").replace(".", "_")
+        if key in images:
+            raise ValueError(f"{path}, row {number}: duplicate key {key}: give each its own")
+        if not image.is_file() or _extension(image) not in IMAGES:
+            raise ValueError(f"{path}, row {number}: {image} is not a {', '.join(IMAGES)} file")
+        images[key] = image, _label(row["label"], f"{path}, row {number}")
+    return images
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        yield from csv.DictReader(file)
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow to be read: pip install pyarrow") from error
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+
+
+def _label(value: Any, where: str) -> Any:
+    if isinstance(value, list):
+        return dict.fromkeys(value, 1.0)
+    if not isinstance(value, str):
+        return value
+    found = labels.parse("txt", value.encode())
+    if found is None:
+        raise ValueError(f"{where}: label {value!r} is none of 3, 3 7, 3:0.8 7:0.2")
+    return found
+
+
+# ---- folders ----------------------------------------------------------------------------------
+
+
+def _shuffled(images: Found, seed: int) -> Iterator[Sample]:
+    keys = sorted(images)
+    for number in np.random.default_rng(seed).permutation(len(keys)):
+        path, label = images[keys[number]]
+        yield keys[number], path.read_bytes(), _extension(path), label
+
+
+def _out_of(total: int, on_progress: Progress | None) -> Callable[[int], None] | None:
+    return None if on_progress is None else lambda done: on_progress(done, total)
+
+
+def _find_images(source: Path) -> tuple[list[str], Found]:
+    """Class names, and by key each image's path and label."""
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a folder: give one that holds <class>/<image>")
+    folders = sorted(
+        (path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")),
+        key=lambda path: path.name,
+    )
+    if not folders:
+        raise ValueError(f"{source} holds no class folders: images must be <class>/<image>")
+    images: Found = {}
+    for label, folder in enumerate(folders):
+        before = len(images)
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if not path.is_file() or _extension(path) not in IMAGES:
+                raise ValueError(
+                    f"{path} is not a {', '.join(IMAGES)} file: convert it or move it away"
+                )
+            key = f"{folder.name}-{path.stem}".replace(".", "_")
+            if key in images:
+                raise ValueError(
+                    f"duplicate key {key}, of {images[key][0]} and {path}: rename one of them"
+                )
+            images[key] = path, label
+        if len(images) == before:
+            raise ValueError(f"class folder {folder} holds no images: remove it or fill it")
+    return [folder.name for folder in folders], images
+
+
+def _extension(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")

@@ -1,0 +1,105 @@
+"""Samples that cannot be decoded: listed in the run's folder, counted, and stopped at a ceiling.
+
+The loader gives such a sample a grey image and weight 0, so that the loss is of the others; the
+order, and every other row, stay what they were. Which they are is a function of the shards, and so
+a resumed run misses the same ones.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nfnets_xla.record import RecordWriter, read_record
+from nfnets_xla.task import Batch
+
+# The ceiling is a share of what has been shown, and of so many at least: one fault among the first
+# few samples of a long run says nothing yet.
+AT_LEAST = 10_000
+NAMED = 3  # of the samples that a message names
+
+
+class Missed(Callback):
+    """Fires before a batch is used. Raises ValueError past the ceiling."""
+
+    def __init__(
+        self,
+        record: RecordWriter | None,
+        *,
+        ceiling: float,
+        unique_per_step: int,
+        train_samples: int,
+        eval_samples: int,
+        before: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """`train_samples` are those that the run is to show; `before` were missed by earlier
+        starts, up to the step that this one goes on from."""
+        self.record = record
+        self.ceiling = ceiling
+        self.unique_per_step = unique_per_step
+        self.train_samples = train_samples
+        self.eval_samples = eval_samples
+        self.trained = before
+        self.evaluated = 0
+        self.say = say
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = batch["step"] + 1
+        shown = max(step * self.unique_per_step, AT_LEAST)
+        self.trained += len(batch["missed"])
+        self._take(batch, "train", step, self.trained, min(shown, self.train_samples))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.evaluated = 0
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.evaluated += len(batch["missed"])
+        self._take(batch, "eval", trainer.global_step, self.evaluated, self.eval_samples)
+
+    def _take(self, batch: Batch, split: str, step: int, total: int, of: int) -> None:
+        missed = batch["missed"]
+        if not missed:
+            return
+        where = ""
+        if self.record is not None:
+            path = missed_file(self.record)
+            where = f"; listed in {path}"
+            with path.open("a", encoding="utf-8") as file:
+                for sample in missed:
+                    file.write(json.dumps({"step": step, "split": split, **sample}) + "\n")
+            self.record.write("missed", step, split=split, count=len(missed), total=total)
+        first = "; ".join(
+            f"{sample['id']} ({sample['shard']}, offset {sample['offset']}): {sample['reason']}"
+            for sample in missed[:NAMED]
+        )
+        text = f"{total} undecodable {split} samples, now {len(missed)}: {first}{where}"
+        if total > self.ceiling * of:
+            raise ValueError(
+                f"{text}. More than data.max_missed={self.ceiling:g} of {of}: restore the shards, "
+                "list the samples in data.exclude, or raise data.max_missed"
+            )
+        self.say(text)
+
+
+def missed_file(record: RecordWriter) -> Path:
+    return record.path.with_name(f"missed-{record.attempt}.jsonl")
+
+
+def missed_before(run_dir: Path, step: int) -> int:
+    """How many samples earlier starts missed up to the step that is resumed from."""
+    if not step:
+        return 0
+    rows = read_record(run_dir).of_kind("missed")
+    return sum(row["count"] for row in rows if row["split"] == "train" and row["step"] <= step)

@@ -1,0 +1,200 @@
+"""`nfnets-xla shards ...`: pack, index, check, count, split and exclude, one subcommand each."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nfnets_xla.data.jobs import ENGINES
+
+Progress = Callable[..., None]
+Run = Callable[[Any], int | None]  # of a subcommand's arguments; returns the exit code
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are a ValueError, which the command line prints in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def shards(arguments: Sequence[str]) -> int:
+    """Returns the exit code: 1 if `lint` found faults."""
+    given = parser().parse_args(arguments)
+    return given.run(given) or 0
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="nfnets-xla shards",
+        description="WebDataset shards: folders of *.tar.",
+        epilog="`nfnets-xla shards show DIR` draws the views that a recipe makes of them.",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, run: Run, purpose: str, parent: Any = commands) -> Any:
+        command = parent.add_parser(name, help=purpose, description=purpose)
+        command.set_defaults(run=run)
+        return command
+
+    index = add("index", run_index, "scan every shard once and write the index beside it")
+    index.add_argument("dir", type=Path)
+    index.add_argument("--force", action="store_true", help="scan again what has an index")
+    lint = add("lint", run_lint, "name every fault with its byte offset; decodes all images")
+    lint.add_argument("dir", type=Path)
+    stats = add("stats", run_stats, "say what an index holds")
+    stats.add_argument("dir", type=Path)
+    hold = add("holdout", run_holdout, "copy a split, by hash of the key, into shards of its own")
+    hold.add_argument("dir", type=Path)
+    hold.add_argument("out", type=Path)
+    hold.add_argument("--samples", type=int, required=True)
+    for command in (index, lint, stats, hold):
+        command.add_argument("--engine", choices=ENGINES, default="local")
+        command.add_argument("--jobs", type=int, default=-1, help="at a time; -1: one per core")
+    exclude = add("exclude", run_exclude, "find the rows of a long list of ids once, for all runs")
+    exclude.add_argument("dir", type=Path)
+    exclude.add_argument("ids", type=Path, nargs="+", help="text files, one id (shard/key) a line")
+    exclude.add_argument("list", type=Path, help="what to write: FILE.npz, for data.exclude")
+    add_pack(add, commands)
+    return top
+
+
+def add_pack(add: Callable[..., Any], commands: Any) -> None:
+    pack = commands.add_parser("pack", help="make indexed shards", description="Make shards.")
+    kinds = pack.add_subparsers(required=True, metavar="KIND", parser_class=Parser)
+    for name, purpose in (
+        ("folder", "images in SOURCE/<class>/"),
+        ("table", "images that a .csv or .parquet file lists, by columns path and label"),
+        ("imagenet", "ImageNet's archives in SOURCE, into DIR/train, DIR/val and DIR/val-real"),
+    ):
+        kind = add(name, run_pack, purpose, kinds)
+        kind.set_defaults(kind=name)
+        kind.add_argument("source", type=Path)
+        kind.add_argument("dir", type=Path)
+        kind.add_argument("--samples-per-shard", type=int, default=1000)
+        if name != "imagenet":
+            kind.add_argument("--shard-bytes", type=float, default=float("inf"))
+
+
+# ---- subcommands ------------------------------------------------------------------------------
+
+
+def run_index(given: Any) -> None:
+    index_folder(given.dir, engine=given.engine, jobs=given.jobs, force=given.force)
+
+
+def index_folder(folder: Path, **options: Any) -> None:
+    from nfnets_xla.data.index import build_index
+
+    index = build_index(folder, on_progress=progress("indexed"), **options)
+    print(
+        f"{folder}: {index.num_samples:,} samples in {index.num_shards} shards, "
+        f"{index.num_classes} classes, fingerprint {index.fingerprint[:16]}"
+    )
+
+
+def run_lint(given: Any) -> int:
+    from nfnets_xla.data.lint import lint
+
+    bar = progress("checked")
+    faults = lint(given.dir, engine=given.engine, jobs=given.jobs, on_progress=bar)
+    for fault in faults:
+        print(fault)
+    print(f"{given.dir}: {len(faults)} faults")
+    return 1 if faults else 0
+
+
+def run_stats(given: Any) -> None:
+    from nfnets_xla.data.lint import stats
+    from nfnets_xla.data.shards import ShardIndex
+
+    index, bar = ShardIndex.load(given.dir), progress("read")
+    found = stats(index, engine=given.engine, jobs=given.jobs, on_progress=bar)
+    for name, value in found.items():
+        print(f"{name:18} {value}")
+
+
+def run_holdout(given: Any) -> None:
+    from nfnets_xla.data.holdout import IDS, hold_out
+    from nfnets_xla.data.shards import ShardIndex
+
+    ids = hold_out(
+        ShardIndex.load(given.dir),
+        given.out,
+        samples=given.samples,
+        engine=given.engine,
+        jobs=given.jobs,
+        on_progress=progress("hashed"),
+    )
+    index_folder(given.out)
+    print(
+        f"held out {len(ids):,} samples: train with data.shards={given.dir} "
+        f"data.exclude={given.out / IDS} data.eval_shards={given.out}"
+    )
+
+
+def run_exclude(given: Any) -> None:
+    from nfnets_xla.data.exclude import read_ids, resolve, save_exclusions
+    from nfnets_xla.data.shards import ShardIndex
+
+    index = ShardIndex.load(given.dir)
+    ids = [sample_id for path in given.ids for sample_id in read_ids(path)]
+    exclusions = resolve(index, ids, ", ".join(map(str, given.ids)))
+    save_exclusions(given.list, index, exclusions)
+    print(f"{given.list}: {len(exclusions.rows):,} of {index.num_samples:,} samples")
+
+
+def run_pack(given: Any) -> None:
+    folders = [given.dir]
+    if given.kind == "imagenet":
+        from nfnets_xla.data.imagenet import pack_imagenet
+
+        bars = {name: progress(f"packed {name}") for name in ("train", "val", "val-real")}
+        folders = pack_imagenet(
+            given.source,
+            given.dir,
+            samples_per_shard=given.samples_per_shard,
+            on_progress=lambda name, *counts: bars[name](*counts),
+        )
+    else:
+        from nfnets_xla.data.sources import pack_image_folder, pack_table
+
+        pack = pack_image_folder if given.kind == "folder" else pack_table
+        pack(
+            given.source,
+            given.dir,
+            samples_per_shard=given.samples_per_shard,
+            shard_bytes=given.shard_bytes,
+            on_progress=progress("packed"),
+        )
+    for folder in folders:
+        index_folder(folder)
+
+
+# ---- progress ---------------------------------------------------------------------------------
+
+WIDTH = 30  # of the bar
+
+
+def progress(verb: str) -> Progress:
+    """A bar on standard error: rewritten in place on a terminal, one line a minute elsewhere."""
+    started = last = time.monotonic()
+    on_terminal = sys.stderr.isatty()
+
+    def report(done: int, total: int | None) -> None:
+        nonlocal last
+        now, finished = time.monotonic(), done == total
+        if not finished and now - last < (0.2 if on_terminal else 60):
+            return
+        last = now
+        if total is None:  # a server need not say how much will come
+            print(f"{verb} {done:,}", end="\r" if on_terminal else "\n", file=sys.stderr)
+            return
+        left = (now - started) * (total - done) / done
+        bar = "#" * (WIDTH * done // total)
+        text = f"{verb} [{bar:.<{WIDTH}}] {done:,} of {total:,}, {left / 60:.1f} minutes left"
+        print(text, end="\r" if on_terminal and not finished else "\n", file=sys.stderr, flush=True)
+
+    return report
