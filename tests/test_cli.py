@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from nfnets_xla.cli import main, recipes, usage
+from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
-from nfnets_xla.data.shards import build_index
 from tests.data.images import packed, samples
 from tests.runs import PLAIN_CPU, RECIPE, SMALL
+from tests.runs import samples as run_samples
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -147,7 +148,7 @@ def test_indexing_nothing_is_refused(
 ) -> None:
     make(tmp_path / "shards")
     assert message in refused(["shards", "index", str(tmp_path / "shards")], capsys)
-    assert "usage: nfnets-xla shards" in refused(["shards", "shuffle"], capsys)
+    assert "invalid choice: 'shuffle'" in refused(["shards", "shuffle"], capsys)
 
 
 def test_packing_and_indexing_from_the_command_line(
@@ -157,8 +158,41 @@ def test_packing_and_indexing_from_the_command_line(
         (tmp_path / "images" / name).mkdir(parents=True)
         for key, image, suffix, _ in samples(3):
             (tmp_path / "images" / name / f"{key}.{suffix}").write_bytes(image)
-    main(["shards", "pack", str(tmp_path / "images"), str(tmp_path / "shards")])
+    main(["shards", "pack", "folder", str(tmp_path / "images"), str(tmp_path / "shards")])
     assert "6 samples in 1 shards, 2 classes" in capsys.readouterr().out
+
+
+def test_lint_stats_holdout_and_exclude_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, held_out, rows = tmp_path / "shards", tmp_path / "held-out", tmp_path / "rows.npz"
+    index = packed(shards, 30, 10)
+    one = ["--jobs", "1"]
+    main(["shards", "lint", str(shards), *one])
+    assert capsys.readouterr().out.endswith(f"{shards}: 0 faults\n")
+    main(["shards", "stats", str(shards), *one])
+    assert index.fingerprint in capsys.readouterr().out
+    main(["shards", "holdout", str(shards), str(held_out), "--samples", "6", *one])
+    advice = f"data.exclude={held_out / 'held_out.txt'} data.eval_shards={held_out}"
+    assert advice in capsys.readouterr().out
+    main(["shards", "exclude", str(shards), str(held_out / "held_out.txt"), str(rows)])
+    assert "6 of 30 samples" in capsys.readouterr().out
+    run = [*RECIPE, *SMALL, *PLAIN_CPU, f"data.shards={shards}", f"data.eval_shards={held_out}"]
+    run += ["optim.epochs=1", "optim.warmup_steps=1", "data.workers=0", f"data.exclude={rows}"]
+    main([*run, f"run_dir={tmp_path / 'run'}"])
+    assert "24 images in 3 shards; 2 steps" in capsys.readouterr().out
+    shown = {name for step in run_samples(tmp_path / "run") for _, name in step}
+    ids = set((held_out / "held_out.txt").read_text().split())
+    assert len(shown) == 24
+    assert not shown & ids
+
+    (shards / "shard-000001.tar").write_bytes(b"x" * 700)
+    with pytest.raises(SystemExit) as stopped:
+        main(["shards", "lint", str(shards), *one])
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out
+    assert "shard-000001.tar, offset 0: damaged header" in printed
+    assert printed.endswith("2 faults\n")
 
 
 def test_a_folder_of_another_run_or_a_finished_one_is_refused(

@@ -1,0 +1,158 @@
+"""ImageNet (ILSVRC 2012) from the archives that image-net.org hands out, into shards.
+
+    ILSVRC2012_img_train.tar          1,000 tars, one a class, of 1,281,167 JPEGs
+    ILSVRC2012_img_val.tar            50,000 JPEGs
+    ILSVRC2012_devkit_t12.tar.gz      their labels, by ILSVRC's own numbers, and what these are
+
+A label is the standard index: the place of the class's WordNet id among the sorted ids. With
+`real.json` (Beyer et al., arXiv 2006.07159: for each validation image all labels that fit) there
+are shards of these labels too, less the images to which none fits; top-1 there is ReaL accuracy.
+
+Nothing is unpacked: images are found by offset, training images in a keyed order over all classes.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nfnets_xla.data.pack import Sample, pack_samples
+from nfnets_xla.data.storage import Folder, OpenFile
+from nfnets_xla.data.tar import Member, read_members
+
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT, REAL = "ILSVRC2012_devkit_t12.tar.gz", "real.json"
+CLASSES, TRAIN_IMAGES, VAL_IMAGES = 1000, 1_281_167, 50_000  # of the challenge
+
+
+class Place(NamedTuple):
+    key: str
+    offset: int
+    size: int
+
+
+def pack_imagenet(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[Path]:
+    """Pack into `<folder>/train`, `val` and, with real.json, `val-real`; returns these.
+
+    `on_progress` is called with (the folder's name, images done, images).
+
+    Raises ValueError if an archive is missing or faulty, or holds other than the known counts.
+    """
+    where, out = Folder(source), Path(folder)
+    for name in (TRAIN, VAL, DEVKIT):
+        if where.modified(name) is None:
+            raise ValueError(f"{source} has no {name}: get it from image-net.org")
+    train = where.open(TRAIN)
+    by_class = _train_places(train)
+    index_of = {synset: number for number, synset in enumerate(sorted(by_class))}
+    val = where.open(VAL)
+    images = sorted(_files(val, 0, val.size, VAL))
+    _expect(len(images), VAL_IMAGES, f"images in {VAL}")
+    synsets = _val_synsets(where.read(DEVKIT))
+    _expect(len(synsets), VAL_IMAGES, f"labels in {DEVKIT}")
+    unknown = sorted(set(synsets) - set(index_of))
+    if unknown:
+        raise ValueError(f"{DEVKIT} has class {unknown[0]}, which {TRAIN} has not: get both again")
+    labels = [{index_of[synset]: 1.0} for synset in synsets]
+    splits = {
+        "train": (TRAIN_IMAGES, _shuffled(train, by_class, index_of, seed)),
+        "val": (VAL_IMAGES, _val(val, images, labels)),
+    }
+    if where.modified(REAL) is not None:
+        real = [dict.fromkeys(found, 1.0) for found in json.loads(where.read(REAL))]
+        _expect(len(real), VAL_IMAGES, f"entries in {REAL}")
+        splits["val-real"] = sum(map(bool, real)), _val(val, images, real)
+    for name, (count, samples) in splits.items():
+
+        def report(done: int, name: str = name, count: int = count) -> None:
+            if on_progress:
+                on_progress(name, done, count)
+
+        pack_samples(
+            samples,
+            out / name,
+            samples_per_shard=samples_per_shard,
+            classes=sorted(by_class),
+            on_progress=report,
+        )
+    return [out / name for name in splits]
+
+
+def _shuffled(
+    file: OpenFile, by_class: dict[str, list[Place]], index_of: dict[str, int], seed: int
+) -> Iterator[Sample]:
+    places = [(place, index_of[name]) for name in sorted(by_class) for place in by_class[name]]
+    for number in np.random.default_rng(seed).permutation(len(places)):
+        place, label = places[number]
+        yield place.key, file.read(place.offset, place.size), "jpg", label
+
+
+def _val(file: OpenFile, images: list[Place], labels: list[dict[int, float]]) -> Iterator[Sample]:
+    """In the order of their numbers, less those without a label."""
+    for place, label in zip(images, labels, strict=True):
+        if label:
+            yield place.key, file.read(place.offset, place.size), "jpg", label
+
+
+def _train_places(file: OpenFile) -> dict[str, list[Place]]:
+    """Images by WordNet id: the train archive is a tar of tars, none of them compressed."""
+    found: dict[str, list[Place]] = {}
+    for member in _members(file, 0, file.size, TRAIN):
+        synset = Path(member.name).stem
+        end = member.offset + member.size
+        found[synset] = sorted(_files(file, member.offset, end, f"{TRAIN}/{member.name}"))
+    _expect(len(found), CLASSES, f"classes in {TRAIN}")
+    _expect(sum(map(len, found.values())), TRAIN_IMAGES, f"images in {TRAIN}")
+    return found
+
+
+def _files(file: OpenFile, start: int, end: int, name: str) -> list[Place]:
+    return [
+        Place(Path(member.name).stem, member.offset, member.size)
+        for member in _members(file, start, end, name)
+    ]
+
+
+def _members(file: OpenFile, start: int, end: int, name: str) -> Iterator[Member]:
+    for member in read_members(file, start, end):
+        if not isinstance(member, Member):
+            raise ValueError(f"{name}, offset {member.offset}: {member.what}; get it again")
+        if member.is_file:
+            yield member
+
+
+def _val_synsets(devkit: bytes) -> list[str]:
+    """WordNet ids of the validation images. ILSVRC numbers its classes in an order of its own."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ValueError(f"{DEVKIT} needs scipy to be read: pip install scipy") from error
+    truth = meta = None
+    with tarfile.open(fileobj=io.BytesIO(devkit), mode="r:gz") as tar:
+        for member in tar:
+            file = tar.extractfile(member)  # into memory: nothing is unpacked
+            if file and member.name.endswith("/data/ILSVRC2012_validation_ground_truth.txt"):
+                truth = file.read().split()
+            elif file and member.name.endswith("/data/meta.mat"):
+                meta = file.read()
+    if truth is None or meta is None:
+        raise ValueError(f"{DEVKIT} lacks the ground truth or meta.mat: get it again")
+    rows: Any = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    synset_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
+    return [synset_of[int(number)] for number in truth]
+
+
+def _expect(count: int, wanted: int, what: str) -> None:
+    if count != wanted:
+        raise ValueError(f"{count} {what}: there must be {wanted}; get it again")

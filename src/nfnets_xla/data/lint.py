@@ -1,0 +1,124 @@
+"""Every fault of a folder of shards, by shard and byte offset, and what the shards hold.
+
+Indexing stops at the first fault; `lint` names them all, and decodes every image.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nfnets_xla.data.decode import decode
+from nfnets_xla.data.index import same_names
+from nfnets_xla.data.jobs import Progress, map_jobs
+from nfnets_xla.data.records import SIDECAR, Records
+from nfnets_xla.data.scan import scan_shard
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.data.storage import Folder
+from nfnets_xla.data.tar import Fault
+
+# Smaller or longer pictures are icons, trackers and separators, not photographs.
+MIN_SIDE = 8  # pixels
+MAX_ASPECT = 32
+
+
+class ShardFault(NamedTuple):
+    shard: str
+    offset: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}, offset {self.offset}: {self.what}"
+
+
+def lint(
+    folder: str | Path,
+    *,
+    engine: str = "local",
+    jobs: int = 1,
+    on_progress: Progress | None = None,
+) -> list[ShardFault]:
+    """Scan all shards of a folder; needs no index and writes none."""
+    where = Folder(folder)
+    names = list(where.sizes())
+    if not names:
+        raise ValueError(f"{folder} holds no shards: give a folder that has files named *.tar")
+    job = partial(_lint_shard, where)
+    scans = map_jobs(job, names, engine=engine, jobs=jobs, on_progress=on_progress)
+    found = [ShardFault(name, 0, what) for name, what in same_names(names)]
+    for name, faults in zip(names, scans, strict=True):
+        found += [ShardFault(name, *fault) for fault in faults]
+    return sorted(found)
+
+
+def check_image(data: bytes) -> str | None:
+    """What is wrong with an image file, or None. The decoder itself refuses pictures too large."""
+    try:
+        width, height = decode(data).size
+    except ValueError as error:
+        return str(error)
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        return (
+            f"{width} x {height} pixels: sides must have {MIN_SIDE} or more, and one be at most "
+            f"{MAX_ASPECT} times the other"
+        )
+    return None
+
+
+def _lint_shard(folder: Folder, name: str) -> list[Fault]:
+    return scan_shard(folder.open(name), check_image).faults
+
+
+# ---- what there is ----------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """Of one shard."""
+
+    smallest: int  # image, in bytes
+    largest: int
+    image_bytes: int
+    class_counts: np.ndarray
+
+
+def stats(
+    index: ShardIndex,
+    *,
+    engine: str = "local",
+    jobs: int = 1,
+    on_progress: Progress | None = None,
+) -> dict[str, str]:
+    """What an index holds, in lines to print; excluded samples included."""
+    names = [index.name(shard) for shard in range(index.num_shards)]
+    job = partial(_shard_stats, Folder(index.folder))
+    per_class = np.zeros(index.num_classes, np.int64)
+    smallest, largest, image_bytes = 2**63, 0, 0
+    for part in map_jobs(job, names, engine=engine, jobs=jobs, on_progress=on_progress):
+        per_class[: len(part.class_counts)] += part.class_counts
+        smallest, largest = min(smallest, part.smallest), max(largest, part.largest)
+        image_bytes += part.image_bytes
+    samples = int(index.manifest.counts_S.sum(dtype=np.int64))
+    per_sample = f"{per_class.sum() / samples:.2f}, at most {index.max_labels}"
+    empty = int((per_class == 0).sum())
+    return {
+        "samples": f"{samples:,}",
+        "shards": f"{len(names):,} of {_spread(index.manifest.counts_S)} samples",
+        "bytes": f"{int(index.manifest.bytes_S.sum()):,}",
+        "image bytes": f"{smallest:,} to {largest:,} (mean {image_bytes // samples:,})",
+        "labels per sample": per_sample,
+        "classes": f"{index.num_classes:,} of {_spread(per_class)} samples; {empty:,} have none",
+        "fingerprint": index.fingerprint,
+    }
+
+
+def _shard_stats(folder: Folder, name: str) -> _Part:
+    records = Records.from_bytes(folder.read(name + SIDECAR))
+    sizes = records.sizes_N
+    total = int(sizes.sum(dtype=np.int64))
+    return _Part(int(sizes.min()), int(sizes.max()), total, np.bincount(records.labels_M))
+
+
+def _spread(values: np.ndarray) -> str:
+    low, middle, high = (int(np.quantile(values, share)) for share in (0, 0.5, 1))
+    return f"{low:,} to {high:,} (median {middle:,})"

@@ -1,0 +1,144 @@
+"""Excluded samples are in no count, order or batch; the fingerprint says which they are."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nfnets_xla.data.exclude import resolve, save_exclusions, without
+from nfnets_xla.data.holdout import choose, hold_out, key_hash
+from nfnets_xla.data.index import build_index
+from nfnets_xla.data.order import Order
+from nfnets_xla.data.pack import pack_samples
+from nfnets_xla.data.shards import ShardIndex
+from tests.data.images import packed, samples
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ShardIndex:
+    return packed(tmp_path / "shards", 25, 10)
+
+
+def everything(index: ShardIndex) -> list[tuple[str, bytes, dict[int, float]]]:
+    return [
+        (index.sample_id(shard, row), index.read(shard, row), index.labels(shard, row))
+        for shard in range(index.num_shards)
+        for row in range(index.counts[shard])
+    ]
+
+
+def listed(folder: Path, ids: list[str]) -> Path:
+    path = folder / "list.txt"
+    path.write_text("\n".join(ids))
+    return path
+
+
+# The whole of the second shard, and some of the others; one twice.
+EXCLUDED = [0, 3, *range(10, 20), 24, 3]
+
+
+@pytest.mark.parametrize("resolved", [False, True])
+def test_the_rest_is_what_it_was(index: ShardIndex, tmp_path: Path, resolved: bool) -> None:
+    before = everything(index)
+    path = listed(tmp_path, [before[number][0] for number in EXCLUDED])
+    if resolved:
+        exclusions = resolve(index, path.read_text().split("\n"))
+        path = tmp_path / "list.npz"
+        save_exclusions(path, index, exclusions)
+    left = without(index, path)
+    assert everything(left) == [s for number, s in enumerate(before) if number not in EXCLUDED]
+    np.testing.assert_array_equal(left.counts, [8, 0, 4])
+    assert left.num_samples == 12
+    assert left.fingerprint != index.fingerprint
+    assert left.fingerprint == without(index, path).fingerprint
+    fewer = without(index, listed(tmp_path, [before[0][0]]))
+    assert fewer.fingerprint not in (left.fingerprint, index.fingerprint)
+
+
+def test_the_order_is_that_of_shards_without_them(index: ShardIndex, tmp_path: Path) -> None:
+    """A shard of which nothing is left is as one that was never there."""
+    before = everything(index)
+    left = without(index, listed(tmp_path, [before[number][0] for number in EXCLUDED]))
+    rest = (s for number, s in enumerate(samples(25)) if number not in EXCLUDED)
+    pack_samples(rest, tmp_path / "rest", samples_per_shard=8)
+    names: list[list[str]] = []
+    for one in (left, build_index(tmp_path / "rest")):
+        order = Order(one.counts, 7, 2, 4, 2, 2.5)
+        steps = [order.step(number) for number in range(order.num_steps)]
+        names.append(
+            [
+                one.sample_id(int(shard), int(row)).partition("/")[2]
+                for rows in steps
+                for shard, row in zip(rows.shard, rows.row, strict=True)
+            ]
+        )
+    assert names[0] == names[1]
+
+
+def test_lists_that_do_not_fit_are_refused(index: ShardIndex, tmp_path: Path) -> None:
+    def refused(path: Any) -> str:
+        with pytest.raises(ValueError) as error:  # noqa: PT011 (callers compare the message)
+            without(index, path)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "is no file" in refused(tmp_path / "none.txt")
+    for bad in ("shard-000000/nobody", "shard-000009/00001", "00001", ""):
+        path = listed(tmp_path, ["shard-000000/00001", bad or "x"])
+        assert f"{path} names {bad or 'x'!r}, which is not in {index.folder}" in refused(path)
+    assert "excludes every sample" in refused(listed(tmp_path, [s[0] for s in everything(index)]))
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    assert "is not a text file of sample ids" in refused(tmp_path / "a.txt")
+    (tmp_path / "a.npz").write_bytes(b"rubbish")
+    assert "is not a resolved list" in refused(tmp_path / "a.npz")
+    other = packed(tmp_path / "other", 24, 10)
+    save_exclusions(tmp_path / "a.npz", other, resolve(other, ["shard-000000/00001"]))
+    assert "was resolved against another index; run `nfnets-xla shards exclude" in refused(
+        tmp_path / "a.npz"
+    )
+
+
+# ---- held out ---------------------------------------------------------------------------------
+
+
+def test_the_split_is_the_smallest_hashes_however_it_is_packed(
+    index: ShardIndex, tmp_path: Path
+) -> None:
+    keys = sorted((f"{number:05d}" for number in range(25)), key=key_hash)[:6]
+    backwards = list(samples(25))[::-1]
+    pack_samples(backwards, tmp_path / "again", samples_per_shard=4)
+    for number, one in enumerate((index, build_index(tmp_path / "again"))):
+        out = tmp_path / f"out{number}"
+        ids = hold_out(one, out, samples=6)
+        assert [sample_id.partition("/")[2] for sample_id in ids] == keys
+        assert (out / "held_out.txt").read_text().split() == ids
+        held = everything(build_index(out))
+        by_id = {sample[0]: sample[1:] for sample in everything(one)}
+        assert [sample[1:] for sample in held] == [by_id[sample_id] for sample_id in ids]
+        left = without(one, out / "held_out.txt")
+        assert left.num_samples == 19
+        assert not {sample[0] for sample in everything(left)} & set(ids)
+        # What is held out of the rest is not what was held out before.
+        assert not {left.sample_id(*place) for place in choose(left, 6)} & set(ids)
+
+
+def test_a_split_grows_by_adding_and_is_golden(index: ShardIndex) -> None:
+    chosen = [index.sample_id(*place).partition("/")[2] for place in choose(index, 9)]
+    fewer = [index.sample_id(*place).partition("/")[2] for place in choose(index, 4)]
+    assert chosen[:4] == fewer
+    assert key_hash("00001") == 345315685528188438
+
+
+def test_keys_that_repeat_over_shards_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    for shard in range(30):
+        packed(tmp_path / str(shard), 3, 3)
+        folder.mkdir(exist_ok=True)
+        (tmp_path / str(shard) / "shard-000000.tar").rename(folder / f"{shard}.tar")
+    with pytest.raises(ValueError, match="keys repeat, so that 30 samples would be held out inst"):
+        hold_out(build_index(folder), tmp_path / "out", samples=5)
+    for count in (0, 90):
+        with pytest.raises(ValueError, match="hold out at least one, and leave one"):
+            hold_out(build_index(folder), tmp_path / "out", samples=count)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,64 @@
+"""Lint names what indexing and decoding would stop at, all of it; stats say what there is."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nfnets_xla.data.index import build_index
+from nfnets_xla.data.lint import lint, stats
+from tests.data.images import encoded, noise_png, packed
+from tests.data.tars import sample, tar_bytes, write_tar
+
+
+def picture(width: int, height: int) -> bytes:
+    return encoded(Image.new("RGB", (width, height)), "PNG")
+
+
+def test_every_fault_of_every_shard(tmp_path: Path) -> None:
+    good = noise_png(0)
+    (tmp_path / "sub").mkdir()
+    write_tar(tmp_path / "a.tar", [*sample("x", 1, good), *sample("y", 1, good[:80])])
+    write_tar(tmp_path / "sub" / "a.tar", sample("z", 1, picture(9, 400)))
+    write_tar(tmp_path / "b.tar", [*sample("u", "cat", good), *sample("v", 1, picture(4, 4))])
+    (tmp_path / "c.tar").write_bytes(tar_bytes(sample("w", 1, good))[:2000])
+    write_tar(tmp_path / "good.tar", sample("x", 1, good))
+    found = [(fault.shard, fault.offset, fault.what) for fault in lint(tmp_path, jobs=2)]
+    expected = [
+        ("a.tar", 3584, "sample y: 80 bytes do not decode as an image"),
+        ("b.tar", 0, "sample u has label b'cat' in .cls"),
+        ("b.tar", 3584, "sample v: 4 x 4 pixels: sides must have 8 or more"),
+        ("c.tar", 1024, "truncated: a member of"),
+        ("c.tar", 1536, "truncated: it ends at byte 2000"),
+        ("c.tar", 0, "sample w has no image"),
+        ("sub/a.tar", 0, "sub/a.tar and a.tar have one file name"),
+        ("sub/a.tar", 1024, "sample z: 9 x 400 pixels"),
+    ]
+    assert [(shard, offset) for shard, offset, _ in found] == sorted(
+        (shard, offset) for shard, offset, _ in expected
+    )
+    for shard, offset, what in expected:
+        assert any(f[:2] == (shard, offset) and f[2].startswith(what) for f in found), found
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_an_image_too_large_to_decode_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nfnets_xla.data.decode.MAX_PIXELS", 10_000)
+    write_tar(tmp_path / "a.tar", sample("x", 1, picture(200, 100)))
+    (fault,) = lint(tmp_path)
+    assert str(fault).startswith("a.tar, offset 1024: sample x: ")
+    assert "200 x 100 pixels are more than 10000" in fault.what
+
+
+def test_stats(tmp_path: Path) -> None:
+    packed(tmp_path, 25, 10)
+    (tmp_path / "several.tar").write_bytes(tar_bytes(sample("x", "1 7", noise_png(1))))
+    index = build_index(tmp_path)
+    found = stats(index)
+    assert found["samples"] == "26"
+    assert found["shards"] == "4 of 1 to 10 (median 7) samples"
+    assert found["labels per sample"] == "1.04, at most 2"
+    assert found["classes"] == "8 of 0 to 6 (median 5) samples; 2 have none"
+    assert found["fingerprint"] == index.fingerprint
