@@ -55,7 +55,7 @@ def lint(
 def check_image(data: bytes) -> str | None:
     """What is wrong with an image file, or None. The decoder itself refuses pictures too large."""
     try:
-        width, height = decode(data).size
+        height, width, _ = decode(data).shape
     except ValueError as error:
         return str(error)
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
