@@ -1,5 +1,7 @@
 """The network against DeepMind's numbers, its published sizes, and the properties it rests on."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from nfnets_xla.models.layers import EpsMode, SqueezeExcite, WSConv2d, gelu, sca
 from nfnets_xla.models.nfnet import NFBlock, NFNet
 from nfnets_xla.models.variants import VARIANTS, Variant, betas
 from tests.fixtures import deepmind
+from tests.models.networks import trained
 from tests.reference.ws_conv import ws_conv_same
 
 # Parameters with 1000 classes; multiply-accumulates in 1e9 at the variant's train and test size,
@@ -396,3 +399,13 @@ def test_bad_options_are_refused() -> None:
         NFNet(variant, plus_bottleneck="wide")
     with pytest.raises(ValueError, match="num_classes is -1"):
         NFNet(variant, num_classes=-1)
+
+
+@torch.no_grad()
+def test_memory_layout_and_half_precision_change_only_rounding() -> None:
+    net: Any = trained().eval()
+    images, last = torch.randn(2, 3, 32, 32), torch.channels_last
+    logits = net(images)
+    torch.testing.assert_close(net.to(memory_format=last)(images.to(memory_format=last)), logits)
+    torch.testing.assert_close(net(images.half()), logits, atol=5e-3, rtol=2e-2)
+    torch.testing.assert_close(net(images.bfloat16()), logits, atol=4e-2, rtol=0.1)

@@ -43,6 +43,8 @@ def test_evaluation_resizes_both_sides_to_size_plus_32(name: str, test_size: boo
     with torch.device("meta"):
         net = create(f"xla_{name}")
     config = resolve_model_data_config(net, use_test_size=test_size)
+    ours = nfnets_xla.create_model(name, device="meta")
+    assert resolve_model_data_config(ours, use_test_size=test_size) == config
     transform: Any = create_transform(**config)
     resize, crop = transform.transforms[:2]
     size = VARIANTS[name].test_size if test_size else VARIANTS[name].train_size

@@ -126,6 +126,7 @@ class NFNet(nn.Module):
     """
 
     classifier_name = "head"
+    pretrained_cfg: dict[str, Any]  # set by the registries
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import VITS, Peer, create_peer, is_peer
 from nfnets_xla.models.pretrained import fetch_pretrained
 from nfnets_xla.models.published import HAIKU_TAG, IMAGENET, TAG, TIMM_TOP1, TRANSFERRED
+from nfnets_xla.models.timm_names import timm_cfg
 from nfnets_xla.models.variants import VARIANTS, Variant
 from nfnets_xla.models.weights import load_checkpoint, load_into
 
@@ -83,6 +84,7 @@ def create_network(
     else:
         plain, tag = split_tag(name)
         net = NFNet(VARIANTS[plain], num_classes=num_classes, in_chans=in_chans, **options)
+        net.pretrained_cfg = timm_cfg(plain, net.variant)  # for timm.data's transforms
         if pretrained:
             load_pretrained(net, plain, tag)
     if checkpoint_path is not None:

@@ -62,15 +62,14 @@ def _register() -> None:
 
     cfgs = {}
     for name, variant in VARIANTS.items():
-        cfgs[f"{PREFIX}{name}.{TAG}" if name in IMAGENET else f"{PREFIX}{name}"] = cfg(
-            name, variant
-        )
+        tagged = f"{PREFIX}{name}.{TAG}" if name in IMAGENET else PREFIX + name
+        cfgs[tagged] = timm_cfg(name, variant)
     default_cfgs.update(generate_default_cfgs(cfgs))
     for name in VARIANTS:
         register_model(_entrypoint(name))
 
 
-def cfg(name: str, variant: Variant) -> dict[str, Any]:
+def timm_cfg(name: str, variant: Variant) -> dict[str, Any]:
     """What timm wants to know: sizes, how to evaluate, where the classifier and the weights are."""
     found = {"hf_hub_id": f"timm/dm_{name}.{TAG}", "license": "apache-2.0"}
     return {
