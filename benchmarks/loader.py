@@ -1,31 +1,54 @@
-"""Training batches from shards beside webdataset's own pipeline: python benchmarks/loader.py
+"""Training views beside webdataset's pipeline: python benchmarks/loader.py [RESULT.json]
 
-Both read the same shards, decode, crop at random, flip and stack 224 px views, in one process and
-on one thread. Ours also draws keyed masks, verifies a checksum per image, and fixes the order.
-Prints the median of several rounds, taken in turns, and the ratio of their speeds.
+Both read the same shards, decode, crop at random, flip and stack uint8 views, in one process and on
+one thread. The other one is the usual: webdataset, Pillow, torchvision, timm's RandAugment. Ours
+also draws keyed masks, verifies a checksum per image, and fixes the order. Speeds are medians
+of several rounds, taken in turns, per second of one core (process time), for the machine may have
+other work. DeepMind's crops are smaller than torchvision's, which is part of the difference; the
+row "resize: ours, their crops" is without it.
+
+Then the share of its time that a step waits for data: a stand-in that sleeps 1.25 times as long as
+one worker took for the batch.
 """
 
 import io
+import json
+import os
+import platform
 import statistics
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
+from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 from webdataset.compat import WebDataset
 
+from nfnets_xla.data.augment import _resized
+from nfnets_xla.data.decode import decode
 from nfnets_xla.data.index import build_index
-from nfnets_xla.data.loader import TrainBatches
+from nfnets_xla.data.loader import Batches, TrainBatches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.pack import pack_samples
+from nfnets_xla.data.randaugment import rand_augment
 from nfnets_xla.data.shards import ShardIndex
 
-IMAGES, BATCH, SIZE, ROUNDS = 512, 64, 224, 5
+IMAGES, BATCH, SIZE, ROUNDS = 512, 64, 224, 7
+WAIT_BATCH = 256  # a worker hands over whole batches, in 5 ms whatever their size
+OPERATIONS, MAGNITUDE = 4, 9
+# timm's with as many operations, always applied, at the same magnitude and with the same constants.
+TIMMS = f"rand-m{MAGNITUDE}-n{OPERATIONS}-p1-inc1"
+TIMMS_CONSTANTS = {"translate_const": 100, "img_mean": (128, 128, 128)}
+LIBRARIES = ["numpy", "pillow", "simplejpeg", "timm", "torch", "torchvision", "webdataset"]
 
 
 def main() -> None:
@@ -33,69 +56,200 @@ def main() -> None:
     warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves shards open
     with tempfile.TemporaryDirectory() as folder:
         index = make_shards(Path(folder))
-        print(f"{IMAGES} JPEGs of 500 x 375 to {SIZE} px, batch {BATCH}, median of {ROUNDS} rounds")
-        speeds: dict[str, list[float]] = {"ours": [], "webdataset": []}
-        for number in range(ROUNDS):
-            speeds["ours"].append(ours(index, number))
-            speeds["webdataset"].append(webdatasets(index))
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    for name, speed in medians.items():
-        print(f"{name:11} {speed:7.1f} images/s")
-    print(f"ours / webdataset: {medians['ours'] / medians['webdataset']:.2f}")
+        size = sum(shard.bytes for shard in index.shards) / IMAGES
+        print(f"{IMAGES} JPEGs of 500 x 375 ({size / 1e3:.0f} kB), batch {BATCH}, {ROUNDS} rounds")
+        medians = measured(contestants(index))
+        waited = [wait_share(index) for _ in range(5)]
+    result = {"per core-second": medians, "ratios": ratios(medians), "waited for data": waited}
+    print(json.dumps(result, indent=1))
+    if len(sys.argv) > 1:
+        about = {
+            "command": f"python {' '.join(sys.argv)}",
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "jpegs": f"{IMAGES} of 500 x 375, {size:.0f} bytes each, to {SIZE} px, batch {BATCH}",
+            "rounds": ROUNDS,
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in LIBRARIES},
+        }
+        Path(sys.argv[1]).write_text(json.dumps(about | result, indent=1) + "\n")
+
+
+def contestants(index: ShardIndex) -> dict[str, Callable[[], int]]:
+    """Each shows so many views, and says how many."""
+    files = [index.read(0, row) for row in range(64)]
+    pixels = [decode(data) for data in files]
+    views = [_resized(image, SIZE) for image in pixels]
+    pictures = [Image.fromarray(view) for view in views]
+    timms = rand_augment_transform(TIMMS, TIMMS_CONSTANTS)
+    rng = np.random.Generator(np.random.Philox(0))
+    crop = v2.RandomResizedCrop(SIZE, interpolation=3)
+
+    def resized_by_us() -> None:
+        for image in pixels:
+            height, width = image.shape[:2]
+            top, left, rows, columns = v2.RandomResizedCrop.make_params(
+                crop, [Image.new("1", (width, height))]
+            ).values()
+            _resized(image[top : top + rows, left : left + columns], SIZE)
+
+    def each(do: Callable[[Any], object], items: list[Any]) -> Callable[[], int]:
+        return lambda: len([do(item) for item in items])
+
+    return {
+        "ours": lambda: ours(index),
+        "webdataset": lambda: webdatasets(index),
+        "ours, 4 views": lambda: ours(index, repeats=4),
+        "ours, RandAugment": lambda: ours(index, magnitude=MAGNITUDE),
+        "webdataset, RandAugment": lambda: webdatasets(index, timms),
+        "decode: ours": each(decode, files),
+        "decode: Pillow": each(lambda data: np.asarray(by_pillow(data)), files),
+        "resize: ours, their crops": lambda: (resized_by_us(), len(pixels))[1],
+        "resize: torchvision, Pillow": each(lambda p: np.asarray(crop(p)), pictures_of(pixels)),
+        "RandAugment: ours": each(
+            lambda v: rand_augment(v, rng, operations=OPERATIONS, magnitude=MAGNITUDE), views
+        ),
+        "RandAugment: timm": each(lambda picture: np.asarray(timms(picture)), pictures),
+    }
+
+
+def measured(shown_by: dict[str, Callable[[], int]]) -> dict[str, float]:
+    """Views per core-second: the median of rounds in which each has its turn."""
+    speeds: dict[str, list[float]] = {name: [] for name in shown_by}
+    for round_number in range(ROUNDS + 1):
+        for name, show in shown_by.items():
+            start = time.process_time()
+            views = show()
+            if round_number:  # the first one warms up
+                speeds[name].append(views / (time.process_time() - start))
+    return {name: round(statistics.median(values), 1) for name, values in speeds.items()}
+
+
+def ratios(speed: dict[str, float]) -> dict[str, float]:
+    pairs = {
+        "images": ("ours", "webdataset"),
+        "views with K=4": ("ours, 4 views", "webdataset"),
+        "images with RandAugment": ("ours, RandAugment", "webdataset, RandAugment"),
+        "decode": ("decode: ours", "decode: Pillow"),
+        "resize": ("resize: ours, their crops", "resize: torchvision, Pillow"),
+        "RandAugment": ("RandAugment: ours", "RandAugment: timm"),
+    }
+    return {name: round(speed[ours] / speed[theirs], 2) for name, (ours, theirs) in pairs.items()}
+
+
+# ---- the shards -------------------------------------------------------------------------------
 
 
 def make_shards(folder: Path) -> ShardIndex:
+    """Crops of two photographs, as JPEGs of ImageNet's usual size."""
+    photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     rng = np.random.default_rng(0)
 
     def samples() -> Iterator[tuple[str, bytes, str, int]]:
         for number in range(IMAGES):
-            coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+            photo = photos[number % len(photos)]
+            height = int(rng.integers(240, photo.height + 1))
+            width = min(height * 4 // 3, photo.width)
+            left = int(rng.integers(photo.width - width + 1))
+            top = int(rng.integers(photo.height - height + 1))
+            box = (left, top, left + width, top + height)
             file = io.BytesIO()
-            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+            photo.resize((500, 375), Image.Resampling.BICUBIC, box).save(file, "JPEG", quality=95)
             yield f"{number:05d}", file.getvalue(), "jpg", number % 10
 
     pack_samples(samples(), folder, samples_per_shard=128)
     return build_index(folder)
 
 
-def ours(index: ShardIndex, seed: int) -> float:
-    order = Order(index.counts, seed, 8, BATCH, 2, 1.0)
-    dataset = TrainBatches(
+# ---- the two pipelines ------------------------------------------------------------------------
+
+
+def dataset_of(
+    index: ShardIndex,
+    repeats: int,
+    magnitude: int | None,
+    batch: int = BATCH,
+    kind: type[TrainBatches] = TrainBatches,
+) -> TrainBatches:
+    order = Order(index.counts, 0, 8, batch // repeats, 2, 3.0)
+    return kind(
         index,
         order,
         num_classes=10,
-        seed=seed,
+        seed=0,
         image_size=SIZE,
-        repeats=1,
+        repeats=repeats,
         flip=True,
         min_crop_area=0.08,
-        randaugment_ops=4,
-        randaugment_magnitude=None,
+        randaugment_ops=OPERATIONS,
+        randaugment_magnitude=magnitude,
         mix=False,
         drop_path_rates=[0.1] * 12,
         dropout_features=3072,
         dropout_rate=0.2,
     )
-    start = time.perf_counter()
-    for step in range(order.num_steps):
-        dataset[step]
-    return IMAGES / (time.perf_counter() - start)
 
 
-def webdatasets(index: ShardIndex) -> float:
-    transform = v2.Compose([v2.RandomResizedCrop(SIZE, interpolation=3), v2.RandomHorizontalFlip()])
-    urls = [str(index.folder / name) for name in map(index.name, range(index.num_shards))]
+def ours(index: ShardIndex, repeats: int = 1, magnitude: int | None = None) -> int:
+    dataset = dataset_of(index, repeats, magnitude)
+    steps = IMAGES // BATCH
+    return sum(len(dataset[step]["images_BHWC"]) for step in range(steps))
+
+
+def webdatasets(index: ShardIndex, augment: Callable[[Any], Any] | None = None) -> int:
+    steps: list[Any] = [v2.RandomResizedCrop(SIZE, interpolation=3), v2.RandomHorizontalFlip()]
+    transform = v2.Compose(steps)
+
+    def view(image: Image.Image) -> np.ndarray:
+        shown = transform(image)
+        return np.asarray(shown if augment is None else augment(shown))
+
     dataset = (
-        WebDataset(urls, shardshuffle=len(urls))
+        WebDataset(
+            [str(index.folder / name) for name in map(index.name, range(index.num_shards))],
+            shardshuffle=100,
+        )
         .shuffle(256)
         .decode("pilrgb")
         .to_tuple("jpg", "cls")
-        .map_tuple(lambda image: np.asarray(transform(image)), int)
+        .map_tuple(view, int)
         .batched(BATCH)
     )
-    start = time.perf_counter()
-    shown = sum(len(labels) for _, labels in iter(dataset))  # type: ignore[call-overload]
-    return shown / (time.perf_counter() - start)
+    return sum(len(labels) for _, labels in iter(dataset))  # type: ignore[call-overload]
+
+
+def by_pillow(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
+def pictures_of(pixels: list[np.ndarray]) -> list[Image.Image]:
+    return [Image.fromarray(image) for image in pixels]
+
+
+# ---- waiting for data -------------------------------------------------------------------------
+
+
+class Timed(TrainBatches):
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        return super().__getitem__(step) | {"made in": time.perf_counter() - start}
+
+
+def wait_share(index: ShardIndex, batches: int = 16) -> dict[str, float]:
+    """Of a loop, after its first batch, whose step is 1.25 times as long as the batch took."""
+    dataset = dataset_of(index, repeats=4, magnitude=None, batch=WAIT_BATCH, kind=Timed)
+    waited, slept, made = [], [], []
+    asked = time.perf_counter()
+    for batch in Batches(dataset, start_step=0, stop_step=batches, workers=1):
+        waited.append(time.perf_counter() - asked)
+        made.append(batch["made in"])
+        slept.append(1.25 * made[-1])
+        done = time.perf_counter() + slept[-1]
+        del batch  # as after a copy to the device
+        time.sleep(max(0.0, done - time.perf_counter()))
+        asked = time.perf_counter()
+    share = sum(waited[1:]) / (sum(waited[1:]) + sum(slept[1:]))
+    return {"batch ready in": round(statistics.median(made), 4), "share": round(share, 4)}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ blocks, P = ceil(F / 8) bytes of the F features that dropout masks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -283,7 +283,7 @@ class Batches:
                 f"{len(dataset)}"
             )
         self._loader = DataLoader(
-            _Caught(dataset),
+            _Sending(dataset),
             batch_size=None,
             sampler=range(start_step, stop_step),
             collate_fn=_unchanged,
@@ -295,23 +295,37 @@ class Batches:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            if isinstance(batch, ValueError):
-                raise batch
-            yield batch
+        # A map lets go of what it has given: a generator would free the batch during the next wait.
+        return map(_received, self._loader)
 
 
-class _Caught(Dataset[Any]):
-    """Hands a worker's ValueError over as a value: raised there, it would come as a traceback."""
+class _Sent(NamedTuple):
+    """A batch on its way from a worker. Only the images go as a tensor, in shared memory: each
+    tensor is asked for by messages, which a busy worker answers late."""
 
+    batch: Batch
+    small: list[str]  # tensors that go as arrays
+
+
+def _received(sent: _Sent | ValueError) -> Batch:
+    if isinstance(sent, ValueError):
+        raise sent
+    return sent.batch | {name: torch.from_numpy(sent.batch[name]) for name in sent.small}
+
+
+class _Sending(Dataset[Any]):
     def __init__(self, dataset: TrainBatches | EvalBatches) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, step: int) -> Batch | ValueError:
+    def __getitem__(self, step: int) -> _Sent | ValueError:
+        """A ValueError is handed over as a value: raised here, it would come as a traceback."""
         try:
-            return self.dataset[step]
+            batch = self.dataset[step]
         except ValueError as error:
             return error
+        tensors = [name for name, value in batch.items() if isinstance(value, torch.Tensor)]
+        small = [name for name in tensors if name != "images_BHWC"]
+        return _Sent(batch | {name: batch[name].numpy() for name in small}, small)
 
 
 def _batch(

@@ -193,21 +193,23 @@ def _moved(
     Written out in float32, since a shear sends many pixels to the very middle between two others,
     where tensorflow_addons rounds away from 0 and Pillow's fixed-point numbers fall to either side.
     """
-    x, y = np.arange(image.width, dtype=np.float32), np.arange(image.height, dtype=np.float32)
+    width, height = image.size
+    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    # What depends on one coordinate only stays a row or a column, and is that much cheaper.
     from_x, from_y = (
-        _nearest(a * x + (b * y)[:, None] + c) for a, b, c in np.array([x_row, y_row], np.float32)
+        _nearest(a * x if b == 0 else b * y if a == 0 else a * x + b * y, c)
+        for a, b, c in np.array([x_row, y_row], np.float32)
     )
-    outside = (from_x < 0) | (from_x >= image.width) | (from_y < 0) | (from_y >= image.height)
-    source = (from_y * image.width + from_x).astype(np.intp)
-    source[outside] = 0
-    moved = np.asarray(image).reshape(-1, 3).take(source, axis=0)
-    moved[outside] = FILL
-    return Image.fromarray(moved)
+    inside = (from_x >= 0) & (from_x < width) & ((from_y >= 0) & (from_y < height))
+    pixels = np.concatenate([np.asarray(image).reshape(-1, 3), np.array([FILL], np.uint8)])
+    source = np.where(inside, from_y * width + from_x, len(pixels) - 1)
+    return Image.fromarray(pixels.take(source, axis=0))
 
 
-def _nearest(coordinates: Float) -> Float:
-    """Rounded to whole numbers, a half away from 0."""
-    return np.copysign(np.floor(np.abs(coordinates) + np.float32(0.5)), coordinates)
+def _nearest(coordinates: Float, shift: np.float32) -> NDArray[np.intp]:
+    """Shifted and rounded, a half away from 0."""
+    shifted = coordinates + shift
+    return (shifted + np.copysign(np.float32(0.5), shifted)).astype(np.intp)
 
 
 OPERATIONS: dict[str, Callable[[Image.Image, Draw], Image.Image]] = {
