@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 from nfnets_xla.data.scan import IMAGES
@@ -36,10 +37,10 @@ def opened(path: Path, data: bytes) -> OpenFile:
 
 
 def pairs(path: Path) -> dict[str, tuple[bytes, bytes]]:
-    """Image and label text by key, as `tarfile` reads them."""
+    """Image and label text by key, as `tarfile` reads them, as far as it gets."""
     images: dict[str, bytes] = {}
     texts: dict[str, bytes] = {}
-    with tarfile.open(path, "r:") as tar:
+    with tarfile.open(path, "r:") as tar, suppress(tarfile.TarError):
         for member in tar:
             file = tar.extractfile(member) if member.isreg() else None
             folder, slash, name = member.name.rpartition("/")

@@ -1,0 +1,57 @@
+"""Hosts are processes; killed with SIGKILL and started in another number, they go on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.data.host import EPOCHS, batches, rows
+from tests.data.images import packed
+
+SAMPLES = 101  # divides by nothing
+
+
+def steps_done(out: Path) -> int:
+    """Global batches, from step 0 on, of which every host has written its part."""
+    step = 0
+    while any(len(list(out.glob(f"{step:04d}-*-of-{h}.json"))) == h for h in (1, 2, 4)):
+        step += 1
+    return step
+
+
+def test_two_hosts_then_one_then_four_make_the_same_global_batches(tmp_path: Path) -> None:
+    index, out = packed(tmp_path / "shards", SAMPLES, 9), tmp_path / "out"
+    out.mkdir()
+    whole = batches(index)
+    killed = []
+    for hosts, until in ((2, 5), (1, 11), (4, len(whole))):
+        first = steps_done(out)
+        arguments = [sys.executable, "-m", "tests.data.host", str(tmp_path / "shards"), str(out)]
+        processes = [
+            subprocess.Popen([*arguments, str(host), str(hosts), str(first)])
+            for host in range(hosts)
+        ]
+        while steps_done(out) < until:
+            assert all(process.poll() in (None, 0) for process in processes)
+            time.sleep(0.001)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            killed.append(process.wait() == -signal.SIGKILL)
+    assert any(killed[:3])
+
+    assert steps_done(out) == len(whole) == 20  # ceil(2.3 * 101 / 12)
+    shown: list[tuple[str, int]] = []
+    widths = set()
+    for step in range(len(whole)):
+        expected = rows(whole, whole[step])
+        for hosts in (1, 2, 4):
+            parts = [out / f"{step:04d}-{host}-of-{hosts}.json" for host in range(hosts)]
+            if all(part.exists() for part in parts):
+                widths.add(hosts)
+                found = [row for part in parts for row in json.loads(part.read_text())]
+                assert found == expected
+        shown += {(name, epoch) for name, epoch, weight, _ in expected if weight}
+    assert widths == {1, 2, 4}
+    assert len(shown) == len(set(shown)) == round(EPOCHS * SAMPLES)
