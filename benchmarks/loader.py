@@ -56,7 +56,7 @@ def main() -> None:
     warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves shards open
     with tempfile.TemporaryDirectory() as folder:
         index = make_shards(Path(folder))
-        size = sum(shard.bytes for shard in index.shards) / IMAGES
+        size = sum(path.stat().st_size for path in index.folder.glob("*.tar")) / IMAGES
         print(f"{IMAGES} JPEGs of 500 x 375 ({size / 1e3:.0f} kB), batch {BATCH}, {ROUNDS} rounds")
         medians = measured(contestants(index))
         waited = [wait_share(index) for _ in range(5)]

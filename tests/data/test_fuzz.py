@@ -188,8 +188,9 @@ def test_a_damaged_image_is_a_value_error_or_a_picture(number: int) -> None:
         with suppress(ValueError):  # of one line, as tests/data/test_decode.py has it
             image = decode(data)
             decoded += 1
-            assert image.mode == "RGB"
-            assert np.asarray(image).shape == (image.height, image.width, 3)
+            assert image.dtype == np.uint8
+            assert image.ndim == 3
+            assert image.shape[2] == 3
         assert time.monotonic() - start < SECONDS
     assert decoded > number / 50
 
