@@ -1,4 +1,4 @@
-"""The loss of a batch, against targets written out."""
+"""The loss of a batch, against targets written out; top-k of samples with several labels."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nfnets_xla.config import OptimConfig
 from nfnets_xla.models.registry import create_network
-from nfnets_xla.task import Classification
+from nfnets_xla.task import Classification, _rank, _targets
 
 ROWS, CLASSES = 6, 11
 
@@ -48,3 +48,37 @@ def test_the_loss_is_that_of_mixed_and_then_smoothed_targets(smoothing: float, m
     expected = losses_B[weight_B > 0].mean()
     loss = task(smoothing)._loss(logits_BK, batch)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+LOGITS = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+BATCH = {
+    "labels_B": torch.tensor([4, 2, 0]),
+    "labels_BL": torch.tensor([[4, 1, 4], [2, 2, 2], [0, 1, 2]]),
+    "label_weights_BL": torch.tensor([[3.0, 1, 0], [1, 0, 0], [1, 1, 2]]),
+}
+SHARES = torch.tensor([[0, 0.25, 0, 0, 0.75], [0, 0, 1, 0, 0], [0.25, 0.25, 0.5, 0, 0]])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_mixture_of_the_labels_losses(smoothing: float) -> None:
+    targets_BK = _targets(BATCH, 5)
+    torch.testing.assert_close(targets_BK, SHARES)
+    losses = F.cross_entropy(LOGITS, targets_BK, reduction="none", label_smoothing=smoothing)
+    each = torch.stack(
+        [
+            F.cross_entropy(
+                LOGITS, torch.full((3,), k), reduction="none", label_smoothing=smoothing
+            )
+            for k in range(5)
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(losses, (SHARES * each).sum(dim=1))
+
+
+def test_the_best_ranked_of_the_labels_counts() -> None:
+    logits_BK = torch.tensor([[5.0, 4, 3, 2, 1], [5, 4, 3, 2, 1], [float("nan")] * 5])
+    assert _rank(logits_BK, BATCH).tolist() == [1, 2, 5]
+    alone = {"labels_B": BATCH["labels_B"]}
+    assert _targets(alone, 5) is BATCH["labels_B"]
+    assert _rank(logits_BK, alone).tolist() == [4, 2, 5]

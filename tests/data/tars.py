@@ -40,7 +40,7 @@ def pairs(path: Path) -> dict[str, tuple[bytes, bytes]]:
     """Image and label text by key, as `tarfile` reads them, as far as it gets."""
     images: dict[str, bytes] = {}
     texts: dict[str, bytes] = {}
-    with tarfile.open(path, "r:") as tar, suppress(tarfile.TarError):
+    with suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
         for member in tar:
             file = tar.extractfile(member) if member.isreg() else None
             folder, slash, name = member.name.rpartition("/")

@@ -37,9 +37,10 @@ A shard is therefore read once an epoch, in one window, by one stream, or by the
 fall into it. Memory is O(shards) an epoch and one window a stream, never O(samples).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +68,16 @@ class Line(NamedTuple):
     shards: Int64  # (S,) in the order in which they lie
     starts: Int64  # (S + 1,) where on the line each begins; ends with N
     cuts: Int64  # (C + 1,) where each stream's range begins; ends with N
+
+
+class Window(NamedTuple):
+    """Shards of one stream that are shuffled together, as places on an epoch's line."""
+
+    epoch: int
+    number: int  # within the stream's range
+    low: int
+    high: int
+    place: int  # of the draw that was asked for, before shuffling
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +141,13 @@ class Order:
             raise ValueError(f"step is {number}; the run's steps are 0 to {self.num_steps - 1}")
         per_stream = self.unique_per_step // self.num_streams
         stretches: list[StepRows] = []
-        for stream in range(self.num_streams) if streams is None else streams:
+        streams = range(self.num_streams) if streams is None else streams
+        for stream in streams:
             draw, end = number * per_stream, (number + 1) * per_stream
             while draw < end:
                 stretches.append(self._stretch(stream, draw, end))
                 draw += len(stretches[-1].row)
+        self._prepare(streams[next(self._turns) % len(streams)], (number + 1) * per_stream)
         return StepRows(*map(np.concatenate, zip(*stretches, strict=True)))
 
     def streams_of(self, host: int, hosts: int) -> range:
@@ -149,6 +162,22 @@ class Order:
 
     def _stretch(self, stream: int, draw: int, end: int) -> StepRows:
         """Draws of one stream from `draw` on, up to `end` or to the end of their window."""
+        window = self._window_at(stream, draw)
+        line = self._line(window.epoch)
+        shuffled = self._shuffled(window.epoch, stream, window.number, window.high - window.low)
+        places = window.low + shuffled[window.place - window.low :][: end - draw].astype(np.int64)
+        at = _shard_at(line, places)
+        draws = self._draw_of_run(stream, np.arange(draw, draw + len(places)))
+        return StepRows(
+            shard=line.shards[at],
+            row=places - line.starts[at],
+            epoch=np.full_like(at, window.epoch),
+            stream=np.full_like(at, stream),
+            weight=(draws < self.total_draws).astype(np.float32),
+        )
+
+    def _window_at(self, stream: int, draw: int) -> Window:
+        """The window that a stream's draw falls into."""
         epoch = self._draw_of_run(stream, draw) // self.num_samples
         line = self._line(epoch)
         begin, after = int(line.cuts[stream]), int(line.cuts[stream + 1])
@@ -156,23 +185,27 @@ class Order:
 
         # Windows are counted in shards from the one in which the range begins.
         first = _shard_at(line, begin)
-        window = (_shard_at(line, place) - first) // self.window_shards
-        opening = first + window * self.window_shards
+        number = (_shard_at(line, place) - first) // self.window_shards
+        opening = first + number * self.window_shards
         closing = min(opening + self.window_shards, len(line.shards))
         low = max(begin, int(line.starts[opening]))
         high = min(after, int(line.starts[closing]))
+        return Window(epoch, number, low, high, place)
 
-        shuffled = self._window(epoch, stream, window, high - low)
-        places = low + shuffled[place - low :][: end - draw].astype(np.int64)
-        at = _shard_at(line, places)
-        draws = self._draw_of_run(stream, np.arange(draw, draw + len(places)))
-        return StepRows(
-            shard=line.shards[at],
-            row=places - line.starts[at],
-            epoch=np.full_like(at, epoch),
-            stream=np.full_like(at, stream),
-            weight=(draws < self.total_draws).astype(np.float32),
-        )
+    def _prepare(self, stream: int, draw: int) -> None:
+        """Shuffle the window after the one that a draw falls into.
+
+        Shards of one size make all streams change windows at one step, which would then take as
+        long as all their shuffles; instead each step prepares one stream's.
+        """
+        now = self._window_at(stream, draw)
+        then = self._window_at(stream, draw + now.high - now.place)
+        self._shuffled(then.epoch, stream, then.number, then.high - then.low)
+
+    @cached_property
+    def _turns(self) -> Iterator[int]:
+        """Whose next window is prepared. No part of the order: it only says when work is done."""
+        return count()
 
     def _draw_of_run(self, stream: int, draw: Any) -> Any:
         """The run's number of a stream's draw; both count from 0. An int or an array of them."""
@@ -188,13 +221,13 @@ class Order:
         return lru_cache(maxsize=4)(self._make_line)
 
     @cached_property
-    def _window(self) -> Callable[[int, int, int, int], NDArray[np.uint32]]:
+    def _shuffled(self) -> Callable[[int, int, int, int], NDArray[np.uint32]]:
         """Of (epoch, stream, number of the window, its length): the permutation of its places.
 
-        Two a stream are kept: at a window's end a step needs both that one and the next, and a
-        smaller cache would then evict the window of the stream whose turn comes next.
+        Three a stream are kept: a step at a window's end needs both that one and the next, and
+        prepares the one after it.
         """
-        return lru_cache(maxsize=2 * self.num_streams)(self._make_window)
+        return lru_cache(maxsize=3 * self.num_streams)(self._shuffle)
 
     @cached_property
     def _shards(self) -> Int64:
@@ -212,7 +245,7 @@ class Order:
             cuts=np.concatenate([[0], np.cumsum(lengths)]),
         )
 
-    def _make_window(self, epoch: int, stream: int, window: int, length: int) -> NDArray[np.uint32]:
+    def _shuffle(self, epoch: int, stream: int, window: int, length: int) -> NDArray[np.uint32]:
         return _permutation(length, WINDOW, self.seed, epoch, stream, window).astype(np.uint32)
 
 
