@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nfnets_xla import xla
 from nfnets_xla.config import TrainerConfig
+from nfnets_xla.models.nfnet import Checkpoint, recompute
+from nfnets_xla.models.stacked import Scan, loop
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Backend:
         [Mapping[str, Tensor]], dict[str, Tensor]
     ]  # device tensors to the host, at once
     report: Callable[[], dict[str, Any]]  # what the runtime counted, for the record's last line
+    scan: Scan = loop  # runs a stacked network's loops
+    checkpoint: Checkpoint = recompute  # computes a block again in the backward pass
 
 
 def open_backend(trainer: TrainerConfig) -> Backend:
@@ -61,5 +65,12 @@ def _xla_backend(virtual_devices: int | None) -> Backend:
         }
 
     return Backend(
-        xla.device_kind(), xla.num_devices(), XLAAccelerator(), SPMDStrategy(), xla.gather, report
+        xla.device_kind(),
+        xla.num_devices(),
+        XLAAccelerator(),
+        SPMDStrategy(),
+        xla.gather,
+        report,
+        xla.scan,
+        xla.recompute,
     )

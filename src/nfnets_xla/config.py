@@ -22,6 +22,10 @@ class ModelConfig:
     drop_rate: float  # dropout before the classifier
     drop_path_rate: float  # stochastic depth: block i of N is dropped with rate * i / N
     compute_dtype: str  # of the convolutions in training; weights, loss and evaluation are float32
+    stacked: (
+        bool | str
+    )  # depth as a loop (models/stacked.py): true, false, or "auto" by measurement
+    recompute: bool  # keep only each block's input for the backward pass: memory for time
 
 
 @dataclass
@@ -88,6 +92,10 @@ class Run:
         _one_of("model.compute_dtype", self.model.compute_dtype, COMPUTE_DTYPES)
         _one_of("data.mix", self.data.mix, MIXES)
         _one_of("model.init_weights", self.model.init_weights, ("raw", "ema"))
+        if self.model.stacked not in (True, False, "auto"):
+            raise ValueError(
+                f"model.stacked is {self.model.stacked!r}; it must be auto, true or false"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must be in [0, 2**32)")
         for group, name in _POSITIVE:
@@ -114,7 +122,8 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What defines the numbers of the run: a resumed run must agree in all of it.
 
-        The device, the loader's workers and how often something is written are not part of it.
+        The device, the loader's workers, how often something is written and the form in which the
+        network is run are not part of it.
         """
         values = asdict(self)
         del values["run_dir"], values["trainer"]
@@ -122,6 +131,7 @@ class Run:
         del values["data"]["eval_batch_size"], values["model"]["init_from"]
         # Which samples are excluded is in the fingerprint of the shards.
         del values["data"]["exclude"], values["data"]["max_missed"]
+        del values["model"]["stacked"], values["model"]["recompute"]
         return values
 
 

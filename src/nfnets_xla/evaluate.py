@@ -18,7 +18,13 @@ from nfnets_xla.models.registry import create_network
 from nfnets_xla.models.weights import load_checkpoint, load_into
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.task import Classification
-from nfnets_xla.train import check_division, count_classes, make_eval_loader, make_trainer
+from nfnets_xla.train import (
+    check_division,
+    choose_form,
+    count_classes,
+    make_eval_loader,
+    make_trainer,
+)
 
 Say = Callable[[str], None]
 
@@ -45,6 +51,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     load_into(net, weights, source=str(path))
 
     backend = open_backend(run.trainer)
+    choose_form(net, run, backend)
     check_division(run, backend)
     task = Classification(
         net, run.optim, total_steps=0, compute_dtype=torch.float32, fetch=backend.fetch

@@ -13,6 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from nfnets_xla import checkpoint
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.stacked import per_block
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.task import TRAIN_METRICS, Batch, Classification
 
@@ -140,7 +142,10 @@ class Checkpointer(Callback):
 
     def save(self, task: Classification, step: int) -> None:
         assert task.sgd is not None
-        forms = {"model": dict(task.net.state_dict()), "momentum": task.sgd.momentum_buffers()}
+        weights: dict[str, Tensor] = task.net.state_dict()
+        if isinstance(task.net, NFNet):  # stacked, its state dict would be slices to compile
+            weights = dict(task.net.named_parameters())
+        forms = {"model": weights, "momentum": task.sgd.momentum_buffers()}
         if task.ema is not None:
             forms["ema"] = dict(task.ema.shadow)
         host = task.fetch(
@@ -156,7 +161,7 @@ class Checkpointer(Callback):
             self.root,
             step,
             {
-                form: {name: host[f"{form}/{name}"] for name in named}
+                form: per_block({name: host[f"{form}/{name}"] for name in named})
                 for form, named in forms.items()
             },
             self.state,

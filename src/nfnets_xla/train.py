@@ -27,8 +27,10 @@ from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.hooks import Checkpointer, Monitor
 from nfnets_xla.missed import Missed, missed_before
+from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, count_parameters, create_network
+from nfnets_xla.models.stacked import as_in, is_stacked, loop, stack
 from nfnets_xla.models.weights import load_checkpoint, load_into
 from nfnets_xla.optim.schedule import warmup_cosine
 from nfnets_xla.record import RecordWriter
@@ -38,6 +40,7 @@ Say = Callable[[str], None]
 
 # Recorded with a run: what its numbers and pixels may depend on.
 VERSIONS = ("nfnets_xla", "torch", "lightning", "numpy", "pillow", "simplejpeg")
+STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/compile.txt
 
 
 def train(run: Run, say: Say = print) -> dict[str, Any]:
@@ -74,6 +77,7 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
     backend = open_backend(run.trainer)
     check_division(run, backend)
 
+    choose_form(net, run, backend)
     start_step, restored = (0, None) if resume is None else (resume.step, restore(net, resume, run))
     say(
         f"{run.model.name}: {count_parameters(net):,} parameters; {index.num_samples:,} images in "
@@ -242,6 +246,24 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
     return net
 
 
+def choose_form(net: Network, run: Run, backend: Backend) -> None:
+    """How `net` is run: with its depth as a loop, with activations computed twice. In place.
+
+    The numbers of the run do not depend on it.
+    """
+    stacked = run.model.stacked
+    if not isinstance(net, NFNet):
+        if stacked is True or run.model.recompute:
+            raise ValueError(f"model.stacked and model.recompute are not for {run.model.name}")
+        return
+    if stacked == "auto":
+        stacked = backend.scan is not loop and max(net.variant.depth) >= STACKED_FROM
+    if stacked:
+        stack(net, scan=backend.scan)
+    if run.model.recompute:
+        net.set_grad_checkpointing(checkpoint=backend.checkpoint)
+
+
 # ---- resuming ---------------------------------------------------------------------------------
 
 
@@ -273,7 +295,7 @@ def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
     """Weights go into the network now; the rest waits until the optimizer exists."""
     load_into(net, resume.tensors("model"), source=str(resume.folder))
     ema = None if run.optim.ema_decay is None else resume.tensors("ema")
-    return Restored(resume.tensors("momentum"), ema)
+    return Restored(as_in(net, resume.tensors("momentum")), ema and as_in(net, ema))
 
 
 def restore_progress(trainer: Trainer, step: int) -> None:
@@ -354,6 +376,7 @@ def header(
         "num_classes": identity["num_classes"],
         "num_steps": order.num_steps,
         "parameters": count_parameters(net),
+        "stacked": is_stacked(net),
         "macs_per_image": net.macs(run.data.image_size),
         "device_kind": backend.device_kind,
         "num_devices": backend.num_devices,

@@ -6,10 +6,12 @@ over all devices with the axes ("data", "fsdp"), and every tensor in the program
 `PJRT_DEVICE=CPU` with `CPU_NUM_DEVICES=N` runs the same program on N virtual devices.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -133,10 +135,102 @@ def replicate(tensors: Mapping[str, Tensor]) -> None:
     Buffers made on the device (momentum, EMA) have no sharding before the first step and one after
     it; without this mark the step would be compiled twice.
     """
+    shard(tensors, {})
+
+
+def shard(tensors: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
+    """Mark tensors on the device as cut over "fsdp" along their axis in `axes`.
+
+    Those that have none there, or one that the mesh does not divide, are whole on every device.
+    """
     import torch_xla.distributed.spmd as spmd
 
-    for tensor in tensors.values():
-        spmd.mark_sharding(tensor, mesh(), (None,) * tensor.ndim)
+    parts = mesh().shape()["fsdp"]
+    for name, tensor in tensors.items():
+        axis = axes.get(name)
+        cut = axis is not None and tensor.shape[axis] % parts == 0
+        spec = ("fsdp" if cut and place == axis else None for place in range(tensor.ndim))
+        spmd.mark_sharding(tensor, mesh(), tuple(spec))
+
+
+# ---- loops over depth -------------------------------------------------------------------------
+
+
+def scan(
+    body: Callable[[Tensor, Any], Tensor],
+    carry: Tensor,
+    stacked: Any,
+    checkpoint: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """The last `carry` of `carry = body(carry, slices)` along the first axis of every tensor.
+
+    One operation of the graph. `body` is traced once for each structure and shapes of its inputs,
+    and must be a function of these alone. If `checkpoint` is not None an iteration keeps its carry
+    and nothing else for the backward pass.
+    """
+    from functorch.compile import default_partition
+
+    steps = _steps.setdefault(body, _Step(weakref.ref(body)))
+    partition = default_partition if checkpoint is None else _keep_inputs
+    return _scan_module().scan(steps, carry, stacked, partition, is_fn_pure=True)[0]
+
+
+@dataclass(eq=False)  # torch_xla keeps what it traced by this object's identity
+class _Step:
+    """`body` with the second result that torch_xla's scan asks for."""
+
+    body: "weakref.ref[Callable[[Tensor, Any], Tensor]]"
+
+    def __call__(self, carry: Tensor, slices: Any) -> tuple[Tensor, tuple[()]]:
+        body = self.body()
+        assert body is not None
+        return body(carry, slices), ()
+
+
+_steps: "weakref.WeakKeyDictionary[Any, _Step]" = weakref.WeakKeyDictionary()
+
+
+def _keep_inputs(*arguments: Any, **options: Any) -> Any:
+    """A partition of a traced body that saves its inputs: functorch's with no room for more."""
+    import torch._functorch.config as functorch_config
+    from functorch.compile import min_cut_rematerialization_partition
+
+    with functorch_config.patch(activation_memory_budget=0.0):
+        return min_cut_rematerialization_partition(*arguments, **options)
+
+
+@cache
+def _scan_module() -> Any:
+    """torch_xla's scan without the sharding hints for its gradients, which it can do without.
+
+    The hints (`shard_as`) go through jax 0.7.1 and torchax; XLA's partitioner finds the same
+    shardings by itself. Another release must be looked at before it is patched.
+    """
+    import torch_xla.experimental.scan
+
+    module: Any = torch_xla.experimental.scan
+    if importlib.metadata.version("torch_xla") == "2.9.0":
+        module.shard_as = lambda a, b: (a, b)
+    return module
+
+
+def recompute(function: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
+    """`function(x, *arguments)`; the backward pass computes its inside again.
+
+    Behind a barrier: XLA merges equal computations, so that torch's own checkpoint saves nothing.
+    """
+    from torch_xla.utils.checkpoint import checkpoint
+
+    if not x.requires_grad:  # then torch_xla's would leave the weights without a gradient, silently
+        x = x.detach().requires_grad_()
+    if isinstance(function, torch.nn.Module):
+        function = function.forward  # of a method's module the weights are behind the barrier too
+    result = checkpoint(function, x, *arguments, preserve_rng_state=False)
+    assert isinstance(result, Tensor)
+    return result
+
+
+# ---- work and results -------------------------------------------------------------------------
 
 
 def sync(*, wait: bool = False) -> None:

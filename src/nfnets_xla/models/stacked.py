@@ -166,8 +166,8 @@ def unstack(net: NFNet) -> NFNet:
     return net
 
 
-def is_stacked(net: NFNet) -> bool:
-    return any(isinstance(stage, StackedStage) for stage in net.stages)
+def is_stacked(net: nn.Module) -> bool:
+    return any(isinstance(module, StackedStage) for module in net.modules())
 
 
 def output_axes(net: nn.Module) -> dict[str, int]:

@@ -1,0 +1,136 @@
+"""Training on XLA:CPU that may change form on the way; prints what happened as JSON.
+
+    python -m tests.stacked_mesh DEVICES FSDP DTYPE FORM...
+
+Each FORM is "stacked" or "unrolled" and trains for three steps from where the one before stopped:
+weights, momentum and average pass through the host under the names of single blocks. The mesh is
+made by hand, DEVICES / FSDP by FSDP, and every parameter is cut over "fsdp" where that divides it.
+Run by test_xla_stacked.py in a process of its own: the runtime reads its settings once.
+"""
+
+import json
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nfnets_xla import xla
+from nfnets_xla.ema import EMA
+from nfnets_xla.models import NFNet
+from nfnets_xla.models.stacked import as_in, output_axes, per_block, stack
+from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.optim import SGD_AGC, parameter_roles
+
+STEPS_PER_FORM = 3
+ROWS = 8
+# No map of 2 x 2 becomes one of 1 x 1: docs/design.md, "Depth as a loop", last point.
+SIZE = 48
+State = dict[str, dict[str, Tensor]]
+
+
+class Training:
+    """A network on the mesh with all that belongs to it."""
+
+    def __init__(self, form: str, dtype: torch.dtype, state: State | None) -> None:
+        net = network()
+        if form == "stacked":
+            stack(net, scan=xla.scan)
+        if state is not None:
+            net.load_state_dict(state["model"])
+        self.net = net.to(xla.device())
+        self.dtype = dtype
+        named = dict(net.named_parameters())
+        self.sgd = SGD_AGC(named.items(), parameter_roles(net, "head"), lr=0.0, clipping=0.02)
+        self.ema = EMA(named.items(), decay=0.9)
+        if state is not None:
+            self.sgd.load_momentum(as_in(net, state["momentum"]))
+            self.ema.load(as_in(net, state["ema"]))
+        for tensors in (named, self.sgd.momentum_buffers(), self.ema.shadow):
+            xla.shard(tensors, output_axes(net))
+        xla.replicate(dict(net.named_buffers()))
+        xla.sync(wait=True)
+
+    def step(self, number: int) -> Tensor:
+        images, keep, dropout, labels = (xla.upload_rows(x) for x in batch(self.net, number))
+        hyper_2 = torch.tensor([0.02 * number, self.ema.decay_at(number)]).to(xla.device())
+        self.sgd.set_lr(hyper_2[0:1])
+        loss = F.cross_entropy(self.net(images.to(self.dtype), keep, dropout), labels)
+        loss.backward()
+        self.sgd.step()
+        self.sgd.zero_grad()
+        self.ema.update(hyper_2[1:2])
+        xla.sync(wait=True)
+        return loss.detach()
+
+    def state(self) -> State:
+        """On the host, under the names of single blocks."""
+        forms = {
+            "model": dict(self.net.named_parameters()),
+            "momentum": self.sgd.momentum_buffers(),
+            "ema": self.ema.shadow,
+        }
+        return {form: per_block(xla.gather(named)) for form, named in forms.items()}
+
+
+def network() -> NFNet:
+    torch.manual_seed(0)
+    net = NFNet(VARIANTS["nfnet_mini_f0"], num_classes=10)
+    for name, parameter in net.named_parameters():
+        if name.endswith("skip_gain"):
+            torch.nn.init.constant_(parameter, 0.5)
+    return net
+
+
+def batch(net: NFNet, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randn(ROWS, 3, SIZE, SIZE, generator=generator)
+    keep = (torch.rand(ROWS, net.num_blocks, generator=generator) > 0.2).float()
+    dropout = torch.ones(ROWS, net.num_features)
+    return images, keep, dropout, torch.randint(10, (ROWS,), generator=generator)
+
+
+def make_mesh(devices: int, fsdp: int) -> None:
+    import torch_xla.distributed.spmd as spmd
+
+    by_hand = spmd.Mesh(np.arange(devices), (devices // fsdp, fsdp), ("data", "fsdp"))
+    spmd.set_global_mesh(by_hand)
+    setattr(xla, "mesh", lambda: by_hand)  # noqa: B010
+
+
+def main(devices: int, fsdp: int, dtype: str, forms: list[str]) -> None:
+    xla.start(virtual_devices=devices)
+    make_mesh(devices, fsdp)
+    state: State | None = None
+    losses: list[Tensor] = []
+    compilations: list[int] = []
+    spread: list[str] = []
+    for form in forms:
+        before = xla.counters().compilations
+        training = Training(form, getattr(torch, dtype), state)
+        for _ in range(STEPS_PER_FORM):
+            losses.append(training.step(len(losses)))
+        compilations.append(xla.counters().compilations - before)
+        spread.append(sharding(training.net, form))
+        state = training.state()
+    host = xla.gather({str(number): loss for number, loss in enumerate(losses)})
+    report = {
+        "losses": [float(host[str(number)]) for number in range(len(losses))],
+        "compilations": compilations,
+        "fallbacks": xla.counters().fallbacks,
+        "shardings": spread,
+    }
+    print(json.dumps(report))
+
+
+def sharding(net: NFNet, form: str) -> str:
+    """Of one weight, as XLA writes it, after the last step."""
+    from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
+
+    place = "tail" if form == "stacked" else "1"
+    return _XLAC._get_xla_sharding_spec(net.get_parameter(f"stages.2.{place}.conv0.weight"))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
