@@ -1,4 +1,7 @@
-"""A user's own LightningModule on our strategy: python -m tests.foreign_module xla|cpu FOLDER."""
+"""A user's own LightningModule on our strategy.
+
+python -m tests.foreign_module xla|cpu FSDP FOLDER
+"""
 
 import sys
 import warnings
@@ -13,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-import nfnets_xla.strategy  # noqa: F401 (registers accelerator and strategy)
 from nfnets_xla import WSConv2d
+from nfnets_xla.strategy import SPMDStrategy  # the import registers accelerator and strategy
 
 
 class Module(LightningModule):
@@ -41,14 +44,15 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-def main(device: str, folder: Path) -> None:
+def main(device: str, fsdp: int, folder: Path) -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(24, 3, 32, 32, generator=generator)
     loader = DataLoader(TensorDataset(images, torch.arange(24) % 4), batch_size=8)
     options: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
     if device == "xla":
-        options = {"accelerator": "xla", "strategy": "xla_spmd", "devices": 4}
+        strategy = "xla_spmd" if fsdp == 1 else SPMDStrategy(fsdp)
+        options = {"accelerator": "xla", "strategy": strategy, "devices": 4}
     module = Module()
     trainer = Trainer(
         **options,
@@ -68,4 +72,4 @@ def main(device: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

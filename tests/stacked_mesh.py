@@ -4,14 +4,13 @@
 
 Each FORM is "stacked" or "unrolled" and trains for three steps from where the one before stopped:
 weights, momentum and average pass through the host under the names of single blocks. The mesh is
-made by hand, DEVICES / FSDP by FSDP, and every parameter is cut over "fsdp" where that divides it.
+DEVICES / FSDP by FSDP, and every matrix is cut over "fsdp" where that divides it.
 Run by test_xla_stacked.py in a process of its own: the runtime reads its settings once.
 """
 
 import json
 import sys
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,11 +21,11 @@ from nfnets_xla.models import NFNet
 from nfnets_xla.models.stacked import as_in, output_axes, per_block, stack
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.optim import SGD_AGC, parameter_roles
+from nfnets_xla.strategy import gather_weights
 
 STEPS_PER_FORM = 3
 ROWS = 8
-# No map of 2 x 2 becomes one of 1 x 1: docs/design.md, "Depth as a loop", last point.
-SIZE = 48
+SIZE = 32
 State = dict[str, dict[str, Tensor]]
 
 
@@ -50,6 +49,7 @@ class Training:
         for tensors in (named, self.sgd.momentum_buffers(), self.ema.shadow):
             xla.shard(tensors, output_axes(net))
         xla.replicate(dict(net.named_buffers()))
+        gather_weights(net)
         xla.sync(wait=True)
 
     def step(self, number: int) -> Tensor:
@@ -63,6 +63,11 @@ class Training:
         self.ema.update(hyper_2[1:2])
         xla.sync(wait=True)
         return loss.detach()
+
+    def bytes_per_device(self) -> int:
+        named = dict(self.net.named_parameters())
+        forms = named, self.sgd.momentum_buffers(), self.ema.shadow
+        return sum(xla.bytes_per_device(tensors) for tensors in forms)
 
     def state(self) -> State:
         """On the host, under the names of single blocks."""
@@ -91,21 +96,14 @@ def batch(net: NFNet, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images, keep, dropout, torch.randint(10, (ROWS,), generator=generator)
 
 
-def make_mesh(devices: int, fsdp: int) -> None:
-    import torch_xla.distributed.spmd as spmd
-
-    by_hand = spmd.Mesh(np.arange(devices), (devices // fsdp, fsdp), ("data", "fsdp"))
-    spmd.set_global_mesh(by_hand)
-    setattr(xla, "mesh", lambda: by_hand)  # noqa: B010
-
-
 def main(devices: int, fsdp: int, dtype: str, forms: list[str]) -> None:
     xla.start(virtual_devices=devices)
-    make_mesh(devices, fsdp)
+    xla.make_mesh(fsdp)
     state: State | None = None
     losses: list[Tensor] = []
     compilations: list[int] = []
     spread: list[str] = []
+    kept: list[int] = []
     for form in forms:
         before = xla.counters().compilations
         training = Training(form, getattr(torch, dtype), state)
@@ -113,6 +111,7 @@ def main(devices: int, fsdp: int, dtype: str, forms: list[str]) -> None:
             losses.append(training.step(len(losses)))
         compilations.append(xla.counters().compilations - before)
         spread.append(sharding(training.net, form))
+        kept.append(training.bytes_per_device())
         state = training.state()
     host = xla.gather({str(number): loss for number, loss in enumerate(losses)})
     report = {
@@ -120,6 +119,7 @@ def main(devices: int, fsdp: int, dtype: str, forms: list[str]) -> None:
         "compilations": compilations,
         "fallbacks": xla.counters().fallbacks,
         "shardings": spread,
+        "bytes_per_device": kept,
     }
     print(json.dumps(report))
 

@@ -26,6 +26,7 @@ from tests.runs import (
 pytest.importorskip("torch_xla", exc_type=ImportError)
 
 EPOCHS = 3.25  # 325 images in 21 steps, the last with rows to spare
+MESHES = {"one": (1, 1), "2 x 2": (4, 2), "1 x 4": (4, 4), "2 x 4": (8, 4), "8": (8, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +53,31 @@ def test_one_compilation_for_training_one_for_evaluation_and_no_fallback(on_four
     assert end["fallbacks"] == {}
 
 
-@pytest.mark.parametrize("device", ["one", "cpu"])
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", "one", "2 x 2", *(pytest.param(m, marks=pytest.mark.slow) for m in [*MESHES][2:])],
+)
 def test_the_device_is_not_part_of_the_run(
     shards: Path, on_four: Path, tmp_path: Path, device: str
 ) -> None:
-    """The same ids in every batch; losses equal to 1e-4 over 20 steps in float32."""
-    folder = tmp_path / device
-    options = xla(1) if device == "one" else PLAIN_CPU
+    """The same ids in every batch; losses equal to 1e-4 over 20 steps in float32.
+
+    With dropout, stochastic depth, SAM and an average, on any mesh: "2 x 4" is eight devices of
+    which four share a copy of the parameters.
+    """
+    folder = tmp_path / "run"
+    options, fsdp = PLAIN_CPU, 1
+    if device != "cpu":
+        devices, fsdp = MESHES[device]
+        options = [*xla(devices), f"trainer.fsdp={fsdp}"]
     run([*arguments(shards), *options, f"run_dir={folder}"], tmp_path / "log.txt")
     assert samples(folder) == samples(on_four)
     assert len(losses(folder)) == 21
     np.testing.assert_allclose(losses(folder), losses(on_four), rtol=1e-4)
-    if device == "one":
-        assert read_record(folder).of_kind("end")[0]["compilations"] == 2
+    if device != "cpu":
+        (end,) = read_record(folder).of_kind("end")
+        assert end["compilations"] == 2
+        assert end["gather_compilations"] == (0 if fsdp == 1 else 1)
 
 
 def test_a_killed_run_on_four_devices_ends_as_if_it_had_not_been(
@@ -80,12 +93,19 @@ def test_a_killed_run_on_four_devices_ends_as_if_it_had_not_been(
     assert read_record(folder).of_kind("end")[0]["compilations"] == 2
 
 
-def test_a_foreign_module_trains_with_the_strategy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_a_foreign_module_trains_with_the_strategy(tmp_path: Path, fsdp: int) -> None:
     """Automatic optimization, a timm model, Lightning's own checkpoint; equal to plain CPU."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-m", "tests.foreign_module"]
     outputs = [
         subprocess.run(
-            [sys.executable, "-m", "tests.foreign_module", device, str(tmp_path / device)],
+            [
+                *command,
+                device,
+                str(fsdp),
+                str(tmp_path / device),
+            ],
             env=environment,
             capture_output=True,
             text=True,

@@ -48,6 +48,8 @@ def test_cut_over_a_2_by_2_mesh_it_trains_as_on_one_device() -> None:
     np.testing.assert_allclose(four["losses"], one["losses"], rtol=1e-5)
     assert four["compilations"] == [1]
     assert four["shardings"][0].startswith("{devices=[1,2,1,1,1,2]")  # not along the stack
+    share = four["bytes_per_device"][0] / one["bytes_per_device"][0]
+    assert 0.5 <= share < 0.53  # vectors, and matrices of odd heights, stay whole
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nfnets_xla import xla
 from nfnets_xla.config import TrainerConfig
+from nfnets_xla.devices import find_device, measured_cpu_peak, smallest_fsdp
 from nfnets_xla.models.nfnet import Checkpoint, recompute
 from nfnets_xla.models.stacked import Scan, loop
 
@@ -19,6 +20,7 @@ from nfnets_xla.models.stacked import Scan, loop
 class Backend:
     device_kind: str
     num_devices: int
+    peak_flops: float | None  # a second, of all devices together; None: not known
     accelerator: Accelerator | str
     strategy: Strategy
     fetch: Callable[
@@ -29,35 +31,50 @@ class Backend:
     checkpoint: Checkpoint = recompute  # computes a block again in the backward pass
 
 
-def open_backend(trainer: TrainerConfig) -> Backend:
-    """Raises ValueError if the device asked for is not there."""
+def open_backend(trainer: TrainerConfig, parameter_bytes: int = 0) -> Backend:
+    """Raises ValueError if the device asked for is not there.
+
+    With `trainer.fsdp=auto` it is the size of the parameters that decides how far they are cut.
+    """
     name = trainer.device
     if name == "auto":
         name = "xla" if xla.tpu_is_attached() else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "xla":
-        return _xla_backend(trainer.virtual_devices)
+        return _xla_backend(trainer.virtual_devices, trainer.fsdp, parameter_bytes)
+    if trainer.fsdp not in ("auto", 1):
+        raise ValueError(f"trainer.fsdp is {trainer.fsdp}; on {name} there is one device: use 1")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("trainer.device is 'cuda', but torch sees no GPU: use trainer.device=cpu")
     xla.stay_out()
     kind = torch.cuda.get_device_name() if name == "cuda" else "CPU"
     device = torch.device("cuda", 0) if name == "cuda" else torch.device("cpu")
-    return Backend(kind, 1, name, SingleDeviceStrategy(device), _fetch, dict)
+    known = find_device(kind)
+    peak_flops = measured_cpu_peak() if kind == "CPU" else known and known.peak_flops
+    return Backend(kind, 1, peak_flops, name, SingleDeviceStrategy(device), _fetch, dict)
 
 
 def _fetch(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 
 
-def _xla_backend(virtual_devices: int | None) -> Backend:
+def _xla_backend(virtual_devices: int | None, fsdp: int | str, parameter_bytes: int) -> Backend:
     xla.start(virtual_devices)
     from nfnets_xla.strategy import SPMDStrategy, XLAAccelerator  # after the runtime has started
 
+    kind, count = xla.device_kind(), xla.num_devices()
+    known = find_device(kind)
+    peak_flops = known and count * known.peak_flops
+    if kind == "XLA:CPU":
+        peak_flops = measured_cpu_peak()  # which virtual devices share
+    parts = fsdp if isinstance(fsdp, int) else smallest_fsdp(parameter_bytes, known, count)
+    xla.make_mesh(parts)
     started = xla.counters()
 
     def report() -> dict[str, Any]:
         counted = xla.counters().since(started)
         return {
             "compilations": counted.compilations,
+            "gather_compilations": counted.gather_compilations,
             "compile_seconds": round(counted.compile_seconds, 3),
             "executions": counted.executions,
             "tensors_to_host": counted.tensors_to_host,
@@ -65,10 +82,11 @@ def _xla_backend(virtual_devices: int | None) -> Backend:
         }
 
     return Backend(
-        xla.device_kind(),
-        xla.num_devices(),
+        kind,
+        count,
+        peak_flops,
         XLAAccelerator(),
-        SPMDStrategy(),
+        SPMDStrategy(fsdp=parts),
         xla.gather,
         report,
         xla.scan,

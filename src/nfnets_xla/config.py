@@ -22,9 +22,7 @@ class ModelConfig:
     drop_rate: float  # dropout before the classifier
     drop_path_rate: float  # stochastic depth: block i of N is dropped with rate * i / N
     compute_dtype: str  # of the convolutions in training; weights, loss and evaluation are float32
-    stacked: (
-        bool | str
-    )  # depth as a loop (models/stacked.py): true, false, or "auto" by measurement
+    stacked: bool | str  # depth as a loop (models/stacked.py): true, false or "auto": if deep
     recompute: bool  # keep only each block's input for the backward pass: memory for time
 
 
@@ -68,6 +66,7 @@ class OptimConfig:
 class TrainerConfig:
     device: str  # "auto" takes the TPU, else the GPU, else plain CPU
     virtual_devices: int | None  # with device=xla: so many devices of the CPU runtime
+    fsdp: int | str  # XLA devices that share one copy of the parameters; "auto": as few as fit
     log_every: int  # steps between lines of the record
     eval_every: int | None  # steps between evaluations; None: only at the end
     checkpoint_every: int | None  # steps between checkpoints; None: only at the end
@@ -96,6 +95,9 @@ class Run:
             raise ValueError(
                 f"model.stacked is {self.model.stacked!r}; it must be auto, true or false"
             )
+        fsdp = self.trainer.fsdp
+        if fsdp != "auto" and not (isinstance(fsdp, int) and fsdp >= 1):
+            raise ValueError(f"trainer.fsdp is {fsdp!r}; it must be auto or an integer from 1")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must be in [0, 2**32)")
         for group, name in _POSITIVE:

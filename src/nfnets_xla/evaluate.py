@@ -14,7 +14,7 @@ from nfnets_xla.config import Run
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.missed import Missed
 from nfnets_xla.models.peers import is_peer
-from nfnets_xla.models.registry import create_network
+from nfnets_xla.models.registry import count_parameters, create_network
 from nfnets_xla.models.weights import load_checkpoint, load_into
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.task import Classification
@@ -50,7 +50,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     net = create_network(run.model.name, **options)
     load_into(net, weights, source=str(path))
 
-    backend = open_backend(run.trainer)
+    backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
     choose_form(net, run, backend)
     check_division(run, backend)
     task = Classification(

@@ -30,14 +30,21 @@ class Monitor(Callback):
         steps_per_epoch: float,
         log_every: int,
         trace: Callable[[Batch], dict[str, list]] | None,
+        flops_per_image: int,
+        peak_flops: float | None,
         say: Callable[[str], None],
     ) -> None:
-        """`trace` says which samples a batch shows, to be recorded for every step."""
+        """`trace` says which samples a batch shows, to be recorded for every step.
+
+        `peak_flops` is the hardware's, a second, if known: MFU is what the images needed of it.
+        """
         self.record = record
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.log_every = log_every
         self.trace = trace
+        self.flops_per_image = flops_per_image
+        self.peak_flops = peak_flops
         self.say = say
         self.evaluated_at = 0
         self._pending: tuple[int, dict[str, Any], Tensor] | None = None
@@ -70,10 +77,14 @@ class Monitor(Callback):
     def _rates(self, task: Classification, step: int) -> dict[str, Any]:
         now = time.perf_counter()
         seconds = now - self._since
+        images_per_second = self._images / seconds
         rates = {
             "epoch": round(step / self.steps_per_epoch, 6),
             "learning_rate": task.learning_rate(step - 1),
-            "images_per_second": round(self._images / seconds, 2),
+            "images_per_second": round(images_per_second, 2),
+            "mfu": None
+            if self.peak_flops is None
+            else round(images_per_second * self.flops_per_image / self.peak_flops, 4),
             "data_wait_share": round(self._waited / seconds, 4),
         }
         self._images, self._since, self._waited = 0, now, 0.0
@@ -88,10 +99,12 @@ class Monitor(Callback):
         values = task.fetch({"metrics": metrics_M})["metrics"].tolist()
         metrics = dict(zip(TRAIN_METRICS, values, strict=True))
         self.record.write("train", step, **metrics, **rates)
+        mfu = "" if rates["mfu"] is None else f"MFU {rates['mfu']:.1%}  "
         self.say(
             f"step {step}/{self.total_steps}  loss {metrics['loss']:.4f}  "
             f"top-1 {metrics['top1']:.3f}  lr {rates['learning_rate']:.4g}  "
-            f"{rates['images_per_second']:.0f} images/s"
+            f"{rates['images_per_second']:.0f} images/s  {mfu}"
+            f"waiting for data {rates['data_wait_share']:.0%}"
         )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -148,24 +161,11 @@ class Checkpointer(Callback):
         forms = {"model": weights, "momentum": task.sgd.momentum_buffers()}
         if task.ema is not None:
             forms["ema"] = dict(task.ema.shadow)
-        host = task.fetch(
-            {
-                f"{form}/{name}": value
-                for form, named in forms.items()
-                for name, value in named.items()
-            }
-        )
+        # One after the other: where they are cut over devices, each is a whole copy for a moment.
+        on_host = {form: per_block(task.fetch(named)) for form, named in forms.items()}
         # A start from this checkpoint computes no earlier step again: their rows come first.
         self.monitor.write_pending(task)
-        checkpoint.save(
-            self.root,
-            step,
-            {
-                form: per_block({name: host[f"{form}/{name}"] for name in named})
-                for form, named in forms.items()
-            },
-            self.state,
-        )
+        checkpoint.save(self.root, step, on_host, self.state)
         self.monitor.record.write("checkpoint", step)
         checkpoint.prune(self.root, self.keep)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nfnets_xla import xla
+from nfnets_xla.models.layers import WSConv2d
 
 
 @runtime_checkable
@@ -31,6 +32,15 @@ class HasDeviceState(Protocol):
     """A module with tensors on the device that are neither parameters nor optimizer state."""
 
     def device_state(self) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
+class HasCutAxes(Protocol):
+    """A module that says along which axis each of its parameters is cut over "fsdp"."""
+
+    def cut_axes(self) -> Mapping[str, int]:
+        """{name of a parameter, or of `device_state`: axis}; those not named stay whole."""
+        ...
 
 
 class XLAAccelerator(Accelerator):
@@ -83,32 +93,54 @@ class SPMDStrategy(SingleDeviceStrategy):
 
     strategy_name = "xla_spmd"
 
-    def __init__(self) -> None:
+    def __init__(self, fsdp: int = 1) -> None:
+        """`fsdp` devices share one copy of parameters and optimizer state; divides all devices."""
         super().__init__(device=torch.device("xla", 0))
+        self.fsdp = fsdp
 
     def setup_environment(self) -> None:
         xla.start()
+        xla.make_mesh(self.fsdp)
         self._root_device = xla.device()
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
         """Place the module, make the optimizers, then fix every tensor's sharding for good."""
         super().setup(trainer)
-        xla.replicate(self._tensors_on_device())
+        named, axes = self._tensors_on_device()
+        xla.shard(named, axes)
+        if self.fsdp > 1:
+            assert self.lightning_module is not None
+            gather_weights(self.lightning_module)
         xla.sync(wait=True)
 
-    def _tensors_on_device(self) -> dict[str, Tensor]:
+    def _tensors_on_device(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All that lives as long as the run, by name, and the axes along which to cut it.
+
+        A parameter that nobody named an axis for is cut along its outputs if it is a matrix or
+        more; optimizer state of a parameter's shape as the parameter is.
+        """
         module = self.lightning_module
         assert module is not None
-        named: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
-        for number, optimizer in enumerate(self.optimizers):
-            for place, state in enumerate(optimizer.state.values()):
-                for key, value in state.items():
-                    if isinstance(value, Tensor) and value.device.type == "xla":
-                        named[f"optimizer {number}/{place}/{key}"] = value
+        parameters = dict(module.named_parameters())
+        named: dict[str, Tensor] = parameters | dict(module.named_buffers())
         if isinstance(module, HasDeviceState):
             named |= module.device_state()
-        return named
+        if isinstance(module, HasCutAxes):
+            axes = dict(module.cut_axes())
+        else:
+            axes = {name: 0 for name, parameter in parameters.items() if parameter.ndim > 1}
+        name_of = {id(parameter): name for name, parameter in parameters.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for place, (parameter, state) in enumerate(optimizer.state.items()):
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.device.type == "xla":
+                        name = f"optimizer {number}/{place}/{key}"
+                        named[name] = value
+                        axis = axes.get(name_of.get(id(parameter), ""))
+                        if axis is not None and value.shape == parameter.shape:
+                            axes[name] = axis
+        return named, axes
 
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
@@ -156,6 +188,11 @@ class SPMDStrategy(SingleDeviceStrategy):
         xla.sync()
         return output
 
+    def teardown(self) -> None:
+        if self.fsdp > 1 and self.lightning_module is not None:
+            _to_host(self.lightning_module, self.optimizers)
+        super().teardown()
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Host copies, for Lightning's own checkpoints of a user's module."""
         return _gathered(super().lightning_module_state_dict())
@@ -173,6 +210,46 @@ class SPMDStrategy(SingleDeviceStrategy):
             for parameter, entries in state["state"].items()
         }
         return state
+
+
+def _to_host(module: nn.Module, optimizers: list[Optimizer]) -> None:
+    """What Lightning's teardown does tensor by tensor: for a cut one that is a graph to compile."""
+    module.zero_grad()
+    named = dict(module.named_parameters())
+    host = {id(named[name]): value for name, value in xla.gather(named).items()}
+    module._apply(lambda tensor: host[id(tensor)] if id(tensor) in host else tensor.cpu())
+    for optimizer in optimizers:
+        entries = list(optimizer.state.values())
+        for key in {key for state in entries for key in state}:
+            values = {str(place): state.get(key) for place, state in enumerate(entries)}
+            for place, value in _gathered(values).items():
+                entries[int(place)][key] = value
+
+
+def gather_weights(module: nn.Module) -> None:
+    """Make every part of `module` bring its cut parameters together when it runs, and no sooner.
+
+    So that one block's weights are whole at a time, in the computation's dtype where the module
+    casts them itself.
+    """
+    for part in module.modules():
+        if isinstance(part, WSConv2d):
+            part.place_weight = xla.whole
+        elif any(parameter.ndim > 1 for parameter in part.parameters(recurse=False)):
+            part.register_forward_pre_hook(_use_whole)
+            part.register_forward_hook(_use_own, always_call=True)
+
+
+def _use_whole(part: nn.Module, _inputs: Any) -> None:
+    """An instance's own attributes are found before `_parameters`, which torch looks into last."""
+    for name, parameter in part.named_parameters(recurse=False):
+        if parameter.ndim > 1:
+            part.__dict__[name] = xla.whole(parameter)
+
+
+def _use_own(part: nn.Module, _inputs: Any, _output: Any) -> None:
+    for name, _ in part.named_parameters(recurse=False):
+        part.__dict__.pop(name, None)
 
 
 def _to_mesh(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from nfnets_xla.config import OptimConfig
 from nfnets_xla.data.mix import mixed
 from nfnets_xla.ema import EMA
 from nfnets_xla.models.registry import Network
+from nfnets_xla.models.stacked import output_axes
 from nfnets_xla.optim.roles import parameter_roles
 from nfnets_xla.optim.sam import SAM
 from nfnets_xla.optim.schedule import warmup_cosine
@@ -109,6 +110,12 @@ class Classification(LightningModule):
     def device_state(self) -> dict[str, Tensor]:
         """Tensors beside parameters and momentum (see strategy.HasDeviceState)."""
         return {} if self.ema is None else {f"ema/{k}": v for k, v in self.ema.shadow.items()}
+
+    def cut_axes(self) -> dict[str, int]:
+        """Where parameters, momentum and average may be cut (see strategy.HasCutAxes)."""
+        axes = output_axes(self.net)
+        averaged = {} if self.ema is None else {f"ema/{name}": axis for name, axis in axes.items()}
+        return {f"net.{name}": axis for name, axis in axes.items()} | averaged
 
     def learning_rate(self, step: int) -> float:
         """Of update number `step`, counted from 0."""

@@ -74,7 +74,7 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
         drop_path_rates=net.stochastic_depth_rates,
         num_features=net.num_features,
     )
-    backend = open_backend(run.trainer)
+    backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
     check_division(run, backend)
 
     choose_form(net, run, backend)
@@ -109,6 +109,8 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
             steps_per_epoch=order.steps_per_epoch,
             log_every=run.trainer.log_every,
             trace=dataset.samples_shown if run.trainer.trace_samples else None,
+            flops_per_image=train_flops(net, run),
+            peak_flops=backend.peak_flops,
             say=say,
         )
         keeper = Checkpointer(
@@ -246,6 +248,15 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
     return net
 
 
+def train_flops(net: Network, run: Run) -> int:
+    """Of one view: forward, and twice that backward; all of it twice with SAM.
+
+    Operations that are computed again to save memory do not count.
+    """
+    passes = 1 if run.optim.sam_rho is None else 2
+    return passes * 3 * 2 * net.macs(run.data.image_size)
+
+
 def choose_form(net: Network, run: Run, backend: Backend) -> None:
     """How `net` is run: with its depth as a loop, with activations computed twice. In place.
 
@@ -380,6 +391,7 @@ def header(
         "macs_per_image": net.macs(run.data.image_size),
         "device_kind": backend.device_kind,
         "num_devices": backend.num_devices,
+        "peak_flops": backend.peak_flops,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in VERSIONS},

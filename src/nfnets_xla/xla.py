@@ -100,15 +100,34 @@ def device_kind() -> str:
     return "XLA:CPU" if kind == "CPU" else os.environ.get("TPU_ACCELERATOR_TYPE", kind)
 
 
-@cache
-def mesh() -> Any:
-    """The mesh ("data", "fsdp") over all devices; "fsdp" has size 1: parameters are replicated."""
+_meshes: list[Any] = []  # of this process: none yet, or its one
+
+
+def make_mesh(fsdp: int) -> None:
+    """Lay all devices out as (devices / fsdp, fsdp): parameters are cut over the second axis.
+
+    A process has one mesh, so that asking for another afterwards is a ValueError.
+    """
     import torch_xla.distributed.spmd as spmd
 
     count = num_devices()
-    the_mesh = spmd.Mesh(np.arange(count), (count, 1), ("data", "fsdp"))
-    spmd.set_global_mesh(the_mesh)
-    return the_mesh
+    if fsdp < 1 or count % fsdp:
+        raise ValueError(f"trainer.fsdp is {fsdp}; it must divide the number of devices, {count}")
+    if _meshes and _meshes[0].shape()["fsdp"] != fsdp:
+        raise ValueError(
+            f"fsdp={fsdp} was asked for, but this process has a mesh with "
+            f"fsdp={_meshes[0].shape()['fsdp']}: start a new process"
+        )
+    if not _meshes:
+        _meshes.append(spmd.Mesh(np.arange(count), (count // fsdp, fsdp), ("data", "fsdp")))
+        spmd.set_global_mesh(_meshes[0])
+
+
+def mesh() -> Any:
+    """The mesh ("data", "fsdp") over all devices; parameters are whole if nobody asked before."""
+    if not _meshes:
+        make_mesh(fsdp=1)
+    return _meshes[0]
 
 
 def upload_rows(host_tensor: Tensor) -> Tensor:
@@ -151,6 +170,29 @@ def shard(tensors: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
         cut = axis is not None and tensor.shape[axis] % parts == 0
         spec = ("fsdp" if cut and place == axis else None for place in range(tensor.ndim))
         spmd.mark_sharding(tensor, mesh(), tuple(spec))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor`, brought together on every device for what follows; and its gradient.
+
+    For weights that are kept cut: an all-gather here, an all-reduce and a cut in the backward pass.
+    Without it XLA's partitioner divides convolutions by their channels, and there it is wrong for
+    maps of one pixel: other gradients on a 2 by 2 mesh, an abort on 1 by 4 (torch_xla 2.9).
+    """
+    from torch_xla.distributed.spmd.xla_sharding import MarkShardingFunction
+
+    computed = tensor.neg().neg()  # a parameter's own sharding cannot be marked over, nor a copy's
+    marked: Any = MarkShardingFunction.apply(computed, mesh(), (None,) * tensor.ndim)
+    return marked
+
+
+def bytes_per_device(tensors: Mapping[str, Tensor]) -> int:
+    """Of tensors on the device: what one device of the mesh holds of them."""
+    from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
+
+    shards = _XLAC._get_local_shards(list(tensors.values()))
+    first = (places[0][0] for places in shards)
+    return sum(shard.numel() * shard.element_size() for shard in first)
 
 
 # ---- loops over depth -------------------------------------------------------------------------
@@ -243,21 +285,35 @@ def sync(*, wait: bool = False) -> None:
 def gather(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Host copies of device tensors, in one transfer and without compiling a graph per tensor.
 
-    Every host calls it with the same names in the same order.
+    Those that are cut over devices are brought together by one graph, which takes the memory of a
+    whole copy while it runs and is compiled once for each set of shapes. Every host calls it with
+    the same names in the same order.
     """
     from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
 
     sync(wait=True)
     on_device = {name: tensor.detach() for name, tensor in named.items()}
+    cut = [name for name, t in on_device.items() if "devices=" in _XLAC._get_xla_sharding_spec(t)]
+    if cut:
+        before = counters()
+        copies = {name: on_device[name].neg().neg() for name in cut}  # as in `whole`
+        replicate(copies)
+        sync(wait=True)
+        on_device |= copies
+        _compiled_to_gather.append(counters().since(before).compilations)
     host = _XLAC._xla_get_cpu_tensors(list(on_device.values()))
     return {name: value.clone() for name, value in zip(on_device, host, strict=True)}
+
+
+_compiled_to_gather: list[int] = []
 
 
 @dataclass(frozen=True)
 class Counters:
     """What the runtime did since the process began; all counts are totals."""
 
-    compilations: int
+    compilations: int  # without those of `gather`
+    gather_compilations: int
     compile_seconds: float
     executions: int
     tensors_to_host: int
@@ -266,6 +322,7 @@ class Counters:
     def since(self, earlier: "Counters") -> "Counters":
         return Counters(
             self.compilations - earlier.compilations,
+            self.gather_compilations - earlier.gather_compilations,
             self.compile_seconds - earlier.compile_seconds,
             self.executions - earlier.executions,
             self.tensors_to_host - earlier.tensors_to_host,
@@ -292,4 +349,7 @@ def counters() -> Counters:
         if name.startswith("aten::")
     }
     transfers = metric("TransferFromDeviceTime")[0]
-    return Counters(compilations, nanoseconds / 1e9, executions, transfers, fallbacks)
+    gathers = sum(_compiled_to_gather)
+    return Counters(
+        compilations - gathers, gathers, nanoseconds / 1e9, executions, transfers, fallbacks
+    )

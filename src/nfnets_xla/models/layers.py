@@ -4,6 +4,7 @@ Reference: deepmind-research/nfnets, base.py at f5de0ed. Shape suffixes: B batch
 pixels, O out and I in channels of a weight.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -108,7 +109,12 @@ class WSConv2d(nn.Conv2d):
     The weight is standardised in float32 and cast to the input's dtype, so that the dtype of the
     input decides what the convolution computes in while the master weights stay float32.
     Reference: base.py:121-154. The gain is `(O,)` as there: AGC clips it as one vector.
+
+    `place_weight`, if set, is applied to the standardised and cast weight: where the parameter is
+    cut over devices, it brings the weight together in the smaller dtype.
     """
+
+    place_weight: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -151,6 +157,8 @@ class WSConv2d(nn.Conv2d):
         As if the input were multiplied by `input_gain`, which costs nothing here.
         """
         weight = self.standardised_weight(input_gain).to(input.dtype)
+        if self.place_weight is not None:
+            weight = self.place_weight(weight)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return same_conv2d(input, weight, bias, self.stride[0], self.groups)
 

@@ -171,13 +171,14 @@ def is_stacked(net: nn.Module) -> bool:
 
 
 def output_axes(net: nn.Module) -> dict[str, int]:
-    """{parameter: the axis that counts its outputs}, without the scalars.
+    """{parameter: the axis that counts its outputs}, of matrices and more.
 
     Where to cut parameters that are to be spread over devices: never along a stack, whose loop
-    needs one block at a time, and so that a unit of the clipping stays in one place.
+    needs one block at a time, and so that a unit of the clipping stays in one place. Vectors hold
+    a thousandth of the numbers, and would be a message each.
     """
     axes = {name: int(bool(_STACKED_NAME.fullmatch(name))) for name, _ in net.named_parameters()}
-    return {name: axis for name, axis in axes.items() if net.get_parameter(name).ndim > axis}
+    return {name: axis for name, axis in axes.items() if net.get_parameter(name).ndim > axis + 1}
 
 
 # ---- names ------------------------------------------------------------------------------------

@@ -1,0 +1,79 @@
+"""What an accelerator can do at most: the peaks that utilisation is a share of, and its memory.
+
+Figures are the vendors' published ones, bfloat16 without sparsity. A "device" is what PyTorch
+sees as one: a chip on TPU v4, v5p and all later, a core on v2 and v3.
+"""
+
+import time
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    peak_flops: float  # a second, multiply and add counted as two
+    memory: int  # bytes
+    cores: int  # TensorCores; the papers count in core-hours
+
+
+# Cloud TPU and NVIDIA documentation, read November 2026 at the latest.
+DEVICES = {
+    "v2": Device(22.5e12, 8 * GIB, 1),
+    "v3": Device(61.5e12, 16 * GIB, 1),
+    "v4": Device(275e12, 32 * GIB, 2),
+    "v5e": Device(197e12, 16 * GIB, 1),
+    "v5p": Device(459e12, 95 * GIB, 2),
+    "v6e": Device(918e12, 32 * GIB, 1),
+    "v7": Device(2307e12, 192 * GIB, 2),
+    "A100": Device(312e12, 80 * GIB, 1),
+    "H100": Device(989e12, 80 * GIB, 1),
+    "H200": Device(989e12, 141 * GIB, 1),
+}
+_ALSO = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "v7", "v6lite": "v6e"}
+
+
+def find_device(kind: str) -> Device | None:
+    """Of what a runtime calls its hardware: "v4-8", "TPU v4", "NVIDIA H100 80GB HBM3".
+
+    None if it is not in the table, e.g. for a CPU.
+    """
+    words = kind.replace("-", " ").replace("_", " ").split()
+    for word in words:
+        name = _ALSO.get(word.lower(), word)
+        if name in DEVICES:
+            return DEVICES[name]
+    return None
+
+
+def measured_cpu_peak() -> float:
+    """FLOP/s of float32 matrix products on all cores, the best of a few; takes half a second."""
+    import torch
+
+    size = 1024
+    a, b = torch.randn(2, size, size)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def smallest_fsdp(parameter_bytes: int, device: Device | None, num_devices: int) -> int:
+    """Over how many devices to cut parameters, so that what a step keeps fits with room to spare.
+
+    Kept are five copies in float32: parameters, gradients, momentum, average, and SAM's copy.
+    They may take half of a device's memory; activations have the rest. 1 where the memory is not
+    known. Raises ValueError if they do not fit even cut over all devices.
+    """
+    if device is None:
+        return 1
+    kept = 5 * parameter_bytes
+    for fsdp in range(1, num_devices + 1):
+        if num_devices % fsdp == 0 and kept / fsdp <= device.memory / 2:
+            return fsdp
+    raise ValueError(
+        f"five copies of the parameters are {kept / GIB:.1f} GiB, more than half of what "
+        f"{num_devices} devices of {device.memory / GIB:.0f} GiB have: use more devices"
+    )
