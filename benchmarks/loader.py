@@ -56,7 +56,7 @@ def main() -> None:
     warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves shards open
     with tempfile.TemporaryDirectory() as folder:
         index = make_shards(Path(folder))
-        size = sum(path.stat().st_size for path in index.folder.glob("*.tar")) / IMAGES
+        size = index.manifest.bytes_S.sum() / IMAGES
         print(f"{IMAGES} JPEGs of 500 x 375 ({size / 1e3:.0f} kB), batch {BATCH}, {ROUNDS} rounds")
         medians = measured(contestants(index))
         waited = [wait_share(index) for _ in range(5)]
@@ -205,7 +205,7 @@ def webdatasets(index: ShardIndex, augment: Callable[[Any], Any] | None = None) 
 
     dataset = (
         WebDataset(
-            [str(index.folder / name) for name in map(index.name, range(index.num_shards))],
+            [f"{index.folder}/{index.name(shard)}" for shard in range(index.num_shards)],
             shardshuffle=100,
         )
         .shuffle(256)

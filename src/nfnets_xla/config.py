@@ -46,6 +46,8 @@ class DataConfig:
     repeats: int  # views of each image in a batch (repeated augmentation)
     num_streams: int  # canonical streams: divides batch_size / repeats; hosts divide it
     window_shards: int  # shards shuffled together within a stream
+    cache_dir: str | None  # local folder for copies of shards that are at an address
+    cache_bytes: int  # of that folder, at most; shared by all processes that use it
     workers: int  # loader processes per host; no effect on what is in a batch
 
 
@@ -124,8 +126,8 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What defines the numbers of the run: a resumed run must agree in all of it.
 
-        The device, the loader's workers, how often something is written and the form in which the
-        network is run are not part of it.
+        The device, the loader's workers, where the shards lie, how often something is written and
+        the form in which the network is run are not part of it.
         """
         values = asdict(self)
         del values["run_dir"], values["trainer"]
@@ -133,6 +135,7 @@ class Run:
         del values["data"]["eval_batch_size"], values["model"]["init_from"]
         # Which samples are excluded is in the fingerprint of the shards.
         del values["data"]["exclude"], values["data"]["max_missed"]
+        del values["data"]["cache_dir"], values["data"]["cache_bytes"]
         del values["model"]["stacked"], values["model"]["recompute"]
         return values
 
@@ -140,7 +143,7 @@ class Run:
 _POSITIVE = [
     *[("data", name) for name in ("num_classes", "image_size", "eval_image_size", "batch_size")],
     *[("data", name) for name in ("eval_batch_size", "repeats", "num_streams", "window_shards")],
-    ("data", "randaugment_ops"),
+    *[("data", name) for name in ("randaugment_ops", "cache_bytes")],
     *[("optim", name) for name in ("epochs", "peak_lr", "clipping", "sam_rho")],
     *[("trainer", name) for name in ("virtual_devices", "log_every", "eval_every")],
     *[("trainer", name) for name in ("checkpoint_every", "keep_checkpoints")],

@@ -11,7 +11,6 @@ import torch
 from nfnets_xla import checkpoint
 from nfnets_xla.backend import open_backend
 from nfnets_xla.config import Run
-from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.missed import Missed
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import count_parameters, create_network
@@ -24,6 +23,7 @@ from nfnets_xla.train import (
     count_classes,
     make_eval_loader,
     make_trainer,
+    open_index,
 )
 
 Say = Callable[[str], None]
@@ -39,7 +39,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
         raise ValueError("data.eval_shards is not set; it must name a folder of indexed shards")
     if run.model.init_from is None:
         raise ValueError("model.init_from is not set; it must name the weights to evaluate")
-    held_out = ShardIndex.load(run.data.eval_shards)
+    held_out = open_index(run, run.data.eval_shards)
     path = checkpoint.weights_file(Path(run.model.init_from), run.model.init_weights)
     weights = load_checkpoint(path)
     num_classes = count_classes(run, held_out)

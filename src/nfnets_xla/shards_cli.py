@@ -40,21 +40,21 @@ def parser() -> Parser:
         return command
 
     index = add("index", run_index, "scan every shard once and write the index beside it")
-    index.add_argument("dir", type=Path)
+    index.add_argument("dir", help="folder, or its address")
     index.add_argument("--force", action="store_true", help="scan again what has an index")
     lint = add("lint", run_lint, "name every fault with its byte offset; decodes all images")
-    lint.add_argument("dir", type=Path)
+    lint.add_argument("dir", help="folder, or its address")
     stats = add("stats", run_stats, "say what an index holds")
-    stats.add_argument("dir", type=Path)
+    stats.add_argument("dir", help="folder, or its address")
     hold = add("holdout", run_holdout, "copy a split, by hash of the key, into shards of its own")
-    hold.add_argument("dir", type=Path)
+    hold.add_argument("dir", help="folder, or its address")
     hold.add_argument("out", type=Path)
     hold.add_argument("--samples", type=int, required=True)
     for command in (index, lint, stats, hold):
         command.add_argument("--engine", choices=ENGINES, default="local")
         command.add_argument("--jobs", type=int, default=-1, help="at a time; -1: one per core")
     exclude = add("exclude", run_exclude, "find the rows of a long list of ids once, for all runs")
-    exclude.add_argument("dir", type=Path)
+    exclude.add_argument("dir", help="folder, or its address")
     exclude.add_argument("ids", type=Path, nargs="+", help="text files, one id (shard/key) a line")
     exclude.add_argument("list", type=Path, help="what to write: FILE.npz, for data.exclude")
     add_pack(add, commands)
@@ -85,7 +85,7 @@ def run_index(given: Any) -> None:
     index_folder(given.dir, engine=given.engine, jobs=given.jobs, force=given.force)
 
 
-def index_folder(folder: Path, **options: Any) -> None:
+def index_folder(folder: str | Path, **options: Any) -> None:
     from nfnets_xla.data.index import build_index
 
     index = build_index(folder, on_progress=progress("indexed"), **options)

@@ -28,7 +28,7 @@ CAPTION = 30  # pixels, two lines
 
 @dataclass
 class Request:
-    folder: Path
+    folder: str
     out: Path
     rows: int
     recipe: str
@@ -52,8 +52,7 @@ def parse(arguments: list[str]) -> Request:
     if not rows.isdecimal() or not 1 <= int(rows) <= 100:
         raise ValueError(f"--rows is {rows}; it must be a whole number from 1 to 100")
     overrides = [word for word in plain if "=" in word]
-    folder = Path(folders[0])
-    return Request(folder, Path(options["--out"]), int(rows), options["--recipe"], overrides)
+    return Request(folders[0], Path(options["--out"]), int(rows), options["--recipe"], overrides)
 
 
 def show(run: Run, out: Path, rows: int, say: Callable[[str], None] = print) -> None:

@@ -21,10 +21,12 @@ from nfnets_xla import checkpoint
 from nfnets_xla.backend import Backend, open_backend
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import Run, differences
+from nfnets_xla.data.cache import open_cache
 from nfnets_xla.data.exclude import without
 from nfnets_xla.data.loader import Batches, EvalBatches, TrainBatches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.data.storage import address
 from nfnets_xla.hooks import Checkpointer, Monitor
 from nfnets_xla.missed import Missed, missed_before
 from nfnets_xla.models.nfnet import NFNet
@@ -147,9 +149,20 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
 def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:
     if run.data.shards is None:
         raise ValueError("data.shards is not set; it must name a folder of indexed shards")
-    held_out = None if run.data.eval_shards is None else ShardIndex.load(run.data.eval_shards)
-    index = ShardIndex.load(run.data.shards)
+    held_out = None if run.data.eval_shards is None else open_index(run, run.data.eval_shards)
+    index = open_index(run, run.data.shards)
     return index if run.data.exclude is None else without(index, run.data.exclude), held_out
+
+
+def open_index(run: Run, shards: str) -> ShardIndex:
+    if run.data.cache_dir is None:
+        if url := address(shards):
+            raise ValueError(
+                f"{url} is read through a cache, and data.cache_dir is not set: name a folder on a "
+                f"local disk that has data.cache_bytes={run.data.cache_bytes} bytes to spare"
+            )
+        return ShardIndex.load(shards)
+    return ShardIndex.load(shards, open_cache(run.data.cache_dir, run.data.cache_bytes))
 
 
 def count_classes(run: Run, *indexes: ShardIndex | None) -> int:

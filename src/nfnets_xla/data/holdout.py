@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from nfnets_xla.data.jobs import Progress, map_jobs
 from nfnets_xla.data.pack import Sample, pack_samples
 from nfnets_xla.data.records import SIDECAR, Records
+from nfnets_xla.data.remote import AnyFolder
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.sources import extension_of
-from nfnets_xla.data.storage import Folder
 
 IDS = "held_out.txt"
 MAX_EXCESS = 0.01  # of the split, by keys that several samples share
@@ -70,7 +70,7 @@ def choose(
     # from, and keep what the jobs hand back small.
     share = (2 * samples + 6 * samples**0.5 + 10) / index.num_samples
     limit = np.uint64(min(share, 1.0) * (2**64 - 2**11))
-    job = partial(_hashes, Folder(index.folder), limit)
+    job = partial(_hashes, index.folder, limit)
     shards = [(index.name(shard), index.excluded(shard)) for shard in range(index.num_shards)]
     parts = list(map_jobs(job, shards, engine=engine, jobs=jobs, on_progress=on_progress))
     hashes = np.concatenate([hashes for hashes, _ in parts])
@@ -94,7 +94,7 @@ def key_hash(key: str) -> int:
 
 
 def _hashes(
-    folder: Folder, limit: np.uint64, shard: tuple[str, NDArray[np.uint32]]
+    folder: AnyFolder, limit: np.uint64, shard: tuple[str, NDArray[np.uint32]]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Of one shard and its excluded rows: the hashes up to a limit, and the rows that have them."""
     name, excluded = shard

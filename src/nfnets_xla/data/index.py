@@ -11,6 +11,7 @@ import numpy as np
 
 from nfnets_xla.data.jobs import Progress, map_jobs
 from nfnets_xla.data.records import SIDECAR, Records
+from nfnets_xla.data.remote import AnyFolder, open_folder
 from nfnets_xla.data.scan import scan_shard
 from nfnets_xla.data.shards import (
     MANIFEST,
@@ -20,11 +21,10 @@ from nfnets_xla.data.shards import (
     manifest_bytes,
     short_name,
 )
-from nfnets_xla.data.storage import Folder
 
 
 def build_index(
-    folder: str | Path,
+    folder: str | Path | AnyFolder,
     *,
     engine: str = "local",
     jobs: int = 1,
@@ -34,28 +34,31 @@ def build_index(
     """Index every *.tar in a folder and its subfolders, and write the index beside them.
 
     With `force`, shards are scanned again whatever is there. Raises ValueError for two shards of
-    one file name, and for the first fault of a shard; `lint.py` lists them all.
+    one file name, for the first fault of a shard (`lint.py` lists them all), and for an address to
+    which nothing can be written.
     """
-    where = Folder(folder)
-    names = list(where.sizes())
+    where = open_folder(folder)
+    sizes = where.sizes()
+    names = list(sizes)
     if not names:
         raise ValueError(f"{folder} holds no shards: give a folder that has files named *.tar")
     twice = same_names(names)
     if twice:
         raise ValueError(f"{folder}: {twice[0][1]}")
     job = partial(index_shard, where, force)
-    lines = map_jobs(job, names, engine=engine, jobs=jobs, on_progress=on_progress)
+    lines = map_jobs(job, list(sizes.items()), engine=engine, jobs=jobs, on_progress=on_progress)
     manifest = make_manifest(list(lines))
     where.write(MANIFEST, manifest_bytes(manifest))
-    return ShardIndex(Path(folder), manifest)
+    return ShardIndex(where, manifest)
 
 
-def index_shard(folder: Folder, force: bool, name: str) -> Line:
-    """Scan one shard and write its sidecar, or read the one that is there."""
-    file = folder.open(name)
-    records = None if force else _up_to_date(folder, name)
+def index_shard(folder: AnyFolder, force: bool, shard: tuple[str, int]) -> Line:
+    """Scan one shard, of a name and size, and write its sidecar, or read the one that is there."""
+    name, size = shard
+    records = None if force else _up_to_date(folder, name, size)
     if records is None:
-        scan = scan_shard(file)
+        file = folder.open(name)
+        size, scan = file.size, scan_shard(file)
         if scan.faults or scan.records is None:
             more = f" (and {len(scan.faults) - 1} more: run `nfnets-xla shards lint {folder}`)"
             fault = scan.faults[0]
@@ -66,10 +69,10 @@ def index_shard(folder: Folder, force: bool, name: str) -> Line:
         records = scan.records
         folder.write(name + SIDECAR, records.to_bytes())
     classes = int(records.labels_M.max()) + 1
-    return Line(name, records.num_samples, file.size, records.digest(), classes, records.max_labels)
+    return Line(name, records.num_samples, size, records.digest(), classes, records.max_labels)
 
 
-def _up_to_date(folder: Folder, name: str) -> Records | None:
+def _up_to_date(folder: AnyFolder, name: str, size: int) -> Records | None:
     written, changed = folder.modified(name + SIDECAR), folder.modified(name)
     if written is None or changed is None or written <= changed:
         return None
@@ -77,7 +80,6 @@ def _up_to_date(folder: Folder, name: str) -> Records | None:
         records = Records.from_bytes(folder.read(name + SIDECAR))
     except ValueError:
         return None
-    size = folder.open(name).size
     return records if np.all(records.offsets_N + records.sizes_N <= size) else None
 
 

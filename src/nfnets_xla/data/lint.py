@@ -13,9 +13,9 @@ from nfnets_xla.data.decode import decode
 from nfnets_xla.data.index import same_names
 from nfnets_xla.data.jobs import Progress, map_jobs
 from nfnets_xla.data.records import SIDECAR, Records
+from nfnets_xla.data.remote import AnyFolder, open_folder
 from nfnets_xla.data.scan import scan_shard
 from nfnets_xla.data.shards import ShardIndex
-from nfnets_xla.data.storage import Folder
 from nfnets_xla.data.tar import Fault
 
 # Smaller or longer pictures are icons, trackers and separators, not photographs.
@@ -40,7 +40,7 @@ def lint(
     on_progress: Progress | None = None,
 ) -> list[ShardFault]:
     """Scan all shards of a folder; needs no index and writes none."""
-    where = Folder(folder)
+    where = open_folder(folder)
     names = list(where.sizes())
     if not names:
         raise ValueError(f"{folder} holds no shards: give a folder that has files named *.tar")
@@ -66,7 +66,7 @@ def check_image(data: bytes) -> str | None:
     return None
 
 
-def _lint_shard(folder: Folder, name: str) -> list[Fault]:
+def _lint_shard(folder: AnyFolder, name: str) -> list[Fault]:
     return scan_shard(folder.open(name), check_image).faults
 
 
@@ -91,7 +91,7 @@ def stats(
 ) -> dict[str, str]:
     """What an index holds, in lines to print; excluded samples included."""
     names = [index.name(shard) for shard in range(index.num_shards)]
-    job = partial(_shard_stats, Folder(index.folder))
+    job = partial(_shard_stats, index.folder)
     per_class = np.zeros(index.num_classes, np.int64)
     smallest, largest, image_bytes = 2**63, 0, 0
     for part in map_jobs(job, names, engine=engine, jobs=jobs, on_progress=on_progress):
@@ -112,7 +112,7 @@ def stats(
     }
 
 
-def _shard_stats(folder: Folder, name: str) -> _Part:
+def _shard_stats(folder: AnyFolder, name: str) -> _Part:
     records = Records.from_bytes(folder.read(name + SIDECAR))
     sizes = records.sizes_N
     total = int(sizes.sum(dtype=np.int64))

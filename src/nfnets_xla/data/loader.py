@@ -15,6 +15,7 @@ blocks, P = ceil(F / 8) bytes of the F features that dropout masks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from nfnets_xla.data.ahead import PREFETCH, ReadAhead
 from nfnets_xla.data.augment import Pixels, eval_view, random_resized_crop_flip
 from nfnets_xla.data.decode import decode
 from nfnets_xla.data.masks import (
@@ -46,7 +48,6 @@ from nfnets_xla.data.shards import ShardIndex
 # (mix.Layout), and missed, a list of what could not be decoded.
 Batch = dict[str, Any]
 
-
 GREY = 128  # of the row that stands for an image that cannot be decoded
 
 
@@ -61,6 +62,10 @@ class Samples:
 
     def numbers(self, rows: StepRows) -> NDArray[np.int64]:
         return self.first_of_shard[rows.shard] + rows.row
+
+    @cached_property
+    def ahead(self) -> ReadAhead | None:
+        return ReadAhead(self.index.bring) if self.index.folder.cache else None
 
     def name(self, number: int) -> str:
         shard = int(np.searchsorted(self.first_of_shard, number, side="right")) - 1
@@ -133,6 +138,7 @@ class TrainBatches(Dataset[Batch]):
         # A batch touches a window of every stream, and two where one gives way to the next.
         touched = 2 * len(self.streams) * (order.window_shards + 1)
         self.samples = Samples(index.keeping(touched), num_classes)
+        index.check_room(2 * len(self.streams) * order.window_shards, "windows and the next ones")
         self.order = order
         self.seed = seed
         self.image_size = image_size
@@ -150,11 +156,13 @@ class TrainBatches(Dataset[Batch]):
         return self.order.num_steps
 
     def __getitem__(self, step: int) -> Batch:
-        """Raises ValueError for a label that is no good, and for a shard that has changed."""
+        """Raises ValueError for a bad label, and for a shard that has changed or cannot be had."""
         return self.of_streams(step, self.streams)
 
     def of_streams(self, step: int, streams: range) -> Batch:
         """The part of a batch that these streams make: its rows are those of the whole."""
+        if self.samples.ahead:
+            self.samples.ahead.want(step, partial(self.order.shards_ahead, streams=streams))
         rows = self.order.step(step, streams)
         batch = _batch(step, rows, self.samples, self._view, self.image_size, self.repeats)
         keys = {
@@ -236,6 +244,7 @@ class EvalBatches(Dataset[Batch]):
     def __init__(
         self, index: ShardIndex, *, num_classes: int, batch_size: int, image_size: int, margin: int
     ) -> None:
+        index.check_room(2 * SequentialOrder.ahead, "shards that are evaluated")
         self.samples = Samples(index, num_classes)
         self.order = SequentialOrder(index.counts, batch_size)
         self.image_size = image_size
@@ -249,6 +258,8 @@ class EvalBatches(Dataset[Batch]):
         return self.num_steps
 
     def __getitem__(self, step: int) -> Batch:
+        if self.samples.ahead:
+            self.samples.ahead.want(step, self.order.shards_ahead)
         rows = self.order.step(step)
         return _batch(step, rows, self.samples, self._view, self.image_size, repeats=1)
 
@@ -261,9 +272,9 @@ class Batches:
     """Iterates over `dataset[start_step] ... dataset[stop_step - 1]`, in order.
 
     With `workers=0` they are made in this process; else each worker makes whole batches, on one
-    thread, `prefetch` ahead. Workers are spawned: a fork would copy the locks that the device
-    runtime's threads hold, and workers of a fork server outlive a parent that is killed. There is
-    no length on purpose: Lightning would add lengths up on the device, which compiles twice.
+    thread. Workers are spawned: a fork would copy the locks that the device runtime's threads hold,
+    and workers of a fork server outlive a parent that is killed. There is no length on purpose:
+    Lightning would add lengths up on the device, which compiles twice.
     """
 
     def __init__(
@@ -273,7 +284,6 @@ class Batches:
         start_step: int,
         stop_step: int,
         workers: int,
-        prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
         """`pin_memory` is for a GPU, which copies from such memory while it computes."""
@@ -288,7 +298,7 @@ class Batches:
             sampler=range(start_step, stop_step),
             collate_fn=_unchanged,
             num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
             multiprocessing_context="spawn" if workers else None,
@@ -387,5 +397,4 @@ def _label_tensors(
 
 
 def _unchanged(batch: Any) -> Any:
-    """In place of torch's conversion, which would make tensors of what stays on the host."""
-    return batch
+    return batch  # torch's conversion would make tensors of what stays on the host

@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +160,25 @@ class Order:
         each = self.num_streams // hosts
         return range(host * each, (host + 1) * each)
 
+    def shards_ahead(self, number: int, streams: range | None = None) -> list[int]:
+        """Shards of the windows that a step reads from, then of those that come next, the soonest
+        first. For whoever fetches them before they are read."""
+        per_stream = self.unique_per_step // self.num_streams
+        windows: list[tuple[int, int, Window]] = []  # draws until it begins, stream
+        for stream in range(self.num_streams) if streams is None else streams:
+            draw = number * per_stream
+            now = self._window_at(stream, draw)
+            windows.append((0, stream, now))
+            left = now.high - now.place
+            if self._draw_of_run(stream, draw + left) < self.total_draws:
+                windows.append((left, stream, self._window_at(stream, draw + left)))
+        found: dict[int, None] = {}
+        for _, _, window in sorted(windows):
+            line = self._line(window.epoch)
+            first, last = _shard_at(line, window.low), _shard_at(line, window.high - 1)
+            found |= dict.fromkeys(line.shards[first : last + 1].tolist())
+        return list(found)
+
     def _stretch(self, stream: int, draw: int, end: int) -> StepRows:
         """Draws of one stream from `draw` on, up to `end` or to the end of their window."""
         window = self._window_at(stream, draw)
@@ -258,6 +277,7 @@ class SequentialOrder:
 
     counts: Int64
     unique_per_step: int
+    ahead: ClassVar[int] = 4  # shards that are worth fetching before they are needed
 
     def __post_init__(self) -> None:
         _check_counts(self.counts)
@@ -282,6 +302,12 @@ class SequentialOrder:
         row = places - (self._ends - self.counts)[shard]
         weight = (wanted < self._ends[-1]).astype(np.float32)
         return StepRows(shard, row, np.zeros_like(row), np.zeros_like(row), weight)
+
+    def shards_ahead(self, number: int) -> list[int]:
+        """Shards that a step reads from, and those that come next."""
+        shard = self.step(number).shard
+        last = min(int(shard[-1]) + self.ahead, len(self.counts) - 1)
+        return list(range(int(shard[0]), last + 1))
 
 
 def _check_counts(counts: Int64) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from nfnets_xla.data import labels
 from nfnets_xla.data.scan import IMAGES
+from nfnets_xla.data.storage import local
 
 CLASSES = "classes.json"
 
@@ -44,7 +45,7 @@ def pack_samples(
     ValueError for a bad or repeated sample, for none at all, and for a folder that has shards
     already. A process that is killed leaves a folder `.packing-*` behind, which can be deleted.
     """
-    with _aside(Path(folder)) as aside:
+    with _aside(local(folder)) as aside:
         if classes is not None:
             (aside / CLASSES).write_text(json.dumps(list(classes), indent=1) + "\n")
         _write_shards(samples, aside, samples_per_shard, shard_bytes, prefix, on_progress)

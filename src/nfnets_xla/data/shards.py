@@ -26,12 +26,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nfnets_xla.data.cache import Cache
 from nfnets_xla.data.records import DIGEST, SIDECAR, Records
+from nfnets_xla.data.remote import AnyFolder, CachedFile, RangeFile, open_folder
 from nfnets_xla.data.storage import SHARD, Folder, OpenFile
 from nfnets_xla.data.tar import BLOCK
 
 FORMAT = 2
 MANIFEST = "index.npz"
+
+AnyFile = OpenFile | CachedFile | RangeFile
+
+# Bytes of a sidecar, a sample: 24, its key, and what several labels take.
+SIDECAR_SAMPLE = 100
 
 # Shards a process keeps open: below the 1,024 files that a process may commonly open.
 OPEN_FILES = 512
@@ -50,6 +57,10 @@ class Manifest(NamedTuple):
     def name(self, shard: int) -> str:
         start = int(self.name_ends_S[shard - 1]) if shard else 0
         return self.names[start : int(self.name_ends_S[shard])].tobytes().decode()
+
+    def key(self, shard: int) -> str:
+        """Of a copy: it stands for all that is ever read of the shard, by its checksums."""
+        return self.digests_S[shard].tobytes().hex()
 
     def fingerprint(self) -> str:
         sha = hashlib.sha256()
@@ -80,26 +91,33 @@ class Exclusions(NamedTuple):
 class ShardIndex:
     """The samples of a folder, by shard and row. Pickles as its manifest, without open files."""
 
-    folder: Path
+    folder: AnyFolder
     manifest: Manifest
     exclusions: Exclusions | None = None
     open_sidecars: int = OPEN_FILES  # kept in memory; below what a batch touches, each is read anew
 
     @classmethod
-    def load(cls, folder: str | Path) -> "ShardIndex":
-        """Read the manifest. Raises ValueError if there is none, or if the shards do not fit it."""
-        where = Folder(folder)
-        if where.modified(MANIFEST) is None:
-            raise ValueError(f"{folder} has no {MANIFEST}; {_rebuild(folder)}")
+    def load(cls, folder: str | Path | AnyFolder, cache: Cache | None = None) -> "ShardIndex":
+        """Read the manifest. Raises ValueError if there is none, or if local shards do not fit it.
+
+        Shards at an address are not listed, which for 400,000 takes minutes, but held against the
+        manifest as they are read: through `cache`, or without one by a request for each sample.
+        """
+        where = open_folder(folder, cache)
         try:
-            index = cls(Path(folder), _load_manifest(where.read(MANIFEST)))
+            data = where.read(MANIFEST)
+        except FileNotFoundError:
+            raise ValueError(f"{where} has no {MANIFEST}; {where.how_to_index}") from None
+        try:
+            index = cls(where, _load_manifest(data))
         except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
             what = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"{where.path / MANIFEST} is not a whole index of format {FORMAT} ({what}); "
-                f"{_rebuild(folder)}"
+                f"{where}/{MANIFEST} is not a whole index of format {FORMAT} ({what}); "
+                f"{where.how_to_index}"
             ) from error
-        index._check_folder()
+        if isinstance(where, Folder):
+            index._check_folder(where)
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -167,7 +185,10 @@ class ShardIndex:
         """The image as it is in the tar. Raises ValueError if it is not what was indexed."""
         records, row = self._at(shard, row)
         offset, size = int(records.offsets_N[row]), int(records.sizes_N[row])
-        member = self._file(shard).read(offset - BLOCK, BLOCK + size)
+        file = self._file(shard)
+        member = file.read(offset - BLOCK, BLOCK + size)
+        if zlib.crc32(member) != records.crcs_N[row] and file.refresh():
+            member = file.read(offset - BLOCK, BLOCK + size)
         if zlib.crc32(member) != records.crcs_N[row]:
             place = f"{self.name(shard)}, key {records.key(row)}, {size} bytes at offset {offset}"
             raise _mismatch(self.folder, f"{place}: wrong checksum; restore the shard")
@@ -181,6 +202,23 @@ class ShardIndex:
         """Rows of its sidecar that are not shown."""
         return _excluded(self.exclusions, shard)
 
+    def bring(self, shard: int) -> None:
+        """Have a remote shard and its sidecar in the cache, unless another process fetches them."""
+        for file in (_sidecar(self.folder, self.manifest, shard), self._file(shard)):
+            assert isinstance(file, CachedFile)
+            file.bring()
+
+    def check_room(self, num_shards: int, what: str) -> None:
+        """Raises ValueError if the cache cannot hold any so many shards at a time."""
+        cache = self.folder.cache
+        bytes_S = self.manifest.bytes_S + SIDECAR_SAMPLE * self.manifest.counts_S.astype(np.int64)
+        need = int(np.sort(bytes_S)[-num_shards:].sum())
+        if cache is not None and cache.limit < need:
+            raise ValueError(
+                f"data.cache_bytes is {cache.limit}, and {what} hold up to {need} bytes of "
+                f"{self.folder}: raise it to that or more"
+            )
+
     def _at(self, shard: int, row: int) -> tuple[Records, int]:
         """The sidecar, and the row in it."""
         opened = self._opened(shard)
@@ -191,16 +229,15 @@ class ShardIndex:
 
     @cached_property
     def _opened(self) -> Callable[[int], "_Sidecar"]:
-        make = partial(_open_sidecar, Folder(self.folder), self.manifest, self.exclusions)
+        make = partial(_open_sidecar, self.folder, self.manifest, self.exclusions)
         return lru_cache(self.open_sidecars)(make)
 
     @cached_property
-    def _file(self) -> Callable[[int], OpenFile]:
-        return lru_cache(OPEN_FILES)(partial(_open_file, Folder(self.folder), self.manifest))
+    def _file(self) -> Callable[[int], AnyFile]:
+        return lru_cache(OPEN_FILES)(partial(_open_file, self.folder, self.manifest))
 
-    def _check_folder(self) -> None:
+    def _check_folder(self, folder: Folder) -> None:
         """Raises ValueError unless the tars and sidecars there are those of the manifest."""
-        folder = Folder(self.folder)
         sizes, sidecars = folder.sizes(), folder.sizes(SHARD + SIDECAR)
         for shard in range(self.num_shards):
             name, indexed = self.name(shard), int(self.manifest.bytes_S[shard])
@@ -221,26 +258,43 @@ class _Sidecar(NamedTuple):
 
 
 def _open_sidecar(
-    folder: Folder, manifest: Manifest, exclusions: Exclusions | None, shard: int
+    folder: AnyFolder, manifest: Manifest, exclusions: Exclusions | None, shard: int
 ) -> _Sidecar:
-    name = manifest.name(shard)
+    name, digest = manifest.name(shard) + SIDECAR, manifest.digests_S[shard].tobytes()
     try:
-        records = Records.from_bytes(folder.read(name + SIDECAR))
-        if records.digest() != manifest.digests_S[shard].tobytes():
-            raise ValueError("of another index")
-    except (OSError, ValueError) as error:
-        raise _mismatch(folder.path, f"{name}{SIDECAR} is damaged ({error})") from error
+        file = _sidecar(folder, manifest, shard)
+        records = _records(file.whole(), digest)
+        if isinstance(records, str) and file.refresh():
+            records = _records(file.whole(), digest)
+    except OSError as error:
+        raise _mismatch(folder, f"{name} is damaged ({error})") from error
+    if isinstance(records, str):
+        raise _mismatch(folder, f"{name} is damaged ({records})")
     excluded = _excluded(exclusions, shard)
     kept = np.delete(np.arange(records.num_samples), excluded) if len(excluded) else None
     return _Sidecar(records, kept)
+
+
+def _records(data: bytes, digest: bytes) -> Records | str:
+    """Of a sidecar; or what is wrong with it."""
+    try:
+        records = Records.from_bytes(data)
+    except ValueError as error:
+        return str(error)
+    return records if records.digest() == digest else "of another index"
 
 
 def _excluded(exclusions: Exclusions | None, shard: int) -> NDArray[np.uint32]:
     return np.zeros(0, np.uint32) if exclusions is None else exclusions.of(shard)
 
 
-def _open_file(folder: Folder, manifest: Manifest, shard: int) -> OpenFile:
-    return folder.open(manifest.name(shard))
+def _open_file(folder: AnyFolder, manifest: Manifest, shard: int) -> AnyFile:
+    name, size = manifest.name(shard), int(manifest.bytes_S[shard])
+    return folder.indexed(name, manifest.key(shard) + SHARD, size)
+
+
+def _sidecar(folder: AnyFolder, manifest: Manifest, shard: int) -> AnyFile:
+    return folder.indexed(manifest.name(shard) + SIDECAR, manifest.key(shard) + SIDECAR, None)
 
 
 # ---- manifests --------------------------------------------------------------------------------
@@ -292,9 +346,7 @@ def short_name(name: str) -> str:
     return name.rpartition("/")[2].removesuffix(SHARD)
 
 
-def _mismatch(folder: Path, fault: str) -> ValueError:
-    return ValueError(f"{folder}: index no longer matches its shards: {fault}; {_rebuild(folder)}")
-
-
-def _rebuild(folder: str | Path) -> str:
-    return f"run `nfnets-xla shards index {folder}`"
+def _mismatch(folder: AnyFolder, fault: str) -> ValueError:
+    return ValueError(
+        f"{folder}: index no longer matches its shards: {fault}; {folder.how_to_index}"
+    )

@@ -1,7 +1,8 @@
-"""Where shards lie. Nothing else in the package opens a shard, a sidecar or a manifest.
+"""Where shards lie. Nothing but this and `remote.py` opens a shard, a sidecar or a manifest.
 
-`Folder` is a local folder, and the seam for other places: whoever can list names with sizes, open a
-name for reads at an offset, and write a small file whole, can hold shards.
+`Folder` is a local folder; `remote.RemoteFolder` is one at an address, and answers to the same:
+whoever can list names with sizes, open a name for reads at an offset, and write a small file whole,
+can hold shards.
 """
 
 import os
@@ -15,19 +16,20 @@ SHARD = ".tar"
 class Folder:
     """Shards and the files beside them, by names relative to the folder, with slashes."""
 
+    cache = None  # local files need none
+
     def __init__(self, where: str | Path) -> None:
         """Raises ValueError for what is not a local folder."""
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(where)):  # Path makes gs:/a of gs://a
-            raise ValueError(
-                f"{where} is remote: remote shards are not supported yet; copy them to a local "
-                "folder"
-            )
-        self.path = Path(where)
+        self.path = local(where)
         if not self.path.is_dir():
             raise ValueError(f"{where} is not a folder: give one that holds shards (*{SHARD})")
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @property
+    def how_to_index(self) -> str:
+        return f"run `nfnets-xla shards index {self}`"
 
     def sizes(self, ending: str = SHARD) -> dict[str, int]:
         """Bytes of every file with this ending, by name, sorted; nothing hidden."""
@@ -50,6 +52,11 @@ class Folder:
     def open(self, name: str) -> "OpenFile":
         return OpenFile(self.path / name)
 
+    def indexed(self, name: str, key: str, size: int | None) -> "OpenFile":
+        """A file that an index describes."""
+        del key, size
+        return self.open(name)
+
     def read(self, name: str) -> bytes:
         """A whole file that belongs to an index."""
         return (self.path / name).read_bytes()
@@ -69,6 +76,21 @@ class Folder:
             raise
 
 
+def address(where: object) -> str | None:
+    """The address, if this is one."""
+    parts = re.fullmatch(
+        r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*?)/*", str(where)
+    )  # Path makes gs:/a of gs://a
+    return f"{parts[1]}://{parts[2]}" if parts else None
+
+
+def local(where: str | Path) -> Path:
+    """Raises ValueError for an address."""
+    if address(where):
+        raise ValueError(f"{where} is an address: give a local folder here")
+    return Path(where)
+
+
 class OpenFile:
     """A file to read from at any offset; closes when the last reader lets go of it."""
 
@@ -79,6 +101,13 @@ class OpenFile:
     def read(self, offset: int, size: int) -> bytes:
         """Bytes from `offset` on: `size` of them, or fewer if the file ends before."""
         return os.pread(self._descriptor, size, offset)
+
+    def whole(self) -> bytes:
+        return self.read(0, self.size)
+
+    def refresh(self) -> bool:
+        """Whether reading once more may give other bytes: what has the file is the only copy."""
+        return False
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):

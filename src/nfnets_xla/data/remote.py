@@ -1,0 +1,304 @@
+"""Shards at an address: `gs://`, `s3://`, `http(s)://`, and whatever else fsspec knows.
+
+`RemoteFolder` answers to what `storage.Folder` does. Files that an index describes come whole into
+a cache (`cache.py`) or, without one, by ranges. A request is repeated, with longer and longer
+waits, while its failure may pass. Credentials, endpoints and proxies are fsspec's own settings (its
+configuration files, or FSSPEC_<PROTOCOL>_<OPTION> in the environment).
+"""
+
+import errno
+import logging
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
+
+from nfnets_xla.data.cache import Cache, Room
+from nfnets_xla.data.storage import SHARD, Folder, OpenFile, address
+
+Out = TypeVar("Out")
+
+LONGEST_WAIT = 60.0  # seconds between two attempts
+FAMILIAR = 3  # failures in a row that are not worth a word
+PASSING = (408, 425, 429)  # of the HTTP statuses 400 to 499: those that may pass
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class Patience(NamedTuple):
+    """Of a request."""
+
+    attempts: int
+    first_wait: float  # seconds; doubles
+    timeout: float  # seconds without a byte
+
+
+PATIENCE = Patience(10, 1.0, 60.0)  # gives up after two to four minutes of failures
+
+
+def open_folder(where: "str | Path | AnyFolder", cache: Cache | None = None) -> "AnyFolder":
+    """A local folder, or one at an address. Raises ValueError for what is neither."""
+    if isinstance(where, Folder | RemoteFolder):
+        return where
+    url = address(where)
+    return RemoteFolder(url, cache) if url else Folder(where)
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """Shards and the files beside them, by names relative to the folder, with slashes.
+
+    What cannot be had is a ValueError that names it; where `read` finds no file it raises
+    FileNotFoundError.
+    """
+
+    url: str
+    cache: Cache | None = None
+    patience: Patience = PATIENCE
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an address that nothing installed can read."""
+        try:
+            _ = self._files
+        except ImportError as error:
+            raise ValueError(
+                f"{self.url} cannot be read: {error}: pip install 'nfnets-xla[remote]'"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"{self.url} cannot be read ({error}): give a local folder, gs://, s3:// or http(s)://"
+            ) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without its connections, for other processes."""
+        return RemoteFolder, (self.url, self.cache, self.patience)
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def how_to_index(self) -> str:
+        if self._is_http:
+            return (
+                "run `nfnets-xla shards index` on the shards where they lie, and publish index.npz "
+                "and *.idx.npz beside them"
+            )
+        return f"run `nfnets-xla shards index {self.url}`"
+
+    def sizes(self, ending: str = SHARD) -> dict[str, int]:
+        """Bytes of every file with this ending, by name, sorted; nothing hidden."""
+        if self._is_http:
+            raise ValueError(f"{self.url} can be neither listed nor written: {self.how_to_index}")
+        found = self._tried("", lambda: self._files.find(self.url, detail=True, withdirs=False))
+        top = self._files._strip_protocol(self.url).strip("/") + "/"
+        sizes = {name.strip("/").removeprefix(top): info for name, info in found.items()}
+        return {
+            name: int(info["size"])
+            for name, info in sorted(sizes.items())
+            if name.endswith(ending) and not re.search(r"(^|/)\.", name)
+        }
+
+    def modified(self, name: str) -> int | None:
+        """When the file was last written, in nanoseconds; None if there is none, or none knows."""
+        try:
+            at = self._tried(name, lambda: self._files.modified(self._at(name)))
+        except (FileNotFoundError, NotImplementedError):
+            return None
+        return int(at.timestamp() * 1e6) * 1000
+
+    def open(self, name: str) -> OpenFile:
+        """A copy to read once from end to end; it goes when it is closed."""
+        with tempfile.TemporaryDirectory(prefix="nfnets-xla-") as folder:
+            path = Path(folder) / "shard"
+            size = self._tried(name, lambda: int(self._files.size(self._at(name))))
+            self._download(name, size, lambda _: path)
+            return OpenFile(path)
+
+    def indexed(self, name: str, key: str, size: int | None) -> "CachedFile | RangeFile":
+        """A file that an index describes. `key` stands for its content; the size may be unknown of
+        small files only."""
+        if self.cache is None:
+            return RangeFile(self, name)
+        fetch = partial(self._fetch_small, name)
+        return CachedFile(
+            self.cache, key, fetch if size is None else partial(self._download, name, size)
+        )
+
+    def read(self, name: str) -> bytes:
+        """A whole file that belongs to an index."""
+        return self._tried(name, lambda: self._files.cat_file(self._at(name)))
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        def ask() -> bytes:
+            data = self._files.cat_file(self._at(name), start=offset, end=offset + size)
+            if len(data) != size:  # the whole file, if the server does not know ranges
+                raise OSError(f"{len(data)} bytes came instead of the {size} that were asked for")
+            return data
+
+        return self._found(name, ask)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Object stores show whole files only; elsewhere a torn index is refused when read."""
+        self._tried(name, lambda: self._files.pipe_file(self._at(name), data))
+
+    # ---- requests -----------------------------------------------------------------------------
+
+    def _download(self, name: str, size: int, room: Room) -> None:
+        path = room(size)
+
+        def ask() -> None:
+            self._files.get_file(self._at(name), str(path), callback=_atmost(size))
+            if (came := path.stat().st_size) != size:
+                raise OSError(f"{came} bytes came instead of {size}")
+
+        self._found(name, ask)
+
+    def _fetch_small(self, name: str, room: Room) -> None:
+        data = self._found(name, lambda: self._files.cat_file(self._at(name)))
+        room(len(data)).write_bytes(data)
+
+    def _found(self, name: str, ask: Callable[[], Out]) -> Out:
+        """For files that an index says are there."""
+        try:
+            return self._tried(name, ask)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.url}/{name} is missing: put it back and give the same command again, which "
+                f"goes on; or if it is gone for good, {self.how_to_index}"
+            ) from None
+
+    def _tried(self, name: str, ask: Callable[[], Out]) -> Out:
+        """The answer, asked for again while that may help."""
+        where = f"{self.url}/{name}".rstrip("/")
+        for attempt in range(1, self.patience.attempts + 1):
+            try:
+                return ask()
+            except (FileNotFoundError, NotImplementedError, TypeError, AttributeError):
+                raise
+            except Exception as error:  # each of fsspec's file systems has its own
+                what = " ".join(f"{type(error).__name__} {error}".split())[:300]
+                if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+                    raise ValueError(
+                        f"{where} cannot be kept ({error}): make room, or lower data.cache_bytes"
+                    ) from error
+                if not _may_pass(error):
+                    raise ValueError(
+                        f"{where} is refused ({what}): correct the address or the credentials"
+                    ) from error
+                if attempt == self.patience.attempts:
+                    raise ValueError(
+                        f"{where} could not be had in {attempt} attempts (last: {what}); when it "
+                        "can, the same command goes on"
+                    ) from error
+                wait = min(self.patience.first_wait * 2 ** (attempt - 1), LONGEST_WAIT)
+                wait *= _jitter.uniform(0.5, 1)  # or all who failed together would ask together
+                if attempt >= FAMILIAR:
+                    _log.warning("%s: %s; attempt %d in %.0f s", where, what, attempt + 1, wait)
+                time.sleep(wait)
+        raise AssertionError("attempts is at least 1")
+
+    @property
+    def _is_http(self) -> bool:
+        return self.url.startswith(("http://", "https://"))
+
+    def _at(self, name: str) -> str:
+        return f"{self.url}/{quote(name) if self._is_http else name}"
+
+    @cached_property
+    def _files(self) -> Any:
+        """fsspec's file system."""
+        import fsspec
+
+        protocol = self.url.partition(":")[0]
+        options = _options(protocol, self.patience.timeout)
+        return fsspec.filesystem(protocol, use_listings_cache=False, **options)
+
+
+AnyFolder = Folder | RemoteFolder
+
+_log = logging.getLogger(__name__)
+_jitter = random.Random()  # its own: the global one may be seeded by someone who counts on it
+
+
+class CachedFile:
+    """A file whose copy is in the cache, or comes into it when it is read."""
+
+    def __init__(self, cache: Cache, key: str, fetch: Callable[[Room], None]) -> None:
+        self._cache, self._key, self._fetch = cache, key, fetch
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self._cache.open(self._key, self._fetch).read(offset, size)
+
+    def whole(self) -> bytes:
+        return self._cache.open(self._key, self._fetch).whole()
+
+    def bring(self) -> None:
+        """Have the copy, unless another process is fetching it."""
+        self._cache.bring(self._key, self._fetch)
+
+    def refresh(self) -> bool:
+        """The copy may have rotted: the next read fetches another."""
+        self._cache.drop(self._key)
+        return True
+
+
+class RangeFile:
+    """A file of which only the parts that are read come, one request for each."""
+
+    def __init__(self, folder: RemoteFolder, name: str) -> None:
+        self._folder, self._name = folder, name
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self._folder.read_range(self._name, offset, size)
+
+    def whole(self) -> bytes:
+        return self._folder.read(self._name)
+
+    def refresh(self) -> bool:
+        return True
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a failure is one of the network's, or one that will stay."""
+    if isinstance(error, PermissionError | ValueError | ImportError):
+        return False
+    if "Credential" in type(error).__name__ or str(error).startswith("Forbidden"):  # gcsfs's 403
+        return False
+    status = str(getattr(error, "status", None) or getattr(error, "code", None))
+    status = int(status) if status.isdigit() else 0
+    return not 400 <= status < 500 or status in PASSING
+
+
+def _options(protocol: str, timeout: float) -> dict[str, Any]:
+    """So that an answer that stalls is a failure, beside what fsspec's configuration says."""
+    if protocol in ("http", "https", "gs", "gcs"):
+        import aiohttp
+
+        name = "client_kwargs" if protocol.startswith("http") else "session_kwargs"
+        limit = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        options: dict[str, Any] = {"timeout": limit}
+    elif protocol in ("s3", "s3a"):
+        name, options = "config_kwargs", {"connect_timeout": timeout, "read_timeout": timeout}
+    else:
+        return {}
+    from fsspec.config import conf
+
+    return {name: {**conf.get(protocol, {}).get(name, {}), **options}}
+
+
+def _atmost(size: int) -> Any:
+    """Ends a download that would take more of the disk than it has reserved."""
+    from fsspec.callbacks import Callback
+
+    class AtMost(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if self.value > size:
+                raise OSError(f"more than {size} bytes came")
+
+    return AtMost()
