@@ -69,7 +69,7 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["data.cache_dir=gs://bucket/x"], "gs://bucket/x is an address: give a local folder here"),
         (["data.cache_dir=/proc/cache"], "data.cache_dir is /proc/cache, which cannot be made"),
-        (["data.cache_bytes=0"], "data.cache_bytes is 0; it must be greater than 0"),
+        (["data.cache_bytes=0"], "data.cache_bytes is 0.0; it must be greater than 0"),
         (["run_dir=null"], "run_dir is not set"),
         (["data.shards=null"], "data.shards is not set"),
         (["seed=-1"], "seed is -1"),

@@ -47,7 +47,7 @@ class DataConfig:
     num_streams: int  # canonical streams: divides batch_size / repeats; hosts divide it
     window_shards: int  # shards shuffled together within a stream
     cache_dir: str | None  # local folder for copies of shards that are at an address
-    cache_bytes: int  # of that folder, at most; shared by all processes that use it
+    cache_bytes: float  # of that folder, at most; shared by all processes that use it
     workers: int  # loader processes per host; no effect on what is in a batch
 
 

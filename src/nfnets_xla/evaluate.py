@@ -18,6 +18,7 @@ from nfnets_xla.models.weights import load_checkpoint, load_into
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.task import Classification
 from nfnets_xla.train import (
+    check_cache,
     check_division,
     choose_form,
     count_classes,
@@ -39,6 +40,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
         raise ValueError("data.eval_shards is not set; it must name a folder of indexed shards")
     if run.model.init_from is None:
         raise ValueError("model.init_from is not set; it must name the weights to evaluate")
+    check_cache(run)
     held_out = open_index(run, run.data.eval_shards)
     path = checkpoint.weights_file(Path(run.model.init_from), run.model.init_weights)
     weights = load_checkpoint(path)

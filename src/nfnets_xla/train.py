@@ -53,6 +53,7 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
     """
     if run.run_dir is None:
         raise ValueError("run_dir is not set; it must name the folder the run is to be kept in")
+    check_cache(run)
     index, held_out = open_shards(run)
     num_classes = count_classes(run, index, held_out)
     order = make_order(run, index)
@@ -155,14 +156,19 @@ def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:
 
 
 def open_index(run: Run, shards: str) -> ShardIndex:
-    if run.data.cache_dir is None:
-        if url := address(shards):
+    folder = run.data.cache_dir
+    return ShardIndex.load(shards, folder and open_cache(folder, run.data.cache_bytes))
+
+
+def check_cache(run: Run) -> None:
+    """Raises ValueError for shards at an address and no cache: a request for each sample would do
+    for a few of them only."""
+    for shards in (run.data.shards, run.data.eval_shards):
+        if run.data.cache_dir is None and (url := address(shards)):
             raise ValueError(
                 f"{url} is read through a cache, and data.cache_dir is not set: name a folder on a "
-                f"local disk that has data.cache_bytes={run.data.cache_bytes} bytes to spare"
+                f"local disk that has data.cache_bytes={run.data.cache_bytes:.0f} bytes to spare"
             )
-        return ShardIndex.load(shards)
-    return ShardIndex.load(shards, open_cache(run.data.cache_dir, run.data.cache_bytes))
 
 
 def count_classes(run: Run, *indexes: ShardIndex | None) -> int:

@@ -11,7 +11,7 @@ from nfnets_xla.data.cache import Cache
 from nfnets_xla.data.remote import Patience, RemoteFolder
 from nfnets_xla.data.shards import ShardIndex
 
-QUICK = Patience(attempts=10, first_wait=0.01, timeout=0.5)
+QUICK = Patience(total=60, first_wait=0.01, timeout=0.5)
 
 
 def digest(index: ShardIndex, first: int = 0) -> str:

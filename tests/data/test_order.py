@@ -262,3 +262,31 @@ def test_a_sequential_order_needs_samples_and_a_batch() -> None:
         SequentialOrder(np.array([0]), 2)
     with pytest.raises(ValueError, match="unique_per_step is 0"):
         SequentialOrder(np.array([1]), 0)
+
+
+# ---- what is fetched ahead ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("epochs", "streams"), [(1, None), (1, range(1, 3)), (2.5, None)])
+def test_what_comes_next_is_known_ahead(epochs: float, streams: range | None) -> None:
+    order = Order(np.array([20] * 12 + [13, 11, 19]), 3, 4, 8, window_shards=2, epochs=epochs)
+    num = 4 if streams is None else len(streams)
+    before: list[int] | None = None
+    for step in range(order.num_steps):
+        rows, ahead = order.step(step, streams), order.shards_ahead(step, streams)
+        read = set(rows.shard[rows.weight > 0].tolist())
+        assert read <= set(ahead)
+        assert len(ahead) == len(set(ahead)) <= 2 * 2 * num
+        if epochs == 1 and before is not None:  # else windows at an epoch's end may be tiny
+            assert read <= set(before)
+        if not step:  # of each stream, the window in use comes first
+            assert read <= set(ahead[: 2 * num])
+        before = ahead
+    # Of an epoch, nothing is wanted that lies after its end.
+    assert set(order.shards_ahead(order.num_steps - 1, streams)) == read or epochs != 1
+
+
+def test_evaluation_knows_the_next_shards() -> None:
+    order = SequentialOrder(np.array([4] * 9), unique_per_step=6)
+    assert order.shards_ahead(0) == [0, 1, 2, 3, 4, 5]
+    assert order.shards_ahead(order.num_steps - 1) == [7, 8]

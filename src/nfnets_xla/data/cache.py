@@ -37,7 +37,7 @@ class Cache:
     """The keys are file names, each of which stands for one content."""
 
     folder: Path  # on a local disk: locks are flock's
-    limit: int  # bytes
+    limit: float  # bytes
 
     def open(self, key: str, fetch: Fetch) -> OpenFile:
         """The copy, fetched if it is not there. Raises what `fetch` raises, and ValueError for a
@@ -80,7 +80,8 @@ class Cache:
             fetch(room)
             file = OpenFile(parts[-1])
             # Not synced: a copy that a crash of the machine has spoiled fails its checksums.
-            parts[-1].replace(self.folder / key)
+            with _held(self.folder / LOCK, wait=True):  # who counts sees it under one name
+                parts[-1].replace(self.folder / key)
             return file
         finally:
             for part in parts:
@@ -90,7 +91,7 @@ class Cache:
         """An empty file whose name reserves `size` bytes."""
         if size > self.limit:
             raise ValueError(
-                f"{key} has {size} bytes, more than the {self.limit} of the whole cache: raise "
+                f"{key} has {size} bytes, more than the {self.limit:.0f} of the whole cache: raise "
                 "data.cache_bytes"
             )
         part = self.folder / f"{key}.{size}{PART}"
@@ -104,7 +105,7 @@ class Cache:
                     return part
             time.sleep(POLL)  # until another download is whole, and may be evicted
 
-    def _evict(self, limit: int) -> bool:
+    def _evict(self, limit: float) -> bool:
         """Delete until there are at most `limit` bytes; False if what is left is on its way."""
         entries = list(self._entries())
         used = sum(entry.size for entry in entries)
@@ -138,7 +139,7 @@ class Cache:
         return self.folder / f"{key}{LOCK}"
 
 
-def open_cache(folder: str | Path, limit: int) -> Cache:
+def open_cache(folder: str | Path, limit: float) -> Cache:
     """Raises ValueError for a folder that cannot be made or written."""
     path = local(folder)
     try:

@@ -161,23 +161,19 @@ class Order:
         return range(host * each, (host + 1) * each)
 
     def shards_ahead(self, number: int, streams: range | None = None) -> list[int]:
-        """Shards of the windows that a step reads from, then of those that come next, the soonest
-        first. For whoever fetches them before they are read."""
-        per_stream = self.unique_per_step // self.num_streams
-        windows: list[tuple[int, int, Window]] = []  # draws until it begins, stream
+        """Shards that a step may read from and those that come next, the soonest first: of each
+        stream two windows' worth. For whoever fetches them before they are read."""
+        parts: list[tuple[int, int, list[int]]] = []  # first draw, stream, shards
         for stream in range(self.num_streams) if streams is None else streams:
-            draw = number * per_stream
-            now = self._window_at(stream, draw)
-            windows.append((0, stream, now))
-            left = now.high - now.place
-            if self._draw_of_run(stream, draw + left) < self.total_draws:
-                windows.append((left, stream, self._window_at(stream, draw + left)))
-        found: dict[int, None] = {}
-        for _, _, window in sorted(windows):
-            line = self._line(window.epoch)
-            first, last = _shard_at(line, window.low), _shard_at(line, window.high - 1)
-            found |= dict.fromkeys(line.shards[first : last + 1].tolist())
-        return list(found)
+            draw, room = number * (self.unique_per_step // self.num_streams), 2 * self.window_shards
+            while room and self._draw_of_run(stream, draw) < self.total_draws:
+                window = self._window_at(stream, draw)
+                line = self._line(window.epoch)
+                first, last = _shard_at(line, window.low), _shard_at(line, window.high - 1)
+                shards = line.shards[first : last + 1][:room].tolist()
+                parts.append((draw, stream, shards))
+                draw, room = draw + window.high - window.place, room - len(shards)
+        return list(dict.fromkeys(shard for *_, shards in sorted(parts) for shard in shards))
 
     def _stretch(self, stream: int, draw: int, end: int) -> StepRows:
         """Draws of one stream from `draw` on, up to `end` or to the end of their window."""

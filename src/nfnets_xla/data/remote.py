@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
-from nfnets_xla.data.cache import Cache, Room
+from nfnets_xla.data.cache import Cache, Fetch, Room
 from nfnets_xla.data.storage import SHARD, Folder, OpenFile, address
 
 Out = TypeVar("Out")
@@ -33,12 +34,12 @@ DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 class Patience(NamedTuple):
     """Of a request."""
 
-    attempts: int
-    first_wait: float  # seconds; doubles
-    timeout: float  # seconds without a byte
+    total: float  # seconds after which it is not repeated again
+    first_wait: float  # seconds; doubles, up to LONGEST_WAIT
+    timeout: float  # seconds without a byte that make a failure
 
 
-PATIENCE = Patience(10, 1.0, 60.0)  # gives up after two to four minutes of failures
+PATIENCE = Patience(total=300.0, first_wait=1.0, timeout=60.0)
 
 
 def open_folder(where: "str | Path | AnyFolder", cache: Cache | None = None) -> "AnyFolder":
@@ -148,7 +149,7 @@ class RemoteFolder:
 
     # ---- requests -----------------------------------------------------------------------------
 
-    def _download(self, name: str, size: int, room: Room) -> None:
+    def _download(self, name: str, size: int, room: Room, began: float | None = None) -> None:
         path = room(size)
 
         def ask() -> None:
@@ -156,26 +157,31 @@ class RemoteFolder:
             if (came := path.stat().st_size) != size:
                 raise OSError(f"{came} bytes came instead of {size}")
 
-        self._found(name, ask)
+        self._found(name, ask, began)
 
-    def _fetch_small(self, name: str, room: Room) -> None:
-        data = self._found(name, lambda: self._files.cat_file(self._at(name)))
+    def _fetch_small(self, name: str, room: Room, began: float | None = None) -> None:
+        data = self._found(name, lambda: self._files.cat_file(self._at(name)), began)
         room(len(data)).write_bytes(data)
 
-    def _found(self, name: str, ask: Callable[[], Out]) -> Out:
+    def _found(self, name: str, ask: Callable[[], Out], began: float | None = None) -> Out:
         """For files that an index says are there."""
         try:
-            return self._tried(name, ask)
+            return self._tried(name, ask, began)
         except FileNotFoundError:
             raise ValueError(
                 f"{self.url}/{name} is missing: put it back and give the same command again, which "
                 f"goes on; or if it is gone for good, {self.how_to_index}"
             ) from None
 
-    def _tried(self, name: str, ask: Callable[[], Out]) -> Out:
-        """The answer, asked for again while that may help."""
+    def _tried(self, name: str, ask: Callable[[], Out], began: float | None = None) -> Out:
+        """The answer, asked for again while that may help.
+
+        `began` is when the reader wanted it, on the monotonic clock. Who waited while another
+        process tried in vain does not begin anew, or a host's processes would do so one by one.
+        """
         where = f"{self.url}/{name}".rstrip("/")
-        for attempt in range(1, self.patience.attempts + 1):
+        end = self.patience.total + (time.monotonic() if began is None else began)
+        for attempt in count(1):
             try:
                 return ask()
             except (FileNotFoundError, NotImplementedError, TypeError, AttributeError):
@@ -190,17 +196,19 @@ class RemoteFolder:
                     raise ValueError(
                         f"{where} is refused ({what}): correct the address or the credentials"
                     ) from error
-                if attempt == self.patience.attempts:
+                left = end - time.monotonic()
+                if left <= 0:
                     raise ValueError(
-                        f"{where} could not be had in {attempt} attempts (last: {what}); when it "
-                        "can, the same command goes on"
+                        f"{where} could not be had in {self.patience.total:g} s (last of {attempt} "
+                        f"attempts: {what}); when it can, the same command goes on"
                     ) from error
-                wait = min(self.patience.first_wait * 2 ** (attempt - 1), LONGEST_WAIT)
+                wait = min(self.patience.first_wait * 2.0 ** (attempt - 1), LONGEST_WAIT)
                 wait *= _jitter.uniform(0.5, 1)  # or all who failed together would ask together
+                wait = min(wait, left)
                 if attempt >= FAMILIAR:
                     _log.warning("%s: %s; attempt %d in %.0f s", where, what, attempt + 1, wait)
                 time.sleep(wait)
-        raise AssertionError("attempts is at least 1")
+        raise AssertionError("count() has no end")
 
     @property
     def _is_http(self) -> bool:
@@ -228,23 +236,28 @@ _jitter = random.Random()  # its own: the global one may be seeded by someone wh
 class CachedFile:
     """A file whose copy is in the cache, or comes into it when it is read."""
 
-    def __init__(self, cache: Cache, key: str, fetch: Callable[[Room], None]) -> None:
+    def __init__(self, cache: Cache, key: str, fetch: Callable[..., None]) -> None:
+        """`fetch(room, began=...)`, as the cache calls it and with the time since when it is
+        wanted."""
         self._cache, self._key, self._fetch = cache, key, fetch
 
     def read(self, offset: int, size: int) -> bytes:
-        return self._cache.open(self._key, self._fetch).read(offset, size)
+        return self._cache.open(self._key, self._fetch_now()).read(offset, size)
 
     def whole(self) -> bytes:
-        return self._cache.open(self._key, self._fetch).whole()
+        return self._cache.open(self._key, self._fetch_now()).whole()
 
     def bring(self) -> None:
         """Have the copy, unless another process is fetching it."""
-        self._cache.bring(self._key, self._fetch)
+        self._cache.bring(self._key, self._fetch_now())
 
     def refresh(self) -> bool:
         """The copy may have rotted: the next read fetches another."""
         self._cache.drop(self._key)
         return True
+
+    def _fetch_now(self) -> Fetch:
+        return partial(self._fetch, began=time.monotonic())
 
 
 class RangeFile:

@@ -215,7 +215,7 @@ class ShardIndex:
         need = int(np.sort(bytes_S)[-num_shards:].sum())
         if cache is not None and cache.limit < need:
             raise ValueError(
-                f"data.cache_bytes is {cache.limit}, and {what} hold up to {need} bytes of "
+                f"data.cache_bytes is {cache.limit:.0f}, and {what} hold up to {need} bytes of "
                 f"{self.folder}: raise it to that or more"
             )
 
