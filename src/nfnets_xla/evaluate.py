@@ -1,7 +1,7 @@
 """Evaluate given weights on held-out shards: the same graph and numbers as during training."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     loader = make_eval_loader(run, held_out, num_classes)
     header = {"resumed_from": 0, "config": asdict(run), "fingerprint": held_out.fingerprint}
     keeps = nullcontext() if run.run_dir is None else RecordWriter(Path(run.run_dir), header)
-    with keeps as record:
+    with keeps as record, closing(loader):
         missed = Missed(
             record,
             ceiling=run.data.max_missed,

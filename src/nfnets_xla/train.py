@@ -9,6 +9,7 @@ import logging
 import platform
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -104,7 +105,11 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
     )
     eval_loader = None if held_out is None else make_eval_loader(run, held_out, num_classes)
     before = missed_before(folder, start_step)
-    with RecordWriter(folder, header(run, identity, order, net, backend, start_step)) as record:
+    with (
+        RecordWriter(folder, header(run, identity, order, net, backend, start_step)) as record,
+        closing(loader),
+        closing(eval_loader) if eval_loader else nullcontext(),
+    ):
         (folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
         monitor = Monitor(
             record,
@@ -138,10 +143,10 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
         trainer.fit(task, loader, eval_loader)
         if eval_loader is not None and monitor.evaluated_at != order.num_steps:
             trainer.validate(task, eval_loader, verbose=False)
-        closing = {"steps": order.num_steps, "missed": missed.trained, **backend.report()}
-        record.write("end", order.num_steps, **closing)
+        result = {"steps": order.num_steps, "missed": missed.trained, **backend.report()}
+        record.write("end", order.num_steps, **result)
     say(f"finished after {order.num_steps} steps; everything is in {folder}")
-    return closing
+    return result
 
 
 # ---- data -------------------------------------------------------------------------------------

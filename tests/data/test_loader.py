@@ -1,10 +1,12 @@
 """A batch is a function of its step: the same from any process, with its views, masks and names."""
 
 import io
+import multiprocessing
 import pickle
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,10 @@ def test_workers_change_nothing(
 ) -> None:
     dataset = train(index)
     loader = Batches(dataset, start_step=0, stop_step=len(dataset), workers=workers)
-    loaded = list(loader)
+    with closing(loader):
+        loaded = list(loader)
+        assert len(multiprocessing.active_children()) == workers
+    assert not multiprocessing.active_children()
     assert [batch["step"] for batch in loaded] == list(range(len(dataset)))
     for one, other in zip(loaded, in_this_process, strict=True):
         assert_same(one, other)

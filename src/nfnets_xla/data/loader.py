@@ -308,6 +308,13 @@ class Batches:
         # A map lets go of what it has given: a generator would free the batch during the next wait.
         return map(_received, self._loader)
 
+    def close(self) -> None:
+        """End the workers. Left to the interpreter's exit, one that is busy would be killed, and
+        torch, taking that for a crash, would have the last word after the real error."""
+        if self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+            self._loader._iterator = None
+
 
 class _Sent(NamedTuple):
     """A batch on its way from a worker. Only the images go as a tensor, in shared memory: each
