@@ -162,7 +162,8 @@ def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:
 
 def open_index(run: Run, shards: str) -> ShardIndex:
     folder = run.data.cache_dir
-    return ShardIndex.load(shards, folder and open_cache(folder, run.data.cache_bytes))
+    cache = None if folder is None else open_cache(folder, run.data.cache_bytes)
+    return ShardIndex.load(shards, cache)
 
 
 def check_cache(run: Run) -> None:

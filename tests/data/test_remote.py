@@ -15,6 +15,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from fsspec.config import conf
 
 from nfnets_xla.data.cache import Cache
 from nfnets_xla.data.index import build_index
@@ -24,6 +25,7 @@ from nfnets_xla.data.order import Order
 from nfnets_xla.data.remote import Patience, RemoteFolder
 from nfnets_xla.data.shards import SIDECAR_SAMPLE, ShardIndex
 from tests.data.images import packed
+from tests.data.object_store import GCS, S3, storing
 from tests.data.remote_reader import QUICK, digest
 from tests.data.server import Server, every_other, serving
 from tests.data.test_loader import assert_same
@@ -371,3 +373,24 @@ def test_indexing_at_an_address(local: ShardIndex, cache: Cache) -> None:
     assert f"{name}, offset 0: truncated" in one_line(lambda: build_index(index.folder))
     files.pipe_file(f"memory://bucket/shards/{name}", (path_of(local) / name).read_bytes())
     assert build_index(index.folder).fingerprint == local.fingerprint
+
+
+@pytest.mark.parametrize("protocol", ["s3", "gs"])
+def test_an_object_store_gives_the_local_batches(
+    local: ShardIndex, cache: Cache, tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through s3fs and gcsfs, whose endpoint and credentials come from fsspec's configuration."""
+    # gcsfs asks what kind of bucket it is by gRPC, which knows no endpoint but Google's.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    bucket = tmp_path / "bucket" / "shards"
+    bucket.mkdir(parents=True)
+    for path in path_of(local).glob("*.tar"):
+        (bucket / path.name).write_bytes(path.read_bytes())
+    with storing(tmp_path, {"s3": S3, "gs": GCS}[protocol]) as endpoint:
+        options = {"s3": {"anon": True}, "gs": {"token": "anon"}}[protocol]
+        monkeypatch.setitem(conf, protocol, {"endpoint_url": endpoint, **options})
+        index = build_index(RemoteFolder(f"{protocol}://bucket/shards", patience=QUICK))
+        assert index.fingerprint == local.fingerprint
+        assert {path.name for path in bucket.iterdir()} >= {"index.npz", f"{local.name(0)}.idx.npz"}
+        again = ShardIndex.load(RemoteFolder(f"{protocol}://bucket/shards", cache, QUICK))
+        assert digest(again) == digest(local)
