@@ -34,9 +34,10 @@ from torchvision.transforms import v2
 from webdataset.compat import WebDataset
 
 from nfnets_xla.data.augment import _resized
+from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.decode import decode
 from nfnets_xla.data.index import build_index
-from nfnets_xla.data.loader import Batches, TrainBatches
+from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.data.randaugment import rand_augment

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from nfnets_xla.config import Run
-from nfnets_xla.data.loader import TrainBatches
+from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.mix import mixed
 from nfnets_xla.train import count_classes, make_order, make_train_batches, open_shards
 

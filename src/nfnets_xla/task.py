@@ -50,7 +50,7 @@ class Restored:
 
 
 class Classification(LightningModule):
-    """Trains a network on batches of `data.loader.TrainBatches`; evaluates on `EvalBatches`."""
+    """Trains a network on batches of `data.batches.TrainBatches`; evaluates on `EvalBatches`."""
 
     mean_rgb: Tensor
     stddev_rgb: Tensor

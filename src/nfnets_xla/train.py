@@ -22,9 +22,10 @@ from nfnets_xla import checkpoint
 from nfnets_xla.backend import Backend, open_backend
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import Run, differences
+from nfnets_xla.data.batches import EvalBatches, TrainBatches
 from nfnets_xla.data.cache import open_cache
 from nfnets_xla.data.exclude import without
-from nfnets_xla.data.loader import Batches, EvalBatches, TrainBatches
+from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.storage import address

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nfnets_xla.data.loader import Batch, TrainBatches
+from nfnets_xla.data.batches import Batch, TrainBatches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
 

@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from nfnets_xla.data.batches import Batch, EvalBatches, TrainBatches
 from nfnets_xla.data.index import build_index
-from nfnets_xla.data.loader import Batch, Batches, EvalBatches, TrainBatches
+from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.masks import RANDAUGMENT, dropout_bits, keep_masks, row_rng
 from nfnets_xla.data.mix import partner_rows
 from nfnets_xla.data.order import Order
@@ -82,6 +84,11 @@ def assert_same(one: Batch, other: Batch) -> None:
         assert np.array_equal(value, other[name]), name
 
 
+def _workers() -> int:
+    """Without those that joblib keeps from other tests of this process."""
+    return sum(child.daemon for child in multiprocessing.active_children())
+
+
 # ---- the same batches, however they are made ----------------------------------------------------
 
 
@@ -101,8 +108,8 @@ def test_workers_change_nothing(
     loader = Batches(dataset, start_step=0, stop_step=len(dataset), workers=workers)
     with closing(loader):
         loaded = list(loader)
-        assert len(multiprocessing.active_children()) == workers
-    assert not multiprocessing.active_children()
+        assert _workers() == workers
+    assert _workers() == 0
     assert [batch["step"] for batch in loaded] == list(range(len(dataset)))
     for one, other in zip(loaded, in_this_process, strict=True):
         assert_same(one, other)
@@ -433,3 +440,38 @@ def test_a_worker_starts_light() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "[]"
+
+
+KILLED = """
+import os, sys, multiprocessing
+import numpy as np
+from nfnets_xla.data.loader import Batches
+
+class Slow:
+    def __len__(self):
+        return 9
+    def __getitem__(self, step):
+        return {"step": step, "sample_U": np.zeros(10**6)}
+
+if __name__ == "__main__":
+    batches = iter(Batches(Slow(), start_step=0, stop_step=9, workers=2))
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_workers_of_a_killed_run_end_too(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    run = subprocess.Popen(
+        [sys.executable, tmp_path / "killed.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert run.stdout is not None
+    workers = [int(pid) for pid in run.stdout.readline().split()]
+    assert len(workers) == 2
+    run.kill()
+    run.communicate()
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]

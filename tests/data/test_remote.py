@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from fsspec.config import conf
 
+from nfnets_xla.data.batches import EvalBatches, TrainBatches
 from nfnets_xla.data.cache import Cache
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.lint import lint, stats
-from nfnets_xla.data.loader import Batches, EvalBatches, TrainBatches
+from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.remote import Patience, RemoteFolder
 from nfnets_xla.data.shards import SIDECAR_SAMPLE, ShardIndex

@@ -405,10 +405,14 @@ def test_it_pickles_small_and_reads_in_a_spawned_process(index: ShardIndex) -> N
 
 
 def test_no_file_stays_open(folder: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    def open_shards() -> list[str]:
+        opened = (os.path.realpath(link) for link in Path("/proc/self/fd").iterdir())
+        return sorted(name for name in opened if name.startswith(f"{folder.resolve()}/"))
+
     index = build_index(folder)
+    assert not open_shards()
     for shard in range(4):
         index.read(shard, 0)
-    assert len(os.listdir("/proc/self/fd")) == before + 4
+    assert len(open_shards()) == 4
     del index
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not open_shards()
