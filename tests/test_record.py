@@ -58,6 +58,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     with RecordWriter(tmp_path, {"resumed_from": 0}) as writer:
         writer.write("train", 1, loss=float("nan"), others=[float("inf"), {"x": float("-inf")}])
     row = json.loads(writer.path.read_text().splitlines()[1])
+    assert row.pop("seconds") >= 0
     assert row == {"kind": "train", "step": 1, "loss": None, "others": [None, {"x": None}]}
 
 
@@ -65,3 +66,14 @@ def test_every_line_is_on_disk_before_write_returns(tmp_path: Path) -> None:
     with RecordWriter(tmp_path, {"resumed_from": 0}) as writer:
         writer.write("train", 1, loss=1.0)
         assert read_record(tmp_path).of_kind("train")[0]["loss"] == 1.0
+
+
+def test_seconds_are_of_all_starts_and_unknown_in_older_records(tmp_path: Path) -> None:
+    for number, seconds in ((1, 30.5), (2, 12)):
+        header = {"kind": "header", "step": 0, "seconds": 0.0, "resumed_from": 0}
+        last = {"kind": "train", "step": 1, "seconds": seconds}
+        text = "".join(json.dumps(row) + "\n" for row in (header, last))
+        (tmp_path / f"run-{number}.jsonl").write_text(text)
+    assert read_record(tmp_path).seconds == 42.5
+    (tmp_path / "run-3.jsonl").write_text('{"kind":"header","step":0,"resumed_from":0}\n')
+    assert read_record(tmp_path).seconds is None

@@ -1,14 +1,16 @@
 """The record of a run: one JSON-lines file per start, which every later tool reads.
 
 `run-<attempt>.jsonl` opens with a header (kind "header"), then one object per line, each with a
-"kind" and a "step". Files are never appended to by a later start, because object stores cannot;
-a run that was interrupted twice leaves three. Steps count from 1: step n is the n-th update, and
-an evaluation or a checkpoint at step n follows that update. Standard library only.
+"kind", a "step" and the "seconds" since the file was opened. Files are never appended to by a later
+start, because object stores cannot; a run that was interrupted twice leaves three. Steps count from
+1: step n is the n-th update, and an evaluation or a checkpoint at step n follows that update.
+Standard library only.
 """
 
 import json
 import math
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +27,13 @@ class RecordWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.attempt = 1 + max((number for number, _ in _attempts(run_dir)), default=0)
         self.path = run_dir / f"run-{self.attempt}.jsonl"
+        self._opened = time.monotonic()
         self._file: TextIO = self.path.open("x", encoding="utf-8")
         self.write("header", header["resumed_from"], **header)
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
-        row = {"kind": kind, "step": step, **fields}
+        seconds = round(time.monotonic() - self._opened, 3)
+        row = {"kind": kind, "step": step, "seconds": seconds, **fields}
         self._file.write(json.dumps(_finite(row), allow_nan=False, separators=(",", ":")) + "\n")
         self._file.flush()
 
@@ -48,6 +52,7 @@ class RunRecord:
     headers: list[Row]
     rows: list[Row]
     steps_lost: int  # computed (as far as the record shows), in no checkpoint, computed again
+    seconds: float | None  # of all attempts, to the last line of each; None: an older record
 
     def of_kind(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] == kind]
@@ -67,6 +72,7 @@ def read_record(run_dir: Path | str) -> RunRecord:
     headers: list[Row] = []
     rows: list[Row] = []
     lost = 0
+    seconds: float | None = 0.0
     for _, path in attempts:
         lines = _read_lines(path)
         if not lines:
@@ -78,7 +84,9 @@ def read_record(run_dir: Path | str) -> RunRecord:
         rows = [row for row in rows if row["step"] <= resumed_from and row["kind"] != "end"]
         headers.append(header)
         rows += body
-    return RunRecord(headers, rows, lost)
+        known = None if seconds is None else lines[-1].get("seconds")
+        seconds = None if seconds is None or known is None else seconds + known
+    return RunRecord(headers, rows, lost, seconds)
 
 
 _PROGRESS = ("train", "samples")  # rows written for a computed step

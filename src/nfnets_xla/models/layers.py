@@ -5,18 +5,17 @@ pixels, O out and I in channels of a weight.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfnets_xla.models.variants import EpsMode, Gelu
+
 GELU_GAIN = 1.7015043497085571  # base.py: unit variance out for N(0, 1) in, tanh approximation
 WS_FLOOR = 1e-4  # base.py: a floor under variance * fan_in, not an addend
 WS_ADDEND = 1e-5  # timm's dm_nfnet (std_conv_eps): added to the variance
-
-Gelu = Literal["tanh", "erf"]
-EpsMode = Literal["floor", "add"]
 
 
 def gelu(x: Tensor, form: Gelu = "tanh") -> Tensor:

@@ -21,8 +21,6 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from nfnets_xla.models.layers import (
     GELU_GAIN,
-    EpsMode,
-    Gelu,
     Linear,
     SqueezeExcite,
     WSConv2d,
@@ -35,6 +33,8 @@ from nfnets_xla.models.variants import (
     ALPHA,
     STAGE_STRIDES,
     STEM_STRIDES,
+    EpsMode,
+    Gelu,
     Variant,
     betas,
     bottleneck,

@@ -5,8 +5,10 @@ Reference: deepmind-research/nfnets, base.py at f5de0ed, and Table 1 of arXiv 21
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from nfnets_xla.models.layers import EpsMode, Gelu
+Gelu = Literal["tanh", "erf"]
+EpsMode = Literal["floor", "add"]
 
 ALPHA = 0.2  # nfnet.py: weight of the residual branch
 STAGE_STRIDES = (1, 2, 2, 2)

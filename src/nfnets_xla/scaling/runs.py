@@ -1,0 +1,205 @@
+"""Runs as points: what each cost and what came out, read from the records that runs leave.
+
+A point's cost is counted twice. `typical_seconds` has every row at the run's median speed: what the
+run would take without interruptions, which is what arXiv 2310.16764 puts on its axes ("estimated by
+eye from the typical steps per second"). `all_in_seconds` is what its starts took, from opening the
+record to its last line: with compilation, evaluations, checkpoints and steps that were computed
+twice, and without the time between starts. Both are of the whole machine; `devices` says how many.
+"""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nfnets_xla.devices import find_device
+from nfnets_xla.record import RunRecord, read_record
+from nfnets_xla.scaling.account import core_hours, device, train_flops, utilisation
+
+
+@dataclass(frozen=True)
+class Point:
+    """One finished run."""
+
+    run: str  # its folder, relative to where the search began
+    model: str
+    epochs: float
+    peak_lr: float
+    seed: int
+    loss: float  # held out
+    top1: float  # held out, in [0, 1]
+    macs: float  # of one training image, forward
+    parameters: int
+    image_size: int
+    num_classes: int
+    batch_size: int
+    repeats: int
+    rows: int  # computed, each once: steps x batch
+    flops: float  # of training on these rows
+    device_kind: str
+    devices: int
+    typical_seconds: float | None
+    all_in_seconds: float | None
+    restarts: int
+    steps_lost: int
+    data: str  # fingerprint of the training shards
+    init_from: str | None  # the run or file whose weights it started from
+
+    @property
+    def is_finetuned(self) -> bool:
+        return self.init_from is not None
+
+    @property
+    def error(self) -> float:
+        """Top-1 error on held-out images, in [0, 1]."""
+        return 1 - self.top1
+
+    def cores(self, hardware: str) -> int | None:
+        """Cores that it ran on, if they were of `hardware`; else None."""
+        if find_device(self.device_kind) is not device(hardware):
+            return None
+        return self.devices * device(hardware).cores
+
+    def core_hours(self, hardware: str = "v4", *, mfu: float | None = None) -> float:
+        """Typical core-hours on `hardware`: measured if it ran there, else by the assumed `mfu`.
+
+        ValueError if it ran elsewhere and no `mfu` is given.
+        """
+        cores = self.cores(hardware)
+        if cores is not None and self.typical_seconds is not None:
+            return self.typical_seconds * cores / 3600
+        if mfu is None:
+            raise ValueError(
+                f"{self.run} ran on {self.device_kind}, not on {hardware}: give the MFU to assume "
+                "there (the paper's largest run reached 0.36)"
+            )
+        return core_hours(self.flops, hardware, mfu=mfu)
+
+    def mfu(self, hardware: str) -> float | None:
+        """What it reached of the peak; None if it did not run on `hardware`."""
+        cores = self.cores(hardware)
+        if cores is None or not self.typical_seconds:
+            return None
+        return utilisation(self.flops, self.typical_seconds * cores / 3600, hardware)
+
+
+def read_points(root: Path | str) -> tuple[list[Point], list[str]]:
+    """Every finished training run below `root`, in the order of their names, and what was left out.
+
+    Evaluations are no training runs and are passed over. The second list has a line for each run
+    without an end or without a held-out evaluation. ValueError if there is no finished run at all,
+    or if a record is damaged.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder: give one that holds runs")
+    points, left_out = [], []
+    for folder in sorted({path.parent for path in root.rglob("run-*.jsonl")}):
+        record = read_record(folder)
+        name = str(folder.relative_to(root))
+        if not record.headers or "num_steps" not in record.headers[0]:
+            continue
+        missing = _missing(record)
+        if missing:
+            left_out.append(f"{name}: {missing}")
+        else:
+            points.append(read_point(record, name))
+    if not points:
+        remark = f" ({left_out[0]})" if left_out else ""
+        raise ValueError(
+            f"{root} holds no finished training run{remark}: each leaves a run-1.jsonl"
+        )
+    return points, left_out
+
+
+def _missing(record: RunRecord) -> str:
+    if not record.of_kind("end"):
+        return "not finished"
+    evaluations = record.of_kind("eval")
+    if not evaluations:
+        return "without a held-out evaluation"
+    return "" if evaluations[-1]["loss"] is not None else "its held-out loss is not finite"
+
+
+def read_point(record: RunRecord, name: str) -> Point:
+    header = record.headers[0]
+    config = header["config"]
+    data, optim = config["data"], config["optim"]
+    rows = header["num_steps"] * data["batch_size"]
+    evaluation = _evaluation(record.of_kind("eval"))
+    speeds = [row["images_per_second"] for row in record.of_kind("train")]
+    macs = header["macs_per_image"]
+    return Point(
+        run=name,
+        model=config["model"]["name"],
+        epochs=optim["epochs"],
+        peak_lr=optim["peak_lr"],
+        seed=config["seed"],
+        loss=evaluation["loss"],
+        top1=evaluation["top1"],
+        macs=macs,
+        parameters=header["parameters"],
+        image_size=data["image_size"],
+        num_classes=header["num_classes"],
+        batch_size=data["batch_size"],
+        repeats=data["repeats"],
+        rows=rows,
+        flops=train_flops(macs, rows, sam_fraction=0.0 if optim["sam_rho"] is None else 1.0),
+        device_kind=header["device_kind"],
+        devices=header["num_devices"],
+        typical_seconds=rows / statistics.median(speeds) if speeds else None,
+        all_in_seconds=record.seconds,
+        restarts=len(record.headers) - 1,
+        steps_lost=record.steps_lost,
+        data=header["fingerprint"],
+        init_from=config["model"]["init_from"],
+    )
+
+
+def _evaluation(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The last one; of two sets of weights evaluated there, the moving average's."""
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    return next((row for row in last if row["weights"] == "ema"), last[-1])
+
+
+# ---- choosing points --------------------------------------------------------------------------
+
+
+def pretrained(points: Iterable[Point]) -> list[Point]:
+    return [point for point in points if not point.is_finetuned]
+
+
+def without_restarts(points: Iterable[Point]) -> list[Point]:
+    """Runs of one start. The paper's largest curve is not smooth, which it puts down to restarts
+    (CM section 2); runs of this library are the same whether they were restarted or not."""
+    return [point for point in points if point.restarts == 0]
+
+
+def source_of(point: Point, points: Iterable[Point]) -> Point | None:
+    """The pre-trained run that a fine-tuned one started from, if it is among `points`.
+
+    Folders may have been moved, so what counts is that the path ends in the run's name.
+    """
+    if point.init_from is None:
+        return None
+    path = Path(point.init_from).as_posix()
+    named = [other for other in points if f"/{path}".endswith(f"/{other.run}")]
+    return max(named, key=lambda other: len(other.run), default=None)
+
+
+def best_per_cell(points: Iterable[Point]) -> list[Point]:
+    """Of each (model, epochs, data) the run of the learning rate with the lowest loss.
+
+    Where a rate was run with several seeds, their mean decides, and the run nearest to it is taken.
+    """
+    cells: dict[tuple[str, float, str], dict[float, list[Point]]] = {}
+    for point in points:
+        rates = cells.setdefault((point.model, point.epochs, point.data), {})
+        rates.setdefault(point.peak_lr, []).append(point)
+    best = []
+    for rates in cells.values():
+        runs = min(rates.values(), key=lambda runs: statistics.fmean(run.loss for run in runs))
+        mean = statistics.fmean(run.loss for run in runs)
+        best.append(min(runs, key=lambda run: abs(run.loss - mean)))
+    return best

@@ -1,0 +1,63 @@
+"""Folders of runs as training leaves them, with numbers of our choosing."""
+
+from pathlib import Path
+from typing import Any
+
+from nfnets_xla.record import RecordWriter
+from nfnets_xla.scaling.account import macs_per_image
+
+IMAGES = 40_000
+BATCH = 80
+
+
+def config(model: str, epochs: float, rate: float, seed: int, init_from: str | None) -> dict:
+    data = {"batch_size": BATCH, "image_size": 32, "repeats": 1}
+    optim = {"epochs": epochs, "peak_lr": rate, "sam_rho": None if init_from is None else 0.05}
+    return {
+        "seed": seed,
+        "model": {"name": model, "init_from": init_from},
+        "data": data,
+        "optim": optim,
+    }
+
+
+def header(
+    model: str = "nfnet_mini_f0",
+    epochs: float = 1,
+    rate: float = 0.1,
+    seed: int = 0,
+    init_from: str | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    return {
+        "resumed_from": 0,
+        "config": config(model, epochs, rate, seed, init_from),
+        "fingerprint": "f" * 64,
+        "num_classes": 200,
+        "num_steps": round(epochs * IMAGES / BATCH),
+        "parameters": 1_000_000,
+        "macs_per_image": macs_per_image(model, 32, 200),
+        "device_kind": "CPU",
+        "num_devices": 1,
+        **changes,
+    }
+
+
+def write_run(
+    folder: Path,
+    *,
+    loss: float,
+    top1: float = 0.5,
+    speeds: tuple[float, ...] = (100.0,),
+    **fields: Any,
+) -> dict[str, Any]:
+    """A finished run of one start; `fields` go to `header`."""
+    first = header(**fields)
+    steps = first["num_steps"]
+    with RecordWriter(folder, first) as record:
+        for number, speed in enumerate(speeds, start=1):
+            step = round(steps * number / len(speeds))
+            record.write("train", step, loss=loss, images_per_second=speed)
+        record.write("eval", steps, weights="raw", loss=loss, top1=top1, top5=1.0)
+        record.write("end", steps)
+    return first

@@ -1,0 +1,101 @@
+"""Points from records: costs by typical speed and all in, restarts, what is left out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla.record import RecordWriter
+from nfnets_xla.scaling import runs
+from tests.scaling.made_runs import BATCH, header, write_run
+
+
+def test_a_run_is_counted_by_its_median_speed(tmp_path: Path) -> None:
+    """One slow interval, as a compilation makes it, does not count."""
+    first = write_run(tmp_path / "a", loss=2.5, top1=0.4, speeds=(5.0, 100.0, 90.0, 110.0, 100.0))
+    (point,), left_out = runs.read_points(tmp_path)
+    assert not left_out
+    assert (point.run, point.loss, point.error) == ("a", 2.5, 0.6)
+    assert point.rows == first["num_steps"] * BATCH == 40_000
+    assert point.flops == 6 * first["macs_per_image"] * 40_000
+    assert point.typical_seconds == 40_000 / 100
+    assert point.restarts == 0
+
+
+def test_restarts_cost_all_in_but_not_typically(tmp_path: Path) -> None:
+    """Killed after step 400 of 500, resumed from 300."""
+    rows = [
+        [("header", 0, 0.0), ("train", 200, 160.0), ("train", 400, 320.0)],
+        [("header", 300, 0.0), ("train", 500, 170.0), ("eval", 500, 180.0), ("end", 500, 181.0)],
+    ]
+    for attempt, lines in enumerate(rows, start=1):
+        file = tmp_path / "a" / f"run-{attempt}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        with file.open("w") as out:
+            for kind, step, seconds in lines:
+                row = {"kind": kind, "step": step, "seconds": seconds, "images_per_second": 100.0}
+                row |= {"weights": "raw", "loss": 2.0, "top1": 0.5}
+                row |= header(resumed_from=step) if kind == "header" else {}
+                out.write(json.dumps(row) + "\n")
+    (point,), _ = runs.read_points(tmp_path)
+    assert (point.restarts, point.steps_lost) == (1, 100)
+    assert point.typical_seconds == 400
+    assert point.all_in_seconds == 320 + 181
+    assert runs.without_restarts([point]) == []
+
+
+def test_core_hours_are_measured_on_the_hardware_or_assumed(tmp_path: Path) -> None:
+    """40,000 rows at 100 a second are 400 s, on 32 cores 3.56 core-hours."""
+    write_run(tmp_path / "tpu", loss=2, device_kind="TPU v4", num_devices=16, macs_per_image=10**11)
+    write_run(tmp_path / "cpu", loss=2)
+    (cpu, tpu), _ = runs.read_points(tmp_path)
+    assert tpu.core_hours("v4") == pytest.approx(400 * 32 / 3600)
+    assert tpu.mfu("v4") == pytest.approx(6e11 * 100 / (32 * 137.5e12))
+    assert cpu.mfu("v4") is None
+    assert cpu.core_hours("v4", mfu=0.4) == pytest.approx(cpu.flops / (0.4 * 137.5e12 * 3600))
+    with pytest.raises(ValueError, match="cpu ran on CPU, not on v4: give the MFU"):
+        cpu.core_hours("v4")
+    assert tpu.cores("v4") == 32  # two to a chip, which PyTorch sees as one device
+    assert tpu.cores("v3") is None
+    with pytest.raises(ValueError, match="hardware is 'v9'"):
+        tpu.cores("v9")
+
+
+def test_unfinished_runs_and_evaluations_are_left_out(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path / "evaluation", {"resumed_from": 0, "config": {}}) as record:
+        record.write("eval", 0, loss=1.0)
+    with RecordWriter(tmp_path / "unfinished", header()) as record:
+        record.write("train", 1, images_per_second=1.0)
+    with pytest.raises(ValueError, match=r"no finished training run \(unfinished: not finished\)"):
+        runs.read_points(tmp_path)
+    write_run(tmp_path / "nan", loss=float("nan"))
+    write_run(tmp_path / "done", loss=1.0)
+    points, left_out = runs.read_points(tmp_path)
+    assert [point.run for point in points] == ["done"]
+    assert left_out == ["nan: its held-out loss is not finite", "unfinished: not finished"]
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        runs.read_points("nowhere")
+
+
+def test_fine_tuned_runs_name_their_source(tmp_path: Path) -> None:
+    write_run(tmp_path / "f0-1", loss=2)
+    write_run(tmp_path / "f0-11", loss=2)
+    write_run(tmp_path / "tuned", loss=1, init_from="/moved/since/f0-1")
+    points, _ = runs.read_points(tmp_path)
+    tuned = points[-1]
+    source = runs.source_of(tuned, points)
+    assert source is not None
+    assert source.run == "f0-1"
+    assert runs.source_of(points[0], points) is None
+    assert [point.run for point in runs.pretrained(points)] == ["f0-1", "f0-11"]
+    assert tuned.flops == 2 * points[0].flops  # SAM's second gradient
+
+
+def test_the_best_rate_of_a_cell_is_that_of_the_lowest_mean_loss(tmp_path: Path) -> None:
+    """0.2 has the luckiest seed, and 0.1 the lower mean."""
+    losses = {(0.1, 0): 2.00, (0.1, 1): 2.06, (0.1, 2): 2.02, (0.2, 0): 1.98, (0.2, 1): 2.20}
+    for (rate, seed), loss in losses.items():
+        write_run(tmp_path / f"{rate}-{seed}", loss=loss, rate=rate, seed=seed)
+    points, _ = runs.read_points(tmp_path)
+    (best,) = runs.best_per_cell(points)
+    assert (best.peak_lr, best.seed) == (0.1, 2)
