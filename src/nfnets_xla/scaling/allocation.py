@@ -1,0 +1,293 @@
+"""How to divide compute between size and epochs: Hoffmann et al.'s three ways to an answer.
+
+Size is multiply-accumulates per image M, and data is rows D (images shown), so that training costs
+C = 6 M D exactly. For networks at one resolution M takes the place that parameters have for
+language models; it is what the compute of a convolutional network goes with.
+
+- `parametric`: L(M, D) = E + A / M^alpha + B / D^beta (arXiv 2203.15556, equation 2).
+- `isoflop`: the best size at each budget by a parabola in log M, then a line through the vertices.
+- `frontier_sizes`: a line through the runs that no cheaper run beats.
+
+arXiv 2310.16764 finds that size and epochs should grow at the same rate. With M_opt ~ C^a that is
+a = 1/2, since D_opt ~ C^(1 - a). `same_rate` says whether an interval allows it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import minimize, nnls
+
+from nfnets_xla.scaling.account import FLOPS_PER_MAC, FORWARDS_PER_STEP
+from nfnets_xla.scaling.law import (
+    DRAWS,
+    Floats,
+    Interval,
+    enough,
+    frontier,
+    intervals,
+    positive,
+    r_squared,
+    residuals,
+)
+
+FLOPS_PER_ROW_MAC = FLOPS_PER_MAC * FORWARDS_PER_STEP  # the 6 of C = 6 M D
+HUBER = 1e-3  # arXiv 2203.15556, appendix D.3, on log loss
+EXPONENTS = (0.1, 0.3, 0.6, 1.0, 1.6)  # where the search for alpha and beta starts, each
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """M_opt = `coefficient` C^`exponent`, and D_opt with the rest: C^(1 - exponent)."""
+
+    way: str
+    coefficient: float  # MACs, for C in FLOPs
+    exponent: float
+    interval: Interval
+    budgets: list[float]  # FLOPs, that the line goes through
+    sizes: list[float]  # best MACs found at each
+    notes: list[str]
+
+    def size(self, flops: float) -> float:
+        return self.coefficient * flops**self.exponent
+
+    def rows(self, flops: float) -> float:
+        return flops / (FLOPS_PER_ROW_MAC * self.size(flops))
+
+    @property
+    def resolved(self) -> bool:
+        return self.interval[0] > 0
+
+    def same_rate(self) -> str:
+        """Whether size and epochs grow at the same rate, as the paper found."""
+        low, high = self.interval
+        span = f"size ~ C^{self.exponent:.2f} [{low:.2f}, {high:.2f}], epochs ~ C^"
+        span += f"{1 - self.exponent:.2f} [{1 - high:.2f}, {1 - low:.2f}]"
+        if not self.resolved:
+            return f"not resolved: {span}"
+        if low <= 0.5 <= high:
+            return f"the same rate is within the interval: {span}"
+        return f"not at the same rate, {'size' if low > 0.5 else 'epochs'} faster: {span}"
+
+
+# ---- frontier ---------------------------------------------------------------------------------
+
+
+def frontier_sizes(
+    macs: ArrayLike, rows: ArrayLike, loss: ArrayLike, *, draws: int = DRAWS, seed: int = 0
+) -> Allocation:
+    """A line through log M of the runs on the frontier, (n,) each. ValueError for fewer than 3."""
+    macs, rows, loss = _three(macs, rows, loss)
+    flops = FLOPS_PER_ROW_MAC * macs * rows
+    kept = frontier(flops, loss)
+    enough(len(kept), 3, "a line through the frontier")
+    return _line_of_sizes("frontier", flops[kept], macs[kept], draws, seed, [])
+
+
+# ---- isoFLOP ----------------------------------------------------------------------------------
+
+
+def isoflop(
+    macs: ArrayLike,
+    rows: ArrayLike,
+    loss: ArrayLike,
+    *,
+    budgets: Sequence[float] | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Allocation:
+    """Parabolas of log loss over log M at equal budgets, (n,) each, and the line of their vertices.
+
+    Each size's runs are joined in log C and log loss and read at the `budgets`, in FLOPs; without
+    them, at as many as a size has runs, spread over where three sizes overlap. A budget counts if
+    three sizes span it, and its parabola has its lowest point among them. The interval is of the
+    line through the vertices alone, each being taken as found. ValueError for fewer than 3 such.
+    """
+    macs, rows, loss = _three(macs, rows, loss)
+    curves = []
+    for size in np.unique(macs):
+        of = np.flatnonzero(macs == size)
+        of = of[np.argsort(rows[of])]
+        log_c = np.log(FLOPS_PER_ROW_MAC * macs[of] * rows[of])
+        curves.append((math.log(size), log_c, np.log(loss[of])))
+    enough(len(curves), 3, "an isoFLOP parabola over sizes")
+    if budgets is None:
+        starts = sorted(log_c[0] for _, log_c, _ in curves)
+        ends = sorted(log_c[-1] for _, log_c, _ in curves)
+        count = max(len(log_c) for _, log_c, _ in curves)
+        last = max(ends[-3], starts[2])
+        budgets = [math.exp(log_c) for log_c in np.linspace(starts[2], last, count)]
+    kept, sizes, notes = [], [], []
+    for budget in budgets:
+        log_budget = math.log(budget)
+        inside = [
+            (log_size, float(np.interp(log_budget, log_c, log_loss)))
+            for log_size, log_c, log_loss in curves
+            if log_c[0] - 1e-9 <= log_budget <= log_c[-1] + 1e-9
+        ]
+        if len(inside) < 3:
+            notes.append(f"{budget:.3g} FLOPs: only {len(inside)} sizes have runs around it")
+            continue
+        at, value = np.array(inside).T
+        curvature, slope, _ = np.polyfit(at, value, 2)
+        vertex = -slope / (2 * curvature) if curvature > 0 else math.nan
+        if not at.min() <= vertex <= at.max():
+            notes.append(f"{budget:.3g} FLOPs: the best size is not among those that were run")
+            continue
+        kept.append(budget)
+        sizes.append(math.exp(vertex))
+    if len(kept) < 3:
+        raise ValueError(
+            f"isoFLOP parabolas have their lowest point within the sizes at {len(kept)} budgets; "
+            f"a line needs at least 3: run more sizes or epochs ({'; '.join(notes)})"
+        )
+    return _line_of_sizes("isoflop", np.array(kept), np.array(sizes), draws, seed, notes)
+
+
+def _line_of_sizes(
+    way: str, flops: Floats, sizes: Floats, draws: int, seed: int, notes: list[str]
+) -> Allocation:
+    middle = np.log(flops).mean()
+    log_c, log_m = np.log(flops) - middle, np.log(sizes)
+    slope, intercept = np.polyfit(log_c, log_m, 1)
+    fitted = intercept + slope * log_c
+    rng = np.random.default_rng(seed)
+    noise = residuals(log_m - fitted, 2, draws, rng)
+    slopes = (log_c @ (fitted + noise).T) / (log_c @ log_c)
+    (interval,) = intervals(slopes[:, None])
+    return Allocation(
+        way,
+        math.exp(intercept - slope * middle),
+        float(slope),
+        interval,
+        flops.tolist(),
+        sizes.tolist(),
+        notes,
+    )
+
+
+# ---- parametric -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parametric:
+    """L = E + A / M^alpha + B / D^beta, fitted."""
+
+    values: dict[str, float]  # E, A, B, alpha, beta
+    intervals: dict[str, Interval]
+    share: Interval  # of a = beta / (alpha + beta)
+    r2: float  # of log loss
+    points: int
+
+    def loss(self, macs: ArrayLike, rows: ArrayLike) -> Floats:
+        value = self.values
+        size, data = np.asarray(macs, dtype=float), np.asarray(rows, dtype=float)
+        return np.asarray(
+            value["E"] + value["A"] * size ** -value["alpha"] + value["B"] * data ** -value["beta"]
+        )
+
+    def allocation(self) -> Allocation:
+        """arXiv 2203.15556, equation 4, with C = 6 M D."""
+        alpha, beta = self.values["alpha"], self.values["beta"]
+        exponent = beta / (alpha + beta)
+        scale = (alpha * self.values["A"] / (beta * self.values["B"])) ** (1 / (alpha + beta))
+        coefficient = scale * FLOPS_PER_ROW_MAC**-exponent
+        return Allocation("parametric", coefficient, exponent, self.share, [], [], [])
+
+
+def parametric(
+    macs: ArrayLike, rows: ArrayLike, loss: ArrayLike, *, draws: int = 100, seed: int = 0
+) -> Parametric:
+    """Fit to (n,) each: Huber's loss of the log loss, by L-BFGS, from 25 starts.
+
+    The intervals resample the runs, as arXiv 2404.10102 does; each draw starts at the fit. A start
+    is a pair of exponents, for which E, A and B are a linear problem that is solved exactly.
+    ValueError for fewer than 6 points, or fewer than 3 sizes or 3 amounts of data.
+    """
+    macs, rows, loss = _three(macs, rows, loss)
+    enough(len(loss), 6, "L(M, D)")
+    enough(len(np.unique(macs)), 3, "L(M, D) over sizes")
+    enough(len(np.unique(rows)), 3, "L(M, D) over data")
+    units = np.exp([np.log(macs).mean(), np.log(rows).mean()])
+    log_m, log_d, log_l = np.log(macs / units[0]), np.log(rows / units[1]), np.log(loss)
+    found = []
+    for alpha, beta in product(EXPONENTS, EXPONENTS):
+        columns = np.stack([np.ones_like(loss), np.exp(-alpha * log_m), np.exp(-beta * log_d)], 1)
+        parts, _ = nnls(columns / loss[:, None], np.ones_like(loss))
+        start = np.array([*np.log(np.maximum(parts, 1e-3 * loss.min())), alpha, beta])
+        found.append(_huber_fit(start, log_m, log_d, log_l))
+    theta, _ = min(found, key=lambda one: one[1])
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(draws):
+        some = rng.integers(len(loss), size=len(loss))
+        drawn.append(_huber_fit(theta, log_m[some], log_d[some], log_l[some])[0])
+    natural = np.array([_natural(one, units) for one in [theta, *drawn]])
+    names = ("E", "A", "B", "alpha", "beta")
+    shares = natural[1:, 4:] / natural[1:, 3:].sum(axis=1, keepdims=True)
+    fitted = _log_loss(theta, log_m, log_d)
+    return Parametric(
+        dict(zip(names, natural[0].tolist(), strict=True)),
+        dict(zip(names, intervals(natural[1:]), strict=True)),
+        intervals(shares)[0],
+        r_squared(log_l, fitted),
+        len(loss),
+    )
+
+
+def _log_loss(theta: Floats, log_m: Floats, log_d: Floats) -> Floats:
+    """theta: log E, log A, log B, alpha, beta."""
+    return np.logaddexp(
+        theta[0], np.logaddexp(theta[1] - theta[3] * log_m, theta[2] - theta[4] * log_d)
+    )
+
+
+def _huber_fit(start: Floats, log_m: Floats, log_d: Floats, log_l: Floats) -> tuple[Floats, float]:
+    def objective(theta: Floats) -> tuple[float, Floats]:
+        size, data = theta[1] - theta[3] * log_m, theta[2] - theta[4] * log_d
+        value = _log_loss(theta, log_m, log_d)
+        error = value - log_l
+        small = np.abs(error) <= HUBER
+        total = np.where(small, 0.5 * error**2, HUBER * (np.abs(error) - 0.5 * HUBER)).sum()
+        pull = np.where(small, error, HUBER * np.sign(error))
+        of_floor, of_size, of_data = (
+            np.exp(term - value) * pull for term in (theta[0], size, data)
+        )
+        gradient = [
+            of_floor.sum(),
+            of_size.sum(),
+            of_data.sum(),
+            -(of_size @ log_m),
+            -(of_data @ log_d),
+        ]
+        # In units of Huber's threshold: L-BFGS stops by the size of gradients.
+        return float(total) / HUBER, np.array(gradient) / HUBER
+
+    bounds = [(-12, 12), (-12, 12), (-12, 12), (0, 3), (0, 3)]
+    start = np.clip(start, *np.array(bounds, dtype=float).T)
+    options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-13, "gtol": 1e-9}
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    return np.asarray(found.x), float(found.fun)
+
+
+def _natural(theta: Floats, units: Floats) -> list[float]:
+    alpha, beta = float(theta[3]), float(theta[4])
+    return [
+        math.exp(theta[0]),
+        math.exp(theta[1] + alpha * math.log(units[0])),
+        math.exp(theta[2] + beta * math.log(units[1])),
+        alpha,
+        beta,
+    ]
+
+
+def _three(*named: ArrayLike) -> tuple[Floats, Floats, Floats]:
+    macs, rows, loss = (
+        positive(name, values) for name, values in zip(("macs", "rows", "loss"), named, strict=True)
+    )
+    if not len(macs) == len(rows) == len(loss):
+        raise ValueError(f"macs, rows and loss are {len(macs)}, {len(rows)}, {len(loss)} values")
+    return macs, rows, loss

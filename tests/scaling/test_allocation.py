@@ -1,0 +1,125 @@
+"""Three ways to divide compute between size and epochs, on losses whose division is known."""
+
+import numpy as np
+import pytest
+
+from nfnets_xla.scaling import allocation
+from nfnets_xla.scaling.allocation import Parametric
+
+# arXiv 2203.15556, equation 10: published for language models, with parameters in the place of M.
+HOFFMANN = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+# Balanced: size and rows at the same rate.
+EVEN = {"E": 1.2, "A": 3e3, "B": 8e3, "alpha": 0.4, "beta": 0.4}
+
+
+def law(values: dict[str, float]) -> Parametric:
+    spans = dict.fromkeys(values, (0.0, 0.0))
+    return Parametric(values, spans, (0.4, 0.6), 1.0, 0)
+
+
+def grid(values: dict[str, float], noise: float = 0.0) -> tuple[np.ndarray, ...]:
+    """7 sizes by 8 amounts of data; noise relative, fixed."""
+    macs, rows = (
+        axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 1e10, 7), np.geomspace(1e7, 1e11, 8))
+    )
+    errors = np.exp(noise * np.random.default_rng(3).standard_normal(len(macs)))
+    return macs, rows, law(values).loss(macs, rows) * errors
+
+
+@pytest.mark.parametrize("values", [HOFFMANN, EVEN])
+def test_planted_parameters_are_recovered(values: dict[str, float]) -> None:
+    """To one percent from exact losses; inside their intervals from losses with noise of 0.2 %."""
+    exact = allocation.parametric(*grid(values), draws=5)
+    assert exact.values == pytest.approx(values, rel=0.01)
+    found = allocation.parametric(*grid(values, 0.002))
+    for name, value in values.items():
+        low, high = found.intervals[name]
+        assert low < value < high
+    low, high = found.share
+    assert low < values["beta"] / (values["alpha"] + values["beta"]) < high
+    assert high - low < 0.05
+
+
+def test_one_run_gone_wrong_hardly_counts() -> None:
+    """Huber's loss: one of 56 losses 20 % too high moves E by less than half a percent."""
+    macs, rows, loss = grid(EVEN)
+    loss[30] *= 1.2
+    found = allocation.parametric(macs, rows, loss, draws=5)
+    assert found.values["E"] == pytest.approx(EVEN["E"], rel=0.005)
+
+
+@pytest.mark.parametrize("values", [HOFFMANN, EVEN])
+def test_the_optimum_is_that_of_a_search(values: dict[str, float]) -> None:
+    """Of 20,001 sizes at one budget the best is the formula's, to the step of the search."""
+    fitted = law(values)
+    found = fitted.allocation()
+    for budget in (1e18, 1e21):
+        sizes = np.geomspace(1e5, 1e13, 20_001)
+        losses = fitted.loss(sizes, budget / 6 / sizes)
+        assert found.size(budget) == pytest.approx(sizes[losses.argmin()], rel=0.001)
+        assert 6 * found.size(budget) * found.rows(budget) == pytest.approx(budget)
+
+
+def test_the_published_exponents() -> None:
+    """Hoffmann et al. print size ~ C^0.46 of constants that they round, and the paper finds 1/2."""
+    assert law(HOFFMANN).allocation().exponent == pytest.approx(0.46, abs=0.01)
+    assert law(EVEN).allocation().exponent == 0.5
+
+
+@pytest.mark.parametrize(("values", "expected"), [(HOFFMANN, 0.28 / 0.62), (EVEN, 0.5)])
+def test_iso_flop_parabolas_find_the_exponent(values: dict[str, float], expected: float) -> None:
+    """20 sizes at five budgets. A parabola is not the law itself: to 0.02."""
+    fitted, budgets = law(values), np.geomspace(1e17, 1e19, 5)
+    sizes = np.geomspace(3e6, 1e10, 20)
+    macs, flops = (axis.ravel() for axis in np.meshgrid(sizes, budgets))
+    optimum = fitted.allocation()
+    best = np.array([optimum.size(budget) for budget in flops])
+    near = (macs > best / 6) & (macs < best * 6)  # as a study would choose them
+    macs, rows = macs[near], flops[near] / 6 / macs[near]
+    found = allocation.isoflop(macs, rows, fitted.loss(macs, rows), budgets=budgets.tolist())
+    assert found.exponent == pytest.approx(expected, abs=0.02)
+    assert len(found.budgets) == 5
+    assert found.sizes == pytest.approx([optimum.size(budget) for budget in budgets], rel=0.15)
+
+
+def test_iso_flop_reads_between_the_runs_of_a_size() -> None:
+    """The budgets are its own, and no run was at any of them but by chance."""
+    found = allocation.isoflop(*grid(EVEN))
+    assert found.exponent == pytest.approx(0.5, abs=0.08)
+    assert found.interval[0] < 0.5 < found.interval[1]
+
+
+def test_the_frontier_grows_with_the_planted_rate() -> None:
+    """Coarse, as its sizes are the grid's: the interval has to hold the truth."""
+    found = allocation.frontier_sizes(*grid(EVEN))
+    assert found.interval[0] < 0.5 < found.interval[1]
+    assert found.resolved
+
+
+def test_what_is_said_about_the_rate() -> None:
+    def said(exponent: float, low: float, high: float) -> str:
+        return allocation.Allocation("", 1, exponent, (low, high), [], [], []).same_rate()
+
+    assert said(0.5, 0.4, 0.6).startswith(
+        "the same rate is within the interval: size ~ C^0.50 [0.40, 0.60], epochs ~ C^0.50 [0.40, 0"
+    )
+    assert said(0.7, 0.6, 0.8).startswith("not at the same rate, size faster")
+    assert said(0.3, 0.2, 0.4).startswith("not at the same rate, epochs faster")
+    assert said(0.5, -0.2, 1.2).startswith("not resolved")
+
+
+def test_too_few_runs_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"2 different points; L\(M, D\) over sizes needs at least"
+    ):
+        allocation.parametric([1, 2] * 4, range(1, 9), range(1, 9))
+    with pytest.raises(ValueError, match="macs, rows and loss are 2, 3, 2 values"):
+        allocation.parametric([1, 2], [1, 2, 3], [1, 2])
+    macs, rows, loss = grid(EVEN)
+    with pytest.raises(ValueError, match="2 different points; an isoFLOP parabola over sizes"):
+        allocation.isoflop(*(axis[macs < 4e7] for axis in (macs, rows, loss)))
+    edge = (macs < 1.2e8) & (rows > 1e9)  # the largest is the best at every budget
+    with pytest.raises(
+        ValueError, match=r"lowest point within the sizes at \d budgets; a line nee"
+    ):
+        allocation.isoflop(*(axis[edge] for axis in (macs, rows, loss)))
