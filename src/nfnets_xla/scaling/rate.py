@@ -1,0 +1,151 @@
+"""The learning rate against epochs and size: which was best, and which two to try next.
+
+arXiv 2310.16764, section 2 and Figure 3: rates lie on a grid of factor 2; the best is about 1.6,
+for a batch of 4096, for every model at few epochs, and falls with epochs, slowly for small models
+and faster for large ones. Taking for granted that it never rises, two trials are enough at each
+number of epochs: the best rate of the one before, and half of it.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linprog
+
+from nfnets_xla.scaling.account import above
+from nfnets_xla.scaling.published import BATCH, PEAK_LR
+from nfnets_xla.scaling.runs import Point
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model at one number of epochs: the mean held-out loss of each rate that was tried."""
+
+    model: str
+    macs: float
+    epochs: float
+    losses: dict[float, float]
+
+    @property
+    def best(self) -> float:
+        return min(self.losses, key=lambda rate: self.losses[rate])
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether lower and higher rates than the best were tried."""
+        return min(self.losses) < self.best < max(self.losses)
+
+    def before(self, other: "Cell") -> bool:
+        """Whether `other`'s rate may not be higher: no smaller, no shorter, and not the same."""
+        mine, others = (self.macs, self.epochs), (other.macs, other.epochs)
+        return mine != others and mine[0] <= others[0] and mine[1] <= others[1]
+
+
+def cells_of(points: Iterable[Point]) -> list[Cell]:
+    """Of pre-training runs of one study, by size and epochs; seeds of a rate are averaged."""
+    found: dict[tuple[str, float, float], dict[float, list[float]]] = {}
+    for point in points:
+        rates = found.setdefault((point.model, point.macs, point.epochs), {})
+        rates.setdefault(point.peak_lr, []).append(point.loss)
+    cells = [
+        Cell(*key, {rate: statistics.fmean(losses) for rate, losses in sorted(rates.items())})
+        for key, rates in found.items()
+    ]
+    return sorted(cells, key=lambda cell: (cell.macs, cell.epochs))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Rates that never rise with epochs or size, at the least loss in sum."""
+
+    cells: list[Cell]
+    rates: list[float]  # one for each cell, among those that were tried there
+    rises: list[tuple[Cell, Cell]]  # where the best rate is higher for more epochs or a larger size
+
+    @property
+    def excess(self) -> float:
+        """Loss at the rule's rate over the lowest: of the worst cell, as a share."""
+        pairs = zip(self.cells, self.rates, strict=True)
+        return max(cell.losses[rate] / cell.losses[cell.best] - 1 for cell, rate in pairs)
+
+    def __str__(self) -> str:
+        if not self.rises:
+            return "the best rate never rises with epochs or size"
+        return (
+            f"the best rate rises in {len(self.rises)} pairs of cells; rates that never do cost "
+            f"{self.excess:.2%} of the loss at most"
+        )
+
+
+def fit_rule(cells: Sequence[Cell]) -> Rule:
+    """ValueError if the rates that were tried leave no choice that never rises.
+
+    Exact, as a linear program: x[c, k] says that cell c has at least the k-th rate. Costs are
+    linear in it and all constraints are differences, so that a vertex is whole numbers.
+    """
+    if not cells:
+        raise ValueError("there are no cells of runs to fit learning rates to")
+    rates = sorted({rate for cell in cells for rate in cell.losses})
+    if len(rates) == 1:
+        return Rule(list(cells), rates * len(cells), [])
+    untried = 10 * sum(max(cell.losses.values()) for cell in cells)  # more than any choice costs
+    costs = np.array([[cell.losses.get(rate, untried) for rate in rates] for cell in cells])
+    steps = len(rates) - 1
+    lower, upper = [], []  # of each constraint x[lower] >= x[upper]
+    for c, cell in enumerate(cells):
+        lower += [c * steps + k for k in range(steps - 1)]
+        upper += [c * steps + k + 1 for k in range(steps - 1)]
+        for d, other in enumerate(cells):
+            if cell.before(other):
+                lower += [c * steps + k for k in range(steps)]
+                upper += [d * steps + k for k in range(steps)]
+    objective = np.diff(costs, axis=1).ravel()
+    constraints = np.zeros((len(lower), len(objective)))
+    constraints[np.arange(len(lower)), lower] = -1
+    constraints[np.arange(len(lower)), upper] = 1
+    found = linprog(objective, constraints, np.zeros(len(lower)), bounds=(0, 1))
+    chosen = found.x.reshape(len(cells), steps).round().sum(axis=1).astype(int)
+    picked = [rates[index] for index in chosen]
+    for cell, rate in zip(cells, picked, strict=True):
+        if rate not in cell.losses:
+            raise ValueError(
+                f"of the rates that were tried none never rise with epochs and size: try "
+                f"{rate:g} for {cell.model} at {cell.epochs:g} epochs"
+            )
+    rises = [(a, b) for a in cells for b in cells if a.before(b) and b.best > a.best]
+    return Rule(list(cells), picked, rises)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The two learning rates to try, and why these."""
+
+    rates: tuple[float, float]
+    because: str
+
+
+def two_trials(
+    macs: float, epochs: float, *, batch_size: int = BATCH, cells: Sequence[Cell] = ()
+) -> Trials:
+    """For one run: the lowest best rate among runs no larger and no longer, and half of it.
+
+    Without such a run the paper's 1.6, in proportion to the batch (arXiv 2102.06171, A.1).
+    """
+    above("macs", macs)
+    above("epochs", epochs)
+    run = Cell("", macs, epochs, {})
+    known = [
+        cell for cell in cells if cell.before(run) or (cell.macs, cell.epochs) == (macs, epochs)
+    ]
+    if known:
+        rule = fit_rule(known)
+        rate, cell = min(zip(rule.rates, known, strict=True), key=lambda pair: pair[0])
+        because = f"{rate:g} was best for {cell.model} at {cell.epochs:g} epochs"
+        return Trials((rate, rate / 2), because)
+    rate = PEAK_LR * batch_size / BATCH
+    because = "best at few epochs in the paper"
+    if not math.isclose(rate, PEAK_LR):
+        because = f"{PEAK_LR:g} for a batch of {BATCH} in the paper, in proportion to the batch"
+    return Trials((rate, rate / 2), because)

@@ -1,0 +1,102 @@
+"""The best learning rate that never rises, against a search over all choices; the two trials."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from nfnets_xla.scaling.rate import Cell, fit_rule, two_trials
+
+RATES = (0.4, 0.8, 1.6)
+
+
+def planted(size: float, epochs: float, best: float, noise: float = 0.0, seed: int = 0) -> Cell:
+    """Losses rise with the squared distance from `best` in powers of 2."""
+    rng = np.random.default_rng([seed, int(size), int(8 * epochs)])
+    losses = {
+        rate: 2 + 0.05 * np.log2(rate / best) ** 2 + noise * rng.standard_normal() for rate in RATES
+    }
+    return Cell(f"of {size:g}", size, epochs, losses)
+
+
+def searched(cells: list[Cell]) -> float:
+    """The least sum of losses over every choice that never rises."""
+    sums = []
+    for choice in product(RATES, repeat=len(cells)):
+        pairs = [
+            (a, b) for a, b in product(range(len(cells)), repeat=2) if cells[a].before(cells[b])
+        ]
+        if all(choice[a] >= choice[b] for a, b in pairs):
+            sums.append(sum(cell.losses[rate] for cell, rate in zip(cells, choice, strict=True)))
+    return min(sums)
+
+
+def test_a_falling_optimum_is_recovered() -> None:
+    """Figure 3's shape: 1.6 for the smallest throughout, falling for the larger."""
+    best = {(1, 1): 1.6, (1, 4): 1.6, (2, 1): 1.6, (2, 4): 0.8, (4, 1): 0.8, (4, 4): 0.4}
+    rule = fit_rule([planted(*key, rate) for key, rate in best.items()])
+    assert rule.rates == list(best.values())
+    assert not rule.rises
+    assert rule.excess == 0
+    assert str(rule) == "the best rate never rises with epochs or size"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_choice_is_better(seed: int) -> None:
+    """Losses that are mostly noise, so that the best rates rise here and there."""
+    cells = [
+        planted(size, epochs, 0.8, 0.1, seed) for size, epochs in product((1, 2, 3), (0.5, 1, 2))
+    ]
+    cells.pop(seed)  # a study need not be a full grid
+    rule = fit_rule(cells)
+    total = sum(cell.losses[rate] for cell, rate in zip(cells, rule.rates, strict=True))
+    assert total == pytest.approx(searched(cells), rel=1e-9)
+
+
+def test_a_rise_is_told_with_what_it_costs() -> None:
+    cells = [planted(1, 1, 0.8), planted(1, 2, 1.6)]
+    rule = fit_rule(cells)
+    assert [(a.epochs, b.epochs) for a, b in rule.rises] == [(1, 2)]
+    assert rule.rates[0] == rule.rates[1]
+    assert rule.excess == pytest.approx(0.05 / 2)
+    assert str(rule).startswith(
+        "the best rate rises in 1 pairs of cells; rates that never do cost 2.5"
+    )
+
+
+def test_rates_that_were_never_tried_are_not_chosen() -> None:
+    low, high = Cell("a", 1, 1, {0.4: 2.0}), Cell("b", 1, 2, {0.8: 2.0})
+    with pytest.raises(ValueError, match="none never rise with epochs and size"):
+        fit_rule([low, high])
+    assert fit_rule([high, Cell("a", 1, 4, {0.4: 2.0})]).rates == [0.8, 0.4]
+    with pytest.raises(ValueError, match="no cells"):
+        fit_rule([])
+
+
+def test_a_best_rate_at_the_edge_is_not_bracketed() -> None:
+    assert planted(1, 1, 0.8).bracketed
+    assert not planted(1, 1, 1.6).bracketed
+
+
+def test_the_papers_two_trials() -> None:
+    """1.6 where nothing is known, in proportion to the batch; then the best so far and half."""
+    assert two_trials(1e10, 0.25).rates == (1.6, 0.8)
+    assert two_trials(1e10, 0.25, batch_size=1024).rates == (0.4, 0.2)
+    cells = [planted(1, 1, 1.6), planted(2, 2, 0.8), planted(8, 1, 0.4)]
+    assert two_trials(4, 4, cells=cells).rates == (0.8, 0.4)
+    assert two_trials(4, 1, cells=cells).rates == (1.6, 0.8)  # the shorter runs of smaller models
+    assert two_trials(8, 1, cells=cells).rates == (0.4, 0.2)  # itself
+    assert "0.8 was best for of 2 at 2 epochs" in two_trials(4, 4, cells=cells).because
+    with pytest.raises(ValueError, match="epochs is 0"):
+        two_trials(1, 0)
+
+
+def test_two_trials_walk_down_a_falling_optimum() -> None:
+    """From 0.25 to 8 epochs, doubling: the two trials hold the best rate at every budget."""
+    tried: list[Cell] = []
+    truth = {0.25: 1.6, 0.5: 1.6, 1.0: 0.8, 2.0: 0.8, 4.0: 0.4, 8.0: 0.4}
+    for epochs, best in truth.items():
+        trials = two_trials(1.0, epochs, cells=tried).rates
+        assert best in trials
+        losses = {rate: 2 + 0.05 * np.log2(rate / best) ** 2 for rate in trials}
+        tried.append(Cell("one", 1.0, epochs, losses))
