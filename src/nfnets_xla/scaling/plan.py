@@ -1,0 +1,212 @@
+"""What to do with so many core-hours: model, epochs, learning rates, steps, hours, expected loss.
+
+Without runs all of it is arXiv 2310.16764's: size and epochs grow at the same rate, about one epoch
+of JFT-4B is best at 5k TPU-v4 core-hours (both section 2), and nothing is larger than F7+. So come
+out the paper's own ends, F0 for a quarter of an epoch and F7+ for eight. With runs, the division is
+fitted to them where they resolve it, and the loss is read off their frontier.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.scaling import account, published
+from nfnets_xla.scaling.account import above, macs_per_image
+from nfnets_xla.scaling.allocation import Allocation, parametric
+from nfnets_xla.scaling.law import Law, Prediction, fit, frontier
+from nfnets_xla.scaling.rate import Trials, cells_of, two_trials
+from nfnets_xla.scaling.runs import Point, best_per_cell
+
+MINI = "nfnet_mini_"
+WIDEST_SHARE = 0.5  # of an exponent's interval, from which on it says nothing about the division
+LARGEST_MISMATCH = 2.0  # between the size asked for and the nearest model, before it is mentioned
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be planned for."""
+
+    core_hours: float
+    hardware: str = "v4"
+    cores: int = 512  # that it will run on
+    mfu: float | None = None  # None: measured in the runs, else the paper's
+    images: int = published.JFT_IMAGES  # of the training set
+    image_size: int = published.TRAIN_SIZE
+    batch_size: int = published.BATCH
+    num_classes: int = 1000
+
+    def check(self) -> None:
+        for name in ("core_hours", "cores", "images", "image_size", "batch_size", "num_classes"):
+            above(name, getattr(self, name))
+        account.device(self.hardware)
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: str
+    macs: float
+    epochs: float
+    steps: int
+    flops: float
+    mfu: float
+    wall_hours: float
+    trials: Trials
+    loss: Prediction | None
+    because: dict[str, str]  # for each of model, mfu, rates and loss: whose rule or fit it is
+
+
+def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
+    """`points` are pre-training runs of one study, on the images that are to be trained on."""
+    job.check()
+    points = best_of_study(points)
+    mfu, mfu_because = utilisation_for(job, points)
+    flops = account.flops_in(job.core_hours, job.hardware, mfu=mfu)
+    size, size_because = best_size(flops, points)
+    model, mismatch = nearest_model(size, job, points)
+    macs = macs_per_image(model, job.image_size, job.num_classes)
+    rows = flops / account.train_flops(macs, 1)
+    epochs = rows / job.images
+    trials = two_trials(macs, epochs, batch_size=job.batch_size, cells=cells_of(points))
+    loss, loss_because = expected_loss(flops, points)
+    return Plan(
+        model=model,
+        macs=macs,
+        epochs=epochs,
+        steps=math.ceil(rows / job.batch_size),
+        flops=flops,
+        mfu=mfu,
+        wall_hours=job.core_hours / job.cores,
+        trials=trials,
+        loss=loss,
+        because={
+            "model": size_because + mismatch,
+            "mfu": mfu_because,
+            "rates": trials.because,
+            "loss": loss_because,
+        },
+    )
+
+
+def best_of_study(points: Sequence[Point]) -> list[Point]:
+    """Of each model and number of epochs the run of the best rate. ValueError for several studies:
+    losses compare only on the same images, at the same size and batch."""
+    pretrained = [point for point in points if not point.is_finetuned]
+    if points and not pretrained:
+        raise ValueError("all of these runs are fine-tuned; give pre-training runs")
+    for name in ("data", "num_classes", "image_size", "batch_size"):
+        found = sorted({str(getattr(point, name))[:12] for point in pretrained})
+        if len(found) > 1:
+            raise ValueError(
+                f"the runs have {len(found)} different values of {name} ({', '.join(found)}); "
+                "give the folder of one study"
+            )
+    return best_per_cell(pretrained)
+
+
+# ---- the parts of a plan ----------------------------------------------------------------------
+
+
+def utilisation_for(job: Job, points: Sequence[Point]) -> tuple[float, str]:
+    if job.mfu is not None:
+        return job.mfu, "assumed"
+    measured = [mfu for point in points if (mfu := point.mfu(job.hardware)) is not None]
+    if measured:
+        return statistics.median(measured), f"median of {len(measured)} runs on {job.hardware}"
+    return published.PAPER_MFU, "assumed: the paper's largest run"
+
+
+def best_size(flops: float, points: Sequence[Point]) -> tuple[float, str]:
+    """Multiply-accumulates per image, and whose rule that is."""
+    if not points:
+        at_one_epoch = account.flops_in(
+            published.ONE_EPOCH_CORE_HOURS, "v4", mfu=published.PAPER_MFU
+        )
+        size = at_one_epoch / account.train_flops(1, published.JFT_IMAGES)
+        because = "paper: size and epochs at the same rate, one epoch at 5k v4 core-hours"
+        return size * math.sqrt(flops / at_one_epoch), because
+    fitted = fitted_division(points)
+    if fitted is not None:
+        low, high = fitted.interval
+        because = f"fitted here: size ~ C^{fitted.exponent:.2f} [{low:.2f}, {high:.2f}]"
+        return fitted.size(flops), because
+    kept = [points[index] for index in on_frontier(points)]
+    middle_size = statistics.geometric_mean(point.macs for point in kept)
+    middle_flops = statistics.geometric_mean(point.flops for point in kept)
+    because = (
+        "paper's same rate, from the middle of the runs' frontier; they do not resolve their own"
+    )
+    return middle_size * math.sqrt(flops / middle_flops), because
+
+
+def fitted_division(points: Sequence[Point]) -> Allocation | None:
+    """None if the runs are too few, or leave the exponent open."""
+    macs, rows, loss = zip(*[(point.macs, point.rows, point.loss) for point in points], strict=True)
+    try:
+        fitted = parametric(macs, rows, loss)
+    except ValueError:
+        return None
+    low, high = fitted.share
+    return fitted.allocation() if low > 0 and high - low < WIDEST_SHARE else None
+
+
+def on_frontier(points: Sequence[Point]) -> list[int]:
+    return frontier([point.flops for point in points], [point.loss for point in points])
+
+
+def nearest_model(size: float, job: Job, points: Sequence[Point]) -> tuple[str, str]:
+    """The model of the paper, or of the runs' family, that costs nearest; and how far, if far."""
+    names: Sequence[str] = published.PAPER_MODELS
+    if points:
+        mini = points[0].model.startswith(MINI)
+        names = [name for name in VARIANTS if name.startswith(MINI) == mini]
+    costs = {name: macs_per_image(name, job.image_size, job.num_classes) for name in names}
+    name = min(costs, key=lambda name: abs(math.log(costs[name] / size)))
+    if max(costs[name] / size, size / costs[name]) <= LARGEST_MISMATCH:
+        return name, ""
+    extreme = "largest" if costs[name] < size else "smallest"
+    return name, f"; {size / 1e9:.3g} GMACs would be best, the {extreme} model is taken"
+
+
+def frontier_law(points: Sequence[Point]) -> Law:
+    """The power law of loss against compute. ValueError for fewer than 3 runs on the frontier."""
+    kept = on_frontier(points)
+    return fit("power", [points[i].flops for i in kept], [points[i].loss for i in kept])
+
+
+def expected_loss(flops: float, points: Sequence[Point]) -> tuple[Prediction | None, str]:
+    if not points:
+        return None, "no runs were given, and the paper prints no losses"
+    try:
+        law = frontier_law(points)
+    except ValueError as error:
+        return None, str(error)
+    return law.predict(flops), f"fitted here: power law through {law.points} runs"
+
+
+# ---- in words ---------------------------------------------------------------------------------
+
+
+def describe(plan: Plan, job: Job, price: float | None = None) -> str:
+    """A table of what to do, each line with whose rule it is."""
+    chips = account.chip_hours(job.core_hours, job.hardware)
+    low, high = sorted(plan.trials.rates)
+    booked = f"{job.core_hours:,.0f} core-hours = {chips:,.0f} chip-hours"
+    if price is not None:
+        cost = account.cost(job.core_hours, job.hardware, price=price)
+        booked += f" = {cost:,.0f} at {price:g} a chip-hour"
+    lines = [
+        ("budget", f"{booked} of {job.hardware}", ""),
+        ("compute", f"{plan.flops:.3g} FLOPs at {plan.mfu:.0%} of the peak", plan.because["mfu"]),
+        ("model", f"{plan.model}, {plan.macs / 1e9:.4g} GMACs an image", plan.because["model"]),
+        ("epochs", f"{plan.epochs:.3g} of {job.images:,} images", "spends the budget"),
+        ("steps", f"{plan.steps:,} of {job.batch_size} images", ""),
+        ("peak_lr", f"try {high:.4g} and {low:.4g}", plan.because["rates"]),
+        ("wall clock", f"{plan.wall_hours:,.1f} hours a trial on {job.cores} cores", "no restarts"),
+        ("loss", "unknown" if plan.loss is None else str(plan.loss), plan.because["loss"]),
+    ]
+    return "\n".join(
+        f"{name:11} {value}" + (f"   ({because})" if because else "")
+        for name, value, because in lines
+    )

@@ -1,0 +1,141 @@
+"""Plans: the paper's own runs come out of its rules; with runs, what was planted comes out."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from nfnets_xla.scaling import published
+from nfnets_xla.scaling.account import macs_per_image, train_flops
+from nfnets_xla.scaling.law import Extrapolation
+from nfnets_xla.scaling.plan import Job, best_of_study, describe, make_plan
+from nfnets_xla.scaling.runs import Point
+
+IMAGES = 50_000
+MODELS = tuple(f"nfnet_mini_f{n}" for n in (0, 1, 3, 5, 7))
+
+
+def made_point(model: str, epochs: float, rate: float = 0.1, **changes: object) -> Point:
+    """L = 1.5 + A / M^0.4 + B / D^0.4: size and epochs at the same rate."""
+    macs, rows = macs_per_image(model, 32, 200), round(epochs * IMAGES)
+    loss = 1.5 + 3e2 * macs**-0.4 + 1e2 * rows**-0.4 + 0.01 * np.log2(rate / 0.1) ** 2
+    point = Point(
+        run=f"{model}-{epochs:g}-{rate:g}",
+        model=model,
+        epochs=epochs,
+        peak_lr=rate,
+        seed=0,
+        loss=float(loss),
+        top1=0.5,
+        macs=macs,
+        parameters=1,
+        image_size=32,
+        num_classes=200,
+        batch_size=64,
+        repeats=1,
+        rows=rows,
+        flops=train_flops(macs, rows),
+        device_kind="CPU",
+        devices=1,
+        typical_seconds=1.0,
+        all_in_seconds=1.0,
+        restarts=0,
+        steps_lost=0,
+        data="f" * 64,
+        init_from=None,
+    )
+    return replace(point, **changes)
+
+
+@pytest.fixture(scope="module")
+def study() -> list[Point]:
+    return [made_point(model, epochs) for model, epochs in product(MODELS, (0.5, 1, 2, 4, 8))]
+
+
+def mini_job(core_hours: float) -> Job:
+    return Job(core_hours, mfu=0.3, images=IMAGES, image_size=32, batch_size=64, num_classes=200)
+
+
+@pytest.mark.parametrize(("run", "mfu"), [(published.RUNS[0], 0.29), (published.RUNS[1], 0.355)])
+def test_the_papers_own_runs_come_out(run: published.Run, mfu: float) -> None:
+    """F0 for 0.25 epochs of 400 core-hours and F7+ for 8 of 110k, given what each reached."""
+    plan = make_plan(Job(run.v4_core_hours, mfu=mfu))
+    assert plan.model == run.model
+    assert plan.epochs == pytest.approx(run.epochs, rel=0.02)
+    assert plan.trials.rates == (1.6, 0.8)
+
+
+def test_one_epoch_at_five_thousand_core_hours() -> None:
+    plan = make_plan(Job(5000, cores=1024))
+    assert plan.epochs == pytest.approx(1, rel=0.15)
+    assert plan.model == "nfnet_f3"
+    assert plan.steps == pytest.approx(plan.epochs * 4e9 / 4096, abs=1)
+    assert plan.wall_hours == pytest.approx(5000 / 1024)
+    text = describe(plan, Job(5000, cores=1024), price=3.0)
+    assert "5,000 core-hours = 2,500 chip-hours = 7,500 at 3 a chip-hour of v4" in text
+    assert "try 1.6 and 0.8   (best at few epochs in the paper)" in text
+    assert "unknown   (no runs were given, and the paper prints no losses)" in text
+
+
+def test_size_and_epochs_grow_at_the_same_rate() -> None:
+    """100 times the compute between sizes that the family has: ten times each, to half a model."""
+    small, large = make_plan(Job(600)), make_plan(Job(60_000))
+    assert large.macs / small.macs == pytest.approx(10, rel=0.3)
+    assert large.epochs / small.epochs == pytest.approx(10, rel=0.3)
+    assert small.flops * 100 == pytest.approx(large.flops)
+
+
+def test_a_planted_study_is_planned_by_its_own_fit(study: list[Point]) -> None:
+    """The model chosen has, of all, the lowest planted loss at that compute, to 1 %."""
+    job = mini_job(3e-4)
+    plan = make_plan(job, study)
+    losses = {}
+    for model in MODELS:
+        epochs = plan.flops / train_flops(macs_per_image(model, 32, 200), IMAGES)
+        losses[model] = made_point(model, epochs).loss
+    chosen = made_point(plan.model, plan.epochs).loss
+    assert chosen <= min(losses.values()) * 1.01
+    assert plan.because["model"].startswith("fitted here: size ~ C^0.5")
+    assert plan.loss is not None
+    assert plan.loss.value == pytest.approx(chosen, rel=0.05)
+
+
+def test_runs_too_few_for_a_fit_are_continued_at_the_papers_rate(study: list[Point]) -> None:
+    few = [point for point in study if point.model in MODELS[:2] and point.epochs <= 1]
+    plan = make_plan(mini_job(3e-5), few)
+    assert plan.because["model"].startswith("paper's same rate, from the middle of the runs'")
+    assert plan.model.startswith("nfnet_mini_")
+
+
+def test_a_loss_far_from_the_runs_warns(study: list[Point]) -> None:
+    with pytest.warns(Extrapolation, match="decades beyond"):
+        make_plan(mini_job(1), study)
+
+
+def test_rates_follow_the_runs(study: list[Point]) -> None:
+    """Where 0.05 was better for the smallest, larger runs go on from there, and not from 0.1."""
+    assert make_plan(mini_job(3e-4), study).trials.rates == (0.1, 0.05)
+    better = made_point(MODELS[0], 0.5, 0.05, loss=1.0)
+    others = [point for point in study if point.epochs > 0.5 or point.model != MODELS[0]]
+    tried = [replace(point, peak_lr=0.05) for point in others]
+    assert make_plan(mini_job(3e-4), [better, *tried]).trials.rates == (0.05, 0.025)
+
+
+def test_runs_of_two_studies_are_refused(study: list[Point]) -> None:
+    other = replace(study[0], data="e" * 64)
+    with pytest.raises(ValueError, match=r"2 different values of data \(eeeeeeeeeeee, ffffffff"):
+        make_plan(mini_job(1), [*study, other])
+    with pytest.raises(ValueError, match="2 different values of batch_size"):
+        best_of_study([study[0], replace(study[1], batch_size=32)])
+    with pytest.raises(ValueError, match="all of these runs are fine-tuned"):
+        best_of_study([replace(study[0], init_from="x")])
+
+
+def test_impossible_jobs_are_refused() -> None:
+    with pytest.raises(ValueError, match="core_hours is 0; it must be finite and greater than 0"):
+        make_plan(Job(0))
+    with pytest.raises(ValueError, match="hardware is 'v9'"):
+        make_plan(Job(1, hardware="v9"))
+    with pytest.raises(ValueError, match="mfu is 36"):
+        make_plan(Job(1, mfu=36))
