@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -31,6 +32,7 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla RECIPE --cfg job           show what it would run
        nfnets-xla shards COMMAND ...         pack, index, lint, stats, holdout, exclude (--help)
        nfnets-xla shards show DIR            draw the views that a recipe makes of them
+       nfnets-xla scaling COMMAND ...        plan, fit (--help)
        nfnets-xla models [PATTERN | NAME]    list the models, or show all about one
        nfnets-xla convert SRC DST --model NAME [--to ours|timm|haiku] [--force]
                                              rewrite weights: a file of any form, or an address
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif arguments[0] == "shards":
             if code := shards(arguments[1:]):
                 sys.exit(code)
+        elif arguments[0] == "scaling":
+            scaling(arguments[1:])
         elif arguments[0] == "models":
             models(arguments[1:])
         elif arguments[0] == "convert":
@@ -143,6 +147,14 @@ def show_shards(arguments: list[str]) -> None:
         overrides = [f"data.shards={request.folder}", *needless, *request.overrides]
         run = to_run(hydra.compose(request.recipe, overrides))
     show(run, request.out, request.rows)
+
+
+def scaling(arguments: list[str]) -> None:
+    if find_spec("scipy") is None:
+        raise ValueError("scaling needs scipy: pip install 'nfnets_xla[scaling]'")
+    from nfnets_xla import scaling_cli
+
+    scaling_cli.scaling(arguments)
 
 
 def models(arguments: list[str]) -> None:

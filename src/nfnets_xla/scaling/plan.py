@@ -134,9 +134,7 @@ def best_size(flops: float, points: Sequence[Point]) -> tuple[float, str]:
     kept = [points[index] for index in on_frontier(points)]
     middle_size = statistics.geometric_mean(point.macs for point in kept)
     middle_flops = statistics.geometric_mean(point.flops for point in kept)
-    because = (
-        "paper's same rate, from the middle of the runs' frontier; they do not resolve their own"
-    )
+    because = "paper's same rate, from the middle of the runs' frontier, which does not resolve it"
     return middle_size * math.sqrt(flops / middle_flops), because
 
 

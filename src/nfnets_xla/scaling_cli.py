@@ -1,0 +1,93 @@
+"""`nfnets-xla scaling ...`: account, plan, fit and figures, one subcommand each. Needs no torch."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from nfnets_xla.devices import DEVICES
+from nfnets_xla.scaling.law import Extrapolation
+from nfnets_xla.scaling.plan import Job, describe, make_plan
+from nfnets_xla.scaling.report import report
+from nfnets_xla.scaling.runs import Point, read_points, without_restarts
+from nfnets_xla.shards_cli import Parser
+
+
+def scaling(arguments: Sequence[str]) -> None:
+    given = parser().parse_args(arguments)
+    given.run(given)
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="nfnets-xla scaling",
+        description="What runs cost, what they follow, and what to run next (docs/scaling.md).",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, run: Callable[[Any], None], purpose: str) -> Any:
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.set_defaults(run=run)
+        return command
+
+    defaults = Job(core_hours=1)
+    plan = add("plan", run_plan, "say what to train with so many core-hours")
+    plan.add_argument("--core-hours", type=float, required=True)
+    plan.add_argument("--hardware", choices=DEVICES, default=defaults.hardware)
+    plan.add_argument("--cores", type=int, default=defaults.cores, help="for the wall clock")
+    plan.add_argument("--mfu", type=float, help="share of the peak; default: the runs' or 0.36")
+    plan.add_argument("--price", type=float, help="of a chip-hour")
+    plan.add_argument("--images", type=int, help="of the training set; default: the runs' or JFT's")
+    plan.add_argument("--batch-size", type=int, help="default: the runs' or 4096")
+    plan.add_argument("--runs", type=Path, help="folder of runs to fit; else the paper's rules")
+    fit = add("fit", run_fit, "fit laws to a folder of runs")
+    fit.add_argument("runs", type=Path)
+    for command in (plan, fit):
+        command.add_argument(
+            "--without-restarts", action="store_true", help="leave out runs that were restarted"
+        )
+    return top
+
+
+def run_plan(given: Any) -> None:
+    points = [] if given.runs is None else chosen(given)
+    named = {field.name: getattr(given, field.name, None) for field in fields(Job)}
+    job = Job(
+        **of_study(points) | {name: value for name, value in named.items() if value is not None}
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", Extrapolation)
+        print(describe(make_plan(job, points), job, given.price))
+    for warning in caught:
+        print(f"warning: {warning.message}")
+
+
+def of_study(points: Sequence[Point]) -> dict[str, Any]:
+    """What a plan takes from runs unless it is told otherwise. Their images are those of the
+    longest, since a run's rows are its epochs, rounded up to whole batches."""
+    if not points:
+        return {}
+    longest = max(points, key=lambda point: point.rows)
+    return {
+        "images": round(longest.rows / longest.epochs),
+        "image_size": longest.image_size,
+        "batch_size": longest.batch_size,
+        "num_classes": longest.num_classes,
+    }
+
+
+def run_fit(given: Any) -> None:
+    print(report(chosen(given)))
+
+
+def chosen(given: Any) -> list[Point]:
+    """The finished pre-training runs of the folder; what is left out is said."""
+    points, left_out = read_points(given.runs)
+    for line in left_out:
+        print(f"left out: {line}")
+    points = [point for point in points if not point.is_finetuned]
+    points = without_restarts(points) if given.without_restarts else points
+    if not points:
+        raise ValueError(f"{given.runs} holds no pre-training run of the kind asked for")
+    return points

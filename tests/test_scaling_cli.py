@@ -1,0 +1,103 @@
+"""`nfnets-xla scaling` as a person types it: what it prints, what it refuses, and without torch."""
+
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla.cli import main
+from nfnets_xla.scaling.account import macs_per_image
+from tests.scaling.made_runs import IMAGES, write_run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Four sizes by four lengths by two rates; L = 1.5 + A / M^0.4 + B / D^0.4, within 0.3 %."""
+    cells = product((0, 1, 3, 7), (0.5, 1, 2, 4), (0.1, 0.2))
+    for number, (size, epochs, rate) in enumerate(cells):
+        model = f"nfnet_mini_f{size}"
+        macs, rows = macs_per_image(model, 32, 200), epochs * IMAGES
+        loss = 1.5 + 3e2 * macs**-0.4 + 1e2 * rows**-0.4
+        loss = loss * (1 + 0.003 * (number // 2 * 7 % 5 - 2) / 2) + (0.02 if rate == 0.2 else 0)
+        write_run(
+            tmp_path / f"run{number}", loss=float(loss), model=model, epochs=epochs, rate=rate
+        )
+    return tmp_path
+
+
+def test_a_plan_by_the_papers_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["scaling", "plan", "--core-hours", "110000", "--cores", "1024", "--price", "3"])
+    out = capsys.readouterr().out
+    assert "model       nfnet_f7_plus, 100.7 GMACs an image   (paper: size and epochs" in out
+    assert "55,000 chip-hours = 165,000 at 3 a chip-hour of v4" in out
+    assert "wall clock  107.4 hours a trial on 1024 cores" in out
+
+
+def test_a_plan_by_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images, batch and classes are the runs'; a loss far away comes with a warning."""
+    main(["scaling", "plan", "--core-hours", "1e-4", "--runs", str(runs)])
+    out = capsys.readouterr().out
+    assert f"of {IMAGES:,} images" in out
+    assert "fitted here: size ~ C^0.5" in out
+    assert "try 0.1 and 0.05   (0.1 was best for nfnet_mini_f" in out
+    assert "warning" not in out
+    main(["scaling", "plan", "--core-hours", "1", "--runs", str(runs)])
+    assert "decades beyond the fitted runs" in capsys.readouterr().out
+
+
+def test_a_fit_says_what_the_runs_hold(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["scaling", "fit", str(runs)])
+    out = capsys.readouterr().out
+    assert "a x^-b: b = 0.1" in out
+    assert "L(M, D): the same rate is within the interval: size ~ C^0." in out
+    assert "the best rate never rises with epochs or size" in out
+    assert "in 16 of 16 cells the best rate is the lowest or highest tried" in out
+
+
+def test_two_runs_say_why_nothing_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epochs in (1, 2):
+        write_run(tmp_path / f"{epochs}", loss=3 - epochs, epochs=epochs)
+    main(["scaling", "fit", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "power: there are 2 different points; the form power needs at least 3" in out
+    assert "one rate was tried for each model and number of epochs" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan"], "the following arguments are required: --core-hours"),
+        (["plan", "--core-hours", "-5"], "core_hours is -5; it must be finite and greater than 0"),
+        (["plan", "--core-hours", "5", "--hardware", "v9"], "invalid choice: 'v9'"),
+        (["plan", "--core-hours", "5", "--mfu", "36"], "36 % is 0.36"),
+        (["fit", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["scaling", *words])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_torch_is_not_needed() -> None:
+    """A process in which torch and what training needs cannot be imported plans all the same."""
+    missing = ("torch", "timm", "lightning", "webdataset", "joblib", "fsspec", "PIL", "simplejpeg")
+    program = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({missing!r}))\n"
+        "from nfnets_xla.cli import main\n"
+        "main(['scaling', 'plan', '--core-hours', '5000'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nfnet_f3, 33.34 GMACs" in done.stdout
