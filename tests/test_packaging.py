@@ -56,6 +56,8 @@ def test_the_wheel_holds_every_configuration(wheel: Path) -> None:
     for folder in ("conf", "recipes"):
         for file in (ROOT / folder).rglob("*.yaml"):
             assert f"nfnets_xla/{file.relative_to(ROOT)}" in names
+    for file in (ROOT / "recipes" / "launch").iterdir():
+        assert f"nfnets_xla/recipes/launch/{file.name}" in names
     assert "nfnets_xla/py.typed" in names
 
 

@@ -4,6 +4,7 @@
     nfnets-xla my_recipe --config-dir .        # a person's own recipe, extending ours
     nfnets-xla pretrain ... --cfg job          # show the run without starting it
     nfnets-xla shards index DIR
+    nfnets-xla launch watch my_run.yaml        # on Cloud TPU
 
 Recipes (recipes/) are Hydra's primary configs; the groups they pick from live in conf/. A mistake
 in what was asked for is one line on standard error and exit code 2.
@@ -26,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nfnets_xla.config import Run
+from nfnets_xla.launch import Launch, launch
 from nfnets_xla.shards_cli import Parser, progress, shards
 
 USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
@@ -33,6 +35,7 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla shards COMMAND ...         pack, index, lint, stats, holdout, exclude (--help)
        nfnets-xla shards show DIR            draw the views that a recipe makes of them
        nfnets-xla scaling COMMAND ...        plan, fit (--help)
+       nfnets-xla launch COMMAND FILE        run on Cloud TPU: create, watch, resume ... (--help)
        nfnets-xla models [PATTERN | NAME]    list the models, or show all about one
        nfnets-xla convert SRC DST --model NAME [--to ours|timm|haiku] [--force]
                                              rewrite weights: a file of any form, or an address
@@ -50,7 +53,7 @@ class ConfOnPath(SearchPathPlugin):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `nfnets-xla`. Exits with 0, or 2 for a mistake in the request; 1: lint found
-    faults."""
+    faults, or a launch failed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -62,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sys.exit(code)
         elif arguments[0] == "scaling":
             scaling(arguments[1:])
+        elif arguments[0] == "launch":
+            if code := launch(arguments[1:], read_launch):
+                sys.exit(code)
         elif arguments[0] == "models":
             models(arguments[1:])
         elif arguments[0] == "convert":
@@ -134,6 +140,19 @@ def to_run(config: DictConfig) -> Run:
     assert isinstance(run, Run)
     run.check()
     return run
+
+
+def read_launch(file: Path, overrides: list[str]) -> Launch:
+    """Settings of `nfnets-xla launch`, checked as a run's are."""
+    parts = [OmegaConf.structured(Launch), OmegaConf.load(file), OmegaConf.from_dotlist(overrides)]
+    typed = OmegaConf.merge(*parts)
+    if missing := sorted(OmegaConf.missing_keys(typed)):
+        raise ValueError(
+            f"{', '.join(missing)} not set: fill in the file, or give {missing[0]}=VALUE"
+        )
+    settings = OmegaConf.to_object(typed)
+    assert isinstance(settings, Launch)
+    return settings
 
 
 def show_shards(arguments: list[str]) -> None:

@@ -1,0 +1,334 @@
+"""`nfnets-xla launch ...`: a run on Cloud TPU, from the queue to its last step, through `gcloud`.
+
+    nfnets-xla launch watch my_run.yaml --dry-run     # prints the commands, runs none of them
+    nfnets-xla launch watch my_run.yaml               # all of it, again after each pre-emption
+
+A run is one file (recipes/launch/): the slice, what is installed on it, and the command that every
+worker runs. Nothing is kept on this machine: what there is to know is asked of the queued resource
+and of its workers, so that any step may be repeated, from anywhere. See docs/cloud_tpu.md.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from nfnets_xla.shards_cli import Parser
+
+SHARE = "/mnt/share"  # where install.sh mounts it
+FOLDER = "nfnets-xla"  # of a worker's home: the library, its log, the state of the run
+SCRIPTS = ("install.sh", "run.sh")
+# https://cloud.google.com/tpu/docs/queued-resources; those not named here are on the way to ACTIVE.
+GONE = ("SUSPENDED", "FAILED")  # never become ACTIVE again: to be deleted and asked for anew
+GOING = ("SUSPENDING", "DELETING")
+ABSENT = "NOT_FOUND"  # what gcloud says of one that does not exist
+FAILURES_IN_A_ROW = 10  # of `watch`: the network may be down, or a slice go while it is asked
+
+# A line per worker. A lock that is held is a run that lives: no way to end leaves it behind.
+ASK_WORKERS = f"""cd {FOLDER} 2> /dev/null && test -x venv/bin/nfnets-xla && test -e run.sh \
+|| {{ echo "worker $(hostname): empty"; exit 0; }}; \
+if ! flock -n lock true; then echo "worker $(hostname): running"; \
+elif test -e exit; then echo "worker $(hostname): exit $(cat exit)"; \
+else echo "worker $(hostname): stopped"; fi"""
+ANSWER = re.compile(r"worker (\S+): (empty|running|stopped|exit \d+)")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One file of recipes/launch/."""
+
+    name: str  # of the queued resource and of its node
+    project: str
+    zone: str
+    accelerator_type: str  # v4-8 is one host of four chips
+    runtime_version: str
+    spot: bool
+    share: (
+        str  # HOST:/FOLDER, over NFS: holds run_dir, because a pre-empted worker's disks are gone
+    )
+    wheel: str  # a file of this machine
+    lock: str  # requirements-tpu.lock, of this machine
+    run: list[str]  # arguments of nfnets-xla
+
+    def check(self) -> None:
+        """Raises ValueError for what would only show once the slice is paid for."""
+        run_dirs = [part.partition("=")[2] for part in self.run if part.startswith("run_dir=")]
+        if not run_dirs or not run_dirs[-1].startswith(f"{SHARE}/"):
+            raise ValueError(
+                f"run has run_dir={run_dirs[-1] if run_dirs else None}; it must lie under {SHARE}, "
+                "because a pre-empted worker's own disks are gone"
+            )
+        for key in ("wheel", "lock"):
+            if not Path(getattr(self, key)).is_file():
+                raise ValueError(
+                    f"{key} is {getattr(self, key)!r}, and there is no such file here: see Install "
+                    "in docs/cloud_tpu.md"
+                )
+
+
+class Failed(Exception):
+    """Something that is not a mistake in what was asked for: exit code 1."""
+
+
+class RunFailed(Failed):
+    """The run ended by itself, with an error."""
+
+
+@dataclass
+class Slice:
+    """A queued resource and its workers, as gcloud sees them."""
+
+    settings: Launch
+    dry_run: bool
+    every: float  # seconds between two questions
+
+    def create(self) -> None:
+        wanted = self.settings
+        self._queue(
+            "create",
+            f"--node-id={wanted.name}",
+            f"--accelerator-type={wanted.accelerator_type}",
+            f"--runtime-version={wanted.runtime_version}",
+            *(["--spot"] if wanted.spot else []),
+        )
+
+    def delete(self) -> None:
+        self._queue("delete", "--force")  # with its node
+
+    def state(self, *, in_dry_run: str) -> str:
+        try:
+            answer = self._queue("describe", "--format=value(state.state)", ask=True)
+        except Failed as error:
+            if ABSENT in str(error):
+                return ABSENT
+            raise
+        return in_dry_run if self.dry_run else answer.strip()
+
+    def wait(self) -> None:
+        """Until the slice is there."""
+        said = ""
+        while (state := self.state(in_dry_run="ACTIVE")) != "ACTIVE":
+            if state in (*GONE, *GOING, ABSENT):
+                raise Failed(
+                    f"{self.settings.name} is {state}: `nfnets-xla launch resume` renews it"
+                )
+            if state != said:
+                print(f"{self.settings.name}: {state}", flush=True)
+            said = state
+            time.sleep(self.every)
+
+    def install(self) -> None:
+        """On all workers. What is there already stays, so that it may be repeated."""
+        wheel, lock = Path(self.settings.wheel), Path(self.settings.lock)
+        self._on_workers(f"mkdir -p {FOLDER}")
+        with ExitStack() as open_files:
+            scripts = [open_files.enter_context(_shipped(name)) for name in SCRIPTS]
+            sources = [str(path) for path in (wheel, lock, *scripts)]
+            node = f"{self.settings.name}:{FOLDER}/"
+            self._gcloud("tpu-vm", "scp", *sources, node, "--worker=all")
+        arguments = shlex.join([wheel.name, lock.name, self.settings.share, SHARE])
+        self._on_workers(f"cd {FOLDER} && bash install.sh {arguments}")
+
+    def start(self) -> None:
+        """On all workers, behind the shell that asks for it. Those that run already go on."""
+        command = shlex.join(["bash", "run.sh", *self.settings.run])
+        self._on_workers(
+            f"cd {FOLDER} && rm -f exit && "
+            f"{{ setsid nohup {command} >> run.log 2>&1 < /dev/null & }}"
+        )
+
+    def stop(self) -> None:
+        """Ask the run to save and to end; it stays ended until it is started again."""
+        self._on_workers(
+            f"cd {FOLDER} && touch stop && if test -e pid; then kill -TERM $(cat pid); fi"
+        )
+
+    def workers(self) -> dict[str, str]:
+        """{host: what its run does}; empty in a dry run."""
+        return dict(ANSWER.findall(self._on_workers(ASK_WORKERS, ask=True)))
+
+    def logs(self, worker: int) -> None:
+        self._on_workers(f"tail -n 100 -F {FOLDER}/run.log", worker=str(worker))
+
+    def _on_workers(self, command: str, *, worker: str = "all", ask: bool = False) -> str:
+        to = (self.settings.name, f"--worker={worker}", f"--command={command}")
+        return self._gcloud("tpu-vm", "ssh", *to, ask=ask)
+
+    def _queue(self, verb: str, *options: str, ask: bool = False) -> str:
+        return self._gcloud("queued-resources", verb, self.settings.name, *options, ask=ask)
+
+    def _gcloud(self, *arguments: str, ask: bool = False) -> str:
+        """Run one command, after showing it; or one that only asks, and return its answer."""
+        where = (f"--project={self.settings.project}", f"--zone={self.settings.zone}", "--quiet")
+        command = ["gcloud", "compute", "tpus", *arguments, *where]
+        if self.dry_run or not ask:
+            print(shlex.join(command), flush=True)
+        if self.dry_run:
+            return ""
+        try:
+            ran = subprocess.run(
+                command,
+                stdout=subprocess.PIPE if ask else None,
+                stderr=subprocess.PIPE if ask else None,
+                text=True,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise ValueError(
+                "there is no gcloud on the PATH: install Google Cloud's command line tools, or add "
+                "--dry-run to see what would be run"
+            ) from None
+        if ran.returncode:
+            why = f": {ran.stderr.strip()}" if ask else ""
+            raise Failed(f"gcloud {' '.join(arguments[:2])} ended with {ran.returncode}{why}")
+        return ran.stdout if ask else ""
+
+
+def _shipped(name: str) -> AbstractContextManager[Path]:
+    return as_file(files("nfnets_xla.recipes") / "launch" / name)
+
+
+# ---- from any state to a run that has finished --------------------------------------------------
+
+
+def resume(tpu: Slice) -> bool:
+    """Bring the run to life again, wherever it was left; whether it has finished.
+
+    The command is repeated as it is: the run goes on from its newest checkpoint. Raises RunFailed
+    if it ended by itself with an error, which repeating would only repeat.
+    """
+    state = tpu.state(in_dry_run="SUSPENDED")
+    if state in GOING:
+        return False
+    if state in GONE:
+        tpu.delete()
+    if state in (*GONE, ABSENT):
+        tpu.create()
+    if state != "ACTIVE":
+        tpu.wait()
+    states = tpu.workers()
+    failed = {host: now for host, now in states.items() if now not in _NO_FAILURE}
+    if failed:
+        host, now = min(failed.items())
+        raise RunFailed(
+            f"the run ended on {len(failed)} of {len(states)} workers ({host}: {now}): see "
+            "`nfnets-xla launch logs`, and `start` it again"
+        )
+    if tpu.dry_run or "empty" in states.values():
+        tpu.install()
+    if tpu.dry_run or any(now in ("empty", "stopped") for now in states.values()):
+        tpu.start()
+    return bool(states) and all(now == "exit 0" for now in states.values())
+
+
+_NO_FAILURE = ("empty", "running", "stopped", "exit 0")
+
+
+def watch(tpu: Slice) -> None:
+    """`resume`, again and again, until the run has finished."""
+    failures = 0
+    while True:
+        try:
+            if resume(tpu):
+                print(f"{tpu.settings.name}: finished. `nfnets-xla launch delete` ends its cost")
+                return
+            failures = 0
+        except Failed as error:
+            failures += 1
+            if isinstance(error, RunFailed) or failures == FAILURES_IN_A_ROW:
+                raise
+            print(f"nfnets-xla: {error}; trying again", file=sys.stderr, flush=True)
+        if tpu.dry_run:
+            return
+        time.sleep(tpu.every)
+
+
+def status(tpu: Slice) -> None:
+    state = tpu.state(in_dry_run="ACTIVE")
+    if not tpu.dry_run:
+        print(f"{tpu.settings.name}: {state}")
+    if state == "ACTIVE":
+        for host, now in sorted(tpu.workers().items()):
+            print(f"  {host}: {now}")
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+COMMANDS: dict[str, tuple[Callable[[Slice], Any], str]] = {
+    "create": (Slice.create, "put the slice into the queue"),
+    "wait": (Slice.wait, "until it is there"),
+    "install": (Slice.install, "mount the share and install the library, on all workers"),
+    "start": (Slice.start, "start the run on all workers"),
+    "status": (status, "what the slice and its workers do"),
+    "resume": (
+        resume,
+        "from any state to a run that goes on: after a pre-emption, or at the start",
+    ),
+    "watch": (watch, "resume, again and again, until the run has finished"),
+    "stop": (Slice.stop, "ask the run to save and to end"),
+    "delete": (Slice.delete, "delete the slice; what is on the share stays"),
+}
+
+
+def launch(arguments: Sequence[str], read: Callable[[Path, list[str]], Launch]) -> int:
+    """Returns the exit code. `read` makes settings of a file and of KEY=VALUE overrides."""
+    given = parser().parse_args(arguments)
+    if given.command == "example":
+        with find(given.settings) as file:
+            print(file.read_text(encoding="utf-8"), end="")
+        return 0
+    with find(given.settings) as file:
+        settings = read(file, given.overrides)
+    settings.check()
+    tpu = Slice(settings, given.dry_run, given.every)
+    try:
+        if given.command == "logs":
+            tpu.logs(given.worker)
+        else:
+            COMMANDS[given.command][0](tpu)
+    except Failed as error:
+        print(f"nfnets-xla: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parser() -> Parser:
+    top = Parser(prog="nfnets-xla launch", description="A run on Cloud TPU, through gcloud.")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
+    purposes = {name: purpose for name, (_, purpose) in COMMANDS.items()}
+    purposes |= {"logs": "follow the run's log", "example": "print the settings, to copy"}
+    for name, purpose in purposes.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("settings", help=f"a YAML file, or one of {', '.join(shipped())}")
+        if name == "example":
+            continue
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+        command.add_argument("--dry-run", action="store_true", help="print the commands only")
+        command.add_argument("--every", type=float, default=60, help="seconds between questions")
+        if name == "logs":
+            command.add_argument("--worker", type=int, default=0)
+    return top
+
+
+def shipped() -> list[str]:
+    names = (file.name for file in (files("nfnets_xla.recipes") / "launch").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def find(settings: str) -> AbstractContextManager[Path]:
+    if settings in shipped():
+        return _shipped(f"{settings}.yaml")
+    if not Path(settings).is_file():
+        raise ValueError(
+            f"there are no settings {settings!r}: name a file, or one of {', '.join(shipped())}"
+        )
+    return as_file(Path(settings))

@@ -1,0 +1,224 @@
+"""Launching: the commands themselves, and whole lives of runs against a cloud in a folder."""
+
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla.cli import main, read_launch, recipes, to_run
+from nfnets_xla.launch import find, shipped
+from tests.cloud import Cloud
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def overrides(tmp_path: Path) -> list[str]:
+    (tmp_path / "ours.whl").touch()
+    (tmp_path / "lock.txt").touch()
+    files = [f"wheel={tmp_path / 'ours.whl'}", f"lock={tmp_path / 'lock.txt'}"]
+    return ["project=mine", "share=10.0.0.2:/runs", *files]
+
+
+@pytest.fixture
+def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cloud]:
+    def make(*plan: str) -> Cloud:
+        made = Cloud(tmp_path / "cloud", list(plan))
+        monkeypatch.setenv("PATH", f"{made.bin}:/usr/bin:/bin")
+        return made
+
+    return make
+
+
+def launch(command: str, overrides: list[str]) -> int:
+    try:
+        main(["launch", command, "v4_64", *overrides, "--every", "0.05"])
+    except SystemExit as stopped:
+        return int(str(stopped.code))
+    return 0
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# ---- the settings and the commands --------------------------------------------------------------
+
+
+def test_no_settings_are_taken_for_a_recipe() -> None:
+    assert shipped() == ["v4_512", "v4_64", "v4_8"]
+    assert not set(shipped()) & set(recipes())
+
+
+@pytest.mark.parametrize("name", ["v4_512", "v4_64", "v4_8"])
+def test_shipped_settings_start_a_run_that_composes(name: str, overrides: list[str]) -> None:
+    from hydra import compose, initialize_config_module
+    from hydra.core.plugins import Plugins
+
+    from nfnets_xla.cli import ConfOnPath
+
+    with find(name) as file:
+        settings = read_launch(file, overrides)
+    settings.check()
+    Plugins.instance().register(ConfOnPath)
+    with initialize_config_module("nfnets_xla.recipes", version_base="1.3"):
+        run = to_run(compose(settings.run[0], settings.run[1:]))
+    assert run.run_dir == f"/mnt/share/{settings.name}"
+    assert settings.accelerator_type.replace("-", "_") == name
+    chips = int(settings.accelerator_type.partition("-")[2]) // 2  # of two cores each
+    hosts = max(1, chips // 4)
+    assert f"{chips} chips ({2 * chips} cores), {hosts} host" in file.read_text()
+    # What a run of that shape must fulfil: data/order.py, and train.check_division.
+    assert run.data.num_streams % hosts == 0
+    assert run.data.batch_size % chips == run.data.eval_batch_size % chips == 0
+
+
+def test_a_dry_run_prints_commands_and_runs_none(
+    overrides: list[str], cloud: Callable[..., Cloud], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = cloud()
+    assert launch("watch", [*overrides, "--dry-run"]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert made.calls() == []
+    where = ["--project=mine", "--zone=us-central2-b", "--quiet"]
+    assert all(line[:3] == ["gcloud", "compute", "tpus"] and line[-3:] == where for line in lines)
+    assert [line[3:5] for line in lines] == [
+        ["queued-resources", "describe"],
+        ["queued-resources", "delete"],
+        ["queued-resources", "create"],
+        ["queued-resources", "describe"],
+        *[["tpu-vm", "ssh"]] * 2,
+        ["tpu-vm", "scp"],
+        *[["tpu-vm", "ssh"]] * 2,
+    ]
+    assert lines[2][5:-3] == [
+        "nfnet-f3",
+        "--node-id=nfnet-f3",
+        "--accelerator-type=v4-64",
+        "--runtime-version=tpu-ubuntu2204-base",
+        "--spot",
+    ]
+    launch("create", [*overrides, "spot=false", "--dry-run"])
+    assert "--spot" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["run=[pretrain,run_dir=runs/f0]"], "run_dir=runs/f0; it must lie under /mnt/share"),
+        (["wheel=nowhere.whl"], "wheel is 'nowhere.whl', and there is no such file"),
+        (["spot=perhaps"], "not a valid bool"),
+        (["zones=x"], "zones"),
+        (["project=???"], "project not set"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_asked_for(
+    change: list[str],
+    said: str,
+    overrides: list[str],
+    cloud: Callable[..., Cloud],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = cloud()
+    assert launch("create", [*overrides, *change]) == 2
+    assert said in capsys.readouterr().err
+    assert made.calls() == []
+
+
+def test_without_gcloud_it_says_so(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert launch("create", overrides) == 2
+    assert "there is no gcloud on the PATH" in capsys.readouterr().err
+
+
+def test_the_example_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["launch", "example", "v4_8"])
+    assert capsys.readouterr().out == (ROOT / "recipes" / "launch" / "v4_8.yaml").read_text()
+
+
+# ---- whole lives --------------------------------------------------------------------------------
+
+
+def test_step_by_step(
+    overrides: list[str], cloud: Callable[..., Cloud], capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = cloud("wait", "0")
+    for command in ("create", "wait", "install", "start"):
+        assert launch(command, overrides) == 0
+    until(lambda: all((made.home(number) / "waits").exists() for number in (0, 1)))
+    assert launch("start", overrides) == 0  # once more changes nothing
+    assert launch("install", overrides) == 0
+    capfd.readouterr()
+    assert launch("status", overrides) == 0
+    said = capfd.readouterr().out
+    assert "nfnet-f3: ACTIVE" in said
+    assert "host-0: running\n  host-1: running" in said
+    assert launch("stop", overrides) == 0  # saved, says 75, and is not started again
+    until(lambda: all((made.home(n) / "nfnets-xla" / "exit").exists() for n in (0, 1)))
+    for number in (0, 1):
+        (ran,) = made.runs(number)
+        assert ran.startswith("pretrain run_dir=/mnt/share/nfnet-f3 model.name=nfnet_f3 ")
+    mounts = [call for call in made.calls() if call.startswith("sudo mount")]
+    assert mounts == ["sudo mount -t nfs 10.0.0.2:/runs /mnt/share"] * 2
+    assert "uv pip sync -q --require-hashes --python venv/bin/python lock.txt" in made.calls()
+    assert launch("delete", overrides) == 0
+    assert not made.home(0).exists()
+    assert launch("delete", overrides) == 1  # there is none
+
+
+def test_a_run_is_brought_to_its_end_through_an_interruption_and_a_preemption(
+    overrides: list[str], cloud: Callable[..., Cloud]
+) -> None:
+    """It saves and says 75; hangs until the slice is taken away; and finishes on a new one."""
+    made = cloud("75", "hang", "0")
+    assert launch("watch", overrides) == 0
+    assert [verb for verb in made.verbs() if verb != "tpu-vm ssh"] == [
+        "queued-resources create",
+        "tpu-vm scp",
+        "queued-resources delete",
+        "queued-resources create",
+        "tpu-vm scp",
+    ]
+    for number in (0, 1):
+        assert len(made.runs(number)) == 3
+        assert len(set(made.runs(number))) == 1  # the command is repeated as it is
+
+
+def test_a_run_that_fails_is_not_repeated(
+    overrides: list[str], cloud: Callable[..., Cloud], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = cloud("2", "0")
+    assert launch("watch", overrides) == 1
+    assert "the run ended on 2 of 2 workers (host-0: exit 2)" in capsys.readouterr().err
+    assert len(made.runs(0)) == 1
+    assert launch("start", overrides) == 0  # what was wrong is mended
+    until(lambda: (made.home(0) / "nfnets-xla" / "exit").exists())
+    assert launch("watch", overrides) == 0
+
+
+def test_a_killed_loop_is_started_again(overrides: list[str], cloud: Callable[..., Cloud]) -> None:
+    """As after a reboot of a worker: no process, and nothing it ended with."""
+    made = cloud("0", "0")
+    for command in ("create", "wait", "install"):
+        assert launch(command, overrides) == 0
+    assert launch("resume", overrides) == 0
+    until(lambda: all((made.home(n) / "nfnets-xla" / "exit").exists() for n in (0, 1)))
+    (made.home(1) / "nfnets-xla" / "exit").unlink()
+    assert launch("resume", overrides) == 0
+    until(lambda: len(made.runs(1)) == 2)
+
+
+def test_watching_survives_a_network_that_is_down(
+    overrides: list[str], cloud: Callable[..., Cloud], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = cloud("0")
+    (made.folder / "down").touch()
+    assert launch("watch", overrides) == 0
+    assert "the network is down; trying again" in capsys.readouterr().err
