@@ -77,3 +77,17 @@ def test_seconds_are_of_all_starts_and_unknown_in_older_records(tmp_path: Path) 
     assert read_record(tmp_path).seconds == 42.5
     (tmp_path / "run-3.jsonl").write_text('{"kind":"header","step":0,"resumed_from":0}\n')
     assert read_record(tmp_path).seconds is None
+
+
+def test_seconds_that_a_restart_threw_away(tmp_path: Path) -> None:
+    """The first start dies 9 s after the checkpoint of step 5, the second before its own next."""
+    clocks = [(0, [(5, 20.0), (6, 25.0), (7, 29.0)]), (5, [(6, 11.0)]), (5, [(6, 12.0)])]
+    for number, (resumed_from, rows) in enumerate(clocks, start=1):
+        lines = [{"kind": "header", "step": resumed_from, "seconds": 0.0}]
+        lines[0]["resumed_from"] = resumed_from
+        lines += [{"kind": "train", "step": step, "seconds": clock} for step, clock in rows]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        (tmp_path / f"run-{number}.jsonl").write_text(text)
+    record = read_record(tmp_path)
+    assert record.seconds_lost == 9 + 11
+    assert record.seconds == 29 + 11 + 12

@@ -26,7 +26,7 @@ class Backend:
     fetch: Callable[
         [Mapping[str, Tensor]], dict[str, Tensor]
     ]  # device tensors to the host, at once
-    report: Callable[[], dict[str, Any]]  # what the runtime counted, for the record's last line
+    report: Callable[[], dict[str, Any]]  # what was counted since the backend was opened
     scan: Scan = loop  # runs a stacked network's loops
     checkpoint: Checkpoint = recompute  # computes a block again in the backward pass
 
@@ -68,6 +68,7 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, parameter_bytes: 
         peak_flops = measured_cpu_peak()  # which virtual devices share
     parts = fsdp if isinstance(fsdp, int) else smallest_fsdp(parameter_bytes, known, count)
     xla.make_mesh(parts)
+    strategy = SPMDStrategy(fsdp=parts)
     started = xla.counters()
 
     def report() -> dict[str, Any]:
@@ -75,10 +76,13 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, parameter_bytes: 
         return {
             "compilations": counted.compilations,
             "gather_compilations": counted.gather_compilations,
-            "compile_seconds": round(counted.compile_seconds, 3),
+            "compile_seconds": round(counted.compile_seconds, 6),
             "executions": counted.executions,
+            "execute_seconds": round(counted.execute_seconds, 6),
             "tensors_to_host": counted.tensors_to_host,
             "fallbacks": counted.fallbacks,
+            "trace_seconds": round(strategy.trace_seconds, 6),
+            "dispatch_seconds": round(strategy.dispatch_seconds, 6),
         }
 
     return Backend(
@@ -86,7 +90,7 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, parameter_bytes: 
         count,
         peak_flops,
         XLAAccelerator(),
-        SPMDStrategy(fsdp=parts),
+        strategy,
         xla.gather,
         report,
         xla.scan,

@@ -121,9 +121,11 @@ def recipe(name: str, arguments: list[str]) -> None:
 
 def execute(run: Run) -> None:
     if run.job == "train":
+        from nfnets_xla.display import open_display
         from nfnets_xla.train import train
 
-        train(run)
+        with open_display() as display:
+            train(run, display)
     else:
         from nfnets_xla.evaluate import evaluate
 

@@ -73,6 +73,7 @@ class TrainerConfig:
     eval_every: int | None  # steps between evaluations; None: only at the end
     checkpoint_every: int | None  # steps between checkpoints; None: only at the end
     keep_checkpoints: int
+    tensorboard: bool  # curves for TensorBoard, beside those as CSV
     trace_samples: bool  # write the sample ids of every batch into the record
 
 

@@ -11,21 +11,14 @@ import torch
 from nfnets_xla import checkpoint
 from nfnets_xla.backend import open_backend
 from nfnets_xla.config import Run
+from nfnets_xla.inputs import check_cache, count_classes, make_eval_loader, open_index
 from nfnets_xla.missed import Missed
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import count_parameters, create_network
 from nfnets_xla.models.weights import load_checkpoint, load_into
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.task import Classification
-from nfnets_xla.train import (
-    check_cache,
-    check_division,
-    choose_form,
-    count_classes,
-    make_eval_loader,
-    make_trainer,
-    open_index,
-)
+from nfnets_xla.train import check_division, choose_form, make_trainer
 
 Say = Callable[[str], None]
 

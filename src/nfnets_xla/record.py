@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,6 +54,7 @@ class RunRecord:
     rows: list[Row]
     steps_lost: int  # computed (as far as the record shows), in no checkpoint, computed again
     seconds: float | None  # of all attempts, to the last line of each; None: an older record
+    seconds_lost: float  # of them, those after a line that a later start still builds on
 
     def of_kind(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] == kind]
@@ -70,23 +72,26 @@ def read_record(run_dir: Path | str) -> RunRecord:
     if not attempts:
         raise ValueError(f"{folder} holds no run-*.jsonl: it is not the folder of a run")
     headers: list[Row] = []
-    rows: list[Row] = []
-    lost = 0
+    timed: list[tuple[Row, float]] = []  # rows, each with the seconds since the one before
+    steps_lost, seconds_lost = 0, 0.0
     seconds: float | None = 0.0
     for _, path in attempts:
         lines = _read_lines(path)
         if not lines:
             continue  # killed before its header was complete
-        header, body = lines[0], lines[1:]
-        resumed_from = int(header["resumed_from"])
-        reached = max((row["step"] for row in rows if row["kind"] in _PROGRESS), default=0)
-        lost += max(0, reached - resumed_from)
-        rows = [row for row in rows if row["step"] <= resumed_from and row["kind"] != "end"]
-        headers.append(header)
-        rows += body
+        resumed_from = int(lines[0]["resumed_from"])
+        reached = max((row["step"] for row, _ in timed if row["kind"] in _PROGRESS), default=0)
+        steps_lost += max(0, reached - resumed_from)
+        kept = [(row, took) for row, took in timed if row["step"] <= resumed_from]
+        seconds_lost += sum(took for _, took in timed) - sum(took for _, took in kept)
+        headers.append(lines[0])
+        clock = [row.get("seconds", 0.0) for row in lines]
+        took = [later - earlier for earlier, later in pairwise(clock)]
+        timed = [entry for entry in kept if entry[0]["kind"] != "end"]
+        timed += zip(lines[1:], took, strict=True)
         known = None if seconds is None else lines[-1].get("seconds")
         seconds = None if seconds is None or known is None else seconds + known
-    return RunRecord(headers, rows, lost, seconds)
+    return RunRecord(headers, [row for row, _ in timed], steps_lost, seconds, seconds_lost)
 
 
 _PROGRESS = ("train", "samples")  # rows written for a computed step

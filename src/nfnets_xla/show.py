@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.mix import mixed
-from nfnets_xla.train import count_classes, make_order, make_train_batches, open_shards
+from nfnets_xla.inputs import count_classes, make_order, make_train_batches, open_shards
 
 USAGE = "shards show DIR [--out FILE] [--rows N] [--recipe NAME] [key=value ...]"
 

@@ -11,6 +11,7 @@ Lightning's default precision plug-in does nothing, which is what is wanted. Lig
 strategies cannot run on the CPU runtime.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -97,6 +98,8 @@ class SPMDStrategy(SingleDeviceStrategy):
         """`fsdp` devices share one copy of parameters and optimizer state; divides all devices."""
         super().__init__(device=torch.device("xla", 0))
         self.fsdp = fsdp
+        self.trace_seconds = 0.0  # of training, in Python, until the graph of a step is complete
+        self.dispatch_seconds = 0.0  # then, until the runtime took it; the first time it compiles
 
     def setup_environment(self) -> None:
         xla.start()
@@ -156,15 +159,22 @@ class SPMDStrategy(SingleDeviceStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._is_automatic:
-            xla.sync()
-        return output
+        if not self._is_automatic:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        return self._dispatched(super().optimizer_step, optimizer, closure, model, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().training_step(*args, **kwargs)
-        if not self._is_automatic:
-            xla.sync()
+        if self._is_automatic:
+            return super().training_step(*args, **kwargs)
+        return self._dispatched(super().training_step, *args, **kwargs)
+
+    def _dispatched(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        output = step(*args, **kwargs)
+        traced = time.perf_counter()
+        xla.sync()
+        self.trace_seconds += traced - start
+        self.dispatch_seconds += time.perf_counter() - traced
         return output
 
     @property

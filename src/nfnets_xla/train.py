@@ -8,7 +8,6 @@ import json
 import logging
 import platform
 import warnings
-from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -22,37 +21,45 @@ from nfnets_xla import checkpoint
 from nfnets_xla.backend import Backend, open_backend
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import Run, differences
-from nfnets_xla.data.batches import EvalBatches, TrainBatches
-from nfnets_xla.data.cache import open_cache
-from nfnets_xla.data.exclude import without
+from nfnets_xla.curves import Curves
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.order import Order
-from nfnets_xla.data.shards import ShardIndex
-from nfnets_xla.data.storage import address
-from nfnets_xla.hooks import Checkpointer, Monitor
+from nfnets_xla.display import Display, Lines, Say, summary
+from nfnets_xla.hooks import Checkpointer
+from nfnets_xla.inputs import (
+    check_cache,
+    count_classes,
+    make_eval_loader,
+    make_order,
+    make_train_batches,
+    open_shards,
+)
 from nfnets_xla.missed import Missed, missed_before
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, count_parameters, create_network
 from nfnets_xla.models.stacked import as_in, is_stacked, loop, stack
 from nfnets_xla.models.weights import load_checkpoint, load_into
+from nfnets_xla.monitor import Monitor, Peaks
 from nfnets_xla.optim.schedule import warmup_cosine
-from nfnets_xla.record import RecordWriter
+from nfnets_xla.record import RecordWriter, read_record
+from nfnets_xla.scaling import account
 from nfnets_xla.task import Classification, Restored
-
-Say = Callable[[str], None]
 
 # Recorded with a run: what its numbers and pixels may depend on.
 VERSIONS = ("nfnets_xla", "torch", "lightning", "numpy", "pillow", "simplejpeg")
 STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/compile.txt
 
 
-def train(run: Run, say: Say = print) -> dict[str, Any]:
+def train(run: Run, display: Display | None = None) -> dict[str, Any]:
     """Train, or go on training, in `run.run_dir`; returns the record's closing line.
 
-    A folder that holds checkpoints of the same run is resumed from the newest that verifies. A
-    folder of another run, or of a finished one, is a ValueError.
+    `display`, entered by the caller, shows it; there are plain lines without one. A folder that
+    holds checkpoints of the same run is resumed from the newest that verifies. A folder of another
+    run, or of a finished one, is a ValueError.
     """
+    display = display or Lines()
+    say = display.say
     if run.run_dir is None:
         raise ValueError("run_dir is not set; it must name the folder the run is to be kept in")
     check_cache(run)
@@ -106,21 +113,25 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
     )
     eval_loader = None if held_out is None else make_eval_loader(run, held_out, num_classes)
     before = missed_before(folder, start_step)
+    lost_seconds = read_record(folder).seconds_lost if start_step else 0.0
     with (
         RecordWriter(folder, header(run, identity, order, net, backend, start_step)) as record,
         closing(loader),
         closing(eval_loader) if eval_loader else nullcontext(),
+        closing(Curves(folder, record.attempt, start_step, run.trainer.tensorboard)) as curves,
     ):
         (folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
         monitor = Monitor(
             record,
+            curves,
+            display,
             total_steps=order.num_steps,
-            steps_per_epoch=order.steps_per_epoch,
+            epochs=run.optim.epochs,
             log_every=run.trainer.log_every,
             trace=dataset.samples_shown if run.trainer.trace_samples else None,
-            flops_per_image=train_flops(net, run),
-            peak_flops=backend.peak_flops,
-            say=say,
+            peaks=Peaks(backend.peak_flops, *train_flops(net, run)),
+            totals=backend.report,
+            lost_seconds=lost_seconds,
         )
         keeper = Checkpointer(
             folder / "checkpoints",
@@ -144,108 +155,13 @@ def train(run: Run, say: Say = print) -> dict[str, Any]:
         trainer.fit(task, loader, eval_loader)
         if eval_loader is not None and monitor.evaluated_at != order.num_steps:
             trainer.validate(task, eval_loader, verbose=False)
-        result = {"steps": order.num_steps, "missed": missed.trained, **backend.report()}
+        totals = monitor.summary() | backend.report()
+        result = {"steps": order.num_steps, "missed": missed.trained, **totals}
         record.write("end", order.num_steps, **result)
+    for line in summary(result):
+        say(line)
     say(f"finished after {order.num_steps} steps; everything is in {folder}")
     return result
-
-
-# ---- data -------------------------------------------------------------------------------------
-
-
-def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:
-    if run.data.shards is None:
-        raise ValueError("data.shards is not set; it must name a folder of indexed shards")
-    held_out = None if run.data.eval_shards is None else open_index(run, run.data.eval_shards)
-    index = open_index(run, run.data.shards)
-    return index if run.data.exclude is None else without(index, run.data.exclude), held_out
-
-
-def open_index(run: Run, shards: str) -> ShardIndex:
-    folder = run.data.cache_dir
-    cache = None if folder is None else open_cache(folder, run.data.cache_bytes)
-    return ShardIndex.load(shards, cache)
-
-
-def check_cache(run: Run) -> None:
-    """Raises ValueError for shards at an address and no cache: a request for each sample would do
-    for a few of them only."""
-    for shards in (run.data.shards, run.data.eval_shards):
-        if run.data.cache_dir is None and (url := address(shards)):
-            raise ValueError(
-                f"{url} is read through a cache, and data.cache_dir is not set: name a folder on a "
-                f"local disk that has data.cache_bytes={run.data.cache_bytes:.0f} bytes to spare"
-            )
-
-
-def count_classes(run: Run, *indexes: ShardIndex | None) -> int:
-    """Classes of the head. Raises ValueError if a label does not fit `data.num_classes`."""
-    present = [index for index in indexes if index is not None]
-    if run.data.num_classes is None:
-        return max(index.num_classes for index in present)
-    for index in present:
-        if index.num_classes > run.data.num_classes:
-            raise ValueError(
-                f"data.num_classes is {run.data.num_classes}, but {index.folder} holds label "
-                f"{index.num_classes - 1}: labels must be below it; raise data.num_classes"
-            )
-    return run.data.num_classes
-
-
-def make_order(run: Run, index: ShardIndex) -> Order:
-    """The order of unique images. K views of each: K times fewer passes, at equal compute."""
-    data = run.data
-    if data.batch_size % data.repeats:
-        raise ValueError(
-            f"data.batch_size is {data.batch_size}; it must be a multiple of data.repeats "
-            f"({data.repeats}), so that every image of a batch has all its views"
-        )
-    return Order(
-        counts=index.counts,
-        seed=run.seed,
-        num_streams=data.num_streams,
-        unique_per_step=data.batch_size // data.repeats,
-        window_shards=data.window_shards,
-        epochs=run.optim.epochs / data.repeats,
-    )
-
-
-def make_train_batches(
-    run: Run,
-    index: ShardIndex,
-    order: Order,
-    num_classes: int,
-    *,
-    drop_path_rates: Sequence[float],
-    num_features: int,
-) -> TrainBatches:
-    return TrainBatches(
-        index,
-        order,
-        num_classes=num_classes,
-        seed=run.seed,
-        image_size=run.data.image_size,
-        repeats=run.data.repeats,
-        flip=run.data.flip,
-        min_crop_area=run.data.min_crop_area,
-        randaugment_ops=run.data.randaugment_ops,
-        randaugment_magnitude=run.data.randaugment_magnitude,
-        mix=run.data.mix == "mixup_cutmix",
-        drop_path_rates=drop_path_rates,
-        dropout_features=num_features,
-        dropout_rate=run.model.drop_rate,
-    )
-
-
-def make_eval_loader(run: Run, held_out: ShardIndex, num_classes: int) -> Batches:
-    dataset = EvalBatches(
-        held_out,
-        num_classes=num_classes,
-        batch_size=run.data.eval_batch_size,
-        image_size=run.data.eval_image_size,
-        margin=run.data.eval_margin,
-    )
-    return Batches(dataset, start_step=0, stop_step=len(dataset), workers=run.data.workers)
 
 
 # ---- model ------------------------------------------------------------------------------------
@@ -274,13 +190,14 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
     return net
 
 
-def train_flops(net: Network, run: Run) -> int:
-    """Of one view: forward, and twice that backward; all of it twice with SAM.
-
-    Operations that are computed again to save memory do not count.
-    """
-    passes = 1 if run.optim.sam_rho is None else 2
-    return passes * 3 * 2 * net.macs(run.data.image_size)
+def train_flops(net: Network, run: Run) -> tuple[float, float]:
+    """Of a view's training: what it needs, and what is computed for it to save memory."""
+    fraction = 0.0 if run.optim.sam_rho is None else 1.0
+    needed = account.train_flops(net.macs(run.data.image_size), 1, sam_fraction=fraction)
+    if not run.model.recompute or not isinstance(net, NFNet):
+        return needed, needed
+    again = net.macs(run.data.image_size, blocks_only=True)
+    return needed, needed + (1 + fraction) * account.FLOPS_PER_MAC * again
 
 
 def choose_form(net: Network, run: Run, backend: Backend) -> None:

@@ -316,6 +316,7 @@ class Counters:
     gather_compilations: int
     compile_seconds: float
     executions: int
+    execute_seconds: float  # on the devices, as the runtime measures it
     tensors_to_host: int
     fallbacks: dict[str, int]  # aten:: operations that XLA could not lower and ran on the host
 
@@ -325,6 +326,7 @@ class Counters:
             self.gather_compilations - earlier.gather_compilations,
             self.compile_seconds - earlier.compile_seconds,
             self.executions - earlier.executions,
+            self.execute_seconds - earlier.execute_seconds,
             self.tensors_to_host - earlier.tensors_to_host,
             {
                 name: count - earlier.fallbacks.get(name, 0)
@@ -342,7 +344,7 @@ def counters() -> Counters:
         return (int(data[0]), float(data[1])) if data else (0, 0.0)
 
     compilations, nanoseconds = metric("CompileTime")
-    executions = metric("ExecuteTime")[0] + metric("ExecuteReplicatedTime")[0]
+    executed = metric("ExecuteTime"), metric("ExecuteReplicatedTime")
     fallbacks = {
         name: int(metrics.counter_value(name) or 0)
         for name in metrics.counter_names()
@@ -351,5 +353,11 @@ def counters() -> Counters:
     transfers = metric("TransferFromDeviceTime")[0]
     gathers = sum(_compiled_to_gather)
     return Counters(
-        compilations - gathers, gathers, nanoseconds / 1e9, executions, transfers, fallbacks
+        compilations=compilations - gathers,
+        gather_compilations=gathers,
+        compile_seconds=nanoseconds / 1e9,
+        executions=sum(count for count, _ in executed),
+        execute_seconds=sum(time for _, time in executed) / 1e9,
+        tensors_to_host=transfers,
+        fallbacks=fallbacks,
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from nfnets_xla.models.layers import EpsMode, SqueezeExcite, WSConv2d, gelu, scaled_gelu
 from nfnets_xla.models.nfnet import NFBlock, NFNet
@@ -65,6 +66,17 @@ def test_the_papers_bottleneck_gives_the_printed_f4_plus() -> None:
     first = net.get_submodule("stages.0.0.conv1")
     assert isinstance(first, WSConv2d)
     assert (first.in_channels, first.groups) == (192, 1)
+
+
+def test_macs_of_blocks_are_what_recomputing_adds() -> None:
+    def flops(recomputed: bool) -> int:
+        net = mini()
+        net.set_grad_checkpointing(recomputed)
+        with FlopCounterMode(display=False) as counter:
+            net(torch.randn(1, 3, 32, 32)).sum().backward()
+        return counter.get_total_flops()
+
+    assert flops(True) - flops(False) == 2 * mini().macs(32, blocks_only=True)
 
 
 def test_a_forward_on_meta_tensors_touches_no_values() -> None:

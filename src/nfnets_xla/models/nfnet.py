@@ -361,27 +361,28 @@ class NFNet(nn.Module):
         """
         return 2 * self.macs(size)
 
-    def macs(self, size: int) -> int:
+    def macs(self, size: int, blocks_only: bool = False) -> int:
         """Multiply-accumulates of one `size` x `size` image, forward. What NF calls "FLOPs".
 
         Counted as the reference does (nfnet.py:154-173): convolutions, squeeze-excites, classifier.
+        `blocks_only` are those that gradient checkpointing computes twice.
         """
-        total = 0
+        outside = blocks = 0
         for conv in self.stem:
             assert isinstance(conv, WSConv2d)
             size = -(-size // conv.stride[0])
-            total += _conv_macs(conv, size)
+            outside += _conv_macs(conv, size)
         for block in (block for stage in self.stages for block in stage.children()):
             assert isinstance(block, NFBlock)
-            total += _conv_macs(block.conv0, size)
+            blocks += _conv_macs(block.conv0, size)
             size = -(-size // block.stride)
             for conv in (block.conv1, block.conv1b, block.conv2, block.conv_shortcut):
-                total += 0 if conv is None else _conv_macs(conv, size)
+                blocks += 0 if conv is None else _conv_macs(conv, size)
             gates = block.squeeze_excite
-            total += gates.reduce.weight.numel() + gates.expand.weight.numel()
+            blocks += gates.reduce.weight.numel() + gates.expand.weight.numel()
         if isinstance(self.final_conv, WSConv2d):
-            total += _conv_macs(self.final_conv, size)
-        return total + self.num_features * self.num_classes
+            outside += _conv_macs(self.final_conv, size)
+        return blocks + (0 if blocks_only else outside + self.num_features * self.num_classes)
 
 
 def _conv_macs(conv: WSConv2d, out_size: int) -> int:

@@ -1,0 +1,107 @@
+"""What a run reads: its shards, the classes they call for, the order, and the batches."""
+
+from collections.abc import Sequence
+
+from nfnets_xla.config import Run
+from nfnets_xla.data.batches import EvalBatches, TrainBatches
+from nfnets_xla.data.cache import open_cache
+from nfnets_xla.data.exclude import without
+from nfnets_xla.data.loader import Batches
+from nfnets_xla.data.order import Order
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.data.storage import address
+
+
+def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:
+    if run.data.shards is None:
+        raise ValueError("data.shards is not set; it must name a folder of indexed shards")
+    held_out = None if run.data.eval_shards is None else open_index(run, run.data.eval_shards)
+    index = open_index(run, run.data.shards)
+    return index if run.data.exclude is None else without(index, run.data.exclude), held_out
+
+
+def open_index(run: Run, shards: str) -> ShardIndex:
+    folder = run.data.cache_dir
+    cache = None if folder is None else open_cache(folder, run.data.cache_bytes)
+    return ShardIndex.load(shards, cache)
+
+
+def check_cache(run: Run) -> None:
+    """Raises ValueError for shards at an address and no cache: a request for each sample would do
+    for a few of them only."""
+    for shards in (run.data.shards, run.data.eval_shards):
+        if run.data.cache_dir is None and (url := address(shards)):
+            raise ValueError(
+                f"{url} is read through a cache, and data.cache_dir is not set: name a folder on a "
+                f"local disk that has data.cache_bytes={run.data.cache_bytes:.0f} bytes to spare"
+            )
+
+
+def count_classes(run: Run, *indexes: ShardIndex | None) -> int:
+    """Classes of the head. Raises ValueError if a label does not fit `data.num_classes`."""
+    present = [index for index in indexes if index is not None]
+    if run.data.num_classes is None:
+        return max(index.num_classes for index in present)
+    for index in present:
+        if index.num_classes > run.data.num_classes:
+            raise ValueError(
+                f"data.num_classes is {run.data.num_classes}, but {index.folder} holds label "
+                f"{index.num_classes - 1}: labels must be below it; raise data.num_classes"
+            )
+    return run.data.num_classes
+
+
+def make_order(run: Run, index: ShardIndex) -> Order:
+    """The order of unique images. K views of each: K times fewer passes, at equal compute."""
+    data = run.data
+    if data.batch_size % data.repeats:
+        raise ValueError(
+            f"data.batch_size is {data.batch_size}; it must be a multiple of data.repeats "
+            f"({data.repeats}), so that every image of a batch has all its views"
+        )
+    return Order(
+        counts=index.counts,
+        seed=run.seed,
+        num_streams=data.num_streams,
+        unique_per_step=data.batch_size // data.repeats,
+        window_shards=data.window_shards,
+        epochs=run.optim.epochs / data.repeats,
+    )
+
+
+def make_train_batches(
+    run: Run,
+    index: ShardIndex,
+    order: Order,
+    num_classes: int,
+    *,
+    drop_path_rates: Sequence[float],
+    num_features: int,
+) -> TrainBatches:
+    return TrainBatches(
+        index,
+        order,
+        num_classes=num_classes,
+        seed=run.seed,
+        image_size=run.data.image_size,
+        repeats=run.data.repeats,
+        flip=run.data.flip,
+        min_crop_area=run.data.min_crop_area,
+        randaugment_ops=run.data.randaugment_ops,
+        randaugment_magnitude=run.data.randaugment_magnitude,
+        mix=run.data.mix == "mixup_cutmix",
+        drop_path_rates=drop_path_rates,
+        dropout_features=num_features,
+        dropout_rate=run.model.drop_rate,
+    )
+
+
+def make_eval_loader(run: Run, held_out: ShardIndex, num_classes: int) -> Batches:
+    dataset = EvalBatches(
+        held_out,
+        num_classes=num_classes,
+        batch_size=run.data.eval_batch_size,
+        image_size=run.data.eval_image_size,
+        margin=run.data.eval_margin,
+    )
+    return Batches(dataset, start_step=0, stop_step=len(dataset), workers=run.data.workers)

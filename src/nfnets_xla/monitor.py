@@ -1,0 +1,187 @@
+"""What is measured of a running training: into the record, the curves and onto the screen.
+
+Fires after update n (counted from 1). The device's numbers are read one interval late: by then they
+have long been computed, so reading them stops nothing.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from nfnets_xla.curves import Curves
+from nfnets_xla.display import Display
+from nfnets_xla.record import RecordWriter
+from nfnets_xla.task import TRAIN_METRICS, Batch, Classification
+
+
+class Monitor(Callback):
+    """Writes the record and the curves, and shows every logged step and evaluation."""
+
+    def __init__(
+        self,
+        record: RecordWriter,
+        curves: Curves,
+        display: Display,
+        *,
+        total_steps: int,
+        epochs: float,
+        log_every: int,
+        trace: Callable[[Batch], dict[str, list]] | None,
+        peaks: "Peaks",
+        totals: Callable[[], dict[str, Any]],
+        lost_seconds: float,
+    ) -> None:
+        """`trace` says which samples a batch shows, to be recorded for every step; `totals` are
+        the runtime's counts so far, `lost_seconds` what interruptions have cost before."""
+        self.record = record
+        self.curves = curves
+        self.display = display
+        self.total_steps = total_steps
+        self.epochs = epochs
+        self.log_every = log_every
+        self.trace = trace
+        self.peaks = peaks
+        self.totals = totals
+        self.lost_seconds = lost_seconds
+        self.evaluated_at = 0
+        self._pending: tuple[int, dict[str, Any], Tensor] | None = None
+        self._interval = _Interval(totals())
+        self._logged: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._interval = _Interval(self.totals())
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._interval.batch_came()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        task = task_of(pl_module)
+        step = batch["step"] + 1
+        if self.trace is not None:
+            self.record.write("samples", step, **self.trace(batch))
+        self._interval.step_went(len(batch["labels_B"]))
+        self.display.step(step, self.total_steps)
+        if step % self.log_every == 0 or step == self.total_steps:
+            self.write_pending(task)
+            totals = self.totals()
+            rates = {
+                "epoch": round(self.epochs * step / self.total_steps, 6),
+                "learning_rate": task.learning_rate(step - 1),
+                **self._interval.rates(self.peaks, totals),
+            }
+            self._interval = _Interval(totals)
+            self._logged.append(rates)
+            assert task.step_metrics_M is not None
+            self._pending = (step, rates, task.step_metrics_M)
+        self._interval.batch_asked()
+
+    def write_pending(self, task: Classification) -> None:
+        """Write the logged step that is still held back; before a checkpoint, or it may be lost."""
+        if self._pending is None:
+            return
+        step, rates, metrics_M = self._pending
+        self._pending = None
+        values = task.fetch({"metrics": metrics_M})["metrics"].tolist()
+        row = dict(zip(TRAIN_METRICS, values, strict=True)) | rates
+        self.record.write("train", step, **row)
+        self.curves.add("train", step, row)
+        of_run = {"steps": self.total_steps, "epochs": self.epochs}
+        self.display.numbers(row | of_run | {"step": step, "lost_seconds": self.lost_seconds})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        task = task_of(pl_module)
+        self.write_pending(task)
+        self.evaluated_at = trainer.global_step
+        for weights, metrics in task.evaluation.items():
+            self.record.write("eval", trainer.global_step, weights=weights, **metrics)
+            self.curves.add(f"eval-{weights}", trainer.global_step, metrics)
+            self.display.say(
+                f"step {trainer.global_step}/{self.total_steps}  held out ({weights}): "
+                f"loss {metrics['loss']:.4f}  top-1 {metrics['top1']:.3f}  "
+                f"top-5 {metrics['top5']:.3f}"
+            )
+        self._interval = _Interval(self.totals())  # an evaluation is not training time
+        self._interval.batch_asked()
+
+    def summary(self) -> dict[str, Any]:
+        """Of the steps of this start: medians over what was logged, without the first, which
+        compiled, if there are others."""
+        steady = self._logged[1:] or self._logged
+        typical = {
+            name: None if None in values else median(values)
+            for name in ("images_per_second", "step_ms", "mfu", "hfu", "data_wait_share")
+            if (values := [row[name] for row in steady])
+        }
+        return typical | {"lost_seconds": round(self.lost_seconds, 3)}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.write_pending(task_of(pl_module))
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the hardware could do, and what is asked of it."""
+
+    flops: float | None  # a second, of all devices together; None: not known
+    needed_per_image: float  # operations that training on a view needs: MFU is their share
+    computed_per_image: float  # with those computed again to save memory: HFU is their share
+
+    def shares(self, images_per_second: float) -> dict[str, float | None]:
+        if self.flops is None:
+            return {"mfu": None, "hfu": None}
+        needed, computed = self.needed_per_image, self.computed_per_image
+        return {
+            "mfu": round(images_per_second * needed / self.flops, 4),
+            "hfu": round(images_per_second * computed / self.flops, 4),
+        }
+
+
+class _Interval:
+    """Some training steps in a row: what they took, and what they waited for."""
+
+    def __init__(self, totals: dict[str, Any]) -> None:
+        self._totals = totals
+        self._since = self._asked_at = time.perf_counter()
+        self._steps = self._images = 0
+        self._waited = 0.0
+
+    def batch_asked(self) -> None:
+        self._asked_at = time.perf_counter()
+
+    def batch_came(self) -> None:
+        self._waited += time.perf_counter() - self._asked_at
+
+    def step_went(self, images: int) -> None:
+        self._steps += 1
+        self._images += images
+
+    def rates(self, peaks: "Peaks", totals: dict[str, Any]) -> dict[str, Any]:
+        seconds = time.perf_counter() - self._since
+        images_per_second = self._images / seconds
+        rates: dict[str, Any] = {
+            "images_per_second": round(images_per_second, 2),
+            "step_ms": round(1000 * seconds / self._steps, 2),
+            **peaks.shares(images_per_second),
+            "data_wait_share": round(self._waited / seconds, 4),
+        }
+        for name, total in totals.items():
+            if isinstance(total, int | float):
+                since = total - self._totals[name]
+                if name.endswith("_seconds"):  # the mean of a step
+                    name, since = name.replace("_seconds", "_ms"), 1000 * since / self._steps
+                rates[name] = round(since, 2)
+        return rates
+
+
+def task_of(module: LightningModule) -> Classification:
+    assert isinstance(module, Classification)
+    return module
