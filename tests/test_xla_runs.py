@@ -80,6 +80,25 @@ def test_the_device_is_not_part_of_the_run(
         assert end["gather_compilations"] == (0 if fsdp == 1 else 1)
 
 
+@pytest.mark.slow
+def test_parts_of_a_batch_are_one_graph_and_the_same_on_any_device(
+    shards: Path, tmp_path: Path
+) -> None:
+    """SAM on half of each batch, in two microbatches of two slices: still two graphs in all."""
+    parts = ["optim.sam_ascent_fraction=0.5", "optim.sam_microbatches=2", "optim.accumulation=2"]
+    parts += ["data.num_streams=2", "optim.epochs=1", "data.repeats=2", "data.batch_size=16"]
+    for name, options in (("two", xla(2)), ("cpu", PLAIN_CPU)):
+        folder = tmp_path / name
+        command = [*arguments(shards), *parts, *options, f"run_dir={folder}"]
+        run(command, tmp_path / "log.txt")
+    (end,) = read_record(tmp_path / "two").of_kind("end")
+    assert end["compilations"] == 2
+    assert end["fallbacks"] == {}
+    assert len(losses(tmp_path / "cpu")) == 7
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "cpu"), rtol=1e-4)
+    assert "SAM ascends on 50.0% of each batch" in (tmp_path / "log.txt").read_text()
+
+
 def test_a_killed_run_on_four_devices_ends_as_if_it_had_not_been(
     shards: Path, on_four: Path, tmp_path: Path
 ) -> None:

@@ -60,7 +60,11 @@ class OptimConfig:
     weight_decay: float
     clipping: float | None  # AGC's lambda; None: no clipping
     label_smoothing: float
+    accumulation: int  # slices of a batch computed one after the other: memory for time
     sam_rho: float | None  # None: no sharpness-aware minimisation
+    sam_ascent_fraction: float  # share of the batch that the ascent looks at; the NFNets had 0.2
+    sam_microbatches: int  # m-sharpness: parts of the batch with an ascent each
+    sam_adaptive: bool  # ASAM: the ascent relative to the weights; sam_rho about 10 times larger
     ema_decay: float | None  # None: no moving average
 
 
@@ -115,6 +119,19 @@ class Run:
             raise ValueError(
                 f"data.min_crop_area is {self.data.min_crop_area}; it must be in (0, 1]"
             )
+        if not 0 < self.optim.sam_ascent_fraction <= 1:
+            raise ValueError(
+                f"optim.sam_ascent_fraction is {self.optim.sam_ascent_fraction}; it must be in "
+                "(0, 1]"
+            )
+        if self.optim.sam_rho is None:
+            for name, off in _OF_SAM.items():
+                value = getattr(self.optim, name)
+                if value != off:
+                    raise ValueError(
+                        f"optim.{name} is {value} with optim.sam_rho=null; it is an option of "
+                        f"SAM: give optim.sam_rho, or {str(off).lower()}"
+                    )
         magnitude = self.data.randaugment_magnitude
         if magnitude is not None and not 1 <= magnitude <= 20:  # at 20 `Posterize` keeps 8 bits
             raise ValueError(f"data.randaugment_magnitude is {magnitude}; it must be in [1, 20]")
@@ -138,6 +155,7 @@ class Run:
         del values["data"]["exclude"], values["data"]["max_missed"]
         del values["data"]["cache_dir"], values["data"]["cache_bytes"]
         del values["model"]["stacked"], values["model"]["recompute"]
+        del values["optim"]["accumulation"]
         return values
 
 
@@ -146,6 +164,7 @@ _POSITIVE = [
     *[("data", name) for name in ("eval_batch_size", "repeats", "num_streams", "window_shards")],
     *[("data", name) for name in ("randaugment_ops", "cache_bytes")],
     *[("optim", name) for name in ("epochs", "peak_lr", "clipping", "sam_rho")],
+    *[("optim", name) for name in ("accumulation", "sam_microbatches")],
     *[("trainer", name) for name in ("virtual_devices", "log_every", "eval_every")],
     *[("trainer", name) for name in ("checkpoint_every", "keep_checkpoints")],
 ]
@@ -156,6 +175,9 @@ _IN_HALF_OPEN = [
     ("data", "max_missed", 1),
     *[("optim", name, float("inf")) for name in ("warmup_steps", "weight_decay")],
 ]
+
+
+_OF_SAM = {"sam_ascent_fraction": 1.0, "sam_microbatches": 1, "sam_adaptive": False}
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -41,6 +41,10 @@ class Checkpointer(Callback):
             self.save(task_of(pl_module), step)
 
     def save(self, task: Classification, step: int) -> None:
+        with task.at_rest():  # a signal handler may save in the midst of a step
+            self._save(task, step)
+
+    def _save(self, task: Classification, step: int) -> None:
         assert task.sgd is not None
         weights: dict[str, Tensor] = task.net.state_dict()
         if isinstance(task.net, NFNet):  # stacked, its state dict would be slices to compile

@@ -10,6 +10,7 @@ work is dispatched. Nothing comes back inside the step.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from nfnets_xla.data.mix import mixed
 from nfnets_xla.ema import EMA
 from nfnets_xla.models.registry import Network
 from nfnets_xla.models.stacked import output_axes
+from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.roles import parameter_roles
 from nfnets_xla.optim.sam import SAM
 from nfnets_xla.optim.schedule import warmup_cosine
@@ -37,6 +39,7 @@ Fetch = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
+NO_WEIGHT = 1e-6  # under the sum of rows' weights: a part without any has no gradient, not NaN
 TRAIN_METRICS = ("loss", "top1")
 EVAL_METRICS = ("loss", "top1", "top5")
 
@@ -63,9 +66,13 @@ class Classification(LightningModule):
         total_steps: int,
         compute_dtype: torch.dtype,
         fetch: Fetch,
+        passes: Passes | None = None,
         restored: Restored | None = None,
     ) -> None:
-        """`fetch` copies device tensors to the host in one transfer, whatever the device is."""
+        """`fetch` copies device tensors to the host in one transfer, whatever the device is.
+
+        Training needs `passes`: how a step goes through its batch.
+        """
         super().__init__()
         self.automatic_optimization = False
         self.net = net
@@ -73,12 +80,14 @@ class Classification(LightningModule):
         self.total_steps = total_steps
         self.compute_dtype = compute_dtype
         self.fetch = fetch
+        self.passes = passes
         self.register_buffer("mean_rgb", torch.tensor(MEAN_RGB), persistent=False)
         self.register_buffer("stddev_rgb", torch.tensor(STDDEV_RGB), persistent=False)
         bit = 2 ** torch.arange(8, dtype=torch.uint8)
         self.register_buffer("bit_values", bit, persistent=False)
         self.ema: EMA | None = None
         self.sgd: SGD_AGC | None = None
+        self.sam: SAM | None = None
         self.step_metrics_M: Tensor | None = None  # of the latest step, still on the device
         self.evaluation: dict[str, dict[str, float]] = {}  # of the latest evaluation, per weights
         self._restored = restored
@@ -105,7 +114,15 @@ class Classification(LightningModule):
             if self.ema is not None and self._restored.ema is not None:
                 self.ema.load(self._restored.ema)
             self._restored = None
-        return sgd if self.optim.sam_rho is None else SAM(sgd, rho=self.optim.sam_rho)
+        if self.optim.sam_rho is None:
+            return sgd
+        self.sam = SAM(
+            sgd,
+            rho=self.optim.sam_rho,
+            adaptive=self.optim.sam_adaptive,
+            microbatches=self.optim.sam_microbatches,
+        )
+        return self.sam
 
     def device_state(self) -> dict[str, Tensor]:
         """Tensors beside parameters and momentum (see strategy.HasDeviceState)."""
@@ -134,32 +151,61 @@ class Classification(LightningModule):
         hyper_2 = torch.tensor([self.learning_rate(step), ema_decay]).to(self.device)
         self.sgd.set_lr(hyper_2[0:1])
 
-        images_BHWC = batch["images_BHWC"]
-        if "mix_ratio_B" in batch:
-            boxes = batch["mix_outside_B"], batch["mix_box_B4"]
-            images_BHWC = mixed(images_BHWC, batch["layout"], *boxes)
-        images_BCHW = self._normalised(images_BHWC).to(self.compute_dtype)
-        dropout_keep_BF = self._dropout_keep(batch)
+        rows = self._rows(batch)
         optimizer: Any = self.optimizers()
-        passes: list[tuple[Tensor, Tensor]] = []
+        unperturbed: list[Tensor] = []  # sums over the rows of passes at the weights themselves
 
         def closure() -> Tensor:
+            """One gradient: of the batch, or of the part of it that SAM asks for."""
             optimizer.zero_grad()
-            logits_BK = self.net(images_BCHW, batch["keep_masks_BN"], dropout_keep_BF)
-            loss = self._loss(logits_BK, batch)
-            self.manual_backward(loss)
-            passes.append((loss.detach(), logits_BK.detach()))
-            return loss
+            sums = self._backward(rows)
+            if self.sam is None or self.sam.ascending:
+                unperturbed.append(sums)
+            return sums[0]
 
         optimizer.step(closure=closure)
         optimizer.zero_grad()  # before the dispatch: what is alive then is kept in device memory
         if self.ema is not None:
             self.ema.update(hyper_2[1:2])
-        loss, logits_BK = passes[0]  # SAM's first pass: at the unperturbed weights
-        top1 = _weighted_mean(_rank(logits_BK, batch) < 1, batch["weight_B"])
-        self.step_metrics_M = torch.stack([loss, top1])
+        *totals, weight = torch.stack(unperturbed).sum(dim=0)
+        self.step_metrics_M = torch.stack(totals) / weight.clamp(min=NO_WEIGHT)
 
-    def _loss(self, logits_BK: Tensor, batch: Batch) -> Tensor:
+    def _rows(self, batch: Batch) -> dict[str, Tensor]:
+        """The batch's tensors, all of B rows. Images are mixed now, while streams are whole."""
+        rows = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        if "mix_ratio_B" in batch:
+            boxes = batch["mix_outside_B"], batch["mix_box_B4"]
+            rows["images_BHWC"] = mixed(batch["images_BHWC"], batch["layout"], *boxes)
+        return rows
+
+    def _backward(self, rows: Batch) -> Tensor:
+        """Add up the gradient of a pass, slice by slice; (loss, top-1, weight), summed over rows.
+
+        Every slice's loss is divided by the weight of all rows whose gradients are summed: of the
+        whole batch, or of a microbatch's ascent.
+        """
+        assert self.passes is not None
+        ascending = self.sam is not None and self.sam.ascending
+        microbatch = 0 if self.sam is None else self.sam.microbatch
+        slices = [
+            {name: self.passes.take(value, places) for name, value in rows.items()}
+            for places in self.passes.of_step(microbatch, ascending=ascending)
+        ]
+        weighed = slices if ascending else [rows]
+        weights = [part["weight_B"].sum() for part in weighed]
+        divisor = torch.stack(weights).sum().clamp(min=NO_WEIGHT)
+        sums: list[Tensor] = []
+        for part in slices:
+            images_BCHW = self._normalised(part["images_BHWC"]).to(self.compute_dtype)
+            logits_BK = self.net(images_BCHW, part["keep_masks_BN"], self._dropout_keep(part))
+            weight_B = part["weight_B"]
+            loss = (self._losses(logits_BK, part) * weight_B).sum()
+            self.manual_backward(loss / divisor)
+            correct_B = (_rank(logits_BK.detach(), part) < 1).float()
+            sums.append(torch.stack([loss.detach(), (correct_B * weight_B).sum(), weight_B.sum()]))
+        return torch.stack(sums).sum(dim=0)
+
+    def _losses(self, logits_BK: Tensor, rows: Batch) -> Tensor:
         """Of a mixed row, the share of its own labels' loss and the rest of its partner's: equal to
         one loss of mixed targets, smoothed after mixing, for the loss is linear in the target."""
 
@@ -168,12 +214,16 @@ class Classification(LightningModule):
             return F.cross_entropy(logits_BK, targets, reduction="none", label_smoothing=smoothing)
 
         num_classes = logits_BK.shape[1]
-        of_rows_B = losses_B(_targets(batch, num_classes))
-        if "mix_ratio_B" in batch:
-            ratio_B = batch["mix_ratio_B"]
-            partners_B = losses_B(_targets(batch, num_classes, "mix_"))
+        of_rows_B = losses_B(_targets(rows, num_classes))
+        if "mix_ratio_B" in rows:
+            ratio_B = rows["mix_ratio_B"]
+            partners_B = losses_B(_targets(rows, num_classes, "mix_"))
             of_rows_B = ratio_B * of_rows_B + (1 - ratio_B) * partners_B
-        return _weighted_mean(of_rows_B, batch["weight_B"])
+        return of_rows_B
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """Inside, the weights are those to be saved, even between the passes of SAM's step."""
+        return nullcontext() if self.sam is None else self.sam.unperturbed()
 
     def _normalised(self, images_BHWC: Tensor) -> Tensor:
         images = (images_BHWC.float() - self.mean_rgb) / self.stddev_rgb
@@ -230,10 +280,6 @@ class Classification(LightningModule):
                 **{name: float(metric.compute()) for name, metric in means.items()},
                 "images": round(images),
             }
-
-
-def _weighted_mean(values_B: Tensor, weight_B: Tensor) -> Tensor:
-    return (values_B * weight_B).sum() / weight_B.sum()
 
 
 def _targets(batch: Batch, num_classes: int, whose: str = "") -> Tensor:

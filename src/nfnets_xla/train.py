@@ -44,6 +44,7 @@ from nfnets_xla.monitor import Monitor, Peaks
 from nfnets_xla.optim.schedule import warmup_cosine
 from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.scaling import account
+from nfnets_xla.steps import describe_ascent, make_passes
 from nfnets_xla.task import Classification, Restored
 
 # Recorded with a run: what its numbers and pixels may depend on.
@@ -73,6 +74,7 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
         warmup_steps=run.optim.warmup_steps,
         total_steps=order.num_steps,
     )
+    passes = make_passes(run, order)
     identity = {**run.identity(), "shards": index.fingerprint, "num_classes": num_classes}
     folder = Path(run.run_dir)
     resume = find_resume(folder, identity, order.num_steps, say)
@@ -96,10 +98,13 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
         f"{index.num_shards} shards; {order.num_steps} steps of {run.data.batch_size} rows "
         f"({run.optim.epochs:g} epochs) on {backend.num_devices} x {backend.device_kind}"
     )
+    if run.optim.sam_rho is not None:
+        say(f"SAM ascends on {describe_ascent(passes)}")
     task = Classification(
         net,
         run.optim,
         total_steps=order.num_steps,
+        passes=passes,
         compute_dtype=getattr(torch, run.model.compute_dtype),
         fetch=backend.fetch,
         restored=restored,
@@ -129,7 +134,7 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
             epochs=run.optim.epochs,
             log_every=run.trainer.log_every,
             trace=dataset.samples_shown if run.trainer.trace_samples else None,
-            peaks=Peaks(backend.peak_flops, *train_flops(net, run)),
+            peaks=Peaks(backend.peak_flops, *train_flops(net, run, passes.effective_fraction)),
             totals=backend.report,
             lost_seconds=lost_seconds,
         )
@@ -190,9 +195,9 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
     return net
 
 
-def train_flops(net: Network, run: Run) -> tuple[float, float]:
+def train_flops(net: Network, run: Run, ascent_fraction: float) -> tuple[float, float]:
     """Of a view's training: what it needs, and what is computed for it to save memory."""
-    fraction = 0.0 if run.optim.sam_rho is None else 1.0
+    fraction = 0.0 if run.optim.sam_rho is None else ascent_fraction
     needed = account.train_flops(net.macs(run.data.image_size), 1, sam_fraction=fraction)
     if not run.model.recompute or not isinstance(net, NFNet):
         return needed, needed

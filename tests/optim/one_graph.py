@@ -6,12 +6,13 @@ Run by test_xla.py in a process of its own: the runtime reads its settings once.
 import json
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nfnets_xla import xla
 from nfnets_xla.ema import EMA
-from nfnets_xla.optim import SAM, SGD_AGC, parameter_roles
-from tests.optim.network import closure_of, small_net
+from nfnets_xla.optim import SAM, SGD_AGC, Passes, parameter_roles
+from tests.optim.network import images_and_labels, small_net
 
 # Learning rate, decay, rho: each goes through exactly 0 and exactly 1.
 HYPERPARAMETERS = [
@@ -28,9 +29,23 @@ def train(device: torch.device) -> tuple[nn.Module, EMA, list[int]]:
     """The network, its average, and the number of graphs compiled before and after each step."""
     net = small_net().to(device)
     sgd = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), lr=0.0)
-    sam = SAM(sgd, rho=0.05)
+    sam = SAM(sgd, rho=0.05, microbatches=2)
+    passes = Passes(images=3, views=1, accumulation=3, ascent_fraction=0.67)
     ema = EMA(net.named_parameters(), decay=0.99999)
-    closure = closure_of(net)
+    images, labels = images_and_labels()
+    parts = [
+        [rows.to(device) for rows in part]
+        for part in ((images, labels.flip(0)), (images.flip(0), labels))
+    ]
+
+    def closure() -> torch.Tensor:
+        net.zero_grad()
+        for places in passes.of_step(0, ascending=sam.ascending):
+            x, y = (passes.take(rows, places) for rows in parts[sam.microbatch])
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+        return loss
+
     if device.type == "xla":  # as the strategy does before the first step
         xla.replicate({**dict(net.named_parameters()), **sgd.momentum_buffers(), **prefixed(ema)})
     compilations = [xla.counters().compilations]

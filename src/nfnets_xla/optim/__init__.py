@@ -1,5 +1,6 @@
 """Optimizers of the paper: SGD with adaptive gradient clipping, SAM around it, the schedule."""
 
+from nfnets_xla.optim.passes import Passes as Passes
 from nfnets_xla.optim.roles import parameter_roles as parameter_roles
 from nfnets_xla.optim.sam import SAM as SAM
 from nfnets_xla.optim.schedule import scaled_peak as scaled_peak

@@ -1,0 +1,72 @@
+"""Which rows of a batch each pass of a step sees: SAM's ascents, its microbatches, accumulation.
+
+A batch lies stream by stream, image by image, view by view (data/order.py). Every part is taken
+from every stream alike, the same images of each with all their views, so that it is no matter of
+hosts or devices: arXiv 2010.01412 and DeepMind's code take what lies on one device instead.
+
+    a stream's images     0 1 2 3 4 5 6 7      N = 8, microbatches=2, accumulation=2
+    microbatch 0          [0 1|2 3]            an ascent of its own, gradient summed over two slices
+    microbatch 1                  [4 5|6 7]
+    ascent, fraction 0.5  [0 1]   [4 5]
+
+All is known before the run begins: no value of a tensor decides a shape.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Passes:
+    images: int  # N, unique images of each stream in a batch
+    views: int  # K, of each image
+    microbatches: int = 1  # of m-sharpness
+    accumulation: int = 1  # slices of a microbatch whose gradients are summed, to save memory
+    ascent_fraction: float = 1.0  # share of a microbatch that SAM ascends on
+
+    def __post_init__(self) -> None:
+        for name in ("microbatches", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if not 0 < self.ascent_fraction <= 1:
+            raise ValueError(f"ascent_fraction is {self.ascent_fraction}; it must be in (0, 1]")
+        parts = self.microbatches * self.accumulation
+        if self.images % parts:
+            raise ValueError(
+                f"a batch has {self.images} images of each stream, which {parts} parts "
+                f"(microbatches {self.microbatches} x accumulation {self.accumulation}) do not "
+                "divide: choose divisors of it, or fewer data.num_streams"
+            )
+
+    @property
+    def ascent_images(self) -> int:
+        """Images of each stream that a microbatch ascends on: at least one."""
+        return max(1, round(self.ascent_fraction * self.images / self.microbatches))
+
+    @property
+    def effective_fraction(self) -> float:
+        """What `ascent_fraction` comes to in whole images."""
+        return self.ascent_images * self.microbatches / self.images
+
+    def of_step(self, microbatch: int, *, ascending: bool) -> list[range]:
+        """Places in a stream, slice by slice, that one forward and backward pass is made of.
+
+        >>> passes = Passes(images=8, views=1, microbatches=2, accumulation=2, ascent_fraction=0.75)
+        >>> passes.of_step(1, ascending=True), passes.of_step(1, ascending=False)
+        ([range(4, 6), range(6, 7)], [range(4, 6), range(6, 8)])
+        """
+        size = self.images // self.microbatches
+        images = self.ascent_images if ascending else size
+        start, slice_ = microbatch * size, size // self.accumulation
+        return [
+            range(start + first, start + min(first + slice_, images))
+            for first in range(0, images, slice_)
+        ]
+
+    def take(self, rows_B: Tensor, places: range) -> Tensor:
+        """The rows of these images of every stream; all of them come back as they are."""
+        if len(places) == self.images:
+            return rows_B
+        streams_CNK = rows_B.unflatten(0, (-1, self.images, self.views))
+        return streams_CNK[:, places.start : places.stop].flatten(0, 2)
