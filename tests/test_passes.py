@@ -72,6 +72,7 @@ def task(*, ascent_fraction: float = 1.0, microbatches: int = 1, **optim: Any) -
             "momentum": 0.9,
             "weight_decay": 1e-3,
             "clipping": 0.05,
+            "loss": "softmax",
             "label_smoothing": 0.1,
             "accumulation": 1,
             "sam_ascent_fraction": ascent_fraction,

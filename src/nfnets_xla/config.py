@@ -11,6 +11,7 @@ from typing import Any
 JOBS = ("train", "evaluate")
 DEVICES = ("auto", "xla", "cuda", "cpu")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+LOSSES = ("softmax", "sigmoid")
 MIXES = ("none", "mixup_cutmix")
 
 
@@ -19,6 +20,7 @@ class ModelConfig:
     name: str  # a name of `nfnets-xla models`
     init_from: str | None  # a run folder, a checkpoint folder or a .safetensors file; None: random
     init_weights: str  # "raw" or "ema": which of a checkpoint's two sets init_from takes
+    head_bias: float  # of a new classifier; -10 with a sigmoid loss: every class is rare
     drop_rate: float  # dropout before the classifier
     drop_path_rate: float  # stochastic depth: block i of N is dropped with rate * i / N
     compute_dtype: str  # of the convolutions in training; weights, loss and evaluation are float32
@@ -59,7 +61,8 @@ class OptimConfig:
     momentum: float
     weight_decay: float
     clipping: float | None  # AGC's lambda; None: no clipping
-    label_smoothing: float
+    loss: str  # "softmax", or "sigmoid": every class a question of its own
+    label_smoothing: float  # of the targets, after mixing
     accumulation: int  # slices of a batch computed one after the other: memory for time
     sam_rho: float | None  # None: no sharpness-aware minimisation
     sam_ascent_fraction: float  # share of the batch that the ascent looks at; the NFNets had 0.2
@@ -96,6 +99,7 @@ class Run:
         _one_of("job", self.job, JOBS)
         _one_of("trainer.device", self.trainer.device, DEVICES)
         _one_of("model.compute_dtype", self.model.compute_dtype, COMPUTE_DTYPES)
+        _one_of("optim.loss", self.optim.loss, LOSSES)
         _one_of("data.mix", self.data.mix, MIXES)
         _one_of("model.init_weights", self.model.init_weights, ("raw", "ema"))
         if self.model.stacked not in (True, False, "auto"):

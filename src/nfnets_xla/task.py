@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.func import functional_call
@@ -24,6 +23,7 @@ from torchmetrics.aggregation import MeanMetric
 from nfnets_xla.config import OptimConfig
 from nfnets_xla.data.mix import mixed
 from nfnets_xla.ema import EMA
+from nfnets_xla.losses import LOSSES, target_of
 from nfnets_xla.models.registry import Network
 from nfnets_xla.models.stacked import output_axes
 from nfnets_xla.optim.passes import Passes
@@ -199,27 +199,15 @@ class Classification(LightningModule):
             images_BCHW = self._normalised(part["images_BHWC"]).to(self.compute_dtype)
             logits_BK = self.net(images_BCHW, part["keep_masks_BN"], self._dropout_keep(part))
             weight_B = part["weight_B"]
-            loss = (self._losses(logits_BK, part) * weight_B).sum()
+            loss = (self._losses(logits_BK, part, self.optim.label_smoothing) * weight_B).sum()
             self.manual_backward(loss / divisor)
             correct_B = (_rank(logits_BK.detach(), part) < 1).float()
             sums.append(torch.stack([loss.detach(), (correct_B * weight_B).sum(), weight_B.sum()]))
         return torch.stack(sums).sum(dim=0)
 
-    def _losses(self, logits_BK: Tensor, rows: Batch) -> Tensor:
-        """Of a mixed row, the share of its own labels' loss and the rest of its partner's: equal to
-        one loss of mixed targets, smoothed after mixing, for the loss is linear in the target."""
-
-        def losses_B(targets: Tensor) -> Tensor:
-            smoothing = self.optim.label_smoothing
-            return F.cross_entropy(logits_BK, targets, reduction="none", label_smoothing=smoothing)
-
-        num_classes = logits_BK.shape[1]
-        of_rows_B = losses_B(_targets(rows, num_classes))
-        if "mix_ratio_B" in rows:
-            ratio_B = rows["mix_ratio_B"]
-            partners_B = losses_B(_targets(rows, num_classes, "mix_"))
-            of_rows_B = ratio_B * of_rows_B + (1 - ratio_B) * partners_B
-        return of_rows_B
+    def _losses(self, logits_BK: Tensor, rows: Batch, smoothing: float) -> Tensor:
+        target = target_of(rows, self.optim.loss)
+        return LOSSES[self.optim.loss](logits_BK, *target, smoothing)
 
     def at_rest(self) -> AbstractContextManager[None]:
         """Inside, the weights are those to be saved, even between the passes of SAM's step."""
@@ -250,8 +238,7 @@ class Classification(LightningModule):
 
     def _sums(self, logits_BK: Tensor, batch: Batch) -> Tensor:
         """(loss, top-1, top-5, weight), each summed over the rows by weight."""
-        weight_B, targets = batch["weight_B"], _targets(batch, logits_BK.shape[1])
-        losses_B = F.cross_entropy(logits_BK, targets, reduction="none")
+        weight_B, losses_B = batch["weight_B"], self._losses(logits_BK, batch, smoothing=0.0)
         rank_B = _rank(logits_BK, batch)
         columns = [losses_B, (rank_B < 1).float(), (rank_B < 5).float(), torch.ones_like(losses_B)]
         return torch.stack([(column * weight_B).sum() for column in columns])
@@ -280,18 +267,6 @@ class Classification(LightningModule):
                 **{name: float(metric.compute()) for name, metric in means.items()},
                 "images": round(images),
             }
-
-
-def _targets(batch: Batch, num_classes: int, whose: str = "") -> Tensor:
-    """Labels, (B,); or where samples have several, each one's share of the target, (B, K).
-
-    `whose` is "mix_" for those of the rows' partners."""
-    if "labels_BL" not in batch:
-        return batch[f"{whose}labels_B"]
-    weights_BL = batch[f"{whose}label_weights_BL"]
-    shares_BL = weights_BL / weights_BL.sum(dim=1, keepdim=True)
-    targets_BK = torch.zeros(len(shares_BL), num_classes, device=shares_BL.device)
-    return targets_BK.scatter_add(1, batch[f"{whose}labels_BL"], shares_BL)
 
 
 def _rank(logits_BK: Tensor, batch: Batch) -> Tensor:

@@ -188,6 +188,9 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
     net = create_network(
         run.model.name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options
     )
+    if run.model.head_bias:
+        bias = net.get_parameter(f"{net.classifier_name}.bias")
+        torch.nn.init.constant_(bias, run.model.head_bias)
     if run.model.init_from is not None:
         path = checkpoint.weights_file(Path(run.model.init_from), run.model.init_weights)
         fresh = load_into(net, load_checkpoint(path), source=str(path), allow_new_head=True)

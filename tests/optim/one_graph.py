@@ -40,11 +40,12 @@ def train(device: torch.device) -> tuple[nn.Module, EMA, list[int]]:
 
     def closure() -> torch.Tensor:
         net.zero_grad()
+        losses: list[torch.Tensor] = []
         for places in passes.of_step(0, ascending=sam.ascending):
             x, y = (passes.take(rows, places) for rows in parts[sam.microbatch])
-            loss = F.cross_entropy(net(x), y)
-            loss.backward()
-        return loss
+            losses.append(F.cross_entropy(net(x), y))
+            losses[-1].backward()
+        return losses[0]
 
     if device.type == "xla":  # as the strategy does before the first step
         xla.replicate({**dict(net.named_parameters()), **sgd.momentum_buffers(), **prefixed(ema)})
