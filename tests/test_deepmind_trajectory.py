@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nfnets_xla.ema import EMA
 from nfnets_xla.models.names import haiku_names
-from nfnets_xla.optim import SGD_AGC, parameter_roles, warmup_cosine
+from nfnets_xla.optim import SGD_AGC, Schedule, parameter_roles
 from tests.fixtures import deepmind
 
 
@@ -31,7 +31,7 @@ def test_six_steps_equal_deepminds() -> None:
 
     losses, rates = [], []
     for step in range(6):
-        rates.append(warmup_cosine(step, peak=0.05, warmup_steps=2, total_steps=6))
+        rates.append(Schedule("cosine", 0.05, 2, 6)(step))
         optimizer.set_lr(rates[-1])
         optimizer.zero_grad()
         value = loss()

@@ -16,6 +16,7 @@ from nfnets_xla.data.mix import Layout, draw_mixes
 from nfnets_xla.models import NFNet
 from nfnets_xla.models.variants import Variant
 from nfnets_xla.optim import Passes
+from nfnets_xla.optim.schedule import Schedule
 from nfnets_xla.task import Classification
 
 STREAMS, IMAGES, VIEWS, SIZE, CLASSES = 2, 4, 2, 16, 5
@@ -68,7 +69,13 @@ def task(*, ascent_fraction: float = 1.0, microbatches: int = 1, **optim: Any) -
         **{
             "epochs": 1,
             "peak_lr": 0.3,
+            "lr_batch": None,
+            "schedule": "constant",
             "warmup_steps": 0,
+            "warmup_epochs": None,
+            "warmup_fraction": None,
+            "rsqrt_timescale": 1,
+            "cooldown_steps": 0,
             "momentum": 0.9,
             "weight_decay": 1e-3,
             "clipping": 0.05,
@@ -85,7 +92,7 @@ def task(*, ascent_fraction: float = 1.0, microbatches: int = 1, **optim: Any) -
     made = Classification(
         net,
         config,
-        total_steps=10,
+        schedule=Schedule("constant", config.peak_lr, 0, 10),
         compute_dtype=torch.float32,
         fetch=dict,
         passes=Passes(IMAGES, VIEWS, microbatches, config.accumulation, ascent_fraction),

@@ -19,6 +19,7 @@ from nfnets_xla.models import list_models
 GOLDEN = Path(__file__).parent / "golden" / "recipes"
 REQUIRED = {
     "pretrain": ["data.shards=S", "optim.epochs=1"],
+    "pretrain_vit": ["data.shards=S", "optim.epochs=1"],
     "finetune_sam": ["data.shards=S", "model.init_from=W"],
     "imagenet": ["data.shards=S"],
     "evaluate": ["data.eval_shards=S", "model.init_from=W"],
@@ -60,12 +61,12 @@ def test_the_papers_numbers() -> None:
     pretrain, finetune = composed("pretrain"), composed("finetune_sam")
     imagenet = composed("imagenet")
     assert pretrain.data.batch_size == 4096
-    assert pretrain.optim.peak_lr == 0.1 * 4096 / 256
+    assert (pretrain.optim.peak_lr, pretrain.optim.lr_batch) == (0.1, 256)
     assert (pretrain.data.image_size, pretrain.data.eval_image_size) == (224, 256)
     assert (finetune.data.image_size, finetune.data.eval_image_size) == (384, 480)
     assert (finetune.optim.epochs, finetune.optim.sam_rho) == (50, 0.05)
     assert pretrain.model.name in list_models()
-    assert imagenet.optim.warmup_steps == round(5 * 1_281_167 / imagenet.data.batch_size)
+    assert (imagenet.optim.warmup_epochs, imagenet.optim.warmup_steps) == (5, None)
     assert (imagenet.data.image_size, imagenet.data.eval_image_size) == (192, 256)
     assert (imagenet.data.randaugment_ops, imagenet.data.randaugment_magnitude) == (4, 5)
     assert imagenet.data.mix == "mixup_cutmix"

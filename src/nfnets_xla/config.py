@@ -11,6 +11,7 @@ from typing import Any
 JOBS = ("train", "evaluate")
 DEVICES = ("auto", "xla", "cuda", "cpu")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("cosine", "constant", "rsqrt")
 LOSSES = ("softmax", "sigmoid")
 MIXES = ("none", "mixup_cutmix")
 
@@ -56,8 +57,14 @@ class DataConfig:
 @dataclass
 class OptimConfig:
     epochs: float  # passes over the training shards, in views: divided by `repeats`
-    peak_lr: float
-    warmup_steps: int  # linear from 0, then cosine to 0
+    peak_lr: float  # of lr_batch rows
+    lr_batch: int | None  # peak_lr is scaled by data.batch_size / lr_batch; None: taken as it is
+    schedule: str  # after the warm-up: "cosine" to 0, "constant" or "rsqrt"
+    warmup_steps: int | None  # linear from 0; one of these three is given
+    warmup_epochs: float | None  # as `epochs`
+    warmup_fraction: float | None  # of the run
+    rsqrt_timescale: int  # steps after the warm-up in which rsqrt falls to peak / sqrt(2)
+    cooldown_steps: int  # the last ones of constant and rsqrt: linear to 0
     momentum: float
     weight_decay: float
     clipping: float | None  # AGC's lambda; None: no clipping
@@ -128,6 +135,7 @@ class Run:
                 f"optim.sam_ascent_fraction is {self.optim.sam_ascent_fraction}; it must be in "
                 "(0, 1]"
             )
+        _one_of("optim.schedule", self.optim.schedule, SCHEDULES)
         if self.optim.sam_rho is None:
             for name, off in _OF_SAM.items():
                 value = getattr(self.optim, name)
@@ -169,6 +177,7 @@ _POSITIVE = [
     *[("data", name) for name in ("randaugment_ops", "cache_bytes")],
     *[("optim", name) for name in ("epochs", "peak_lr", "clipping", "sam_rho")],
     *[("optim", name) for name in ("accumulation", "sam_microbatches")],
+    *[("optim", name) for name in ("lr_batch", "rsqrt_timescale")],
     *[("trainer", name) for name in ("virtual_devices", "log_every", "eval_every")],
     *[("trainer", name) for name in ("checkpoint_every", "keep_checkpoints")],
 ]
@@ -177,7 +186,7 @@ _IN_HALF_OPEN = [
     *[("optim", name, 1) for name in ("momentum", "label_smoothing", "ema_decay")],
     *[("data", name, float("inf")) for name in ("workers", "eval_margin")],
     ("data", "max_missed", 1),
-    *[("optim", name, float("inf")) for name in ("warmup_steps", "weight_decay")],
+    *[("optim", name, float("inf")) for name in ("cooldown_steps", "weight_decay")],
 ]
 
 

@@ -48,9 +48,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
     choose_form(net, run, backend)
     check_division(run, backend)
-    task = Classification(
-        net, run.optim, total_steps=0, compute_dtype=torch.float32, fetch=backend.fetch
-    )
+    task = Classification(net, run.optim, compute_dtype=torch.float32, fetch=backend.fetch)
     loader = make_eval_loader(run, held_out, num_classes)
     header = {"resumed_from": 0, "config": asdict(run), "fingerprint": held_out.fingerprint}
     keeps = nullcontext() if run.run_dir is None else RecordWriter(Path(run.run_dir), header)

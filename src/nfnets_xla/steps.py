@@ -1,8 +1,30 @@
-"""What a run's steps are made of, worked out before the first: how each goes through its batch."""
+"""What a run's steps are made of, worked out before the first: their rates, and their passes."""
 
 from nfnets_xla.config import Run
 from nfnets_xla.data.order import Order
 from nfnets_xla.optim.passes import Passes
+from nfnets_xla.optim.schedule import Schedule, scaled_peak, warmup_length
+
+
+def make_schedule(run: Run, order: Order) -> Schedule:
+    """Raises ValueError for a warm-up and a cooldown that do not fit into the run."""
+    optim, peak = run.optim, run.optim.peak_lr
+    if optim.lr_batch is not None:
+        peak = scaled_peak(run.data.batch_size, base=peak, per=optim.lr_batch)
+    return Schedule(
+        optim.schedule,  # type: ignore[arg-type]
+        peak,
+        warmup_length(
+            steps=optim.warmup_steps,
+            epochs=optim.warmup_epochs,
+            fraction=optim.warmup_fraction,
+            steps_per_epoch=order.num_samples / run.data.batch_size,  # in views, as `epochs`
+            total_steps=order.num_steps,
+        ),
+        order.num_steps,
+        optim.cooldown_steps,
+        optim.rsqrt_timescale,
+    )
 
 
 def make_passes(run: Run, order: Order) -> Passes:

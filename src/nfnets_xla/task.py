@@ -29,7 +29,7 @@ from nfnets_xla.models.stacked import output_axes
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.roles import parameter_roles
 from nfnets_xla.optim.sam import SAM
-from nfnets_xla.optim.schedule import warmup_cosine
+from nfnets_xla.optim.schedule import Schedule
 from nfnets_xla.optim.sgd_agc import SGD_AGC
 
 Batch = dict[str, Any]
@@ -63,21 +63,21 @@ class Classification(LightningModule):
         net: Network,
         optim: OptimConfig,
         *,
-        total_steps: int,
         compute_dtype: torch.dtype,
         fetch: Fetch,
+        schedule: Schedule | None = None,
         passes: Passes | None = None,
         restored: Restored | None = None,
     ) -> None:
         """`fetch` copies device tensors to the host in one transfer, whatever the device is.
 
-        Training needs `passes`: how a step goes through its batch.
+        Training needs `schedule`, each step's rate, and `passes`, how it goes through its batch.
         """
         super().__init__()
         self.automatic_optimization = False
         self.net = net
         self.optim = optim
-        self.total_steps = total_steps
+        self.schedule = schedule
         self.compute_dtype = compute_dtype
         self.fetch = fetch
         self.passes = passes
@@ -136,12 +136,8 @@ class Classification(LightningModule):
 
     def learning_rate(self, step: int) -> float:
         """Of update number `step`, counted from 0."""
-        return warmup_cosine(
-            step,
-            peak=self.optim.peak_lr,
-            warmup_steps=self.optim.warmup_steps,
-            total_steps=self.total_steps,
-        )
+        assert self.schedule is not None
+        return self.schedule(step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One update from one global batch; leaves `step_metrics_M` on the device."""

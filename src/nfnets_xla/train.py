@@ -41,10 +41,9 @@ from nfnets_xla.models.registry import Network, count_parameters, create_network
 from nfnets_xla.models.stacked import as_in, is_stacked, loop, stack
 from nfnets_xla.models.weights import load_checkpoint, load_into
 from nfnets_xla.monitor import Monitor, Peaks
-from nfnets_xla.optim.schedule import warmup_cosine
 from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.scaling import account
-from nfnets_xla.steps import describe_ascent, make_passes
+from nfnets_xla.steps import describe_ascent, make_passes, make_schedule
 from nfnets_xla.task import Classification, Restored
 
 # Recorded with a run: what its numbers and pixels may depend on.
@@ -67,13 +66,7 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
     index, held_out = open_shards(run)
     num_classes = count_classes(run, index, held_out)
     order = make_order(run, index)
-    # Refuses a warm-up that does not fit, before anything is built.
-    warmup_cosine(
-        0,
-        peak=run.optim.peak_lr,
-        warmup_steps=run.optim.warmup_steps,
-        total_steps=order.num_steps,
-    )
+    schedule = make_schedule(run, order)  # refuses a warm-up that does not fit
     passes = make_passes(run, order)
     identity = {**run.identity(), "shards": index.fingerprint, "num_classes": num_classes}
     folder = Path(run.run_dir)
@@ -103,7 +96,7 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
     task = Classification(
         net,
         run.optim,
-        total_steps=order.num_steps,
+        schedule=schedule,
         passes=passes,
         compute_dtype=getattr(torch, run.model.compute_dtype),
         fetch=backend.fetch,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nfnets_xla.optim import SAM, SGD_AGC, parameter_roles, scaled_peak, warmup_cosine
+from nfnets_xla.optim import SAM, SGD_AGC, Schedule, parameter_roles, scaled_peak
 from nfnets_xla.optim.sgd_agc import clip_adaptively
 from tests.optim.network import SmallNet, closure_of, small_net
 
@@ -180,6 +180,6 @@ def test_peak_follows_the_batch() -> None:
 def test_steps_outside_the_run_are_refused() -> None:
     for step in (-1, 7):
         with pytest.raises(ValueError, match=f"step is {step}; it must be in"):
-            warmup_cosine(step, peak=1.0, warmup_steps=2, total_steps=6)
+            Schedule("cosine", 1.0, 2, 6)(step)
     with pytest.raises(ValueError, match="peak is inf"):
-        warmup_cosine(0, peak=float("inf"), warmup_steps=2, total_steps=6)
+        Schedule("cosine", float("inf"), 2, 6)(0)

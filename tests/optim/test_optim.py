@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nfnets_xla.ema import EMA
 from nfnets_xla.models import WSConv2d
-from nfnets_xla.optim import SAM, SGD_AGC, parameter_roles, warmup_cosine
+from nfnets_xla.optim import SAM, SGD_AGC, Schedule, parameter_roles
 from nfnets_xla.optim.sgd_agc import clip_adaptively
 from tests.reference.sgd_agc import ema_update, sam_ascent, sgd_agc_step
 
@@ -89,7 +89,7 @@ def test_many_steps_equal_the_numpy_twin(rho: float | None) -> None:
     weights, shadow = arrays(net), arrays(net)
     momenta = {name: np.zeros_like(weight) for name, weight in weights.items()}
     for step, (x, y) in enumerate(batches()):
-        lr = warmup_cosine(step, peak=0.1, warmup_steps=5, total_steps=STEPS)
+        lr = Schedule("cosine", 0.1, 5, STEPS)(step)
         inner.set_lr(lr)
         optimizer.step(closure_for(net, optimizer, x, y))
         ema.update(ema.decay_at(step))
@@ -239,10 +239,10 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
 
 
 def test_schedule_equals_the_references_numbers() -> None:
-    rates = [warmup_cosine(s, peak=0.05, warmup_steps=2, total_steps=6) for s in range(6)]
+    rates = [Schedule("cosine", 0.05, 2, 6)(s) for s in range(6)]
     np.testing.assert_allclose(rates, [0, 0.025, 0.05, 0.04267767, 0.025, 0.00732233], atol=1e-8)
-    assert warmup_cosine(0, peak=1.0, warmup_steps=0, total_steps=3) == 1.0
-    assert warmup_cosine(6, peak=1.0, warmup_steps=2, total_steps=6) == 0.0
+    assert Schedule("cosine", 1.0, 0, 3)(0) == 1.0
+    assert Schedule("cosine", 1.0, 2, 6)(6) == 0.0
 
 
 def test_ema_decay_warms_up() -> None:
@@ -270,7 +270,7 @@ def test_bad_values_are_refused() -> None:
     with pytest.raises(ValueError, match="needs a closure"):
         SAM(sgd(net), rho=0.1).step()
     with pytest.raises(ValueError, match="warmup_steps is 9"):
-        warmup_cosine(0, peak=1, warmup_steps=9, total_steps=6)
+        Schedule("cosine", 1, 9, 6)(0)
     with pytest.raises(ValueError, match="momentum of another model"):
         sgd(net).load_momentum({})
     with pytest.raises(ValueError, match="averages of another model"):

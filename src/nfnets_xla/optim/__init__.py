@@ -3,6 +3,7 @@
 from nfnets_xla.optim.passes import Passes as Passes
 from nfnets_xla.optim.roles import parameter_roles as parameter_roles
 from nfnets_xla.optim.sam import SAM as SAM
+from nfnets_xla.optim.schedule import Schedule as Schedule
 from nfnets_xla.optim.schedule import scaled_peak as scaled_peak
-from nfnets_xla.optim.schedule import warmup_cosine as warmup_cosine
+from nfnets_xla.optim.schedule import warmup_length as warmup_length
 from nfnets_xla.optim.sgd_agc import SGD_AGC as SGD_AGC
