@@ -133,7 +133,7 @@ def stage(_: str, stacked: bool) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 
 def upload(tensor: Tensor) -> Tensor:
-    return xla.upload_rows(tensor)
+    return xla.upload_rows([tensor])[0]
 
 
 def count_lines(tensors: list[Tensor]) -> int:

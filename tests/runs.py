@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,15 +40,29 @@ def xla(devices: int) -> list[str]:
     return ["trainer.device=xla", f"trainer.virtual_devices={devices}"]
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen:
+def start(arguments: list[str], log: Path, **variables: str) -> subprocess.Popen:
     environment = {
         **os.environ,
+        **variables,
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "OMP_NUM_THREADS": "1",  # bit-equality holds for one number of threads
     }
     with log.open("ab") as file:
         command = [sys.executable, "-m", "nfnets_xla", *arguments]
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+
+
+def as_hosts(count: int) -> list[dict[str, str]]:
+    """What a launcher tells each host."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [{"RANK": str(number), **common} for number in range(count)]
+
+
+def start_hosts(arguments: list[str], log: Path, count: int) -> list[subprocess.Popen]:
+    return [start(arguments, log, **variables) for variables in as_hosts(count)]
 
 
 def run(arguments: list[str], log: Path) -> None:

@@ -53,7 +53,7 @@ class Training:
         xla.sync(wait=True)
 
     def step(self, number: int) -> Tensor:
-        images, keep, dropout, labels = (xla.upload_rows(x) for x in batch(self.net, number))
+        images, keep, dropout, labels = xla.upload_rows(list(batch(self.net, number)))
         hyper_2 = torch.tensor([0.02 * number, self.ema.decay_at(number)]).to(xla.device())
         self.sgd.set_lr(hyper_2[0:1])
         loss = F.cross_entropy(self.net(images.to(self.dtype), keep, dropout), labels)

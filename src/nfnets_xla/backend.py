@@ -1,7 +1,8 @@
 """Which device a run uses, and the few things that differ between them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +13,17 @@ from torch import Tensor
 from nfnets_xla import xla
 from nfnets_xla.config import TrainerConfig
 from nfnets_xla.devices import find_device, measured_cpu_peak, smallest_fsdp
+from nfnets_xla.hosts import Hosts, open_hosts
 from nfnets_xla.models.nfnet import Checkpoint, recompute
 from nfnets_xla.models.stacked import Scan, loop
+
+ALONE = Hosts()
 
 
 @dataclass(frozen=True)
 class Backend:
     device_kind: str
-    num_devices: int
+    num_devices: int  # of all hosts
     peak_flops: float | None  # a second, of all devices together; None: not known
     accelerator: Accelerator | str
     strategy: Strategy
@@ -27,7 +31,10 @@ class Backend:
         [Mapping[str, Tensor]], dict[str, Tensor]
     ]  # device tensors to the host, at once
     report: Callable[[], dict[str, Any]]  # what was counted since the backend was opened
+    hosts: Hosts = ALONE
+    add_up: Callable[[Sequence[Tensor]], None] = ALONE.add  # gradients of all hosts' rows, in place
     scan: Scan = loop  # runs a stacked network's loops
+    cache_compilations: Callable[[Path], bool] = lambda _: True  # there is nothing to keep
     checkpoint: Checkpoint = recompute  # computes a block again in the backward pass
 
 
@@ -50,7 +57,20 @@ def open_backend(trainer: TrainerConfig, parameter_bytes: int = 0) -> Backend:
     device = torch.device("cuda", 0) if name == "cuda" else torch.device("cpu")
     known = find_device(kind)
     peak_flops = measured_cpu_peak() if kind == "CPU" else known and known.peak_flops
-    return Backend(kind, 1, peak_flops, name, SingleDeviceStrategy(device), _fetch, dict)
+    hosts = open_hosts()
+    if peak_flops is not None:
+        peak_flops *= hosts.count
+    return Backend(
+        device_kind=kind,
+        num_devices=hosts.count,
+        peak_flops=peak_flops,
+        accelerator=name,
+        strategy=SingleDeviceStrategy(device),
+        fetch=_fetch,
+        report=dict,
+        hosts=hosts,
+        add_up=hosts.add,
+    )
 
 
 def _fetch(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,13 +106,15 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, parameter_bytes: 
         }
 
     return Backend(
-        kind,
-        count,
-        peak_flops,
-        XLAAccelerator(),
-        strategy,
-        xla.gather,
-        report,
-        xla.scan,
-        xla.recompute,
+        device_kind=kind,
+        num_devices=count,
+        peak_flops=peak_flops,
+        accelerator=XLAAccelerator(),
+        strategy=strategy,
+        fetch=xla.gather,
+        report=report,
+        hosts=xla.open_hosts(),  # whose devices add up by themselves: tensors are global
+        cache_compilations=xla.cache_compilations,
+        scan=xla.scan,
+        checkpoint=xla.recompute,
     )

@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nfnets_xla.config import Run
+from nfnets_xla.exits import START_AGAIN, Interrupted
 from nfnets_xla.launch import Launch, launch
 from nfnets_xla.shards_cli import Parser, progress, shards
 
@@ -53,7 +54,7 @@ class ConfOnPath(SearchPathPlugin):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `nfnets-xla`. Exits with 0, or 2 for a mistake in the request; 1: lint found
-    faults, or a launch failed."""
+    faults, or a launch failed; 75: another host is gone, and the same command goes on."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -77,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as error:
+        print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)
+        sys.exit(START_AGAIN)
 
 
 def usage() -> str:

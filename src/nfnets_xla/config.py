@@ -87,6 +87,7 @@ class TrainerConfig:
     eval_every: int | None  # steps between evaluations; None: only at the end
     checkpoint_every: int | None  # steps between checkpoints; None: only at the end
     keep_checkpoints: int
+    compile_cache: bool  # keep XLA's programs in run_dir for restarts, where it can read them
     tensorboard: bool  # curves for TensorBoard, beside those as CSV
     trace_samples: bool  # write the sample ids of every batch into the record
 

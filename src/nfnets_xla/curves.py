@@ -43,6 +43,14 @@ class Curves:
             self._board.close()
 
 
+class NoCurves:
+    """In place of curves on hosts that write nothing."""
+
+    def add(self, kind: str, step: int, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _open_board(folder: Path, start_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -1,7 +1,7 @@
 """Evaluate given weights on held-out shards: the same graph and numbers as during training."""
 
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from nfnets_xla.missed import Missed
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import count_parameters, create_network
 from nfnets_xla.models.weights import load_checkpoint, load_into
-from nfnets_xla.record import RecordWriter
+from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.task import Classification
 from nfnets_xla.train import check_division, choose_form, make_trainer
 
@@ -48,11 +48,22 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
     choose_form(net, run, backend)
     check_division(run, backend)
-    task = Classification(net, run.optim, compute_dtype=torch.float32, fetch=backend.fetch)
-    loader = make_eval_loader(run, held_out, num_classes)
+    hosts = backend.hosts
+    task = Classification(
+        net,
+        run.optim,
+        compute_dtype=torch.float32,
+        fetch=backend.fetch,
+        add_up=backend.add_up,
+    )
+    loader = make_eval_loader(run, held_out, num_classes, hosts)
+    hosts.agree("what they are to evaluate", [held_out.fingerprint, asdict(run)])
     header = {"resumed_from": 0, "config": asdict(run), "fingerprint": held_out.fingerprint}
-    keeps = nullcontext() if run.run_dir is None else RecordWriter(Path(run.run_dir), header)
-    with keeps as record, closing(loader):
+    keeps = run.run_dir is not None and hosts.writes
+    with (
+        RecordWriter(Path(run.run_dir or ""), header) if keeps else Discard() as record,
+        closing(loader),
+    ):
         missed = Missed(
             record,
             ceiling=run.data.max_missed,
@@ -60,6 +71,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
             train_samples=0,
             eval_samples=held_out.num_samples,
             before=0,
+            hosts=hosts,
             say=say,
         )
         trainer = make_trainer(run, backend, num_steps=0, callbacks=[missed])
@@ -69,7 +81,6 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
             f"{path}: loss {metrics['loss']:.4f}  top-1 {metrics['top1']:.4f}  "
             f"top-5 {metrics['top5']:.4f}  on {metrics['images']} images of {held_out.folder}"
         )
-        if record is not None:
-            record.write("eval", 0, weights=run.model.init_weights, **metrics)
-            record.write("end", 0, missed=missed.evaluated, **backend.report())
+        record.write("eval", 0, weights=run.model.init_weights, **metrics)
+        record.write("end", 0, missed=missed.evaluated, **backend.report())
     return metrics

@@ -25,13 +25,17 @@ class Checkpointer(Callback):
         keep: int,
         total_steps: int,
         state: dict[str, Any],
+        writes: bool,
     ) -> None:
+        """All hosts make one, and the one that `writes` saves: parameters cut over the devices are
+        brought together by all of them."""
         self.root = root
         self.monitor = monitor
         self.every = every
         self.keep = keep
         self.total_steps = total_steps
         self.state = state
+        self.writes = writes
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,6 +60,8 @@ class Checkpointer(Callback):
         on_host = {form: per_block(task.fetch(named)) for form, named in forms.items()}
         # A start from this checkpoint computes no earlier step again: their rows come first.
         self.monitor.write_pending(task)
+        if not self.writes:
+            return
         checkpoint.save(self.root, step, on_host, self.state)
         self.monitor.record.write("checkpoint", step)
         checkpoint.prune(self.root, self.keep)

@@ -10,6 +10,9 @@ from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.storage import address
+from nfnets_xla.hosts import Hosts
+
+ALONE = Hosts()
 
 
 def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:
@@ -77,6 +80,7 @@ def make_train_batches(
     *,
     drop_path_rates: Sequence[float],
     num_features: int,
+    hosts: Hosts = ALONE,
 ) -> TrainBatches:
     return TrainBatches(
         index,
@@ -93,15 +97,17 @@ def make_train_batches(
         drop_path_rates=drop_path_rates,
         dropout_features=num_features,
         dropout_rate=run.model.drop_rate,
+        streams=order.streams_of(hosts.number, hosts.count),
     )
 
 
-def make_eval_loader(run: Run, held_out: ShardIndex, num_classes: int) -> Batches:
+def make_eval_loader(run: Run, held_out: ShardIndex, num_classes: int, hosts: Hosts) -> Batches:
     dataset = EvalBatches(
         held_out,
         num_classes=num_classes,
         batch_size=run.data.eval_batch_size,
         image_size=run.data.eval_image_size,
         margin=run.data.eval_margin,
+        part=hosts.rows(run.data.eval_batch_size),
     )
     return Batches(dataset, start_step=0, stop_step=len(dataset), workers=run.data.workers)

@@ -12,7 +12,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nfnets_xla.record import RecordWriter, read_record
+from nfnets_xla.hosts import Hosts
+from nfnets_xla.record import Discard, RecordWriter, read_record
 from nfnets_xla.task import Batch
 
 # The ceiling is a share of what has been shown, and of so many at least: one fault among the first
@@ -26,13 +27,14 @@ class Missed(Callback):
 
     def __init__(
         self,
-        record: RecordWriter | None,
+        record: RecordWriter | Discard,
         *,
         ceiling: float,
         unique_per_step: int,
         train_samples: int,
         eval_samples: int,
         before: int,
+        hosts: Hosts,
         say: Callable[[str], None],
     ) -> None:
         """`train_samples` are those that the run is to show; `before` were missed by earlier
@@ -44,6 +46,7 @@ class Missed(Callback):
         self.eval_samples = eval_samples
         self.trained = before
         self.evaluated = 0
+        self.hosts = hosts
         self.say = say
 
     def on_train_batch_start(
@@ -51,8 +54,9 @@ class Missed(Callback):
     ) -> None:
         step = batch["step"] + 1
         shown = max(step * self.unique_per_step, AT_LEAST)
-        self.trained += len(batch["missed"])
-        self._take(batch, "train", step, self.trained, min(shown, self.train_samples))
+        missed = self._of_all_hosts(batch)
+        self.trained += len(missed)
+        self._take(missed, "train", step, self.trained, min(shown, self.train_samples))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.evaluated = 0
@@ -65,15 +69,22 @@ class Missed(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.evaluated += len(batch["missed"])
-        self._take(batch, "eval", trainer.global_step, self.evaluated, self.eval_samples)
+        missed = self._of_all_hosts(batch)
+        self.evaluated += len(missed)
+        self._take(missed, "eval", trainer.global_step, self.evaluated, self.eval_samples)
 
-    def _take(self, batch: Batch, split: str, step: int, total: int, of: int) -> None:
-        missed = batch["missed"]
+    def _of_all_hosts(self, batch: Batch) -> list[dict[str, Any]]:
+        if self.hosts.total(len(batch["missed"])) == 0:
+            return []
+        return [sample for missed in self.hosts.gather(batch["missed"]) for sample in missed]
+
+    def _take(
+        self, missed: list[dict[str, Any]], split: str, step: int, total: int, of: int
+    ) -> None:
         if not missed:
             return
         where = ""
-        if self.record is not None:
+        if isinstance(self.record, RecordWriter):
             path = missed_file(self.record)
             where = f"; listed in {path}"
             with path.open("a", encoding="utf-8") as file:

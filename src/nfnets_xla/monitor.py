@@ -13,9 +13,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from nfnets_xla.curves import Curves
+from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.display import Display
-from nfnets_xla.record import RecordWriter
+from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.task import TRAIN_METRICS, Batch, Classification
 
 
@@ -24,13 +24,14 @@ class Monitor(Callback):
 
     def __init__(
         self,
-        record: RecordWriter,
-        curves: Curves,
+        record: RecordWriter | Discard,
+        curves: Curves | NoCurves,
         display: Display,
         *,
         total_steps: int,
         epochs: float,
         log_every: int,
+        batch_size: int,
         trace: Callable[[Batch], dict[str, list]] | None,
         peaks: "Peaks",
         totals: Callable[[], dict[str, Any]],
@@ -44,6 +45,7 @@ class Monitor(Callback):
         self.total_steps = total_steps
         self.epochs = epochs
         self.log_every = log_every
+        self.batch_size = batch_size
         self.trace = trace
         self.peaks = peaks
         self.totals = totals
@@ -68,7 +70,7 @@ class Monitor(Callback):
         step = batch["step"] + 1
         if self.trace is not None:
             self.record.write("samples", step, **self.trace(batch))
-        self._interval.step_went(len(batch["labels_B"]))
+        self._interval.step_went(self.batch_size)
         self.display.step(step, self.total_steps)
         if step % self.log_every == 0 or step == self.total_steps:
             self.write_pending(task)

@@ -46,6 +46,19 @@ class RecordWriter:
         self._file.close()
 
 
+class Discard:
+    """In place of a writer on hosts that write nothing."""
+
+    attempt = 0
+
+    def write(self, kind: str, step: int, **fields: Any) -> None: ...
+
+    def __enter__(self) -> "Discard":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """All attempts of a run as one history: what a restart repeated appears once."""

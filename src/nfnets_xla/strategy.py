@@ -149,7 +149,12 @@ class SPMDStrategy(SingleDeviceStrategy):
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
         """Upload with the rows cut over the mesh; the module's transfer hooks then see that."""
-        batch = apply_to_collection(batch, Tensor, _to_mesh)
+        on_host: list[Tensor] = []
+        apply_to_collection(batch, Tensor, on_host.append)
+        uploaded = iter(xla.upload_rows([t for t in on_host if t.device.type == "cpu"]))
+        batch = apply_to_collection(
+            batch, Tensor, lambda t: next(uploaded) if t.device.type == "cpu" else t
+        )
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def optimizer_step(
@@ -260,10 +265,6 @@ def _use_whole(part: nn.Module, _inputs: Any) -> None:
 def _use_own(part: nn.Module, _inputs: Any, _output: Any) -> None:
     for name, _ in part.named_parameters(recurse=False):
         part.__dict__.pop(name, None)
-
-
-def _to_mesh(tensor: Tensor) -> Tensor:
-    return xla.upload_rows(tensor) if tensor.device.type == "cpu" else tensor
 
 
 def _gathered(values: dict[str, Any]) -> dict[str, Any]:

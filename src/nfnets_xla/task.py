@@ -9,7 +9,7 @@ The step touches the device three times: the batch goes up, the hyper-parameters
 work is dispatched. Nothing comes back inside the step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,7 @@ from nfnets_xla.optim.sgd_agc import SGD_AGC
 
 Batch = dict[str, Any]
 Fetch = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+AddUp = Callable[[Sequence[Tensor]], None]
 
 # ImageNet's channel means and deviations on the 0-255 scale (dataset.py:34-35 of the reference).
 MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -52,6 +53,10 @@ class Restored:
     ema: dict[str, Tensor] | None
 
 
+def _nothing_to_add(tensors: Sequence[Tensor]) -> None:
+    """Of one host, and where devices add up by themselves."""
+
+
 class Classification(LightningModule):
     """Trains a network on batches of `data.batches.TrainBatches`; evaluates on `EvalBatches`."""
 
@@ -65,11 +70,13 @@ class Classification(LightningModule):
         *,
         compute_dtype: torch.dtype,
         fetch: Fetch,
+        add_up: AddUp = _nothing_to_add,
         schedule: Schedule | None = None,
         passes: Passes | None = None,
         restored: Restored | None = None,
     ) -> None:
-        """`fetch` copies device tensors to the host in one transfer, whatever the device is.
+        """`fetch` copies device tensors to the host in one transfer, whatever the device is;
+        `add_up` sums tensors over hosts that each see their own rows only, in place.
 
         Training needs `schedule`, each step's rate, and `passes`, how it goes through its batch.
         """
@@ -80,6 +87,7 @@ class Classification(LightningModule):
         self.schedule = schedule
         self.compute_dtype = compute_dtype
         self.fetch = fetch
+        self.add_up = add_up
         self.passes = passes
         self.register_buffer("mean_rgb", torch.tensor(MEAN_RGB), persistent=False)
         self.register_buffer("stddev_rgb", torch.tensor(STDDEV_RGB), persistent=False)
@@ -189,8 +197,10 @@ class Classification(LightningModule):
         ]
         weighed = slices if ascending else [rows]
         weights = [part["weight_B"].sum() for part in weighed]
-        divisor = torch.stack(weights).sum().clamp(min=NO_WEIGHT)
-        sums: list[Tensor] = []
+        weight = torch.stack(weights).sum()
+        self.add_up([weight])
+        divisor = weight.clamp(min=NO_WEIGHT)
+        of_slices: list[Tensor] = []
         for part in slices:
             images_BCHW = self._normalised(part["images_BHWC"]).to(self.compute_dtype)
             logits_BK = self.net(images_BCHW, part["keep_masks_BN"], self._dropout_keep(part))
@@ -198,8 +208,11 @@ class Classification(LightningModule):
             loss = (self._losses(logits_BK, part, self.optim.label_smoothing) * weight_B).sum()
             self.manual_backward(loss / divisor)
             correct_B = (_rank(logits_BK.detach(), part) < 1).float()
-            sums.append(torch.stack([loss.detach(), (correct_B * weight_B).sum(), weight_B.sum()]))
-        return torch.stack(sums).sum(dim=0)
+            correct = (correct_B * weight_B).sum()
+            of_slices.append(torch.stack([loss.detach(), correct, weight_B.sum()]))
+        sums = torch.stack(of_slices).sum(dim=0)
+        self.add_up([sums, *(p.grad for p in self.net.parameters() if p.grad is not None)])
+        return sums
 
     def _losses(self, logits_BK: Tensor, rows: Batch, smoothing: float) -> Tensor:
         target = target_of(rows, self.optim.loss)
@@ -250,6 +263,7 @@ class Classification(LightningModule):
             for weights, sums in batch.items()
         }
         host = self.fetch(flat)
+        self.add_up(list(host.values()))
         self.evaluation = {}
         for weights in self._eval_sums[0]:
             means = {name: MeanMetric(nan_strategy="disable") for name in EVAL_METRICS}

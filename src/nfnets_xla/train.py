@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 import warnings
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
 
 from nfnets_xla import checkpoint
 from nfnets_xla.backend import Backend, open_backend
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import Run, differences
-from nfnets_xla.curves import Curves
+from nfnets_xla.curves import Curves, NoCurves
+from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.order import Order
 from nfnets_xla.display import Display, Lines, Say, summary
 from nfnets_xla.hooks import Checkpointer
+from nfnets_xla.hosts import Hosts
 from nfnets_xla.inputs import (
     check_cache,
     count_classes,
@@ -41,10 +45,10 @@ from nfnets_xla.models.registry import Network, count_parameters, create_network
 from nfnets_xla.models.stacked import as_in, is_stacked, loop, stack
 from nfnets_xla.models.weights import load_checkpoint, load_into
 from nfnets_xla.monitor import Monitor, Peaks
-from nfnets_xla.record import RecordWriter, read_record
+from nfnets_xla.record import Discard, RecordWriter, read_record
 from nfnets_xla.scaling import account
 from nfnets_xla.steps import describe_ascent, make_passes, make_schedule
-from nfnets_xla.task import Classification, Restored
+from nfnets_xla.task import Batch, Classification, Restored
 
 # Recorded with a run: what its numbers and pixels may depend on.
 VERSIONS = ("nfnets_xla", "torch", "lightning", "numpy", "pillow", "simplejpeg")
@@ -73,6 +77,9 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
     resume = find_resume(folder, identity, order.num_steps, say)
     torch.manual_seed(run.seed)  # of the initial weights; nothing in the step draws from it
     net = make_model(run, num_classes, say)
+    backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
+    hosts = backend.hosts
+    check_division(run, backend)
     dataset = make_train_batches(
         run,
         index,
@@ -80,12 +87,18 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
         num_classes,
         drop_path_rates=net.stochastic_depth_rates,
         num_features=net.num_features,
+        hosts=hosts,
     )
-    backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
-    check_division(run, backend)
 
     choose_form(net, run, backend)
     start_step, restored = (0, None) if resume is None else (resume.step, restore(net, resume, run))
+    # Nothing is written before all hosts have seen the folder as it was.
+    hosts.agree("what they are to run", [identity, start_step])
+    if run.trainer.compile_cache and not backend.cache_compilations(folder / "compiled"):
+        say(f"compile cache: off, {backend.device_kind} could not read it back")
+    if not hosts.writes:
+        display = Lines(lambda _: None)
+        say = display.say
     say(
         f"{run.model.name}: {count_parameters(net):,} parameters; {index.num_samples:,} images in "
         f"{index.num_shards} shards; {order.num_steps} steps of {run.data.batch_size} rows "
@@ -100,6 +113,7 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
         passes=passes,
         compute_dtype=getattr(torch, run.model.compute_dtype),
         fetch=backend.fetch,
+        add_up=backend.add_up,
         restored=restored,
     )
     loader = Batches(
@@ -109,16 +123,18 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
         workers=run.data.workers,
         pin_memory=backend.accelerator == "cuda",
     )
-    eval_loader = None if held_out is None else make_eval_loader(run, held_out, num_classes)
+    eval_loader = None if held_out is None else make_eval_loader(run, held_out, num_classes, hosts)
+    opening = header(run, identity, order, net, backend, start_step)
     before = missed_before(folder, start_step)
     lost_seconds = read_record(folder).seconds_lost if start_step else 0.0
     with (
-        RecordWriter(folder, header(run, identity, order, net, backend, start_step)) as record,
+        RecordWriter(folder, opening) if hosts.writes else Discard() as record,
         closing(loader),
         closing(eval_loader) if eval_loader else nullcontext(),
-        closing(Curves(folder, record.attempt, start_step, run.trainer.tensorboard)) as curves,
+        closing(make_curves(run, folder, record, start_step)) as curves,
     ):
-        (folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
+        if hosts.writes:
+            (folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
         monitor = Monitor(
             record,
             curves,
@@ -126,7 +142,8 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
             total_steps=order.num_steps,
             epochs=run.optim.epochs,
             log_every=run.trainer.log_every,
-            trace=dataset.samples_shown if run.trainer.trace_samples else None,
+            batch_size=run.data.batch_size,
+            trace=make_trace(dataset, hosts) if run.trainer.trace_samples else None,
             peaks=Peaks(backend.peak_flops, *train_flops(net, run, passes.effective_fraction)),
             totals=backend.report,
             lost_seconds=lost_seconds,
@@ -138,6 +155,7 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
             keep=run.trainer.keep_checkpoints,
             total_steps=order.num_steps,
             state={"identity": identity},
+            writes=hosts.writes,
         )
         missed = Missed(
             record,
@@ -146,6 +164,7 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
             train_samples=order.total_draws,
             eval_samples=0 if held_out is None else held_out.num_samples,
             before=before,
+            hosts=hosts,
             say=say,
         )
         trainer = make_trainer(run, backend, order.num_steps, [missed, monitor, keeper])
@@ -266,6 +285,27 @@ def restore_progress(trainer: Trainer, step: int) -> None:
     batches.ready = batches.completed = step
 
 
+# ---- what is written --------------------------------------------------------------------------
+
+
+def make_trace(dataset: TrainBatches, hosts: Hosts) -> Callable[[Batch], dict[str, list]]:
+    """Of a global batch: hosts hold its streams one after the other."""
+
+    def trace(batch: Batch) -> dict[str, list]:
+        parts = hosts.gather(dataset.samples_shown(batch))
+        return {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
+
+    return trace
+
+
+def make_curves(
+    run: Run, folder: Path, record: RecordWriter | Discard, start_step: int
+) -> Curves | NoCurves:
+    if isinstance(record, Discard):
+        return NoCurves()
+    return Curves(folder, record.attempt, start_step, run.trainer.tensorboard)
+
+
 # ---- trainer ----------------------------------------------------------------------------------
 
 
@@ -297,6 +337,7 @@ def make_trainer(run: Run, backend: Backend, num_steps: int, callbacks: list[Cal
         use_distributed_sampler=False,
         callbacks=callbacks,
         inference_mode=False,  # it would forbid the same graph as in training
+        plugins=[LightningEnvironment()],  # else it would take torchrun's processes for its own
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -335,6 +376,7 @@ def header(
         "macs_per_image": net.macs(run.data.image_size),
         "device_kind": backend.device_kind,
         "num_devices": backend.num_devices,
+        "hosts": backend.hosts.count,
         "peak_flops": backend.peak_flops,
         "versions": {
             "python": platform.python_version(),

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from nfnets_xla.hosts import Hosts
 
 GOOGLE_PCI_VENDOR = "0x1ae0"  # what a TPU chip answers on the PCI bus of a Cloud TPU VM
 
@@ -45,6 +48,11 @@ def start(virtual_devices: int | None = None) -> None:
         raise ValueError(
             "device 'xla' needs torch_xla, which is not installed: "
             "pip install 'nfnets_xla[xla]' (CPU) or 'nfnets_xla[tpu]'"
+        )
+    if importlib.util.find_spec("torch_tpu") is not None:
+        raise ValueError(
+            "torch_xla and torch_tpu are both installed, and each takes the TPU for itself: "
+            "pip uninstall torch_tpu, which this library does not use yet"
         )
     if virtual_devices is not None and virtual_devices < 1:
         raise ValueError(f"trainer.virtual_devices is {virtual_devices}; it must be at least 1")
@@ -130,22 +138,63 @@ def mesh() -> Any:
     return _meshes[0]
 
 
-def upload_rows(host_tensor: Tensor) -> Tensor:
-    """Send a tensor to the devices, its first axis (rows of the global batch) cut over the mesh.
+def open_hosts() -> Hosts:
+    """The hosts of a TPU slice. Not run: there was never more than one at hand."""
+    import torch_xla.runtime as xr
 
-    A tensor whose first axis the mesh does not divide (or that has none) is replicated: correct
-    for any user's batch, and our own loader never sends one.
+    if xr.process_count() == 1:
+        return Hosts()
+    import torch_xla.distributed.xla_backend  # noqa: F401  # knows init_method "xla://"
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", init_method="xla://")
+    return Hosts(xr.process_index(), xr.process_count())
+
+
+def cache_compilations(folder: Path) -> bool:
+    """Keep compiled programs in `folder`, for later starts; False if the runtime could not read
+    them back: XLA:CPU writes such files and then fails on them. Comes before the first step."""
+    import torch_xla.runtime as xr
+
+    if device_kind() == "XLA:CPU":
+        return False
+    own = folder / str(xr.process_index())  # hosts do not wait for each other's files
+    own.mkdir(parents=True, exist_ok=True)
+    xr.initialize_cache(str(own))
+    return True
+
+
+def upload_rows(tensors: list[Tensor]) -> list[Tensor]:
+    """Send a batch's tensors to the devices in one go, the first axis (rows) cut over the mesh.
+
+    Of several hosts each gives its own rows, and the result is the global batch. A tensor whose
+    first axis the devices do not divide (or that has none) is replicated: correct for any user's
+    batch on one host, and our own loader never sends one.
     """
     import torch_xla.core.xla_model as xm
-    import torch_xla.distributed.spmd as spmd
 
-    rows_divide = host_tensor.ndim > 0 and host_tensor.shape[0] % num_devices() == 0
-    axes = ((("data", "fsdp"),) if rows_divide else ()) + (None,) * (
-        host_tensor.ndim - (1 if rows_divide else 0)
-    )
-    sharding = spmd.ShardingSpec(mesh(), axes)
-    placed: Any = xm.send_cpu_data_to_device([host_tensor.contiguous()], device(), sharding)
-    return placed[0]
+    rows = [tensor.contiguous() for tensor in tensors]
+    sent: Any = xm.send_cpu_data_to_device(rows, device(), _Rows())  # pyright: ignore[reportArgumentType]
+    return sent
+
+
+class _Rows:
+    """What `send_cpu_data_to_device` asks of a `ShardingSpec`, for tensors of any rank."""
+
+    def __init__(self) -> None:
+        import torch_xla.runtime as xr
+
+        self.minibatch = xr.process_count() > 1
+        self._local_devices = xr.addressable_runtime_device_count()
+
+    def xla_spec(self, tensor: Tensor) -> Any:
+        import torch_xla.distributed.spmd as spmd
+
+        divides = tensor.ndim > 0 and tensor.shape[0] % self._local_devices == 0
+        first = (("data", "fsdp"),) if divides else ()
+        axes = first + (None,) * (tensor.ndim - len(first))
+        minibatch = self.minibatch and divides
+        return spmd.ShardingSpec(mesh(), axes, minibatch=minibatch).xla_spec(tensor)
 
 
 def replicate(tensors: Mapping[str, Tensor]) -> None:
@@ -318,22 +367,11 @@ class Counters:
     executions: int
     execute_seconds: float  # on the devices, as the runtime measures it
     tensors_to_host: int
-    fallbacks: dict[str, int]  # aten:: operations that XLA could not lower and ran on the host
+    fallbacks: Counter[str]  # aten:: operations that XLA could not lower and ran on the host
 
     def since(self, earlier: "Counters") -> "Counters":
-        return Counters(
-            self.compilations - earlier.compilations,
-            self.gather_compilations - earlier.gather_compilations,
-            self.compile_seconds - earlier.compile_seconds,
-            self.executions - earlier.executions,
-            self.execute_seconds - earlier.execute_seconds,
-            self.tensors_to_host - earlier.tensors_to_host,
-            {
-                name: count - earlier.fallbacks.get(name, 0)
-                for name, count in self.fallbacks.items()
-                if count > earlier.fallbacks.get(name, 0)
-            },
-        )
+        now, before = vars(self), vars(earlier)
+        return Counters(**{name: now[name] - before[name] for name in now})
 
 
 def counters() -> Counters:
@@ -345,11 +383,8 @@ def counters() -> Counters:
 
     compilations, nanoseconds = metric("CompileTime")
     executed = metric("ExecuteTime"), metric("ExecuteReplicatedTime")
-    fallbacks = {
-        name: int(metrics.counter_value(name) or 0)
-        for name in metrics.counter_names()
-        if name.startswith("aten::")
-    }
+    on_host = [name for name in metrics.counter_names() if name.startswith("aten::")]
+    fallbacks = Counter({name: int(metrics.counter_value(name) or 0) for name in on_host})
     transfers = metric("TransferFromDeviceTime")[0]
     gathers = sum(_compiled_to_gather)
     return Counters(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -149,7 +150,7 @@ def test_workers_share_what_comes(local: ShardIndex, cache: Cache) -> None:
 def test_evaluation_reads_each_shard_once(local: ShardIndex, cache: Cache) -> None:
     small = Cache(cache.folder, int(local.manifest.bytes_S.max() + PER_SHARD * 100) * 8)
     with serving(path_of(local)) as server:
-        options = {"num_classes": 5, "batch_size": 8, "image_size": 16, "margin": 2}
+        options: dict[str, Any] = {"num_classes": 5, "batch_size": 8, "image_size": 16, "margin": 2}
         remote = EvalBatches(served(server, small), **options)
         at_home = EvalBatches(local, **options)
         for step in range(len(at_home)):

@@ -242,13 +242,22 @@ class EvalBatches(Dataset[Batch]):
     """Every sample once, in index order; the last batch is filled up with rows of weight 0."""
 
     def __init__(
-        self, index: ShardIndex, *, num_classes: int, batch_size: int, image_size: int, margin: int
+        self,
+        index: ShardIndex,
+        *,
+        num_classes: int,
+        batch_size: int,
+        image_size: int,
+        margin: int,
+        part: slice = slice(None),
     ) -> None:
+        """`part` of every global batch's rows: one host's of several."""
         index.check_room(2 * SequentialOrder.ahead, "shards that are evaluated")
         self.samples = Samples(index, num_classes)
         self.order = SequentialOrder(index.counts, batch_size)
         self.image_size = image_size
         self.margin = margin
+        self.part = part
 
     @property
     def num_steps(self) -> int:
@@ -260,7 +269,7 @@ class EvalBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         if self.samples.ahead:
             self.samples.ahead.want(step, self.order.shards_ahead)
-        rows = self.order.step(step)
+        rows = self.order.step(step, self.part)
         return _batch(step, rows, self.samples, self._view, self.image_size, repeats=1)
 
     def _view(self, pixels: Pixels, epoch: int, sample: int, view: int) -> Pixels:

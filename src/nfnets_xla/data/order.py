@@ -288,11 +288,11 @@ class SequentialOrder:
     def num_steps(self) -> int:
         return -(-int(self._ends[-1]) // self.unique_per_step)
 
-    def step(self, number: int) -> StepRows:
-        """Rows of batch `number`, counted from 0. Raises ValueError past the end."""
+    def step(self, number: int, part: slice = slice(None)) -> StepRows:
+        """Rows of batch `number`, counted from 0, or `part` of them. ValueError past the end."""
         if not 0 <= number < self.num_steps:
             raise ValueError(f"step is {number}; the steps are 0 to {self.num_steps - 1}")
-        wanted = np.arange(self.unique_per_step) + number * self.unique_per_step
+        wanted = np.arange(self.unique_per_step)[part] + number * self.unique_per_step
         places = np.minimum(wanted, self._ends[-1] - 1)
         shard = np.searchsorted(self._ends, places, side="right")
         row = places - (self._ends - self.counts)[shard]

@@ -1,0 +1,7 @@
+"""How a run ends without being finished, for whoever started it."""
+
+START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
+
+
+class Interrupted(Exception):
+    """The run ends now, and the same command would go on from its newest checkpoint."""

@@ -1,0 +1,108 @@
+"""The processes of one run, one per host: whose rows are whose, who writes, what they agree on.
+
+Any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT makes a run of several
+processes (`torchrun` does); on a TPU slice the runtime knows them. Each reads the rows of its own
+streams; host 0 alone writes into the run's folder, which all of them must see. They talk over gloo.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nfnets_xla.exits import Interrupted
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Of one, nothing is sent. Each method but `rows` is called by every host, in one order; it
+    raises Interrupted if one of them has ended or does not answer for half an hour."""
+
+    number: int = 0  # of this one, from 0
+    count: int = 1
+
+    @property
+    def writes(self) -> bool:
+        return self.number == 0
+
+    def rows(self, batch_size: int) -> slice:
+        """This host's rows of a global batch. Raises ValueError if they do not divide it."""
+        if batch_size % self.count:
+            raise ValueError(
+                f"a batch has {batch_size} rows, which do not divide among {self.count} hosts: "
+                "choose another batch size or number of hosts"
+            )
+        each = batch_size // self.count
+        return slice(self.number * each, (self.number + 1) * each)
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Sum over the hosts, in place: tensors of one dtype and device, sent as one."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        self._send(dist.all_reduce, flat)
+        sizes = [tensor.numel() for tensor in tensors]
+        for tensor, total in zip(tensors, flat.split(sizes), strict=True):
+            tensor.detach().copy_(total.view_as(tensor))
+
+    def total(self, number: int) -> int:
+        sum_1 = torch.tensor([number])
+        self.add([sum_1])
+        return int(sum_1[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every host gives, host by host: anything that JSON can hold."""
+        if self.count == 1:
+            return [value]
+        text_N = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), np.uint8).copy())
+        sizes_H = torch.zeros(self.count, dtype=torch.int64)
+        sizes_H[self.number] = len(text_N)
+        self.add([sizes_H])
+        texts_HN = torch.zeros(self.count, int(sizes_H.max()), dtype=torch.uint8)
+        texts_HN[self.number, : len(text_N)] = text_N
+        self.add([texts_HN])  # each row has one summand that is not 0
+        return [
+            json.loads(row_N[:size].numpy().tobytes())
+            for row_N, size in zip(texts_HN, sizes_H.tolist(), strict=True)
+        ]
+
+    def agree(self, what: str, value: Any) -> None:
+        """Raises ValueError, on every host, if one of them has another value than host 0."""
+        values = self.gather(value)
+        for number, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(
+                    f"hosts differ in {what}: {values[0]!r} on host 0, {other!r} on host {number}. "
+                    "All must run the same command, and see the same shards and run_dir"
+                )
+
+    def _send(self, collective: Any, tensor: Tensor) -> None:
+        try:
+            collective(tensor)
+        except RuntimeError as error:
+            raise Interrupted(
+                f"host {self.number} of {self.count} lost another one ({error}): start all of them "
+                "again, and the run goes on from its newest checkpoint"
+            ) from error
+
+
+def open_hosts() -> Hosts:
+    """By what a launcher set; one host without it. Waits for the others to come."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return Hosts()
+    unset = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if unset:
+        raise ValueError(
+            f"WORLD_SIZE is {count} and {', '.join(unset)} not set: start the run with torchrun, "
+            "or set all four"
+        )
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return Hosts(dist.get_rank(), dist.get_world_size())

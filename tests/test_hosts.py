@@ -1,0 +1,182 @@
+"""Processes that are hosts of one run: what they tell each other, and what they train together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nfnets_xla import checkpoint
+from nfnets_xla.exits import START_AGAIN
+from nfnets_xla.hosts import Hosts, open_hosts
+from nfnets_xla.record import read_record
+from tests.runs import (
+    PLAIN_CPU,
+    RECIPE,
+    SMALL,
+    as_hosts,
+    final_state,
+    losses,
+    run,
+    samples,
+    start,
+    start_hosts,
+)
+
+# Sums of the same numbers in another grouping, over 10 steps: float32 rounding, as between devices.
+TOLERANCE = 1e-4
+
+TALK = """
+import json, os, sys, time
+import torch
+from nfnets_xla.exits import Interrupted
+from nfnets_xla.hosts import open_hosts
+
+hosts = open_hosts()
+one, two = torch.full((2, 3), 1.0 + hosts.number), torch.tensor(10.0 * hosts.number)
+hosts.add([one, two])
+told = {"rows": str(hosts.rows(12)), "one": one.tolist(), "two": float(two)}
+told["total"] = hosts.total(hosts.number + 1)
+told["gather"] = hosts.gather({"é": [hosts.number] * hosts.number})
+hosts.agree("the seed", 7)
+try:
+    hosts.agree("the seed", 7 if hosts.number < 2 else 8)
+except ValueError as error:
+    told["refused"] = str(error)
+print(json.dumps(told), flush=True)
+if hosts.number == 1:
+    time.sleep(60)  # and is killed meanwhile
+try:
+    hosts.total(1)
+except Interrupted as error:
+    print(error, flush=True)
+"""
+
+
+def test_hosts_add_gather_agree_and_notice_a_loss(tmp_path: Path) -> None:
+    (tmp_path / "talk.py").write_text(TALK)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "talk.py"],
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for variables in as_hosts(3)
+    ]
+    outputs = [process.stdout for process in processes]
+    told = [json.loads(next(line for line in out if line[0] == "{")) for out in outputs if out]
+    for number, one in enumerate(told):
+        assert one.pop("rows") == str(slice(4 * number, 4 * number + 4))
+        assert one == {
+            "one": [[6.0] * 3] * 2,
+            "two": 30.0,
+            "total": 6,
+            "gather": [{"é": []}, {"é": [1]}, {"é": [2, 2]}],
+            "refused": "hosts differ in the seed: 7 on host 0, 8 on host 2. All must run the same "
+            "command, and see the same shards and run_dir",
+        }
+    processes[1].kill()
+    for number in (0, 2):
+        rest, _ = processes[number].communicate(timeout=60)
+        assert f"host {number} of 3 lost another one" in rest
+    processes[1].communicate()
+
+
+def test_one_host_says_nothing() -> None:
+    alone = Hosts()
+    ones = torch.ones(2)
+    alone.add([ones])
+    assert ones.tolist() == [1, 1]
+    assert (alone.total(3), alone.gather({1}), alone.writes) == (3, [{1}], True)
+    with pytest.raises(ValueError, match="10 rows, which do not divide among 4 hosts"):
+        Hosts(0, 4).rows(10)
+
+
+def test_a_launcher_that_forgot_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 and MASTER_ADDR, MASTER_PORT not set"):
+        open_hosts()
+
+
+def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data: list[str]) -> None:
+    """SAM, EMA, mixing, dropout, stochastic depth. One of two is killed; the other ends with 75."""
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=1.5", "data.workers=0"]
+    arguments += ["trainer.checkpoint_every=2"]
+    whole, hosts, log = tmp_path / "whole", tmp_path / "hosts", tmp_path / "log.txt"
+    run([*arguments, f"run_dir={whole}"], log)
+
+    arguments.append(f"run_dir={hosts}")
+    two = start_hosts(arguments, log, 2)
+    wait_for_checkpoint(hosts, 2, two, log)
+    two[1].send_signal(signal.SIGKILL)
+    two[1].wait()
+    assert two[0].wait(timeout=60) == START_AGAIN, log.read_text()
+    assert "host 0 of 2 lost another one" in log.read_text()
+
+    one = start_hosts(arguments, log, 1)
+    wait_for_checkpoint(hosts, 6, one, log)
+    one[0].send_signal(signal.SIGKILL)
+    one[0].wait()
+    assert [process.wait() for process in start_hosts(arguments, log, 4)] == [0] * 4, (
+        log.read_text()
+    )
+
+    record = read_record(hosts)
+    assert [header["hosts"] for header in record.headers] == [2, 1, 4]
+    assert len(list(hosts.glob("run-*.jsonl"))) == 3  # host 0 alone writes
+    assert samples(hosts) == samples(whole)
+    assert len(losses(whole)) == 10
+    np.testing.assert_allclose(losses(hosts), losses(whole), rtol=TOLERANCE)
+    for mine, other in zip(record.of_kind("eval"), read_record(whole).of_kind("eval"), strict=True):
+        assert mine["images"] == other["images"] == 21
+        assert mine["weights"] == other["weights"]
+        np.testing.assert_allclose(mine["loss"], other["loss"], rtol=TOLERANCE)
+        assert mine["top1"] == pytest.approx(other["top1"], abs=1 / 21 + 1e-9)
+    state = final_state(hosts)
+    for name, tensor in final_state(whole).items():
+        difference = (state[name] - tensor).norm() / tensor.norm().clamp(min=1e-3)
+        assert difference < 10 * TOLERANCE, name
+
+
+def test_hosts_that_do_not_belong_together(tmp_path: Path, data: list[str]) -> None:
+    arguments = [
+        *RECIPE,
+        *data,
+        *SMALL,
+        *PLAIN_CPU,
+        "optim.epochs=0.5",
+        f"run_dir={tmp_path / 'r'}",
+    ]
+    log = tmp_path / "log.txt"
+    variables = as_hosts(2)
+    processes = [
+        start([*arguments, f"seed={number}"], log, **variables[number]) for number in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [2, 2], log.read_text()
+    text = log.read_text()
+    assert text.count("nfnets-xla: hosts differ in what they are to run") == 2
+    assert "Traceback" not in text
+    assert not (tmp_path / "r").exists()
+    odd = start([*arguments, "data.num_streams=1"], log, **variables[0])
+    other = start([*arguments, "data.num_streams=1"], log, **variables[1])
+    assert [odd.wait(), other.wait()] == [2, 2]
+    assert "1 streams must divide among them" in log.read_text()
+
+
+def wait_for_checkpoint(
+    run_dir: Path, step: int, processes: list[subprocess.Popen], log: Path
+) -> None:
+    folder = run_dir / "checkpoints"
+    while not any(read.step >= step for read in [checkpoint.latest(folder)[0]] if read):
+        assert all(process.poll() is None for process in processes), log.read_text()
+        time.sleep(0.05)
