@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nfnets_xla.optim import Schedule
 from nfnets_xla.record import read_record
 from tests.runs import (
     PLAIN_CPU,
@@ -25,7 +26,7 @@ from tests.runs import (
 
 pytest.importorskip("torch_xla", exc_type=ImportError)
 
-EPOCHS = 3.25  # 325 images in 21 steps, the last with rows to spare
+EPOCHS = 4.75  # 475 images in 30 steps, the last with rows to spare
 MESHES = {"one": (1, 1), "2 x 2": (4, 2), "1 x 4": (4, 4), "2 x 4": (8, 4), "8": (8, 1)}
 
 
@@ -60,7 +61,7 @@ def test_one_compilation_for_training_one_for_evaluation_and_no_fallback(on_four
 def test_the_device_is_not_part_of_the_run(
     shards: Path, on_four: Path, tmp_path: Path, device: str
 ) -> None:
-    """The same ids in every batch; losses equal to 1e-4 over 20 steps in float32.
+    """The same ids in every batch; losses equal to 1e-4 over 30 steps in float32.
 
     With dropout, stochastic depth, SAM and an average, on any mesh: "2 x 4" is eight devices of
     which four share a copy of the parameters.
@@ -72,12 +73,31 @@ def test_the_device_is_not_part_of_the_run(
         options = [*xla(devices), f"trainer.fsdp={fsdp}"]
     run([*arguments(shards), *options, f"run_dir={folder}"], tmp_path / "log.txt")
     assert samples(folder) == samples(on_four)
-    assert len(losses(folder)) == 21
+    assert len(losses(folder)) == 30
     np.testing.assert_allclose(losses(folder), losses(on_four), rtol=1e-4)
     if device != "cpu":
         (end,) = read_record(folder).of_kind("end")
         assert end["compilations"] == 2
         assert end["gather_compilations"] == (0 if fsdp == 1 else 1)
+
+
+@pytest.mark.slow
+def test_nothing_that_changes_in_50_steps_compiles_again(shards: Path, tmp_path: Path) -> None:
+    """The rate passes through exactly 0, 0.5 and 1; in bfloat16; SAM, mixing, an average swapped in
+    for evaluation, checkpoints, a logged step each time. Each logged interval reads one tensor."""
+    options = ["optim.epochs=8", "optim.peak_lr=1", "optim.warmup_steps=4", "trainer.fsdp=2"]
+    options += ["model.compute_dtype=bfloat16", "trainer.log_every=3"]
+    folder = tmp_path / "run"
+    run([*arguments(shards), *options, *xla(4), f"run_dir={folder}"], tmp_path / "log.txt")
+    record = read_record(folder)
+    (end,) = record.of_kind("end")
+    assert record.headers[0]["num_steps"] == 50
+    rates = Schedule("cosine", 1.0, 4, 50)
+    assert [rates(step) for step in (0, 2, 4)] == [0, 0.5, 1]
+    assert (end["compilations"], end["gather_compilations"], end["fallbacks"]) == (2, 1, {})
+    rows = record.of_kind("train")
+    assert [row["compilations"] for row in rows] == [1] + [0] * (len(rows) - 1)
+    assert all(row["tensors_to_host"] <= 1 for row in rows if row["gather_compilations"] == 0)
 
 
 @pytest.mark.slow
@@ -104,7 +124,7 @@ def test_a_killed_run_on_four_devices_ends_as_if_it_had_not_been(
 ) -> None:
     folder = tmp_path / "killed"
     command = [*arguments(shards), *xla(4), f"run_dir={folder}"]
-    run_killed_at(command, folder, random.randint(2, 19), tmp_path / "log.txt")
+    run_killed_at(command, folder, random.randint(2, 28), tmp_path / "log.txt")
     run(command, tmp_path / "log.txt")
     assert samples(folder) == samples(on_four)
     assert losses(folder) == losses(on_four)
