@@ -1,19 +1,25 @@
 """A checkpoint exists if and only if its manifest verifies."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from fsspec.config import conf
 
 from nfnets_xla import checkpoint
+from tests.data.object_store import GCS, S3, storing
 
 FORMS = {"model": {"w": torch.arange(6.0).reshape(2, 3), "gain": torch.tensor(0.5)}}
 
 
-def save(root: Path, step: int) -> Path:
-    return checkpoint.save(root, step, FORMS, {"identity": {"seed": 1}})
+def save(root: Path, step: int, **state: float) -> Path:
+    size = checkpoint.save(root, step, FORMS, {"identity": {"seed": 1}, **state})
+    folder = root / f"step-{step:08d}"
+    assert size == sum(path.stat().st_size for path in folder.iterdir() if path.name[:3] != "man")
+    return folder
 
 
 def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
@@ -80,7 +86,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     no_manifest(tmp_path / "step-00000003")
     checkpoint.prune(tmp_path, keep=2)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["step-00000002", "step-00000003", "step-00000004"]
+    assert left == ["step-00000002", "step-00000004"]
     checkpoint.prune(tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
@@ -88,10 +94,80 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_weights_are_found_from_a_file_a_checkpoint_or_a_run(tmp_path: Path) -> None:
     folder = save(tmp_path / "checkpoints", 3)
     file = folder / "model.safetensors"
-    assert checkpoint.weights_file(file, "raw") == file
-    assert checkpoint.weights_file(folder, "raw") == file
-    assert checkpoint.weights_file(tmp_path, "raw") == file
+    for given in (file, folder, folder.parent, tmp_path):
+        weights, source = checkpoint.weights(str(given), "raw")
+        assert source == str(file if given == file else folder)
+        assert torch.equal(weights["w"], FORMS["model"]["w"])
     with pytest.raises(ValueError, match="holds no ema weights"):
-        checkpoint.weights_file(tmp_path, "ema")
+        checkpoint.weights(str(tmp_path), "ema")
     with pytest.raises(ValueError, match="holds no weights: give"):
-        checkpoint.weights_file(tmp_path / "nothing", "raw")
+        checkpoint.weights(str(tmp_path / "nothing"), "raw")
+
+
+def test_the_best_and_one_of_every_few_hours_stay(tmp_path: Path) -> None:
+    """A checkpoint every 40 minutes of the run's time; one of every two hours is to stay."""
+    for step in range(1, 10):
+        save(tmp_path, step, seconds=2400.0 * step)
+    checkpoint.prune(tmp_path, keep=2, every_hours=2, best=5)
+    assert checkpoint.steps(tmp_path) == [9, 8, 6, 5, 3]  # 2 h are over at step 3, 4 h at 6
+    checkpoint.prune(tmp_path, keep=1, best=6)
+    assert checkpoint.steps(tmp_path) == [9, 6]
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"../secret": {"bytes": 1}}))
+    with pytest.raises(ValueError, match=r"names '\.\./secret', which is no file of this folder"):
+        checkpoint.load(folder)
+
+
+def test_a_newer_format_is_not_misread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "FORMAT", 2)
+        folder = save(tmp_path, 1)
+    with pytest.raises(ValueError, match="format 2, of a newer release; this one reads 1"):
+        checkpoint.load(folder)
+
+
+def test_files_are_the_users_own(tmp_path: Path) -> None:
+    """No bit beyond what the user's own umask gives."""
+    old = os.umask(0o077)
+    try:
+        folder = save(tmp_path / "checkpoints", 1)
+    finally:
+        os.umask(old)
+    assert all(path.stat().st_mode & 0o077 == 0 for path in [folder, *folder.iterdir()])
+
+
+# ---- at an address ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["s3", "gs"])
+def test_an_object_store_keeps_checkpoints_as_a_disk_does(
+    tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved, damaged, replaced, pruned and read through s3fs and gcsfs."""
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asked for by gRPC
+    bucket = tmp_path / "bucket" / "run"
+    with storing(tmp_path, {"s3": S3, "gs": GCS}[protocol]) as endpoint:
+        options = {"s3": {"anon": True}, "gs": {"token": "anon"}}[protocol]
+        monkeypatch.setitem(conf, protocol, {"endpoint_url": endpoint, **options})
+        url = f"{protocol}://bucket/run"
+        assert checkpoint.latest(url) == (None, [])
+        for step in (1, 2, 3):
+            checkpoint.save(url, step, FORMS, {"seconds": 0.0})
+        flipped_bit(bucket / "step-00000003")
+        found, skipped = checkpoint.latest(url)
+        assert found is not None
+        assert (found.step, str(found)) == (2, f"{url}/step-00000002")
+        assert torch.equal(found.tensors("model")["w"], FORMS["model"]["w"])
+        assert f"{url}/step-00000003 is not a complete checkpoint: model.safetensors" in skipped[0]
+        no_manifest(bucket / "step-00000002")
+        assert checkpoint.weights(url, "raw")[1] == f"{url}/step-00000001"
+        checkpoint.save(url, 3, FORMS, {})
+        assert checkpoint.latest(url)[0] is not None
+        checkpoint.prune(url, keep=1)
+        assert checkpoint.steps(url) == [3]

@@ -6,14 +6,18 @@
         manifest.json      name, size and SHA-256 of every file above
 
 A checkpoint exists if and only if its manifest verifies. The rule needs no atomic rename, so it is
-the same on a local disk and on an object store. Nothing here can run code when it is read.
+the same on a local disk and on an object store. Nothing here can run code when it is read, and no
+name in a manifest can lead out of its folder.
 """
 
 import hashlib
 import json
-import os
+import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,146 +25,262 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nfnets_xla.data.remote import AnyFolder, RemoteFolder, open_folder
+from nfnets_xla.data.storage import address
+from nfnets_xla.models.weights import load_checkpoint
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
+FORMAT = 1  # of all this; a number higher than ours is a newer release's
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint on disk. Tensors are read when asked for, to the host."""
+    """A verified checkpoint. Tensors are read when asked for, to the host."""
 
-    folder: Path
+    where: str  # its folder, or the address of one
+    folder: Path  # its files; of one at an address copies, which go when this does
     state: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.where
 
     @property
     def step(self) -> int:
         return int(self.state["step"])
 
+    @property
+    def forms(self) -> list[str]:
+        return sorted(file.stem for file in self.folder.glob("*.safetensors"))
+
     def tensors(self, form: str) -> dict[str, Tensor]:
         """`form` is "model", "momentum" or "ema"; a form that was not saved is a ValueError."""
-        path = self.folder / f"{form}.safetensors"
-        if not path.is_file():
-            forms = sorted(file.stem for file in self.folder.glob("*.safetensors"))
+        if form not in self.forms:
             raise ValueError(
-                f"{self.folder} holds no {form!r} weights; it holds {', '.join(forms)}"
+                f"{self.where} holds no {form!r} weights; it holds {', '.join(self.forms)}"
             )
-        return load_file(path)
+        return load_file(self.folder / f"{form}.safetensors")
 
 
 def save(
-    root: Path, step: int, forms: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-) -> Path:
-    """Write `root/step-<step>`; `forms` are host tensors. Returns its folder once it verifies.
+    root: str | Path, step: int, forms: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> int:
+    """Write `root/step-<step>`; `forms` are host tensors. Returns its bytes.
 
-    An unfinished or damaged folder of the same step is replaced; a complete one is left as it is.
+    It is on the disk, or at the address, when this returns. An unfinished or damaged folder of the
+    same step is replaced; a complete one is left as it is.
     """
-    folder = root / f"step-{step:08d}"
-    if folder.is_dir():
-        if _fault(folder) is None:
-            return folder
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    if not address(root):
+        Path(root).mkdir(parents=True, exist_ok=True)
+    folder, name = open_folder(root), _name(step)
+    left = _files(folder, step)
+    if f"{name}/{MANIFEST}" in left:
+        try:
+            return _bytes(load(f"{root}/{name}"))
+        except ValueError:
+            pass
+    _remove(folder, left)
+    manifest: dict[str, dict[str, Any]] = {}
     for form, tensors in forms.items():
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, folder / f"{form}.safetensors")
-    (folder / STATE).write_text(json.dumps({**state, "step": step}, indent=1, sort_keys=True))
-    files = sorted(path for path in folder.iterdir())
-    for path in files:
-        _flush_to_disk(path)
-    manifest = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    for path in (folder / MANIFEST, folder, root):
-        _flush_to_disk(path)
-    return folder
+        with folder.writing(f"{name}/{form}.safetensors") as path:
+            save_file(contiguous, path)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            manifest[f"{form}.safetensors"] = {"bytes": path.stat().st_size, "sha256": digest}
+    data = _json({**state, "step": step, "format": FORMAT})
+    folder.write(f"{name}/{STATE}", data)
+    manifest[STATE] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    folder.write(f"{name}/{MANIFEST}", _json(manifest))
+    return sum(entry["bytes"] for entry in manifest.values())
 
 
-def load(folder: Path) -> Checkpoint:
-    """Verify and open one checkpoint folder. Raises ValueError naming what does not verify."""
-    fault = _fault(folder)
-    if fault is not None:
-        raise ValueError(f"{folder} is not a complete checkpoint: {fault}; use an earlier one")
-    return Checkpoint(folder, json.loads((folder / STATE).read_text()))
+def load(where: str | Path) -> Checkpoint:
+    """Verify and open one checkpoint. Raises ValueError naming what does not verify."""
+    try:
+        return _open(where)
+    except Fault as fault:
+        raise ValueError(str(fault)) from None
 
 
-def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+def steps(root: str | Path) -> list[int]:
+    """Of every checkpoint in `root`, complete or not; the newest first."""
+    if not address(root) and not Path(root).is_dir():
+        return []
+    found = (_step(name) for name in open_folder(root).sizes(""))
+    return sorted({step for step in found if step is not None}, reverse=True)
+
+
+def verify(root: str | Path) -> Iterator[Checkpoint | str]:
+    """Of every step in `root`, the newest first: the checkpoint, or why it is none."""
+    for step in steps(root):
+        try:
+            yield _open(f"{address(root) or root}/{_name(step)}")
+        except Fault as fault:
+            yield str(fault)
+
+
+def latest(root: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint in `root` that verifies, and why each newer one does not."""
     skipped: list[str] = []
-    for folder in sorted(_folders(root), reverse=True):
-        fault = _fault(folder)
-        if fault is None:
-            return load(folder), skipped
-        skipped.append(f"skipped {folder.name}: {fault}")
+    for found in verify(root):
+        if isinstance(found, Checkpoint):
+            return found, skipped
+        skipped.append(found)
     return None, skipped
 
 
-def weights_file(given: Path, weights: str) -> Path:
-    """A weights file from itself, from a checkpoint's folder, or from a run's (its newest one).
+def find(given: str | Path) -> Checkpoint | None:
+    """One checkpoint, the newest of a folder of them, or of a run's folder."""
+    if address(given):
+        one = _step(f"{str(given).rstrip('/').rpartition('/')[2]}/") is not None
+        return load(given) if one else latest(given)[0]
+    path = Path(given)
+    if (path / MANIFEST).is_file():
+        return load(path)
+    return latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)[0]
 
-    `weights` is "raw" or "ema". Raises ValueError if `given` is none of these, or lacks the form.
+
+def weights(given: str, which: str) -> tuple[dict[str, Tensor], str]:
+    """Weights of a file, or of what `find` finds; and what they came from.
+
+    `which` is "raw" or "ema". Raises ValueError if `given` is none of these, or lacks the form.
     """
-    if given.is_file():
-        return given
-    found = load(given) if (given / MANIFEST).is_file() else latest(given / "checkpoints")[0]
+    if Path(given).is_file():
+        return load_checkpoint(given), given
+    found = find(given)
     if found is None:
         raise ValueError(
-            f"{str(given)!r} holds no weights: give a weights file, the folder of a checkpoint, or "
+            f"{given!r} holds no weights: give a weights file, the folder of a checkpoint, or "
             "the folder of a run that has one"
         )
-    path = found.folder / ("model.safetensors" if weights == "raw" else "ema.safetensors")
-    if not path.is_file():
-        raise ValueError(f"{found.folder} holds no {weights} weights: use model.init_weights=raw")
-    return path
+    form = "model" if which == "raw" else "ema"
+    if form not in found.forms:
+        raise ValueError(f"{found} holds no {which} weights: use model.init_weights=raw")
+    return found.tensors(form), str(found)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints that verify, and what is left of older ones.
+def prune(
+    root: str | Path, *, keep: int, every_hours: float | None = None, best: int | None = None
+) -> None:
+    """Delete all but the newest `keep` checkpoints, and what is left of older ones.
 
-    The manifest goes first, so that an interrupted deletion never leaves half a checkpoint that
-    looks like a whole one.
+    Those also stay that are the first of each further `every_hours` of the run's own time (not of
+    the clock, which may be set back), and the one of step `best`. The manifest goes first, so that
+    an interrupted deletion never leaves half a checkpoint that looks like a whole one.
     """
-    complete = 0
-    for folder in sorted(_folders(root), reverse=True):
-        if complete < keep:
-            complete += (folder / MANIFEST).is_file()
-            continue
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+    folder = open_folder(root)
+    files = folder.sizes("")
+    complete = [step for step in steps(root) if f"{_name(step)}/{MANIFEST}" in files]
+    kept = {*complete[:keep], best}
+    if every_hours is not None:
+        hourly: dict[int, int] = {}
+        for step in reversed(complete):
+            seconds = json.loads(folder.read(f"{_name(step)}/{STATE}")).get("seconds", 0.0)
+            hourly.setdefault(int(seconds / 3600 // every_hours), step)
+        kept |= {step for number, step in hourly.items() if number}
+    if len(complete) < keep:
+        return
+    for step in steps(root):
+        if step not in kept and step < complete[0]:
+            _remove(folder, _files(folder, step))
 
 
-def _folders(root: Path) -> list[Path]:
-    return [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+# ---- files ------------------------------------------------------------------------------------
 
 
-def _fault(folder: Path) -> str | None:
-    """Why this folder is not a checkpoint, or None if it is one."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return "it has no manifest.json (the writer was interrupted)"
+class Fault(Exception):
+    """Why a folder is not a checkpoint."""
+
+
+def _open(where: str | Path) -> Checkpoint:
+    """One at an address is copied, to be verified and then read from the copy."""
+    url = address(where)
     try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        return "its manifest.json is torn"
+        if url is None:
+            return Checkpoint(str(where), Path(where), _verified(Path(where)))
+        copies = Path(tempfile.mkdtemp(prefix="nfnets-xla-"))
+        with ExitStack() as on_failure:
+            on_failure.callback(shutil.rmtree, copies)
+            _copy(RemoteFolder(url), copies)
+            found = Checkpoint(url, copies, _verified(copies))
+            on_failure.pop_all()
+        weakref.finalize(found, shutil.rmtree, copies)
+        return found
+    except Fault as fault:
+        raise Fault(f"{where} is not a complete checkpoint: {fault}; use an earlier one") from None
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(name: str) -> int | None:
+    """Of the checkpoint that a file belongs to."""
+    found = re.match(r"step-(\d+)/", name)
+    return int(found[1]) if found else None
+
+
+def _files(folder: AnyFolder, step: int) -> list[str]:
+    return [name for name in folder.sizes("") if name.startswith(f"{_name(step)}/")]
+
+
+def _remove(folder: AnyFolder, names: list[str]) -> None:
+    for name in sorted(names, key=lambda name: not name.endswith(f"/{MANIFEST}")):
+        folder.remove(name)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def _bytes(found: Checkpoint) -> int:
+    return sum(path.stat().st_size for path in found.folder.iterdir() if path.name != MANIFEST)
+
+
+def _manifest(data: bytes) -> dict[str, dict[str, Any]]:
+    try:
+        manifest = json.loads(data)
+        for name, entry in manifest.items():
+            if name != Path(name).name or not isinstance(entry["bytes"], int):
+                raise Fault(f"its manifest.json names {name!r}, which is no file of this folder")
+    except (ValueError, AttributeError, TypeError, KeyError):
+        raise Fault("its manifest.json is torn") from None
+    return manifest
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint. Raises Fault for what is not one."""
+    try:
+        manifest = _manifest((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise Fault("it has no manifest.json (the writer was interrupted)") from None
     for name, entry in manifest.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
-        if _sha256(file) != entry["sha256"]:
-            return f"{name} does not match its checksum"
-    return None
+        path = folder / name
+        if not path.is_file():
+            raise Fault(f"{name} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise Fault(
+                f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
+            )
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise Fault(f"{name} does not match its checksum")
+    if STATE not in manifest:
+        raise Fault(f"its manifest.json does not name {STATE}")
+    state = json.loads((folder / STATE).read_bytes())
+    if state.get("format", 1) > FORMAT:
+        raise Fault(f"it has format {state['format']}, of a newer release; this one reads {FORMAT}")
+    return state
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _copy(source: RemoteFolder, target: Path) -> None:
+    """Everything that the manifest names, and the manifest."""
+    sizes = source.sizes("")
+    if MANIFEST not in sizes:
+        raise Fault("it has no manifest.json (the writer was interrupted)")
+    data = source.read(MANIFEST)
+    for name, entry in _manifest(data).items():
+        if sizes.get(name) == entry["bytes"]:  # else it is no checkpoint, and not worth the time
+            source.download(name, entry["bytes"], target / name)
+    (target / MANIFEST).write_bytes(data)

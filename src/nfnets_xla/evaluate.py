@@ -15,7 +15,7 @@ from nfnets_xla.inputs import check_cache, count_classes, make_eval_loader, open
 from nfnets_xla.missed import Missed
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import count_parameters, create_network
-from nfnets_xla.models.weights import load_checkpoint, load_into
+from nfnets_xla.models.weights import load_into
 from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.task import Classification
 from nfnets_xla.train import check_division, choose_form, make_trainer
@@ -35,15 +35,14 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
         raise ValueError("model.init_from is not set; it must name the weights to evaluate")
     check_cache(run)
     held_out = open_index(run, run.data.eval_shards)
-    path = checkpoint.weights_file(Path(run.model.init_from), run.model.init_weights)
-    weights = load_checkpoint(path)
+    weights, path = checkpoint.weights(run.model.init_from, run.model.init_weights)
     num_classes = count_classes(run, held_out)
     if run.data.num_classes is None and "head.weight" in weights:
         num_classes = max(num_classes, weights["head.weight"].shape[0])
     sized = {"image_size": run.data.eval_image_size} if is_peer(run.model.name) else {}
     options: dict[str, Any] = {"num_classes": num_classes, **sized}
     net = create_network(run.model.name, **options)
-    load_into(net, weights, source=str(path))
+    load_into(net, weights, source=path)
 
     backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
     choose_form(net, run, backend)

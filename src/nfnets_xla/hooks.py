@@ -64,4 +64,4 @@ class Checkpointer(Callback):
             return
         checkpoint.save(self.root, step, on_host, self.state)
         self.monitor.record.write("checkpoint", step)
-        checkpoint.prune(self.root, self.keep)
+        checkpoint.prune(self.root, keep=self.keep)

@@ -43,7 +43,7 @@ from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, count_parameters, create_network
 from nfnets_xla.models.stacked import as_in, is_stacked, loop, stack
-from nfnets_xla.models.weights import load_checkpoint, load_into
+from nfnets_xla.models.weights import load_into
 from nfnets_xla.monitor import Monitor, Peaks
 from nfnets_xla.record import Discard, RecordWriter, read_record
 from nfnets_xla.scaling import account
@@ -204,8 +204,8 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
         bias = net.get_parameter(f"{net.classifier_name}.bias")
         torch.nn.init.constant_(bias, run.model.head_bias)
     if run.model.init_from is not None:
-        path = checkpoint.weights_file(Path(run.model.init_from), run.model.init_weights)
-        fresh = load_into(net, load_checkpoint(path), source=str(path), allow_new_head=True)
+        weights, path = checkpoint.weights(run.model.init_from, run.model.init_weights)
+        fresh = load_into(net, weights, source=path, allow_new_head=True)
         say(f"weights from {path}" + (" (new classifier)" if fresh else ""))
     return net
 
@@ -261,13 +261,13 @@ def find_resume(
         )
     if found.step >= num_steps:
         raise ValueError(f"{folder} holds this run, finished: choose another run_dir")
-    say(f"resuming from {found.folder}")
+    say(f"resuming from {found}")
     return found
 
 
 def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
     """Weights go into the network now; the rest waits until the optimizer exists."""
-    load_into(net, resume.tensors("model"), source=str(resume.folder))
+    load_into(net, resume.tensors("model"), source=str(resume))
     ema = None if run.optim.ema_decay is None else resume.tensors("ema")
     return Restored(as_in(net, resume.tensors("momentum")), ema and as_in(net, ema))
 

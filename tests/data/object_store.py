@@ -1,6 +1,6 @@
 """The least of Amazon's and of Google's storage protocols, over a folder of buckets, for tests.
 
-Listing, reading whole and by ranges, and writing whole objects.
+Listing, reading whole and by ranges, writing whole objects and deleting them.
 """
 
 import json
@@ -57,13 +57,18 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(206, data[int(asked[1]) : end])
         return self.reply(200, data)
 
+    def put(self, bucket: str, key: str, data: bytes) -> None:
+        path = self.store.root / bucket / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
     def handle_any(self) -> None:
         body = self.body()
         url = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         return self.answer(unquote(url.path).strip("/").split("/"), query, body)
 
-    do_GET = do_HEAD = do_PUT = do_POST = handle_any
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
 
     def answer(self, parts: list[str], query: dict[str, str], body: bytes) -> None:
         raise NotImplementedError
@@ -73,8 +78,11 @@ class S3(Handler):
     def answer(self, parts: list[str], query: dict[str, str], body: bytes) -> None:
         bucket, key = parts[0], "/".join(parts[1:])
         if self.command == "PUT":
-            (self.store.root / bucket / key).write_bytes(body)
+            self.put(bucket, key, body)
             return self.reply(200)
+        if self.command == "DELETE":
+            (self.store.root / bucket / key).unlink(missing_ok=True)
+            return self.reply(204)
         if key:
             return self.serve(self.store.root / bucket / key)
         rows = "".join(
@@ -96,8 +104,11 @@ class GCS(Handler):
         if self.command == "POST":
             head, data = _multipart(body)
             name = json.loads(head)["name"]
-            (self.store.root / bucket / name).write_bytes(data)
+            self.put(bucket, name, data)
             return self.reply(200, self.described(bucket, name))
+        if self.command == "DELETE":
+            (self.store.root / bucket / name).unlink(missing_ok=True)
+            return self.reply(204)
         if kind == "download" or query.get("alt") == "media":
             return self.serve(self.store.root / bucket / name)
         if name:

@@ -1,4 +1,4 @@
-"""Shards at an address: `gs://`, `s3://`, `http(s)://`, and whatever else fsspec knows.
+"""Shards and checkpoints at an address: `gs://`, `s3://`, `http(s)://`, whatever fsspec knows.
 
 `RemoteFolder` answers to what `storage.Folder` does. Files that an index describes come whole into
 a cache (`cache.py`) or, without one, by ranges. A request is repeated, with longer and longer
@@ -12,7 +12,8 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
@@ -146,6 +147,25 @@ class RemoteFolder:
     def write(self, name: str, data: bytes) -> None:
         """Object stores show whole files only; elsewhere a torn index is refused when read."""
         self._tried(name, lambda: self._files.pipe_file(self._at(name), data))
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write a large file at. Once this has ended, the file is at the address."""
+        with tempfile.TemporaryDirectory(prefix="nfnets-xla-") as folder:
+            path = Path(folder) / "file"
+            yield path
+            self._tried(name, lambda: self._files.put_file(str(path), self._at(name)))
+
+    def download(self, name: str, size: int, path: Path) -> None:
+        """A file of this size, to `path`."""
+        self._download(name, size, lambda _: path)
+
+    def remove(self, name: str) -> None:
+        def ask() -> None:
+            with suppress(FileNotFoundError):  # an earlier attempt may have got through
+                self._files.rm_file(self._at(name))
+
+        self._tried(name, ask)
 
     # ---- requests -----------------------------------------------------------------------------
 

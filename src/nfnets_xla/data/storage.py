@@ -1,12 +1,14 @@
-"""Where shards lie. Nothing but this and `remote.py` opens a shard, a sidecar or a manifest.
+"""Where shards and checkpoints lie. Nothing but this and `remote.py` opens a shard or a sidecar.
 
 `Folder` is a local folder; `remote.RemoteFolder` is one at an address, and answers to the same:
 whoever can list names with sizes, open a name for reads at an offset, and write a small file whole,
-can hold shards.
+can hold shards; who can take a large file and delete one as well, checkpoints.
 """
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -74,6 +76,36 @@ class Folder:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        flush_to_disk(path.parent)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write a large file at, in one level of folders that is made if need be.
+
+        Once this has ended it is there also after the machine stops; before, it may be torn.
+        """
+        path = self.path / name
+        if not path.parent.is_dir():
+            path.parent.mkdir()
+            flush_to_disk(self.path)
+        yield path
+        flush_to_disk(path)
+
+    def remove(self, name: str) -> None:
+        """A file, and the folder it was the last of."""
+        path = self.path / name
+        path.unlink(missing_ok=True)
+        if path.parent != self.path and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Of a file its content; of a folder the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def address(where: object) -> str | None:
