@@ -208,13 +208,14 @@ def test_lint_stats_holdout_and_exclude_from_the_command_line(
     assert printed.endswith("2 faults\n")
 
 
-def test_a_folder_of_another_run_or_a_finished_one_is_refused(
+def test_a_folder_of_another_run_is_refused_and_a_finished_one_stays(
     tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = ["optim.epochs=0.2", "optim.warmup_steps=1", "data.workers=0"]
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, *short, f"run_dir={tmp_path}"]
     main(arguments)
-    assert "finished: choose another run_dir" in refused(arguments, capsys)
+    main(arguments)
+    assert capsys.readouterr().out.endswith(f"{tmp_path} holds this run, finished\n")
     other = refused([*arguments, "optim.peak_lr=0.5"], capsys)
     assert "holds another run (optim.peak_lr: 0.05 -> 0.5)" in other
     weights = [f"model.init_from={tmp_path}", "model.name=nfnet_mini_f1", f"run_dir={tmp_path}/2"]

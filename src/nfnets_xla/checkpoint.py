@@ -160,6 +160,12 @@ def weights(given: str, which: str) -> tuple[dict[str, Tensor], str]:
     return found.tensors(form), str(found)
 
 
+def discard(root: str | Path, step: int) -> None:
+    """Delete what there is of a step."""
+    folder = open_folder(root)
+    _remove(folder, _files(folder, step))
+
+
 def prune(
     root: str | Path, *, keep: int, every_hours: float | None = None, best: int | None = None
 ) -> None:

@@ -35,6 +35,7 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla RECIPE --cfg job           show what it would run
        nfnets-xla shards COMMAND ...         pack, index, lint, stats, holdout, exclude (--help)
        nfnets-xla shards show DIR            draw the views that a recipe makes of them
+       nfnets-xla checkpoint COMMAND WHERE   verify, show, export (--help)
        nfnets-xla scaling COMMAND ...        plan, fit (--help)
        nfnets-xla launch COMMAND FILE        run on Cloud TPU: create, watch, resume ... (--help)
        nfnets-xla models [PATTERN | NAME]    list the models, or show all about one
@@ -53,8 +54,9 @@ class ConfOnPath(SearchPathPlugin):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `nfnets-xla`. Exits with 0, or 2 for a mistake in the request; 1: lint found
-    faults, or a launch failed; 75: another host is gone, and the same command goes on."""
+    """Entry point of `nfnets-xla`. Exits with 0, or 2 for a mistake in the request; 1: lint or
+    verify found faults, or a launch failed; 75: another host is gone, and the same command goes
+    on."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -63,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             show_shards(arguments[2:])
         elif arguments[0] == "shards":
             if code := shards(arguments[1:]):
+                sys.exit(code)
+        elif arguments[0] == "checkpoint":
+            if code := checkpoint(arguments[1:]):
                 sys.exit(code)
         elif arguments[0] == "scaling":
             scaling(arguments[1:])
@@ -172,6 +177,12 @@ def show_shards(arguments: list[str]) -> None:
         overrides = [f"data.shards={request.folder}", *needless, *request.overrides]
         run = to_run(hydra.compose(request.recipe, overrides))
     show(run, request.out, request.rows)
+
+
+def checkpoint(arguments: list[str]) -> int:
+    from nfnets_xla.checkpoint_cli import checkpoints
+
+    return checkpoints(arguments)
 
 
 def scaling(arguments: list[str]) -> None:

@@ -86,7 +86,10 @@ class TrainerConfig:
     log_every: int  # steps between lines of the record
     eval_every: int | None  # steps between evaluations; None: only at the end
     checkpoint_every: int | None  # steps between checkpoints; None: only at the end
-    keep_checkpoints: int
+    checkpoint_dir: str | None  # a folder, gs:// or s3://; None: checkpoints/ in run_dir
+    keep_checkpoints: int  # the newest so many
+    keep_every_hours: float | None  # and the first of each so many hours of the run, for good
+    keep_best: bool  # and that of the lowest held-out loss
     compile_cache: bool  # keep XLA's programs in run_dir for restarts, where it can read them
     tensorboard: bool  # curves for TensorBoard, beside those as CSV
     trace_samples: bool  # write the sample ids of every batch into the record
@@ -181,6 +184,7 @@ _POSITIVE = [
     *[("optim", name) for name in ("lr_batch", "rsqrt_timescale")],
     *[("trainer", name) for name in ("virtual_devices", "log_every", "eval_every")],
     *[("trainer", name) for name in ("checkpoint_every", "keep_checkpoints")],
+    ("trainer", "keep_every_hours"),
 ]
 _IN_HALF_OPEN = [
     *[("model", name, 1) for name in ("drop_rate", "drop_path_rate")],

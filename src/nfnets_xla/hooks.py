@@ -1,67 +1,106 @@
 """When a training run is saved, and what of it. Fires after update n, counted from 1."""
 
-from pathlib import Path
+import math
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from nfnets_xla import checkpoint
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import per_block
 from nfnets_xla.monitor import Monitor, task_of
+from nfnets_xla.saves import Saves
 from nfnets_xla.task import Classification
 
 
 class Checkpointer(Callback):
-    """Saves every `every` steps and after the last, and keeps the newest `keep`."""
+    """Saves every `every` steps and after the last; with `keep_best` also the best evaluation's."""
 
     def __init__(
         self,
-        root: Path,
+        saves: Saves,
         monitor: Monitor,
         *,
         every: int | None,
-        keep: int,
         total_steps: int,
-        state: dict[str, Any],
-        writes: bool,
+        state: Callable[[int], dict[str, Any]],
+        keep_best: bool,
+        evaluated: dict[int, float],
+        say: Callable[[str], None],
     ) -> None:
-        """All hosts make one, and the one that `writes` saves: parameters cut over the devices are
-        brought together by all of them."""
-        self.root = root
+        """`state` is of a step; `evaluated` are earlier starts' held-out losses by step."""
+        self.saves = saves
         self.monitor = monitor
         self.every = every
-        self.keep = keep
         self.total_steps = total_steps
         self.state = state
-        self.writes = writes
+        self.keep_best = keep_best
+        self.say = say
+        self.saved_at: int | None = None  # the newest step that was given to `saves`
+        self._best_loss = math.inf
+        if keep_best and evaluated:
+            self.saves.best = min(evaluated, key=lambda step: evaluated[step])
+            self._best_loss = evaluated[self.saves.best]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.collect()
         step = batch["step"] + 1
         if step == self.total_steps or (self.every is not None and step % self.every == 0):
             self.save(task_of(pl_module), step)
 
-    def save(self, task: Classification, step: int) -> None:
-        with task.at_rest():  # a signal handler may save in the midst of a step
-            self._save(task, step)
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        task = task_of(pl_module)
+        *_, metrics = task.evaluation.values()  # of the average, if there is one
+        if self.keep_best and metrics["loss"] < self._best_loss:
+            self._best_loss = metrics["loss"]
+            self.saves.best = trainer.global_step
+            if self.saved_at != trainer.global_step:
+                self.save(task, trainer.global_step)
 
-    def _save(self, task: Classification, step: int) -> None:
-        assert task.sgd is not None
-        weights: dict[str, Tensor] = task.net.state_dict()
-        if isinstance(task.net, NFNet):  # stacked, its state dict would be slices to compile
-            weights = dict(task.net.named_parameters())
-        forms = {"model": weights, "momentum": task.sgd.momentum_buffers()}
-        if task.ema is not None:
-            forms["ema"] = dict(task.ema.shadow)
-        # One after the other: where they are cut over devices, each is a whole copy for a moment.
-        on_host = {form: per_block(task.fetch(named)) for form, named in forms.items()}
+    def save(self, task: Classification, step: int) -> None:
         # A start from this checkpoint computes no earlier step again: their rows come first.
         self.monitor.write_pending(task)
-        if not self.writes:
-            return
-        checkpoint.save(self.root, step, on_host, self.state)
-        self.monitor.record.write("checkpoint", step)
-        checkpoint.prune(self.root, keep=self.keep)
+        with task.at_rest():
+            self.saves.save(step, lambda: host_copies(task), self.state(step))
+        self.saved_at = step
+
+    def collect(self) -> None:
+        """Record what has been written."""
+        for done in self.saves.written():
+            if done.fault is None:
+                fields = {name: getattr(done, name) for name in RECORDED}
+                self.monitor.record.write("checkpoint", done.step, **fields)
+            else:
+                self.saved_at = None
+                self.monitor.record.write("checkpoint_failed", done.step, reason=done.fault)
+                self.say(f"warning: step {done.step} could not be saved ({done.fault})")
+
+    def finish(self) -> None:
+        """Wait for what is being written. Raises ValueError if the newest could not be."""
+        self.saves.wait()
+        newest = self.saved_at
+        self.collect()
+        if newest is not None and self.saved_at is None:
+            raise ValueError(
+                f"step {newest} could not be saved in {self.saves.root}: make room there and give "
+                "the same command again, which goes on from the newest checkpoint"
+            )
+
+
+RECORDED = ("stall_seconds", "write_seconds", "bytes")
+
+
+def host_copies(task: Classification) -> dict[str, dict[str, Tensor]]:
+    """Weights, momentum and average, by the names of single blocks."""
+    assert task.sgd is not None
+    weights: dict[str, Tensor] = task.net.state_dict()
+    if isinstance(task.net, NFNet):  # stacked, its state dict would be slices to compile
+        weights = dict(task.net.named_parameters())
+    forms = {"model": weights, "momentum": task.sgd.momentum_buffers()}
+    if task.ema is not None:
+        forms["ema"] = dict(task.ema.shadow)
+    # One after the other: where they are cut over devices, each is a whole copy for a moment.
+    return {form: per_block(task.fetch(named)) for form, named in forms.items()}

@@ -7,6 +7,7 @@ can be refused is refused before anything is written.
 import json
 import logging
 import platform
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -22,7 +23,7 @@ from lightning.pytorch import Callback, Trainer
 from nfnets_xla import checkpoint
 from nfnets_xla.backend import Backend, open_backend
 from nfnets_xla.checkpoint import Checkpoint
-from nfnets_xla.config import Run, differences
+from nfnets_xla.config import Run
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.loader import Batches
@@ -46,6 +47,8 @@ from nfnets_xla.models.stacked import as_in, is_stacked, loop, stack
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.monitor import Monitor, Peaks
 from nfnets_xla.record import Discard, RecordWriter, read_record
+from nfnets_xla.resume import RunState, ended, evaluations, find_resume
+from nfnets_xla.saves import Saves
 from nfnets_xla.scaling import account
 from nfnets_xla.steps import describe_ascent, make_passes, make_schedule
 from nfnets_xla.task import Batch, Classification, Restored
@@ -74,7 +77,11 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
     passes = make_passes(run, order)
     identity = {**run.identity(), "shards": index.fingerprint, "num_classes": num_classes}
     folder = Path(run.run_dir)
-    resume = find_resume(folder, identity, order.num_steps, say)
+    root, versions = run.trainer.checkpoint_dir or str(folder / "checkpoints"), installed()
+    resume = find_resume(root, folder, identity, order, versions, say)
+    if resume is not None and resume.step == order.num_steps and (end := ended(folder)):
+        say(f"{folder} holds this run, finished")
+        return end
     torch.manual_seed(run.seed)  # of the initial weights; nothing in the step draws from it
     net = make_model(run, num_classes, say)
     backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
@@ -127,8 +134,16 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
     opening = header(run, identity, order, net, backend, start_step)
     before = missed_before(folder, start_step)
     lost_seconds = read_record(folder).seconds_lost if start_step else 0.0
+    evaluated = evaluations(folder, start_step)
+    state = RunState(identity, order, versions, resume.state["seconds"] if resume else 0.0)
     with (
         RecordWriter(folder, opening) if hosts.writes else Discard() as record,
+        Saves(
+            root,
+            keep=run.trainer.keep_checkpoints,
+            every_hours=run.trainer.keep_every_hours,
+            writes=hosts.writes,
+        ) as saves,
         closing(loader),
         closing(eval_loader) if eval_loader else nullcontext(),
         closing(make_curves(run, folder, record, start_step)) as curves,
@@ -149,13 +164,14 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
             lost_seconds=lost_seconds,
         )
         keeper = Checkpointer(
-            folder / "checkpoints",
+            saves,
             monitor,
             every=run.trainer.checkpoint_every,
-            keep=run.trainer.keep_checkpoints,
             total_steps=order.num_steps,
-            state={"identity": identity},
-            writes=hosts.writes,
+            state=state.at,
+            keep_best=run.trainer.keep_best,
+            evaluated=evaluated,
+            say=say,
         )
         missed = Missed(
             record,
@@ -169,9 +185,14 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
         )
         trainer = make_trainer(run, backend, order.num_steps, [missed, monitor, keeper])
         restore_progress(trainer, start_step)
+        if start_step % (run.trainer.eval_every or order.num_steps) == 0 < start_step:
+            monitor.evaluated_at = max(evaluated, default=0)
+            if monitor.evaluated_at != start_step:  # the last start ended before it was done
+                trainer.num_sanity_val_steps = sys.maxsize
         trainer.fit(task, loader, eval_loader)
         if eval_loader is not None and monitor.evaluated_at != order.num_steps:
             trainer.validate(task, eval_loader, verbose=False)
+        keeper.finish()
         totals = monitor.summary() | backend.report()
         result = {"steps": order.num_steps, "missed": missed.trained, **totals}
         record.write("end", order.num_steps, **result)
@@ -239,30 +260,6 @@ def choose_form(net: Network, run: Run, backend: Backend) -> None:
 
 
 # ---- resuming ---------------------------------------------------------------------------------
-
-
-def find_resume(
-    folder: Path, identity: dict[str, Any], num_steps: int, say: Say
-) -> Checkpoint | None:
-    """The checkpoint to go on from, or None for an empty folder.
-
-    Raises ValueError if the folder belongs to another run, or to one that is finished.
-    """
-    found, skipped = checkpoint.latest(folder / "checkpoints")
-    for line in skipped:
-        say(line)
-    if found is None:
-        return None
-    changed = differences(found.state["identity"], identity)
-    if changed:
-        raise ValueError(
-            f"{folder} holds another run ({'; '.join(changed)}): choose another run_dir, or give "
-            "the values it was started with"
-        )
-    if found.step >= num_steps:
-        raise ValueError(f"{folder} holds this run, finished: choose another run_dir")
-    say(f"resuming from {found}")
-    return found
 
 
 def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
@@ -378,8 +375,9 @@ def header(
         "num_devices": backend.num_devices,
         "hosts": backend.hosts.count,
         "peak_flops": backend.peak_flops,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in VERSIONS},
-        },
+        "versions": installed(),
     }
+
+
+def installed() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}

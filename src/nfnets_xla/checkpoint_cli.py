@@ -1,0 +1,105 @@
+"""`nfnets-xla checkpoint ...`: verify, show and export what a run has saved."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nfnets_xla import checkpoint
+from nfnets_xla.checkpoint import MANIFEST, Checkpoint
+from nfnets_xla.data.storage import address
+from nfnets_xla.models.convert import TARGETS, convert_weights
+from nfnets_xla.shards_cli import Parser
+
+
+def checkpoints(arguments: Sequence[str]) -> int:
+    """Returns the exit code: 1 if `verify` found a checkpoint that does not verify."""
+    given = parser().parse_args(arguments)
+    return given.run(given) or 0
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="nfnets-xla checkpoint",
+        description="WHERE is a run's folder, a folder of checkpoints or one, or its address.",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    for name, run, purpose in (
+        ("verify", verify, "compare every file with its size and SHA-256"),
+        ("show", show, "say what the newest one holds"),
+        ("export", export, "write the newest one's weights as one .safetensors file"),
+    ):
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("where")
+        command.set_defaults(run=run)
+        if name == "export":
+            command.add_argument("target", type=Path)
+            command.add_argument("--weights", choices=("raw", "ema"), default="raw")
+            command.add_argument("--to", choices=TARGETS, default="ours", help="whose names")
+            command.add_argument("--force", action="store_true", help="overwrite the target")
+    return top
+
+
+def verify(given: Any) -> int:
+    where, faults = given.where, 0
+    if not address(where):
+        if (Path(where) / MANIFEST).is_file():
+            print(one_line(checkpoint.load(where)))
+            return 0
+        inside = Path(where) / "checkpoints"
+        where = str(inside) if inside.is_dir() else where
+    found = list(checkpoint.verify(where))
+    if not found:
+        raise ValueError(f"{given.where} holds no checkpoint: give a run's folder, or one of them")
+    for each in found:
+        faults += isinstance(each, str)
+        print(each if isinstance(each, str) else one_line(each))
+    return 1 if faults else 0
+
+
+def one_line(found: Checkpoint) -> str:
+    size = sum(path.stat().st_size for path in found.folder.iterdir())
+    return f"{found}: verified; {', '.join(found.forms)}; {size / 1e6:,.1f} MB"
+
+
+def show(given: Any) -> None:
+    found = newest(given.where)
+    print(one_line(found))
+    state = found.state
+    identity = state["identity"]
+    shown = {
+        "step": found.step,
+        "samples": state.get("samples"),
+        "hours of the run": round(state.get("seconds", 0.0) / 3600, 2),
+        "model": identity["model"]["name"],
+        "classes": identity["num_classes"],
+        "seed": identity["seed"],
+        "shards": identity["shards"][:16],
+        "recipe": state.get("recipe", "")[:16],
+        **state.get("versions", {}),
+    }
+    for name, value in shown.items():
+        print(f"{name:18} {value}")
+    for form in found.forms:
+        tensors = found.tensors(form)
+        count = sum(tensor.numel() for tensor in tensors.values())
+        finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+        print(
+            f"{form:18} {len(tensors)} tensors, {count:,} numbers", "" if finite else "NOT FINITE"
+        )
+
+
+def export(given: Any) -> None:
+    found = newest(given.where)
+    form = "model" if given.weights == "raw" else "ema"
+    if form not in found.forms:
+        raise ValueError(f"{found} holds no {given.weights} weights: use --weights raw")
+    file = str(found.folder / f"{form}.safetensors")
+    name = found.state["identity"]["model"]["name"]
+    print(convert_weights(file, given.target, model=name, to=given.to, force=given.force))
+
+
+def newest(where: str) -> Checkpoint:
+    found = checkpoint.find(where)
+    if found is None:
+        raise ValueError(f"{where} holds no checkpoint that verifies: give a run's folder, or one")
+    return found

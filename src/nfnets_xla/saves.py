@@ -1,0 +1,96 @@
+"""Checkpoints written behind the training's back: a thread takes host copies and writes them.
+
+The step waits for the copy only, and for an earlier checkpoint that is still being written: there
+is never more than one copy in memory. A checkpoint that cannot be written is no reason to end a run
+that goes well; it is said, and the next one is tried.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from nfnets_xla import checkpoint
+
+Forms = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of one checkpoint."""
+
+    step: int
+    stall_seconds: float  # for which the training waited
+    write_seconds: float  # by the thread
+    bytes: int
+    fault: str | None  # why there is none
+
+
+class Saves:
+    """Of one folder of checkpoints. Used from one thread; as a context it waits at its end.
+
+    All hosts of a run have one, and the one that `writes` keeps the copy: tensors that are cut over
+    devices are brought together by all of them.
+    """
+
+    def __init__(
+        self, root: str, *, keep: int, every_hours: float | None, writes: bool = True
+    ) -> None:
+        self.root = root
+        self.keep = keep
+        self.every_hours = every_hours
+        self.writes = writes
+        self.best: int | None = None  # step of the checkpoint that stays whatever comes
+        self._thread: threading.Thread | None = None
+        self._written: list[Written] = []
+
+    def __enter__(self) -> "Saves":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def save(self, step: int, copy: Callable[[], Forms], state: Mapping[str, Any]) -> None:
+        """`copy` brings the tensors to the host; this returns when it has."""
+        began = time.perf_counter()
+        self.wait()
+        forms = copy()
+        if not self.writes:
+            return
+        stall = time.perf_counter() - began
+        self._thread = threading.Thread(
+            target=self._write, args=(step, forms, state, stall), name="save"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def written(self) -> list[Written]:
+        """Those that have ended, well or not, since this was last asked."""
+        done = []
+        while self._written:
+            done.append(self._written.pop(0))
+        return done
+
+    def _write(self, step: int, forms: Forms, state: Mapping[str, Any], stall: float) -> None:
+        began = time.perf_counter()
+        size, fault = 0, None
+        try:
+            size = checkpoint.save(self.root, step, forms, state)
+            checkpoint.prune(
+                self.root, keep=self.keep, every_hours=self.every_hours, best=self.best
+            )
+        except (OSError, ValueError) as error:
+            fault = f"{type(error).__name__}: {error}" if size == 0 else None
+            with suppress(OSError, ValueError):
+                if size == 0:  # what there is of it may be what fills the disk
+                    checkpoint.discard(self.root, step)
+        seconds = time.perf_counter() - began
+        self._written.append(Written(step, round(stall, 4), round(seconds, 4), size, fault))
