@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -109,31 +108,40 @@ def test_a_launcher_that_forgot_something(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data: list[str]) -> None:
-    """SAM, EMA, mixing, dropout, stochastic depth. One of two is killed; the other ends with 75."""
+    """SAM, EMA, mixing, dropout, stochastic depth. One of two is asked to stop, and both save the
+    same step; the one is killed; one of four is killed, and the others end."""
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=1.5", "data.workers=0"]
-    arguments += ["trainer.checkpoint_every=2"]
+    arguments += ["trainer.checkpoint_every=1"]
     whole, hosts, log = tmp_path / "whole", tmp_path / "hosts", tmp_path / "log.txt"
     run([*arguments, f"run_dir={whole}"], log)
 
     arguments.append(f"run_dir={hosts}")
     two = start_hosts(arguments, log, 2)
-    wait_for_checkpoint(hosts, 2, two, log)
-    two[1].send_signal(signal.SIGKILL)
-    two[1].wait()
-    assert two[0].wait(timeout=60) == START_AGAIN, log.read_text()
-    assert "host 0 of 2 lost another one" in log.read_text()
+    wait_for_checkpoint(hosts, 1, two, log)
+    two[1].terminate()
+    assert [process.wait() for process in two] == [START_AGAIN] * 2, log.read_text()
+    (stop,) = read_record(hosts).of_kind("stopped")
+    assert stop["reason"] == "SIGTERM"
+    assert checkpoint.steps(hosts / "checkpoints")[-1] == stop["step"]
+    assert log.read_text().count(f"stopped after step {stop['step']}, which is saved") == 2
 
     one = start_hosts(arguments, log, 1)
-    wait_for_checkpoint(hosts, 6, one, log)
-    one[0].send_signal(signal.SIGKILL)
+    wait_for_checkpoint(hosts, 4, one, log)
+    one[0].kill()
     one[0].wait()
-    assert [process.wait() for process in start_hosts(arguments, log, 4)] == [0] * 4, (
-        log.read_text()
-    )
+
+    four = start_hosts(arguments, log, 4)
+    wait_for_checkpoint(hosts, 6, four, log)
+    four[2].kill()
+    four[2].wait()
+    assert [four[number].wait() for number in (0, 1, 3)] == [START_AGAIN] * 3, log.read_text()
+    assert "host 0 of 4 lost another one" in log.read_text()
+    last = start_hosts(arguments, log, 2)
+    assert [process.wait() for process in last] == [0, 0], log.read_text()
 
     record = read_record(hosts)
-    assert [header["hosts"] for header in record.headers] == [2, 1, 4]
-    assert len(list(hosts.glob("run-*.jsonl"))) == 3  # host 0 alone writes
+    assert [header["hosts"] for header in record.headers] == [2, 1, 4, 2]
+    assert len(list(hosts.glob("run-*.jsonl"))) == 4  # host 0 alone writes
     assert samples(hosts) == samples(whole)
     assert len(losses(whole)) == 10
     np.testing.assert_allclose(losses(hosts), losses(whole), rtol=TOLERANCE)

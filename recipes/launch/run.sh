@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On every worker: `nfnets-xla ARGUMENTS`, again for as long as it says that it was interrupted and
-# has saved (exit code 75), unless the file `stop` is there. While it lives it holds the lock; `pid`
+# has saved (exit code 75), or was before it had begun (143), unless the file `stop` is there. While it lives it holds the lock; `pid`
 # is the process to ask to stop; `exit` is what it ended with.
 set -u
 cd "$(dirname "$0")"
@@ -9,7 +9,7 @@ flock -n 9 || exit 0 # runs already
 
 rm -f stop
 code=75
-while [ "$code" = 75 ] && [ ! -e stop ]; do
+while [[ "$code" =~ ^(75|143)$ ]] && [ ! -e stop ]; do
     echo "$(date -u +%FT%TZ) nfnets-xla $*"
     venv/bin/nfnets-xla "$@" &
     echo $! > pid

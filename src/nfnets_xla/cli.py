@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nfnets_xla.config import Run
 from nfnets_xla.exits import START_AGAIN, Interrupted
 from nfnets_xla.launch import Launch, launch
+from nfnets_xla.preempt import Preemption
 from nfnets_xla.shards_cli import Parser, progress, shards
 
 USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
@@ -54,10 +55,11 @@ class ConfOnPath(SearchPathPlugin):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `nfnets-xla`. Exits with 0, or 2 for a mistake in the request; 1: lint or
-    verify found faults, or a launch failed; 75: another host is gone, and the same command goes
-    on."""
+    """Entry point of `nfnets-xla`. Exits with 0; 2 for a mistake in the request; 75 for a training
+    that was asked to stop or lost a host, and goes on when the same command is given again; 1: lint
+    or verify found faults, or a launch failed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    preemption = Preemption()
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(usage())
@@ -79,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif arguments[0] == "convert":
             convert(arguments[1:])
         else:
-            recipe(arguments[0], arguments[1:])
+            if argv is None:  # the process is ours
+                preemption.start()
+            recipe(arguments[0], arguments[1:], preemption)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -103,7 +107,7 @@ def recipes() -> dict[str, str]:
     return found
 
 
-def recipe(name: str, arguments: list[str]) -> None:
+def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
     """Compose the recipe with Hydra and run it."""
     own_folder = any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)
     if name not in recipes() and not own_folder:
@@ -115,12 +119,15 @@ def recipe(name: str, arguments: list[str]) -> None:
     Plugins.instance().register(ConfOnPath)
     quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
     sys.argv = ["nfnets-xla", "--config-name", name, *arguments, *quiet, "hydra/hydra_logging=none"]
-    refused: list[ValueError] = []
+    refused: list[ValueError | Interrupted] = []
 
     def job(config: DictConfig) -> None:
         try:
-            execute(to_run(config))
-        except ValueError as error:  # kept from Hydra, which would print more about it
+            execute(to_run(config), preemption)
+        except (
+            ValueError,
+            Interrupted,
+        ) as error:  # kept from Hydra, which would print more
             refused.append(error)
 
     hydra.main(version_base="1.3", config_path="pkg://nfnets_xla.recipes", config_name=None)(job)()
@@ -128,13 +135,13 @@ def recipe(name: str, arguments: list[str]) -> None:
         raise refused[0]
 
 
-def execute(run: Run) -> None:
+def execute(run: Run, preemption: Preemption) -> None:
     if run.job == "train":
         from nfnets_xla.display import open_display
         from nfnets_xla.train import train
 
         with open_display() as display:
-            train(run, display)
+            train(run, display, preemption)
     else:
         from nfnets_xla.evaluate import evaluate
 

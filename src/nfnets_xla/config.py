@@ -90,6 +90,8 @@ class TrainerConfig:
     keep_checkpoints: int  # the newest so many
     keep_every_hours: float | None  # and the first of each so many hours of the run, for good
     keep_best: bool  # and that of the lowest held-out loss
+    grace: float  # seconds from a signal to stop to the end, whether the step is saved or not
+    maintenance: str | None  # a file or an http(s) address, polled: that this machine will go
     compile_cache: bool  # keep XLA's programs in run_dir for restarts, where it can read them
     tensorboard: bool  # curves for TensorBoard, beside those as CSV
     trace_samples: bool  # write the sample ids of every batch into the record
@@ -184,7 +186,7 @@ _POSITIVE = [
     *[("optim", name) for name in ("lr_batch", "rsqrt_timescale")],
     *[("trainer", name) for name in ("virtual_devices", "log_every", "eval_every")],
     *[("trainer", name) for name in ("checkpoint_every", "keep_checkpoints")],
-    ("trainer", "keep_every_hours"),
+    *[("trainer", name) for name in ("keep_every_hours", "grace")],
 ]
 _IN_HALF_OPEN = [
     *[("model", name, 1) for name in ("drop_rate", "drop_path_rate")],

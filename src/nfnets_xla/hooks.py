@@ -38,6 +38,7 @@ class Checkpointer(Callback):
         self.keep_best = keep_best
         self.say = say
         self.saved_at: int | None = None  # the newest step that was given to `saves`
+        self.durable_at: int | None = None  # and the newest that is known to be written
         self._best_loss = math.inf
         if keep_best and evaluated:
             self.saves.best = min(evaluated, key=lambda step: evaluated[step])
@@ -71,6 +72,7 @@ class Checkpointer(Callback):
         """Record what has been written."""
         for done in self.saves.written():
             if done.fault is None:
+                self.durable_at = done.step
                 fields = {name: getattr(done, name) for name in RECORDED}
                 self.monitor.record.write("checkpoint", done.step, **fields)
             else:

@@ -46,11 +46,13 @@ from nfnets_xla.models.registry import Network, count_parameters, create_network
 from nfnets_xla.models.stacked import as_in, is_stacked, loop, stack
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.monitor import Monitor, Peaks
+from nfnets_xla.preempt import Preemption
 from nfnets_xla.record import Discard, RecordWriter, read_record
 from nfnets_xla.resume import RunState, ended, evaluations, find_resume
 from nfnets_xla.saves import Saves
 from nfnets_xla.scaling import account
 from nfnets_xla.steps import describe_ascent, make_passes, make_schedule
+from nfnets_xla.stop import Stop
 from nfnets_xla.task import Batch, Classification, Restored
 
 # Recorded with a run: what its numbers and pixels may depend on.
@@ -58,12 +60,15 @@ VERSIONS = ("nfnets_xla", "torch", "lightning", "numpy", "pillow", "simplejpeg")
 STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/compile.txt
 
 
-def train(run: Run, display: Display | None = None) -> dict[str, Any]:
+def train(
+    run: Run, display: Display | None = None, preemption: Preemption | None = None
+) -> dict[str, Any]:
     """Train, or go on training, in `run.run_dir`; returns the record's closing line.
 
     `display`, entered by the caller, shows it; there are plain lines without one. A folder that
-    holds checkpoints of the same run is resumed from the newest that verifies. A folder of another
-    run, or of a finished one, is a ValueError.
+    holds checkpoints of the same run is resumed from the newest that verifies; of a finished one
+    the closing line is returned. A folder of another run is a ValueError. `preemption`, started,
+    may ask to stop: then Interrupted is raised once the last step is saved.
     """
     display = display or Lines()
     say = display.say
@@ -183,7 +188,13 @@ def train(run: Run, display: Display | None = None) -> dict[str, Any]:
             hosts=hosts,
             say=say,
         )
-        trainer = make_trainer(run, backend, order.num_steps, [missed, monitor, keeper])
+        callbacks: list[Callback] = [missed, monitor, keeper]
+        if preemption is not None:
+            preemption.grace = run.trainer.grace
+            if run.trainer.maintenance is not None:
+                preemption.poll(run.trainer.maintenance)
+            callbacks.append(Stop(preemption, keeper, hosts))
+        trainer = make_trainer(run, backend, order.num_steps, callbacks)
         restore_progress(trainer, start_step)
         if start_step % (run.trainer.eval_every or order.num_steps) == 0 < start_step:
             monitor.evaluated_at = max(evaluated, default=0)

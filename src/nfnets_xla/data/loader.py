@@ -8,8 +8,11 @@ Workers only change how soon a batch is there: which step holds what is the data
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import torch
@@ -57,14 +60,19 @@ class Batches:
         )
 
     def __iter__(self) -> Iterator[Batch]:
+        with _deaf() if self._loader.num_workers else nullcontext():
+            sent = iter(self._loader)
         # A map lets go of what it has given: a generator would free the batch during the next wait.
-        return map(_received, self._loader)
+        return map(_received, sent)
 
     def close(self) -> None:
         """End the workers. Left to the interpreter's exit, one that is busy would be killed, and
         torch, taking that for a crash, would have the last word after the real error."""
-        if self._loader._iterator is not None:
-            self._loader._iterator._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+        iterator: Any = self._loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # one that hangs; SIGTERM, which torch has sent, is blocked
             self._loader._iterator = None
 
 
@@ -95,6 +103,18 @@ class _Sending(Dataset[Any]):
         tensors = [name for name, value in batch.items() if isinstance(value, torch.Tensor)]
         small = [name for name in tensors if name != "images_BHWC"]
         return _Sent(batch | {name: batch[name].numpy() for name in small}, small)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started here never see SIGTERM and SIGINT: these are often sent to all processes of
+    a group, and it is the parent's business to save and to end its workers."""
+    resource_tracker.ensure_running()  # which unblocks them when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent(_worker: int) -> None:

@@ -1,0 +1,106 @@
+"""Asked to stop: SIGTERM, SIGINT, or a machine's notice that it will go.
+
+The first time, the training is to save after the step in hand, and end. A thread ends the process
+at once, without saving, if nothing is new since the last checkpoint, when it is asked a second
+time, or when `grace` seconds are over. In every case the exit code is 75: a launcher is to give the
+same command again, which goes on.
+
+Python runs signal handlers between two instructions of the main thread, and that may be in a
+compilation for minutes. The interpreter itself notes each signal in a pipe as soon as it comes
+(`signal.set_wakeup_fd`), and the thread reads the pipe. Standard library only, so that it can start
+before anything else is imported.
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+from nfnets_xla.exits import START_AGAIN
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+POLL_SECONDS = 5.0
+NO_NOTICE = ("NONE", "FALSE")  # Google's metadata server, of maintenance-event and of preempted
+
+
+class Preemption:
+    def __init__(self, grace: float = 25.0) -> None:
+        """`grace` is less than the 30 s that clusters give."""
+        self.grace = grace
+        self.reason: str | None = None  # by whom the training was asked to stop
+        self.unsaved = False  # whether steps have been done since the last checkpoint
+        self._deadline = float("inf")
+
+    def start(self) -> None:
+        """From the main thread, once, and for the rest of the process's life."""
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        for number in SIGNALS:
+            signal.signal(number, _noted)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True, name="signals").start()
+
+    def poll(self, notice: str) -> None:
+        """Watch a file, or what an http(s) address answers, for a notice that the machine will go.
+
+        What is there now does not count: it has ended the last start.
+        """
+        threading.Thread(target=self._poll, args=(notice,), daemon=True, name="notice").start()
+
+    def ask(self, reason: str) -> None:
+        if self.reason is not None:
+            self._end(f"{reason} after {self.reason}")
+        if not self.unsaved:
+            self._end(f"{reason}; nothing is new since the last checkpoint")
+        self._deadline = time.monotonic() + self.grace
+        self.reason = reason
+        _say(f"{reason}: saving after this step; once more ends it at once")
+
+    def _watch(self) -> None:
+        while True:
+            left = self._deadline - time.monotonic()
+            wait = None if left == float("inf") else max(0.0, left)
+            if not select.select([self._read], [], [], wait)[0]:
+                self._end(f"not saved in {self.grace:g} s")
+            number = os.read(self._read, 1)[0]
+            if number in SIGNALS:  # others have handlers, too
+                self.ask(signal.Signals(number).name)
+
+    def _poll(self, notice: str) -> None:
+        before = announced(notice)
+        while True:
+            time.sleep(POLL_SECONDS)
+            now = announced(notice)
+            if now and not before and self.reason is None:
+                self.ask(f"{notice} announces maintenance")
+                os.write(self._write, b"\0")  # no signal: the other thread is to see the deadline
+            before = now
+
+    def _end(self, why: str) -> None:
+        _say(f"{why}: ending with {START_AGAIN}")
+        os._exit(START_AGAIN)
+
+
+def announced(notice: str) -> bool:
+    try:
+        if notice.startswith(("http://", "https://")):
+            asked = urllib.request.Request(notice, headers={"Metadata-Flavor": "Google"})
+            with urllib.request.urlopen(asked, timeout=POLL_SECONDS) as answer:
+                text = answer.read(1000).decode(errors="replace")
+        else:
+            text = Path(notice).read_text(errors="replace")
+    except OSError:  # no file; no server, which will be asked again
+        return False
+    return text.strip().upper() not in NO_NOTICE
+
+
+def _noted(_number: int, _frame: object) -> None:
+    """The thread has it from the pipe."""
+
+
+def _say(text: str) -> None:
+    """Not by print, whose lock the main thread may hold."""
+    os.write(2, f"nfnets-xla: {text}\n".encode())

@@ -1,0 +1,60 @@
+"""Ends the training where it was asked to, after saving: see preempt.py.
+
+Not through Lightning's `should_stop`, which evaluates before it stops (2.6), nor by its own handler
+of SIGTERM, which talks to the device inside a signal and ends with exit code 0.
+"""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nfnets_xla.exits import Interrupted
+from nfnets_xla.hooks import Checkpointer
+from nfnets_xla.hosts import Hosts
+from nfnets_xla.preempt import Preemption
+from nfnets_xla.task import Classification
+
+
+class Stop(Callback):
+    """Comes after the `Checkpointer`, which may have saved the step already. All hosts stop after
+    the same step, whichever of them was asked."""
+
+    def __init__(self, preemption: Preemption, keeper: Checkpointer, hosts: Hosts) -> None:
+        self.preemption = preemption
+        self.keeper = keeper
+        self.hosts = hosts
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = batch["step"] + 1
+        self.preemption.unsaved = self.keeper.durable_at != step
+        self._stop_if_asked(pl_module, step)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The weights are those of the last step: the average is evaluated without a swap."""
+        self._stop_if_asked(pl_module, trainer.global_step)
+
+    def _stop_if_asked(self, module: LightningModule, step: int) -> None:
+        asked = [reason for reason in self._reasons() if reason is not None]
+        if not asked:
+            return
+        assert isinstance(module, Classification)
+        if self.keeper.saved_at != step:
+            self.keeper.save(module, step)
+        self.keeper.finish()
+        self.preemption.unsaved = False
+        self.keeper.monitor.record.write("stopped", step, reason=asked[0])
+        raise Interrupted(f"stopped after step {step}, which is saved ({asked[0]})")
+
+    def _reasons(self) -> list[str | None]:
+        """Of every host; one number is exchanged as long as nothing is asked of any."""
+        own = self.preemption.reason
+        return self.hosts.gather(own) if self.hosts.total(own is not None) else []

@@ -1,0 +1,168 @@
+"""Real signals to real processes, in every window of a run: 75, and nothing lost that was new."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla import checkpoint
+from nfnets_xla.preempt import announced
+from nfnets_xla.record import read_record
+from tests.data.server import serving
+from tests.runs import PLAIN_CPU, RECIPE, SMALL, assert_bit_equal, final_state, losses, run, xla
+
+slow = pytest.mark.slow
+ONE = [*RECIPE, *SMALL, "optim.epochs=1", "trainer.checkpoint_every=null", "data.workers=0"]
+
+
+class Process:
+    """A run that has come to a window."""
+
+    def __init__(
+        self, window: str, arguments: list[str], folder: Path, seconds: float = 0.5
+    ) -> None:
+        self.run_dir, self.log = folder / "run", folder / "log.txt"
+        file = folder / "announced"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "tests.announced", window, str(file), str(seconds)),
+                    *(*arguments, f"run_dir={self.run_dir}"),
+                ],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
+            )
+        while not file.exists():
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.01)
+
+    def signalled(self, *signals: signal.Signals, pause: float = 0.2) -> None:
+        """Send them, one after another, and see the process end with 75."""
+        for place, each in enumerate(signals):
+            time.sleep(pause if place else 0.1)
+            self.process.send_signal(each)
+        assert self.process.wait(120) == 75, self.log.read_text()
+
+    @property
+    def saved(self) -> list[int]:
+        return checkpoint.steps(self.run_dir / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    "window",
+    ["first_batch", pytest.param("worker_start", marks=slow), pytest.param("compile", marks=slow)],
+)
+def test_before_the_first_step_is_done_there_is_nothing_to_save(
+    tmp_path: Path, data: list[str], window: str
+) -> None:
+    device = xla(1) if window == "compile" else PLAIN_CPU
+    workers = ["data.workers=2"] if window == "worker_start" else []
+    seconds = 0 if window == "compile" else 20
+    process = Process(window, [*ONE, *data, *device, *workers], tmp_path, seconds)
+    process.signalled(signal.SIGTERM)
+    assert process.saved == []
+    assert "SIGTERM; nothing is new since the last checkpoint: ending with 75" in (
+        process.log.read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("window", "step"),
+    [
+        ("training", 3),
+        pytest.param("ascent", 3, marks=slow),
+        pytest.param("average", 3, marks=slow),
+        pytest.param("validation", 4, marks=slow),
+        pytest.param("saving", 3, marks=slow),
+    ],
+)
+def test_what_is_new_is_saved_and_the_run_goes_on(
+    tmp_path: Path, data: list[str], window: str, step: int
+) -> None:
+    """To the bits of a run that nobody stopped."""
+    arguments = [*ONE, *data, *PLAIN_CPU, "trainer.eval_every=4"]
+    if window == "saving":
+        arguments += ["trainer.checkpoint_every=2"]  # a step is done during the half second
+    process = Process(window, arguments, tmp_path)
+    process.signalled(signal.SIGTERM)
+    assert process.saved[0] >= step
+    (stopped,) = read_record(process.run_dir).of_kind("stopped")
+    assert (stopped["step"], stopped["reason"]) == (process.saved[0], "SIGTERM")
+    assert f"stopped after step {process.saved[0]}, which is saved" in process.log.read_text()
+    run([*arguments, f"run_dir={process.run_dir}"], process.log)
+    run([*arguments, f"run_dir={tmp_path / 'whole'}"], process.log)
+    record = read_record(process.run_dir)
+    assert record.steps_lost == 0
+    assert losses(process.run_dir) == losses(tmp_path / "whole")
+    evaluated = [
+        [(row["step"], row["weights"], row["loss"]) for row in read_record(each).of_kind("eval")]
+        for each in (process.run_dir, tmp_path / "whole")
+    ]
+    assert evaluated[0] == evaluated[1]
+    assert_bit_equal(final_state(process.run_dir), final_state(tmp_path / "whole"))
+
+
+@slow
+def test_at_the_very_end(tmp_path: Path, data: list[str]) -> None:
+    """All is saved: 75 at once, and the next start says that the run has finished."""
+    arguments = [*ONE, *data, *PLAIN_CPU]
+    process = Process("teardown", arguments, tmp_path, seconds=20)
+    process.signalled(signal.SIGINT)
+    run([*arguments, f"run_dir={process.run_dir}"], process.log)
+    assert process.log.read_text().endswith("holds this run, finished\n")
+
+
+def test_a_second_signal_and_the_end_of_patience(tmp_path: Path, data: list[str]) -> None:
+    """A step hangs for a minute. The first signal waits `grace` seconds, the second does not."""
+    arguments = [*ONE, *data, *PLAIN_CPU]
+    (tmp_path / "a").mkdir()
+    twice = Process("training", arguments, tmp_path / "a", seconds=60)
+    twice.signalled(signal.SIGINT, signal.SIGTERM)
+    assert "SIGTERM after SIGINT: ending with 75" in twice.log.read_text()
+    (tmp_path / "b").mkdir()
+    once = Process("training", [*arguments, "trainer.grace=1"], tmp_path / "b", seconds=60)
+    once.signalled(signal.SIGTERM)
+    assert "not saved in 1 s: ending with 75" in once.log.read_text()
+    assert once.saved == twice.saved == []
+
+
+@slow
+def test_workers_leave_signals_to_the_run(tmp_path: Path, data: list[str]) -> None:
+    """Sent to the whole group, as a terminal and a job's manager do."""
+    process = Process("training", [*ONE, *data, *PLAIN_CPU, "data.workers=2"], tmp_path)
+    group = Path(f"/proc/{process.process.pid}/task/{process.process.pid}/children")
+    children = [int(pid) for pid in group.read_text().split()]
+    assert len(children) >= 3  # two workers and the resource tracker
+    for pid in children:
+        os.kill(pid, signal.SIGINT)
+    process.signalled(signal.SIGINT)
+    assert process.saved == [3]
+    assert "Traceback" not in process.log.read_text()
+
+
+@slow
+def test_a_machine_that_announces_its_end(tmp_path: Path, data: list[str]) -> None:
+    notice = tmp_path / "notice"
+    arguments = [*ONE, *data, *PLAIN_CPU, f"trainer.maintenance={notice}"]
+    process = Process("training", arguments, tmp_path, seconds=8)
+    notice.touch()
+    process.signalled()
+    assert process.saved == [3]
+    assert read_record(process.run_dir).of_kind("stopped")[0]["reason"].endswith("maintenance")
+    run([*arguments, f"run_dir={process.run_dir}"], process.log)  # it is there still: not new
+
+
+def test_what_announces_maintenance(tmp_path: Path) -> None:
+    file = tmp_path / "event"
+    assert not announced(str(file))
+    for text, event in (("", True), ("NONE\n", False), ("FALSE", False), ("TERMINATE", True)):
+        file.write_text(text)
+        assert announced(str(file)) is event
+        with serving(tmp_path) as server:
+            assert announced(f"{server.url}/event") is event
+            assert not announced(f"{server.url}/absent")
