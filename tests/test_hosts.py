@@ -122,7 +122,7 @@ def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data:
     assert [process.wait() for process in two] == [START_AGAIN] * 2, log.read_text()
     (stop,) = read_record(hosts).of_kind("stopped")
     assert stop["reason"] == "SIGTERM"
-    assert checkpoint.steps(hosts / "checkpoints")[-1] == stop["step"]
+    assert checkpoint.steps(hosts / "checkpoints")[0] == stop["step"]
     assert log.read_text().count(f"stopped after step {stop['step']}, which is saved") == 2
 
     one = start_hosts(arguments, log, 1)

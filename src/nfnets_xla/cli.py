@@ -37,6 +37,7 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla shards COMMAND ...         pack, index, lint, stats, holdout, exclude (--help)
        nfnets-xla shards show DIR            draw the views that a recipe makes of them
        nfnets-xla checkpoint COMMAND WHERE   verify, show, export (--help)
+       nfnets-xla audit RUN                  prove that every sample was shown exactly once
        nfnets-xla scaling COMMAND ...        plan, fit (--help)
        nfnets-xla launch COMMAND FILE        run on Cloud TPU: create, watch, resume ... (--help)
        nfnets-xla models [PATTERN | NAME]    list the models, or show all about one
@@ -56,8 +57,8 @@ class ConfOnPath(SearchPathPlugin):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `nfnets-xla`. Exits with 0; 2 for a mistake in the request; 75 for a training
-    that was asked to stop or lost a host, and goes on when the same command is given again; 1: lint
-    or verify found faults, or a launch failed."""
+    that was asked to stop or lost a host, and goes on when the same command is given again; 1:
+    lint, verify or audit found faults, or a launch failed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     preemption = Preemption()
     try:
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif arguments[0] == "checkpoint":
             if code := checkpoint(arguments[1:]):
                 sys.exit(code)
+        elif arguments[0] == "audit":
+            audit(arguments[1:])
         elif arguments[0] == "scaling":
             scaling(arguments[1:])
         elif arguments[0] == "launch":
@@ -190,6 +193,17 @@ def checkpoint(arguments: list[str]) -> int:
     from nfnets_xla.checkpoint_cli import checkpoints
 
     return checkpoints(arguments)
+
+
+def audit(arguments: list[str]) -> None:
+    from nfnets_xla.ledger import audit as audited
+
+    parser = Parser(prog="nfnets-xla audit", description=audited.__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run with trainer.ledger=true")
+    found = audited(parser.parse_args(arguments).run)
+    print("\n".join(found.report()))
+    if found.faults:
+        sys.exit(1)
 
 
 def scaling(arguments: list[str]) -> None:

@@ -95,6 +95,7 @@ class TrainerConfig:
     compile_cache: bool  # keep XLA's programs in run_dir for restarts, where it can read them
     tensorboard: bool  # curves for TensorBoard, beside those as CSV
     trace_samples: bool  # write the sample ids of every batch into the record
+    ledger: bool  # write their numbers, compressed, for `nfnets-xla audit`
 
 
 @dataclass

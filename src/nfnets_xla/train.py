@@ -10,7 +10,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,7 @@ from nfnets_xla.inputs import (
     make_train_batches,
     open_shards,
 )
+from nfnets_xla.ledger import Ledger
 from nfnets_xla.missed import Missed, missed_before
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
@@ -152,6 +153,7 @@ def train(
         closing(loader),
         closing(eval_loader) if eval_loader else nullcontext(),
         closing(make_curves(run, folder, record, start_step)) as curves,
+        ExitStack() as open_files,
     ):
         if hosts.writes:
             (folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
@@ -189,6 +191,9 @@ def train(
             say=say,
         )
         callbacks: list[Callback] = [missed, monitor, keeper]
+        if run.trainer.ledger:
+            ledger = Ledger(folder, record.attempt, ledger_head(order, start_step), hosts)
+            callbacks.insert(0, open_files.enter_context(closing(ledger)))
         if preemption is not None:
             preemption.grace = run.trainer.grace
             if run.trainer.maintenance is not None:
@@ -388,6 +393,11 @@ def header(
         "peak_flops": backend.peak_flops,
         "versions": installed(),
     }
+
+
+def ledger_head(order: Order, start_step: int) -> dict[str, int]:
+    sizes = {"samples": order.num_samples, "draws": order.total_draws, "steps": order.num_steps}
+    return {"resumed_from": start_step, **sizes}
 
 
 def installed() -> dict[str, str]:

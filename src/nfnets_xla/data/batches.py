@@ -300,7 +300,7 @@ def _batch(
         pixels = samples.pixels(shard, row)
         if isinstance(pixels, dict):
             if rows.weight[place]:
-                missed.append({**pixels, "epoch": epoch})
+                missed.append({**pixels, "epoch": epoch, "sample": sample})
             weight_U[place] = 0
             continue
         for view in range(repeats):

@@ -1,0 +1,183 @@
+"""The samples of every step, written as they are used, and the audit that proves a run from them.
+
+    ledger-<attempt>.bin: a line of JSON, then one frame for each step:
+        step, bytes, CRC-32    3 little-endian uint32
+        zlib of two int64 columns, (epoch, sample), the bytes of equal weight side by side
+
+A sample is its number in the index: shards in order of their names, rows in order. One that could
+not be decoded stands as -1 - number. A frame that a kill cut short is no frame.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from numpy.typing import NDArray
+
+from nfnets_xla.hosts import Hosts
+
+FRAME = struct.Struct("<III")
+ALONE = Hosts()
+NAMED = 10  # samples that a message names
+
+Int64 = NDArray[np.int64]
+
+
+class Ledger(Callback):
+    """Writes one start's file. A step is in it before the checkpoint that builds on it is."""
+
+    def __init__(
+        self, run_dir: Path, attempt: int, head: dict[str, Any], hosts: Hosts = ALONE
+    ) -> None:
+        """`head` has "resumed_from", "samples" of an epoch, "draws" and "steps" of the run."""
+        self._hosts = hosts
+        path = run_dir / f"ledger-{attempt}.bin" if hosts.writes else Path(os.devnull)
+        self._file = path.open("xb" if hosts.writes else "wb")
+        self._write(json.dumps(head).encode() + b"\n")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        shown = batch["weight_U"] > 0
+        missed = [(sample["epoch"], -1 - sample["sample"]) for sample in batch["missed"]]
+        rows = np.stack([batch["epoch_U"][shown], batch["sample_U"][shown]], axis=1)
+        rows = np.concatenate([rows, np.array(missed, np.int64).reshape(-1, 2)])
+        if self._hosts.count > 1:
+            parts = self._hosts.gather(rows.tolist())
+            rows = np.concatenate([np.array(part, np.int64).reshape(-1, 2) for part in parts])
+        data = zlib.compress(rows.astype("<i8").view(np.uint8).reshape(-1, 16).T.tobytes())
+        self._write(FRAME.pack(batch["step"] + 1, len(data), zlib.crc32(data)) + data)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_ledger(path: Path) -> tuple[dict[str, Any] | None, dict[int, tuple[int, int]]]:
+    """The head, and where each step's frame is: (offset, bytes). No head: killed while writing it.
+
+    Raises ValueError for damage that is not a torn end.
+    """
+    frames: dict[int, tuple[int, int]] = {}
+    with path.open("rb") as file:
+        line = file.readline()
+        if not line.endswith(b"\n"):
+            return None, frames
+        while len(frame := file.read(FRAME.size)) == FRAME.size:
+            (step, size, crc), at = FRAME.unpack(frame), file.tell()
+            data = file.read(size)
+            if len(data) < size:
+                break
+            if zlib.crc32(data) != crc:
+                raise ValueError(f"{path}, offset {at}: the frame of step {step} is damaged")
+            frames[step] = at, size
+    return json.loads(line), frames
+
+
+def rows_of(path: Path, offset: int, size: int) -> tuple[Int64, Int64]:
+    """(epochs, samples) of one frame."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        columns = np.frombuffer(zlib.decompress(file.read(size)), np.uint8).reshape(16, -1)
+    rows = np.ascontiguousarray(columns.T).view("<i8")
+    return rows[:, 0], rows[:, 1]
+
+
+# ---- audit ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Audit:
+    """What a run's ledgers say of the trajectory that its last weights have behind them."""
+
+    starts: int
+    steps: int  # of the run
+    samples: int  # of an epoch
+    draws: int  # of the run
+    reached: int = 0  # steps 1 to this are there, each once
+    again: int = 0  # steps computed again after a restart: of no effect
+    undecodable: int = 0
+    shown: dict[int, int] = field(default_factory=dict)  # by epoch, distinct samples
+    faults: list[str] = field(default_factory=list)
+
+    def report(self) -> list[str]:
+        lines = [
+            f"{self.starts} starts; steps 1 to {self.reached} of {self.steps}; {self.again} steps "
+            "were computed again after a restart, and count once"
+        ]
+        for epoch, count in self.shown.items():
+            due = min(self.samples, self.draws - epoch * self.samples)
+            lines.append(f"epoch {epoch}: {count:,} of {due:,} samples, each once")
+        if self.undecodable:
+            lines.append(f"{self.undecodable} of them could not be decoded and weighed nothing")
+        verdict = "every sample exactly once" if self.reached == self.steps else "no sample twice"
+        return [*lines, *(self.faults or [verdict])]
+
+
+def audit(run_dir: Path) -> Audit:
+    """Raises ValueError for a folder without ledgers, and for one that is damaged."""
+    paths = sorted(run_dir.glob("ledger-*.bin"), key=lambda path: int(path.stem[7:]))
+    # Of each step the newest frame, unless a later start went on from before it.
+    effective: dict[int, tuple[Path, int, int]] = {}
+    again, sizes = 0, None
+    for path in paths:
+        head, frames = read_ledger(path)
+        if head is None:
+            continue
+        sizes = head
+        replaced = [step for step in effective if step > head["resumed_from"]]
+        again += len(replaced)
+        for step in replaced:
+            del effective[step]
+        effective |= {step: (path, *place) for step, place in frames.items()}
+    if sizes is None:
+        raise ValueError(f"{run_dir} holds no ledger-*.bin: train with trainer.ledger=true")
+    found = Audit(len(paths), sizes["steps"], sizes["samples"], sizes["draws"], again=again)
+    found.reached = max(effective, default=0)
+    absent = sorted(set(range(1, found.reached + 1)) - effective.keys())
+    if absent:
+        found.faults.append(f"steps without a frame: {_first(absent)}")
+    for epoch, seen in _epochs(found, effective):
+        due = min(found.samples, found.draws - epoch * found.samples)
+        found.shown[epoch] = int(np.count_nonzero(seen))
+        if repeated := np.flatnonzero(seen > 1).tolist():
+            found.faults.append(f"epoch {epoch}: shown more than once: {_first(repeated)}")
+        if found.reached == found.steps and found.shown[epoch] != due:
+            never = np.flatnonzero(seen == 0).tolist()
+            found.faults.append(
+                f"epoch {epoch}: {found.shown[epoch]} of {due} samples shown; not: {_first(never)}"
+            )
+    return found
+
+
+def _epochs(
+    found: Audit, effective: dict[int, tuple[Path, int, int]]
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Of each epoch, how often every sample was shown. One or two are in memory at a time: no step
+    shows an epoch that is two after another's."""
+    counts: dict[int, NDArray[np.uint8]] = {}
+    for step in sorted(effective):
+        epochs, samples = rows_of(*effective[step])
+        found.undecodable += int((samples < 0).sum())
+        samples = np.where(samples < 0, -1 - samples, samples)
+        for epoch in sorted(set(epochs.tolist())):
+            of_epoch = counts.setdefault(epoch, np.zeros(found.samples, np.uint8))
+            np.add.at(of_epoch, samples[epochs == epoch], 1)
+        for epoch in [each for each in sorted(counts) if each < int(epochs.min(initial=0))]:
+            yield epoch, counts.pop(epoch)
+    yield from sorted(counts.items())
+
+
+def _first(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    return ", ".join(map(str, numbers[:NAMED])) + more

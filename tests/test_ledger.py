@@ -1,0 +1,102 @@
+"""The ledger of a run that was killed proves it; and what is wrong in one is found."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nfnets_xla.cli import main
+from nfnets_xla.data.order import Order
+from nfnets_xla.ledger import Ledger, audit, read_ledger
+from tests.runs import PLAIN_CPU, RECIPE, SMALL, run, run_killed_at
+
+COUNTS = np.array([30, 25, 45])
+ORDER = Order(COUNTS, seed=3, num_streams=4, unique_per_step=16, window_shards=2, epochs=2.5)
+FIRST = np.cumsum(COUNTS) - COUNTS
+ANY: Any = SimpleNamespace()
+
+
+def batch(step: int, missed: int | None = None) -> dict[str, Any]:
+    rows = ORDER.step(step)
+    samples, weight = FIRST[rows.shard] + rows.row, rows.weight.copy()
+    gone = [] if missed is None else [{"epoch": rows.epoch[missed], "sample": samples[missed]}]
+    if missed is not None:
+        weight[missed] = 0
+    names = {"sample_U": samples, "epoch_U": rows.epoch, "weight_U": weight, "missed": gone}
+    return {"step": step, **names}
+
+
+def start(folder: Path, attempt: int, resumed_from: int, stop: int, **changes: Any) -> Path:
+    head = {"samples": 100, "draws": ORDER.total_draws, "steps": ORDER.num_steps}
+    ledger = Ledger(folder, attempt, {"resumed_from": resumed_from, **head})
+    for step in range(resumed_from, stop):
+        ledger.on_train_batch_end(ANY, ANY, None, changes.get(f"s{step}", batch(step)), step)
+    ledger.close()
+    return folder / f"ledger-{attempt}.bin"
+
+
+def test_three_starts_and_a_torn_end(tmp_path: Path) -> None:
+    torn = start(tmp_path, 1, 0, 9)
+    torn.write_bytes(torn.read_bytes()[:-5])
+    start(tmp_path, 2, 5, 7, s6=batch(6, missed=3))
+    start(tmp_path, 10, 6, ORDER.num_steps, s6=batch(6, missed=3))
+    (tmp_path / "ledger-11.bin").write_bytes(b'{"resu')
+    found = audit(tmp_path)
+    assert found.faults == []
+    assert (found.starts, found.reached, found.steps) == (4, 16, 16)
+    assert found.again == 3 + 1  # 6, 7, 8 of the first (9 is torn), 7 of the second
+    assert found.shown == {0: 100, 1: 100, 2: 50}
+    assert found.undecodable == 1
+    assert found.report()[-1] == "every sample exactly once"
+
+
+def test_what_is_missed_or_repeated_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 3 shows the samples of step 2, and a start began two steps late."""
+    start(tmp_path, 1, 0, 8, s3={**batch(2), "step": 3})
+    start(tmp_path, 2, 10, ORDER.num_steps)
+    with pytest.raises(SystemExit) as stopped:
+        main(["audit", str(tmp_path)])
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out
+    assert "steps without a frame: 9, 10\n" in printed
+    assert "epoch 0: shown more than once: " in printed
+    assert "epoch 0: 84 of 100 samples shown; not: " in printed
+    repeated = printed.split("shown more than once: ")[1].split(",")[0]
+    assert int(repeated) in batch(2)["sample_U"]
+
+
+def test_an_unfinished_run_has_no_sample_twice(tmp_path: Path) -> None:
+    start(tmp_path, 1, 0, 4)
+    assert audit(tmp_path).report()[-1] == "no sample twice"
+    assert audit(tmp_path).shown == {0: 64}
+
+
+def test_damage_is_not_a_torn_end(tmp_path: Path) -> None:
+    path = start(tmp_path, 1, 0, 4)
+    data = bytearray(path.read_bytes())
+    offset, _ = read_ledger(path)[1][2]
+    data[offset + 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"ledger-1.bin, offset \d+: the frame of step 2 is damag"):
+        audit(tmp_path)
+    with pytest.raises(ValueError, match="holds no ledger"):
+        audit(tmp_path / "nothing")
+
+
+def test_the_audit_of_a_killed_run(
+    tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.75", "data.workers=0"]
+    arguments += ["trainer.checkpoint_every=2", f"run_dir={tmp_path}"]
+    run_killed_at(arguments, tmp_path, 3, tmp_path / "log.txt")
+    run(arguments, tmp_path / "log.txt")
+    main(["audit", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "2 starts; steps 1 to 5 of 5" in printed
+    assert "epoch 0: 75 of 75 samples, each once" in printed
+    assert printed.endswith("every sample exactly once\n")
+    assert all(path.stat().st_size < 5000 for path in tmp_path.glob("ledger-*"))
