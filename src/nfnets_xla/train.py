@@ -209,6 +209,8 @@ def train(
         if eval_loader is not None and monitor.evaluated_at != order.num_steps:
             trainer.validate(task, eval_loader, verbose=False)
         keeper.finish()
+        if preemption is not None:
+            preemption.unsaved = False  # no more steps come, after which it would be set
         totals = monitor.summary() | backend.report()
         result = {"steps": order.num_steps, "missed": missed.trained, **totals}
         record.write("end", order.num_steps, **result)
