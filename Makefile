@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-all check bench clean
+.PHONY: help install demo test test-all chaos check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -33,6 +33,9 @@ test: check  ## What CI runs: lint, types, imports, then the tests that are not 
 
 test-all: check  ## The same with the slow tests
 	$(BIN)/python -m pytest
+
+chaos: install  ## Kill, starve and damage runs, and compare them with undisturbed ones: half an hour
+	$(BIN)/python -m tests.chaos --write docs/reliability.md
 
 check: install  ## Lint, formatting, types, import layers
 	$(BIN)/ruff check .
