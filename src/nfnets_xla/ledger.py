@@ -21,6 +21,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 
+from nfnets_xla.data.order import Order
 from nfnets_xla.hosts import Hosts
 
 FRAME = struct.Struct("<III")
@@ -61,6 +62,11 @@ class Ledger(Callback):
 
     def close(self) -> None:
         self._file.close()
+
+
+def head_of(order: Order, start_step: int) -> dict[str, int]:
+    sizes = {"samples": order.num_samples, "draws": order.total_draws, "steps": order.num_steps}
+    return {"resumed_from": start_step, **sizes}
 
 
 def read_ledger(path: Path) -> tuple[dict[str, Any] | None, dict[int, tuple[int, int]]]:

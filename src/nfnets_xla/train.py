@@ -39,7 +39,7 @@ from nfnets_xla.inputs import (
     make_train_batches,
     open_shards,
 )
-from nfnets_xla.ledger import Ledger
+from nfnets_xla.ledger import Ledger, head_of
 from nfnets_xla.missed import Missed, missed_before
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
@@ -192,7 +192,7 @@ def train(
         )
         callbacks: list[Callback] = [missed, monitor, keeper]
         if run.trainer.ledger:
-            ledger = Ledger(folder, record.attempt, ledger_head(order, start_step), hosts)
+            ledger = Ledger(folder, record.attempt, head_of(order, start_step), hosts)
             callbacks.insert(0, open_files.enter_context(closing(ledger)))
         if preemption is not None:
             preemption.grace = run.trainer.grace
@@ -395,11 +395,6 @@ def header(
         "peak_flops": backend.peak_flops,
         "versions": installed(),
     }
-
-
-def ledger_head(order: Order, start_step: int) -> dict[str, int]:
-    sizes = {"samples": order.num_samples, "draws": order.total_draws, "steps": order.num_steps}
-    return {"resumed_from": start_step, **sizes}
 
 
 def installed() -> dict[str, str]:
