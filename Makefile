@@ -34,7 +34,7 @@ test: check  ## What CI runs: lint, types, imports, then the tests that are not 
 test-all: check  ## The same with the slow tests
 	$(BIN)/python -m pytest
 
-chaos: install  ## Kill, starve and damage runs, and compare them with undisturbed ones: half an hour
+chaos: install  ## Kill, starve and damage runs, and compare them with undisturbed ones: 40 minutes
 	$(BIN)/python -m tests.chaos --write docs/reliability.md
 
 check: install  ## Lint, formatting, types, import layers

@@ -76,7 +76,8 @@ class Checkpointer(Callback):
                 fields = {name: getattr(done, name) for name in RECORDED}
                 self.monitor.record.write("checkpoint", done.step, **fields)
             else:
-                self.saved_at = None
+                if self.saved_at == done.step:
+                    self.saved_at = None
                 self.monitor.record.write("checkpoint_failed", done.step, reason=done.fault)
                 self.say(f"warning: step {done.step} could not be saved ({done.fault})")
 

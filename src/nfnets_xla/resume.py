@@ -11,9 +11,11 @@
 
 import hashlib
 import json
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
 from nfnets_xla.record import Row, read_record
+
+# Recorded with a run: what its numbers and pixels may depend on.
+VERSIONS = ("nfnets_xla", "torch", "lightning", "numpy", "pillow", "simplejpeg")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class RunState:
             "seconds": round(self.seconds_before + time.monotonic() - self._began, 3),
             "versions": self.versions,
         }
+
+
+def installed() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
 
 
 def digest(value: Any) -> str:

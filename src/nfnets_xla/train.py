@@ -6,13 +6,11 @@ can be refused is refused before anything is written.
 
 import json
 import logging
-import platform
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +47,13 @@ from nfnets_xla.models.weights import load_into
 from nfnets_xla.monitor import Monitor, Peaks
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.record import Discard, RecordWriter, read_record
-from nfnets_xla.resume import RunState, ended, evaluations, find_resume
+from nfnets_xla.resume import RunState, ended, evaluations, find_resume, installed
 from nfnets_xla.saves import Saves
 from nfnets_xla.scaling import account
 from nfnets_xla.steps import describe_ascent, make_passes, make_schedule
 from nfnets_xla.stop import Stop
 from nfnets_xla.task import Batch, Classification, Restored
 
-# Recorded with a run: what its numbers and pixels may depend on.
-VERSIONS = ("nfnets_xla", "torch", "lightning", "numpy", "pillow", "simplejpeg")
 STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/compile.txt
 
 
@@ -395,7 +391,3 @@ def header(
         "peak_flops": backend.peak_flops,
         "versions": installed(),
     }
-
-
-def installed() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
