@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,11 +26,11 @@ from nfnets_xla.data.lint import lint, stats
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.remote import Patience, RemoteFolder
-from nfnets_xla.data.shards import SIDECAR_SAMPLE, ShardIndex
+from nfnets_xla.data.shards import READS, SIDECAR_SAMPLE, ShardIndex
 from tests.data.images import packed
 from tests.data.object_store import GCS, S3, storing
 from tests.data.remote_reader import QUICK, digest
-from tests.data.server import Server, every_other, serving
+from tests.data.server import Fault, Server, every_other, serving
 from tests.data.test_loader import assert_same
 from tests.data.test_shards import one_line
 
@@ -133,6 +134,32 @@ def test_every_batch_is_right_though_half_of_the_answers_fail(
         assert server.failed.keys() == {503, 429, 500, "cut", "short", "stall"}
         assert max(server.shard_requests.values()) > 1  # shards went, and came again
     assert 0 < max(seen) <= small.limit < local.manifest.bytes_S.sum()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_comes_short_under_its_own_length_is_asked_for_again(
+    local: ShardIndex, cache: Cache, cached: bool
+) -> None:
+    """The first three answers for each file are whole by HTTP and half of it: only the digests of
+    the index tell."""
+    came: Counter[str] = Counter()
+
+    def three_short(name: str, number: int) -> Fault:
+        came[name] += 1
+        return "short" if came[name] <= 3 else None
+
+    with serving(path_of(local), three_short) as server:
+        index = served(server, cache if cached else None)
+        assert index.read(7, 2) == local.read(7, 2)
+        assert all(count > 3 for count in server.asked.values())
+
+
+def test_what_stays_short_is_named_after_a_few_reads(local: ShardIndex, cache: Cache) -> None:
+    broken = f"{local.name(7)}.idx.npz"
+    with serving(path_of(local), lambda name, _: "short" if name == broken else None) as server:
+        message = one_line(lambda: served(server, cache).read(7, 0))
+        assert f"{broken} is damaged" in message
+        assert server.asked[broken] == READS
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

@@ -40,6 +40,10 @@ AnyFile = OpenFile | CachedFile | RangeFile
 # Bytes of a sidecar, a sample: 24, its key, and what several labels take.
 SIDECAR_SAMPLE = 100
 
+# Reads of what came whole by its length and is wrong all the same: a server that says 200 and sends
+# half of a file under half of its length is seen, a file that stays wrong is not worth minutes.
+READS = 6
+
 # Shards a process keeps open: below the 1,024 files that a process may commonly open.
 OPEN_FILES = 512
 
@@ -104,18 +108,7 @@ class ShardIndex:
         manifest as they are read: through `cache`, or without one by a request for each sample.
         """
         where = open_folder(folder, cache)
-        try:
-            data = where.read(MANIFEST)
-        except FileNotFoundError:
-            raise ValueError(f"{where} has no {MANIFEST}; {where.how_to_index}") from None
-        try:
-            index = cls(where, _load_manifest(data))
-        except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
-            what = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"{where}/{MANIFEST} is not a whole index of format {FORMAT} ({what}); "
-                f"{where.how_to_index}"
-            ) from error
+        index = cls(where, _read_manifest(where))
         if isinstance(where, Folder):
             index._check_folder(where)
         return index
@@ -186,13 +179,14 @@ class ShardIndex:
         records, row = self._at(shard, row)
         offset, size = int(records.offsets_N[row]), int(records.sizes_N[row])
         file = self._file(shard)
-        member = file.read(offset - BLOCK, BLOCK + size)
-        if zlib.crc32(member) != records.crcs_N[row] and file.refresh():
+        for _ in range(READS):
             member = file.read(offset - BLOCK, BLOCK + size)
-        if zlib.crc32(member) != records.crcs_N[row]:
-            place = f"{self.name(shard)}, key {records.key(row)}, {size} bytes at offset {offset}"
-            raise _mismatch(self.folder, f"{place}: wrong checksum; restore the shard")
-        return member[BLOCK:]
+            if zlib.crc32(member) == records.crcs_N[row]:
+                return member[BLOCK:]
+            if not file.refresh():
+                break
+        place = f"{self.name(shard)}, key {records.key(row)}, {size} bytes at offset {offset}"
+        raise _mismatch(self.folder, f"{place}: wrong checksum; restore the shard")
 
     def records(self, shard: int) -> Records:
         """The sidecar of a shard, as it is, excluded samples included."""
@@ -262,10 +256,7 @@ def _open_sidecar(
 ) -> _Sidecar:
     name, digest = manifest.name(shard) + SIDECAR, manifest.digests_S[shard].tobytes()
     try:
-        file = _sidecar(folder, manifest, shard)
-        records = _records(file.whole(), digest)
-        if isinstance(records, str) and file.refresh():
-            records = _records(file.whole(), digest)
+        records = _read_sidecar(_sidecar(folder, manifest, shard), digest)
     except OSError as error:
         raise _mismatch(folder, f"{name} is damaged ({error})") from error
     if isinstance(records, str):
@@ -273,6 +264,16 @@ def _open_sidecar(
     excluded = _excluded(exclusions, shard)
     kept = np.delete(np.arange(records.num_samples), excluded) if len(excluded) else None
     return _Sidecar(records, kept)
+
+
+def _read_sidecar(file: AnyFile, digest: bytes) -> Records | str:
+    """What it holds, or what is wrong with the last copy that came."""
+    records = _records(file.whole(), digest)
+    for _ in range(READS - 1):
+        if not isinstance(records, str) or not file.refresh():
+            break
+        records = _records(file.whole(), digest)
+    return records
 
 
 def _records(data: bytes, digest: bytes) -> Records | str:
@@ -329,6 +330,24 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     fingerprint = np.frombuffer(bytes.fromhex(manifest.fingerprint()), "u1")
     np.savez(file, **manifest._asdict(), fingerprint=fingerprint)
     return file.getvalue()
+
+
+def _read_manifest(folder: AnyFolder) -> Manifest:
+    for read in range(1, READS + 1):
+        try:
+            data = folder.read(MANIFEST)
+        except FileNotFoundError:
+            raise ValueError(f"{folder} has no {MANIFEST}; {folder.how_to_index}") from None
+        try:
+            return _load_manifest(data)
+        except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
+            if isinstance(folder, Folder) or read == READS:
+                what = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(
+                    f"{folder}/{MANIFEST} is not a whole index of format {FORMAT} ({what}); "
+                    f"{folder.how_to_index}"
+                ) from error
+    raise AssertionError("the last read returns or raises")
 
 
 def _load_manifest(data: bytes) -> Manifest:
