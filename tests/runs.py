@@ -43,9 +43,9 @@ def xla(devices: int) -> list[str]:
 def start(arguments: list[str], log: Path, **variables: str) -> subprocess.Popen:
     environment = {
         **os.environ,
-        **variables,
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "OMP_NUM_THREADS": "1",  # bit-equality holds for one number of threads
+        **variables,
     }
     with log.open("ab") as file:
         command = [sys.executable, "-m", "nfnets_xla", *arguments]
@@ -65,8 +65,8 @@ def start_hosts(arguments: list[str], log: Path, count: int) -> list[subprocess.
     return [start(arguments, log, **variables) for variables in as_hosts(count)]
 
 
-def run(arguments: list[str], log: Path) -> None:
-    process = start(arguments, log)
+def run(arguments: list[str], log: Path, **variables: str) -> None:
+    process = start(arguments, log, **variables)
     assert process.wait() == 0, log.read_text()
 
 
