@@ -76,6 +76,15 @@ def add_pack(add: Callable[..., Any], commands: Any) -> None:
         kind.add_argument("--samples-per-shard", type=int, default=1000)
         if name != "imagenet":
             kind.add_argument("--shard-bytes", type=float, default=float("inf"))
+    purpose = "images drawn from formulas, labelled, of any number: to try things with"
+    fractals = add("fractals", run_pack_fractals, purpose, kinds)
+    fractals.add_argument("dir", type=Path)
+    fractals.add_argument("--classes", type=int, default=8)
+    fractals.add_argument("--per-class", type=int, default=128)
+    fractals.add_argument("--first", type=int, default=0, help="number of each class's first image")
+    fractals.add_argument("--size", type=int, default=64, help="pixels")
+    fractals.add_argument("--seed", type=int, default=0, help="of the classes' shapes")
+    fractals.add_argument("--samples-per-shard", type=int, default=1000)
 
 
 # ---- subcommands ------------------------------------------------------------------------------
@@ -171,6 +180,29 @@ def run_pack(given: Any) -> None:
         )
     for folder in folders:
         index_folder(folder)
+
+
+def run_pack_fractals(given: Any) -> None:
+    from nfnets_xla.data.fractals import fractal_samples
+    from nfnets_xla.data.pack import pack_samples
+
+    for name, least in (("classes", 1), ("per_class", 1), ("first", 0), ("size", 8), ("seed", 0)):
+        if (value := getattr(given, name)) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
+    total, bar = given.classes * given.per_class, progress("drawn")
+    pack_samples(
+        fractal_samples(
+            given.classes,
+            given.per_class,
+            size=given.size,
+            seed=given.seed,
+            first_instance=given.first,
+        ),
+        given.dir,
+        samples_per_shard=given.samples_per_shard,
+        on_progress=lambda done: bar(done, total),
+    )
+    index_folder(given.dir)
 
 
 # ---- progress ---------------------------------------------------------------------------------

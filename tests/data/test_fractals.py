@@ -1,11 +1,15 @@
 """The stand-in for JFT: deterministic, varied, and learnable from the picture alone."""
 
 import io
+from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from nfnets_xla.data.fractals import class_system, filled_share, fractal, fractal_samples
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.shards_cli import shards
 
 
 def test_the_same_key_gives_the_same_picture_and_others_differ() -> None:
@@ -51,3 +55,16 @@ def test_samples_are_mixed_and_held_out_ones_are_others() -> None:
     assert {key for key, *_ in train}.isdisjoint(key for key, *_ in test)
     assert Image.open(io.BytesIO(train[0][1])).size == (16, 16)
     assert class_system(0, 0).shape[1:] == (2, 3)
+
+
+def test_the_command_packs_two_sets_of_the_same_classes(tmp_path: Path) -> None:
+    options = ["--classes", "3", "--size", "16", "--samples-per-shard", "10"]
+    train, held_out = tmp_path / "train", tmp_path / "held-out"
+    assert shards(["pack", "fractals", str(train), *options, "--per-class", "5"]) == 0
+    shards(["pack", "fractals", str(held_out), *options, "--per-class", "2", "--first", "5"])
+    index = ShardIndex.load(train)
+    assert (index.num_samples, index.num_shards, index.num_classes) == (15, 2, 3)
+    assert ShardIndex.load(held_out).num_samples == 6
+    with pytest.raises(ValueError, match=r"--per-class is 0; it must be 1 or more"):
+        shards(["pack", "fractals", str(tmp_path / "none"), "--per-class", "0"])
+    assert not (tmp_path / "none").exists()
