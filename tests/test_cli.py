@@ -1,5 +1,7 @@
 """Mistakes at the command line: one line that names the thing and the fix, exit code 2."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,34 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["models", "nfnet_f3"])
     assert "trained at 320 px, evaluated at 416 px" in capsys.readouterr().out
     assert "no model matches 'swin*'" in refused(["models", "swin*"], capsys)
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
+    command = [sys.executable, "-m", "nfnets_xla", "models"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # before the first line
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_a_wrong_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = str(tmp_path / "absent")
+    for command in (
+        ["shards", "index", absent],
+        ["shards", "lint", absent],
+        ["shards", "pack", "table", f"{absent}.csv", str(tmp_path / "out")],
+        ["shards", "show", absent],
+        ["audit", absent],
+        ["checkpoint", "show", absent],
+        ["scaling", "fit", absent],
+        ["launch", "create", f"{absent}.yaml"],
+        ["convert", f"{absent}.npz", str(tmp_path / "out"), "--model", "nfnet_f0"],
+        ["pretrain_demo", f"data.shards={absent}", f"run_dir={tmp_path / 'run'}"],
+        ["shards", "pack", "fractals", "/proc/none", "--classes=1", "--per-class=1", "--size=8"],
+    ):
+        refused(command, capsys)
 
 
 @pytest.mark.parametrize(

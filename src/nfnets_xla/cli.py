@@ -47,6 +47,9 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
 recipes:"""
 
 
+WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
 class ConfOnPath(SearchPathPlugin):
     """Adds conf/ to the places Hydra looks in. A recipe's own `hydra.searchpath` would not do: it
     is refused as soon as one recipe extends another."""
@@ -58,7 +61,7 @@ class ConfOnPath(SearchPathPlugin):
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `nfnets-xla`. Exits with 0; 2 for a mistake in the request; 75 for a training
     that was asked to stop or lost a host, and goes on when the same command is given again; 1:
-    lint, verify or audit found faults, or a launch failed."""
+    lint, verify or audit found faults, a launch failed, or a disk or a server did."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     preemption = Preemption()
     try:
@@ -87,6 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             if argv is None:  # the process is ours
                 preemption.start()
             recipe(arguments[0], arguments[1:], preemption)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `nfnets-xla models | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, WRONG_PATH) else 1)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
