@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-all chaos check bench clean
+.PHONY: help install demo test test-all chaos check docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -43,8 +43,11 @@ check: install  ## Lint, formatting, types, import layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+docs: install  ## Build the documentation into site/, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: install  ## Every benchmark, each beside its peer
 	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## Delete what was built and what the demo wrote
-	rm -rf $(VENV) .tools build dist demo-run src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .tools build dist demo-run site src/*.egg-info .pytest_cache .ruff_cache
