@@ -3,10 +3,12 @@
 from typing import Any
 
 import pytest
+import torch
 
-from nfnets_xla import monitor
+from nfnets_xla import create_model, monitor
 from nfnets_xla.display import summary
-from nfnets_xla.monitor import Peaks, _Interval
+from nfnets_xla.monitor import Peaks, _Interval, clipped_by_block
+from nfnets_xla.optim import SGD_AGC, parameter_roles
 
 
 def test_rates_are_of_the_interval_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +48,23 @@ def test_the_account_of_a_run_for_a_person() -> None:
         "lost to restarts: 0:01:15",
     ]
     assert summary({"lost_seconds": 0.0}) == []  # resumed at its last step, on a CPU
+
+
+def test_clipping_is_told_by_block_and_weighed_by_units() -> None:
+    net = create_model("nfnet_mini_f0", num_classes=3)
+    sgd = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), lr=0.1)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros(parameter.shape)
+    net.get_parameter("stages.2.1.conv1.weight").grad[:7] = 1e3  # pyright: ignore[reportOptionalSubscript]
+    net.get_parameter("stem.0.gain").grad.fill_(1e3)  # pyright: ignore[reportOptionalMemberAccess]
+    sgd.step()
+    assert sgd.clipped_P is not None
+    row = clipped_by_block(sgd, sgd.clipped_P.tolist())
+    units = {n: count for n, count in sgd.units().items() if n in sgd.clipped_names}
+    of_block = sum(count for name, count in units.items() if name.startswith("stages.2.1."))
+    of_stem = sum(count for name, count in units.items() if name.startswith("stem.0."))
+    assert row["blocks"] == {
+        "stem.0": round(1 / of_stem, 4),
+        "stages.2.1": round(7 / of_block, 4),
+    }
+    assert row["share"] == round(8 / sum(units.values()), 6)

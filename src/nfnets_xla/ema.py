@@ -3,6 +3,8 @@
 arXiv 2102.06171, appendix A.1; reference: deepmind-research/nfnets at f5de0ed, utils.py:73-76.
 """
 
+# pyright: reportPrivateImportUsage=false
+
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -44,7 +46,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, decay: float | Tensor) -> None:
-        """shadow = decay * shadow + (1 - decay) * parameter, with 1 - decay in `shadow`'s dtype.
+        """shadow += (1 - decay) * (parameter - shadow), with 1 - decay in `shadow`'s dtype.
 
         `decay` is a float, or a `(1,)` tensor of `shadow`'s dtype and device, which compiles no
         new graph on XLA, whatever its value; both give the same bits.
@@ -56,13 +58,25 @@ class EMA:
                 raise ValueError(f"decay is {decay}; it must be in [0, 1]")
             decay = torch.tensor([decay], dtype=like.dtype).to(like.device)
         rest = 1 - decay
-        for name, shadow in self.shadow.items():
-            average = decay * shadow + rest * self._parameters[name]
-            shadow.copy_(average.reshape(shadow.shape))  # 0-d shadow, (1,) average
+        shadows, parameters = [*self.shadow.values()], [*self._parameters.values()]
+        if like.device.type == "cpu":  # a number there costs nothing to read
+            torch._foreach_lerp_(shadows, [_wider(p) for p in parameters], float(rest))
+        elif like.device.type == "cuda":
+            steps = torch._foreach_sub([_wider(p) for p in parameters], shadows)
+            torch._foreach_mul_(steps, rest.reshape(()))
+            torch._foreach_add_(shadows, steps)
+        else:  # written out for a compiler, which fuses it
+            for shadow, parameter in zip(shadows, parameters, strict=True):
+                step = rest * (_wider(parameter) - shadow)
+                shadow.add_(step.reshape(shadow.shape))  # 0-d shadow, (1,) step
 
     def load(self, averages: Mapping[str, Tensor]) -> None:
         """Take copies of tensors of any device as `shadow`. Names and shapes must agree."""
         self.shadow = copies_like("averages", self.shadow, averages)
+
+
+def _wider(x: Tensor) -> Tensor:
+    return x.to(_wide(x.dtype))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

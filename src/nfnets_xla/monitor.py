@@ -5,6 +5,7 @@ have long been computed, so reading them stops nothing.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.display import Display
+from nfnets_xla.optim import SGD_AGC
 from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.task import TRAIN_METRICS, Batch, Classification
 
@@ -93,8 +95,11 @@ class Monitor(Callback):
         step, rates, metrics_M = self._pending
         self._pending = None
         values = task.fetch({"metrics": metrics_M})["metrics"].tolist()
-        row = dict(zip(TRAIN_METRICS, values, strict=True)) | rates
+        shares = values[len(TRAIN_METRICS) :]
+        row = dict(zip(TRAIN_METRICS, values, strict=False)) | rates
         self.record.write("train", step, **row)
+        if shares:
+            self.record.write("clipping", step, **clipped_by_block(task.sgd, shares))
         self.curves.add("train", step, row)
         of_run = {"steps": self.total_steps, "epochs": self.epochs}
         self.display.numbers(row | of_run | {"step": step, "lost_seconds": self.lost_seconds})
@@ -182,6 +187,22 @@ class _Interval:
                     name, since = name.replace("_seconds", "_ms"), 1000 * since / self._steps
                 rates[name] = round(since, 2)
         return rates
+
+
+def clipped_by_block(sgd: SGD_AGC | None, shares: list[float]) -> dict[str, Any]:
+    """Of all units, and of the units of each block that has any: the share that was clipped."""
+    assert sgd is not None
+    units = sgd.units()
+    clipped: dict[str, float] = defaultdict(float)
+    of_block: dict[str, int] = defaultdict(int)
+    for name, share in zip(sgd.clipped_names, shares, strict=True):
+        *path, _ = name.split(".")
+        block = ".".join(path[:3] if len(path) > 3 else path)
+        clipped[block] += share * units[name]
+        of_block[block] += units[name]
+    blocks = {block: round(clipped[block] / of_block[block], 4) for block in of_block}
+    total = sum(clipped.values()) / sum(of_block.values())
+    return {"share": round(total, 6), "blocks": {b: share for b, share in blocks.items() if share}}
 
 
 def task_of(module: LightningModule) -> Classification:

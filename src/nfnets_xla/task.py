@@ -96,7 +96,8 @@ class Classification(LightningModule):
         self.ema: EMA | None = None
         self.sgd: SGD_AGC | None = None
         self.sam: SAM | None = None
-        self.step_metrics_M: Tensor | None = None  # of the latest step, still on the device
+        # Of the latest step, still on the device: TRAIN_METRICS, then SGD_AGC's clipped shares.
+        self.step_metrics_M: Tensor | None = None
         self.evaluation: dict[str, dict[str, float]] = {}  # of the latest evaluation, per weights
         self._restored = restored
         self._eval_sums: list[dict[str, Tensor]] = []
@@ -172,7 +173,10 @@ class Classification(LightningModule):
         if self.ema is not None:
             self.ema.update(hyper_2[1:2])
         *totals, weight = torch.stack(unperturbed).sum(dim=0)
-        self.step_metrics_M = torch.stack(totals) / weight.clamp(min=NO_WEIGHT)
+        means = torch.stack(totals) / weight.clamp(min=NO_WEIGHT)
+        clipped_P = self.sgd.clipped_P
+        self.step_metrics_M = means if clipped_P is None else torch.cat([means, clipped_P])
+        self.sgd.clipped_P = None  # what is alive at the dispatch is kept
 
     def _rows(self, batch: Batch) -> dict[str, Tensor]:
         """The batch's tensors, all of B rows. Images are mixed now, while streams are whole."""

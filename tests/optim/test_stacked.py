@@ -14,7 +14,7 @@ from nfnets_xla.models import NFNet
 from nfnets_xla.models.stacked import as_in, per_block, stack
 from nfnets_xla.models.variants import Variant
 from nfnets_xla.optim import SAM, SGD_AGC, parameter_roles
-from nfnets_xla.optim.sgd_agc import unitwise_norm
+from nfnets_xla.optim.agc import unitwise_norm
 from tests.reference.sgd_agc import ema_update, sgd_agc_step
 
 STEPS = 8
@@ -103,11 +103,12 @@ def test_many_steps_are_those_of_the_unrolled_network(rho: float | None) -> None
     averages = [EMA(one.named_parameters(), 0.9) for one in (net, stacked)]
     clipped: dict[str, float] = {}
     for step in range(STEPS):
+        closure_for(net, step)()
+        now = largest_share_clipped(net, parameter_roles(net, "head"))
         for one, optimizer, ema in zip((net, stacked), optimizers, averages, strict=True):
             stepping = optimizer if rho is None else SAM(optimizer, rho=rho)
             stepping.step(closure_for(one, step))
             ema.update(ema.decay_at(step))
-        now = largest_share_clipped(net, parameter_roles(net, "head"))
         clipped = {role: max(clipped.get(role, 0.0), excess) for role, excess in now.items()}
     del clipped["classifier_weight"]  # exempt
     assert min(clipped.values()) > 1
@@ -129,9 +130,10 @@ def test_steps_equal_the_numpy_twin_of_single_blocks() -> None:
     weights, shadow = (arrays(dict(net.named_parameters())) for _ in range(2))
     momenta = {name: np.zeros_like(weight) for name, weight in weights.items()}
     for step in range(STEPS):
-        optimizer.step(closure_for(net, step))
-        grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-        sgd_agc_step(weights, arrays(grads), momenta, roles, lr=0.05, **HYPER)
+        closure_for(net, step)()
+        grads = arrays({n: p.grad for n, p in net.named_parameters() if p.grad is not None})
+        optimizer.step()  # which clips them in place
+        sgd_agc_step(weights, grads, momenta, roles, lr=0.05, **HYPER)
         ema.update(ema.decay_at(step))
         ema_update(shadow, weights, 0.9, step)
     for found, expected in (

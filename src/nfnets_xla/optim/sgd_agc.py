@@ -6,7 +6,12 @@ optim.py:446-499 (clipping) and 256-272 (update), experiment_nfnets.py:101-129 (
 Clipping is part of the step, not a hook before it: with SAM the ascent gradient must stay raw. The
 step runs on the device from end to end: nothing in it depends on a value, and what changes between
 steps may be a tensor.
+
+On a CPU or a GPU the step is horizontally fused: few calls, each for many parameters, and torch's
+own fused SGD. Under XLA it is written out parameter by parameter, for the compiler to fuse.
 """
+
+# pyright: reportPrivateImportUsage=false
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +22,15 @@ import torch
 from torch import Tensor
 
 from nfnets_xla.optim import roles as role
+from nfnets_xla.optim.agc import (
+    by_form,
+    check_clipping,
+    clip_adaptively,
+    clip_together_,
+    clipped_shares,
+    gradient,
+    unit_shape,
+)
 
 # (roles, decayed, clipped), experiment_nfnets.py:107-129. The classifier's bias is clipped: only
 # its weight is exempt.
@@ -25,7 +39,9 @@ GROUPS: tuple[tuple[tuple[str, ...], bool, bool], ...] = (
     ((role.VECTOR, role.SCALAR, role.CLASSIFIER_BIAS), False, True),
     ((role.CLASSIFIER_WEIGHT,), True, False),
 )
-NORM_FLOOR = 1e-6  # optim.py:497: under the gradient's norm, against dividing by 0
+
+
+FUSED_ON = ("cpu", "cuda")  # where torch has a fused SGD
 
 
 class SGD_AGC(torch.optim.Optimizer):
@@ -37,6 +53,9 @@ class SGD_AGC(torch.optim.Optimizer):
     which is `torch.optim.SGD(nesterov=True)` after the clipping. There is one parameter group for
     each row of GROUPS that has members, and one for those of them that are stacked;
     "weight_decay" is 0 and "clipping" None where exempt.
+
+    After a step `clipped_P` has, for each parameter in `clipped_names`, the share of its units
+    whose gradient was too large; a tensor on the device, which nothing waits for.
     """
 
     def __init__(
@@ -63,12 +82,7 @@ class SGD_AGC(torch.optim.Optimizer):
             raise ValueError(f"momentum is {momentum}; it must be in [0, 1)")
         if not 0 <= weight_decay < math.inf:
             raise ValueError(f"weight_decay is {weight_decay}; it must be 0 (none) or more")
-        if clipping is not None and not 0 < clipping < math.inf:
-            raise ValueError(
-                f"clipping is {clipping}; it must be greater than 0, or None for no clipping"
-            )
-        if not 0 < eps < math.inf:
-            raise ValueError(f"eps is {eps}; it must be greater than 0, or zeros could never move")
+        check_clipping(clipping, eps)
         named = _checked_parameters(named_parameters, roles)
         groups: list[dict[str, Any]] = []
         for (members, decayed, clipped), stacked in product(GROUPS, (False, True)):
@@ -95,10 +109,12 @@ class SGD_AGC(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self.set_lr(lr)
         # Made here and not at the first step: on XLA a first step that makes its buffers is another
-        # graph than the second, and is compiled separately.
+        # graph than the second, and is compiled separately. Laid out like the parameter.
         for parameter in named.values():
-            zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+            zeros = torch.zeros_like(parameter.detach(), device="cpu")
             self.state[parameter]["momentum_buffer"] = zeros.to(parameter.device)
+        self.clipped_P: Tensor | None = None
+        self.clipped_names: list[str] = []
 
     def set_lr(self, lr: float | Tensor) -> None:
         """Learning rate of the following steps, for all groups.
@@ -117,27 +133,70 @@ class SGD_AGC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        names: list[str] = []
+        shares: list[Tensor] = []
         for group in self.param_groups:
-            for parameter in group["params"]:
-                # No gradient means frozen or unused. Decay and momentum alone would still move it.
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            named = dict(zip(group["param_names"], group["params"], strict=True))
+            # No gradient means frozen or unused. Decay and momentum alone would still move it.
+            for alike in by_form({n: p for n, p in named.items() if p.grad is not None}):
+                fused = next(iter(alike.values())).device.type in FUSED_ON
+                share_P = (self._update_fused if fused else self._update_apart)(alike, group)
+                if share_P is not None:
+                    names += alike
+                    shares.append(share_P)
+        self.clipped_names = names
+        self.clipped_P = torch.cat([share.to(shares[0]) for share in shares]) if shares else None
         return loss
 
-    def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
-        grad = parameter.grad
-        assert grad is not None
+    def _update_fused(self, named: Mapping[str, Tensor], group: Mapping[str, Any]) -> Tensor | None:
+        """Parameters of one device and dtype, together. Clips the gradients in place."""
+        params = [*named.values()]
+        # The kernel walks memory: gradient and momentum must lie as their parameter does.
+        grads = [_laid_out_like(p, gradient(p)) for p in params]
+        share_P = None
         if group["clipping"] is not None:
-            grad = clip_adaptively(
-                grad, parameter, group["clipping"], group["eps"], stacked=group["stacked"]
-            )
-        if group["weight_decay"]:
-            grad = grad + parameter * group["weight_decay"]
-        buffer = self.state[parameter]["momentum_buffer"]
-        buffer.mul_(group["momentum"]).add_(grad)
-        update = grad + buffer * group["momentum"] if group["nesterov"] else buffer
-        # A 0-d parameter's update times a (1,) rate is (1,).
-        parameter.sub_((update * group["lr"]).reshape(parameter.shape))
+            form = {"stacked": group["stacked"], "eps": group["eps"]}
+            share_P = clip_together_(params, grads, group["clipping"], **form)
+        moving = group["momentum"] > 0
+        torch._fused_sgd_(
+            params,
+            grads,
+            [self.state[p]["momentum_buffer"] for p in params] if moving else [],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=group["nesterov"] and moving,
+            maximize=False,
+            is_first_step=False,
+        )
+        return share_P
+
+    def _update_apart(self, named: Mapping[str, Tensor], group: Mapping[str, Any]) -> Tensor | None:
+        """One parameter after the other, for a compiler that fuses what it sees."""
+        factors = []
+        for parameter in named.values():
+            grad = gradient(parameter)
+            if group["clipping"] is not None:
+                form = {"stacked": group["stacked"], "eps": group["eps"]}
+                grad, factor = clip_adaptively(grad, parameter, group["clipping"], **form)
+                factors.append(factor)
+            if group["weight_decay"]:
+                grad = grad + parameter * group["weight_decay"]
+            buffer = self.state[parameter]["momentum_buffer"]
+            buffer.mul_(group["momentum"]).add_(grad)
+            update = grad + buffer * group["momentum"] if group["nesterov"] else buffer
+            # A 0-d parameter's update times a (1,) rate is (1,).
+            parameter.sub_((update * group["lr"]).reshape(parameter.shape))
+        return clipped_shares(factors) if factors else None
+
+    def units(self) -> dict[str, int]:
+        """{parameter name: the number of its units}."""
+        return {
+            name: math.prod(unit_shape(parameter.shape, stacked=group["stacked"]))
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }
 
     def momentum_buffers(self) -> dict[str, Tensor]:
         """{parameter name: its momentum}: the optimizer's own tensors, shaped as the parameters."""
@@ -152,36 +211,14 @@ class SGD_AGC(torch.optim.Optimizer):
         copies = copies_like("momentum", self.momentum_buffers(), buffers)
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                self.state[parameter]["momentum_buffer"] = copies[name]
+                self.state[parameter]["momentum_buffer"] = _laid_out_like(parameter, copies[name])
 
 
-def clip_adaptively(
-    grad: Tensor, weight: Tensor, clipping: float, eps: float, *, stacked: bool = False
-) -> Tensor:
-    """Eq. 3: scale each unit of `grad` down to `clipping` times the norm of that unit of `weight`.
-
-    Units within the bound come back bit for bit. Shapes and dtypes equal.
-    """
-    max_norm = unitwise_norm(weight, stacked=stacked).clamp(min=eps) * clipping
-    norm = unitwise_norm(grad, stacked=stacked)
-    clipped = grad * (max_norm / norm.clamp(min=NORM_FLOOR))
-    return torch.where(norm > max_norm, clipped, grad)
-
-
-def unitwise_norm(x: Tensor, *, stacked: bool = False) -> Tensor:
-    """L2 norm of every unit of a parameter (or of its gradient), shaped to broadcast against it.
-
-    A unit is what feeds one output: a filter of an OIHW convolution, a row of torch's (O, I) linear
-    weight. A tensor with at most one axis longer than 1 is one unit (optim.py:446-459). The first
-    axis of a stacked one counts tensors: (D, C) has D units, and so has (D,).
-    """
-    own = x.shape[1:] if stacked else x.shape
-    kept = int(stacked) + int(sum(size > 1 for size in own) > 1)  # axes that are not summed over
-    if kept == 0:
-        return torch.linalg.vector_norm(x)
-    if kept == x.ndim:  # stacked scalars; no axis to sum over would mean all of them
-        return x.abs()
-    return torch.linalg.vector_norm(x, dim=tuple(range(kept, x.ndim)), keepdim=True)
+def _laid_out_like(parameter: Tensor, x: Tensor) -> Tensor:
+    """`x`, or where its strides are not the parameter's a copy with these."""
+    if x.stride() == parameter.stride():
+        return x
+    return torch.empty_like(parameter.detach()).copy_(x)
 
 
 def _checked_parameters(

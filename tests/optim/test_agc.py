@@ -1,0 +1,171 @@
+"""Clipping of many gradients at once, on its own and in the step: causes, effects, and timm's."""
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.utils.agc import adaptive_clip_grad
+from torch import Tensor, nn
+
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.stacked import stack
+from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.optim import SGD_AGC, agc_, parameter_roles, sgd_agc
+from nfnets_xla.optim.agc import clip_adaptively, unit_shape, unitwise_norm
+from nfnets_xla.optim.roles import CLASSIFIER_WEIGHT, STACKED
+from tests.optim.network import closure_of, small_net
+
+HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "clipping": 0.02}
+PARTLY: dict[str, Any] = HYPER | {"clipping": 0.16}  # clips some filters of a layer and others not
+
+
+def with_gradients(net: Any, scale: float = 1.0) -> Any:
+    """Some units far beyond the bound and some within."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in net.parameters():
+        size = torch.randn(parameter.shape, generator=generator).abs().square()
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = scale * noise * size.reshape(parameter.shape) * 0.02
+    return net
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def test_together_they_become_what_each_becomes_alone() -> None:
+    net = with_gradients(stack(NFNet(VARIANTS["nfnet_mini_f1"])))  # of every role, stacked and not
+    roles = parameter_roles(net, "head")
+    before, weights = copy.deepcopy(gradients(net)), dict(net.named_parameters())
+    shares = agc_(net.named_parameters(), roles)
+    assert len({*roles.values()}) >= 7
+    seen = set()
+    for name, grad in gradients(net).items():
+        if roles[name] == CLASSIFIER_WEIGHT:
+            assert torch.equal(grad, before[name])
+            assert name not in shares
+            continue
+        stacked = roles[name].startswith(STACKED)
+        alone, factor = clip_adaptively(before[name], weights[name], 0.01, 1e-3, stacked=stacked)
+        share = (factor < 1).float().mean()
+        torch.testing.assert_close(grad, alone, rtol=1e-6, atol=0)
+        assert float(shares[name]) == pytest.approx(float(share), abs=1e-6)
+        within = unitwise_norm(before[name], stacked=stacked) < 0.0099 * unitwise_norm(
+            weights[name], stacked=stacked
+        ).clamp(min=1e-3)
+        within = within.expand(grad.shape)
+        assert torch.equal(grad[within], before[name][within])  # bit for bit
+        seen.add((roles[name], float(share) > 0))
+    assert {role for role, clipped in seen if clipped} == {*roles.values()} - {CLASSIFIER_WEIGHT}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_fused_step_is_the_one_written_out(
+    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps of a network of every role; parameters 1e-6 apart, whatever lies how in memory."""
+    results = []
+    for fused_on in (sgd_agc.FUSED_ON, ()):
+        monkeypatch.setattr(sgd_agc, "FUSED_ON", fused_on)
+        net = small_net().to(memory_format=layout)  # type: ignore[call-overload]
+        optimizer = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), **PARTLY)
+        optimizer.load_momentum(
+            {name: 0.01 * torch.ones(p.shape) for name, p in net.named_parameters()}
+        )
+        shares = []
+        for _ in range(20):
+            optimizer.step(closure_of(net))
+            assert optimizer.clipped_P is not None
+            shares.append(dict(zip(optimizer.clipped_names, optimizer.clipped_P, strict=True)))
+        results.append((dict(net.named_parameters()), optimizer.momentum_buffers(), shares))
+    for one, other in zip(results[0][:2], results[1][:2], strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+    assert [{n: float(s) for n, s in step.items()} for step in results[0][2]] == [
+        {n: float(s) for n, s in step.items()} for step in results[1][2]
+    ]
+    assert any(0 < share < 1 for step in results[0][2] for share in step.values())
+
+
+def test_gradients_that_lie_otherwise_than_their_weights() -> None:
+    """A kernel that walked memory would mix them up without a word."""
+    plain, turned = small_net(), small_net()
+    for net, layout in ((plain, torch.contiguous_format), (turned, torch.channels_last)):
+        with_gradients(net)
+        for parameter in net.parameters():
+            if parameter.ndim == 4:
+                assert parameter.grad is not None
+                parameter.grad = parameter.grad.contiguous(memory_format=layout)
+        SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), **HYPER).step()
+    for one, other in zip(plain.parameters(), turned.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
+def test_before_another_optimizer() -> None:
+    net = with_gradients(small_net(), scale=1000)
+    shares = agc_(net.named_parameters(), parameter_roles(net, "head"), clipping=0.5)
+    assert all(float(share) == 1 for name, share in shares.items() if name != "head.weight")
+    for name, grad in gradients(net).items():
+        if name != "head.weight":
+            bound = 0.5 * unitwise_norm(net.get_parameter(name).detach()).clamp(min=1e-3)
+            torch.testing.assert_close(unitwise_norm(grad), bound, rtol=1e-5, atol=0)
+    torch.optim.AdamW(net.parameters()).step()
+
+
+def test_parameters_without_gradient_are_left_out() -> None:
+    net = with_gradients(small_net())
+    net.stem.requires_grad_(False)
+    for parameter in net.stem.parameters():
+        parameter.grad = None
+    before = net.stem.weight.detach().clone()
+    optimizer = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), **HYPER)
+    optimizer.step()
+    assert torch.equal(net.stem.weight, before)
+    assert "stem.weight" not in optimizer.clipped_names
+    assert optimizer.clipped_P is not None
+    assert len(optimizer.clipped_P) == len(optimizer.clipped_names)
+
+
+def test_mistakes_are_refused() -> None:
+    net = with_gradients(small_net())
+    roles = parameter_roles(net, "head")
+    with pytest.raises(ValueError, match="clipping is 0; it must be greater than 0"):
+        agc_(net.named_parameters(), roles, clipping=0)
+    del roles["gain"]
+    with pytest.raises(ValueError, match="'gain' has no role"):
+        agc_(net.named_parameters(), roles)
+
+
+def test_what_timm_clips_otherwise() -> None:
+    """Filters alike; a layer's gains one by one where DeepMind has one vector (optim.py:446)."""
+    ours = NFNet(VARIANTS["nfnet_mini_f0"])
+    ours, timms = with_gradients(ours), with_gradients(copy.deepcopy(ours))
+    agc_(ours.named_parameters(), parameter_roles(ours, "head"))
+    with torch.no_grad():  # timm keeps gains as (C, 1, 1, 1): a filter of one number each
+        for name, parameter in timms.named_parameters():
+            if name.endswith("gain") and parameter.ndim == 1:
+                assert parameter.grad is not None
+                grad = parameter.grad[:, None, None, None]
+                parameter.data = parameter.data[:, None, None, None]
+                parameter.grad = grad
+    adaptive_clip_grad([p for n, p in timms.named_parameters() if n != "head.weight"])
+    theirs = gradients(timms)
+    for name, grad in gradients(ours).items():
+        same = torch.allclose(grad, theirs[name].reshape(grad.shape), rtol=1e-5, atol=0)
+        assert same == (not name.endswith("gain") or grad.ndim == 0), name
+
+
+def test_a_vision_transformer_is_clipped_by_the_same_rules() -> None:
+    net = with_gradients(timm.create_model("test_vit", num_classes=5), scale=1000)
+    roles = parameter_roles(net, "head")
+    shares = agc_(net.named_parameters(), roles)
+    assert {*shares} == {name for name in roles if name != "head.weight"}
+    tokens = net.get_parameter("pos_embed")
+    assert unit_shape(tokens.shape, stacked=False) != () or float(shares["pos_embed"]) == 1
+    for name in ("blocks.0.attn.qkv.weight", "patch_embed.proj.weight"):
+        weight = net.get_parameter(name)
+        assert weight.grad is not None
+        bound = 0.01 * unitwise_norm(weight.detach()).clamp(min=1e-3)
+        assert bool((unitwise_norm(weight.grad) <= bound * 1.00001).all())
