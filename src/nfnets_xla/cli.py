@@ -41,6 +41,7 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla scaling COMMAND ...        plan, fit (--help)
        nfnets-xla launch COMMAND FILE        run on Cloud TPU: create, watch, resume ... (--help)
        nfnets-xla models [PATTERN | NAME]    list the models, or show all about one
+       nfnets-xla signal NAME [--out PNG]    plot mean square and variance after every block
        nfnets-xla convert SRC DST --model NAME [--to ours|timm|haiku] [--force]
                                              rewrite weights: a file of any form, or an address
 
@@ -84,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sys.exit(code)
         elif arguments[0] == "models":
             models(arguments[1:])
+        elif arguments[0] == "signal":
+            signal(arguments[1:])
         elif arguments[0] == "convert":
             convert(arguments[1:])
         else:
@@ -234,6 +237,40 @@ def models(arguments: list[str]) -> None:
         raise ValueError(f"no model matches {arguments[0]!r}: see nfnets-xla models")
     for name in names:
         print(card(name))
+
+
+def signal(arguments: list[str]) -> None:
+    """Prints a table, and draws it."""
+    import torch
+
+    from nfnets_xla import propagation
+    from nfnets_xla.models.registry import create_model
+
+    parser = Parser(prog="nfnets-xla signal", description=propagation.__doc__)
+    parser.add_argument("name", help="a name of `nfnets-xla models`")
+    parser.add_argument("--out", type=Path, help="PNG to write; NAME-signal.png if not given")
+    parser.add_argument(
+        "--size", type=int, help="pixels; what the model is trained at if not given"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="rows of noise")
+    parser.add_argument("--checkpoint", help="trained weights, as they are; else new ones")
+    parser.add_argument("--seed", type=int, default=0, help="of new weights and of the noise")
+    given = parser.parse_args(arguments)
+    if given.batch < 1 or (given.size is not None and given.size < 1):
+        raise ValueError(
+            f"--batch is {given.batch} and --size {given.size}; they must be 1 or more"
+        )
+    torch.manual_seed(given.seed)
+    net = create_model(given.name, checkpoint_path=given.checkpoint)
+    title = f"{given.name}, {given.checkpoint or 'new weights, skip gains 1'}, Gaussian noise"
+    if given.checkpoint is None:
+        propagation.open_branches(net)
+    size = given.size or getattr(getattr(net, "variant", None), "train_size", 224)
+    found = propagation.signals(net, torch.randn(given.batch, 3, size, size))
+    print(propagation.table(found))
+    out = given.out or Path(f"{given.name}-signal.png")
+    propagation.draw(found, out, f"{title}, {given.batch} x {size} px")
+    print(f"{out}: {len(found)} blocks")
 
 
 def convert(arguments: list[str]) -> None:

@@ -1,0 +1,123 @@
+"""How a signal goes through a network: mean square and variance after every block, as a plot.
+
+Signal propagation plots of arXiv 2101.08692, section 3, for NFNets. In theory a block adds ALPHA**2
+to the variance of its input, and the first block of a stage begins again at 1 + ALPHA**2; the
+network divides by what the theory expects (`variants.betas`). On independent pixels a stage that
+halves the map begins at a quarter: it averages four of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfnets_xla.models.layers import SqueezeExcite
+from nfnets_xla.models.nfnet import NFBlock, NFNet
+from nfnets_xla.models.variants import ALPHA, betas
+
+
+@dataclass(frozen=True)
+class BlockSignal:
+    """After one block; averages over its channels of statistics over rows and pixels."""
+
+    name: str  # "stages.2.0"
+    mean_square: float  # of the channels' means: what shifts the activations
+    variance: float
+    branch_variance: float  # of what ALPHA and the skip gain are about to scale down
+    expected: float  # the variance that the network's own scaling supposes
+
+
+@torch.inference_mode()
+def signals(net: nn.Module, images_BCHW: Tensor) -> list[BlockSignal]:
+    """One for each residual block, in order, in evaluation mode; the mode is put back.
+
+    Raises ValueError for a network that is not an NFNet of unrolled blocks.
+    """
+    if not isinstance(net, NFNet) or any(getattr(m, "is_stack", False) for m in net.modules()):
+        raise ValueError(f"the network is a {type(net).__name__}; it must be an unrolled NFNet")
+    blocks = {name: m for name, m in net.named_modules() if isinstance(m, NFBlock)}
+    expected = [
+        (1.0 if number == 0 else beta**-2) + ALPHA**2
+        for stage in betas(net.variant.depth)
+        for number, beta in enumerate(stage)
+    ]
+    of_blocks = zip(blocks, expected, strict=True)
+    maps: dict[str, Tensor] = {}  # of the block in hand
+    found: list[BlockSignal] = []
+
+    def remember(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        maps["gates" if isinstance(module, SqueezeExcite) else "branch"] = output
+
+    def measure(_block: nn.Module, _inputs: Any, out: Tensor) -> None:
+        branch = 2 * maps["gates"] * maps["branch"]
+        mean_square = float(out.mean(dim=(0, 2, 3)).square().mean())
+        name, supposed = next(of_blocks)
+        found.append(BlockSignal(name, mean_square, _variance(out), _variance(branch), supposed))
+
+    handles = []
+    for block in blocks.values():
+        parts = (block.conv2, block.squeeze_excite)
+        handles += [part.register_forward_hook(remember) for part in parts]
+        handles.append(block.register_forward_hook(measure))
+    was_training = net.training
+    try:
+        net.eval()(images_BCHW)
+    finally:
+        net.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _variance(x_BCHW: Tensor) -> float:
+    return float(x_BCHW.var(dim=(0, 2, 3), correction=0).mean())
+
+
+def open_branches(net: nn.Module) -> None:
+    """Skip gains to 1. They are 0 in a new network, whose blocks then add nothing."""
+    for name, parameter in net.named_parameters():
+        if name.endswith("skip_gain"):
+            nn.init.ones_(parameter)
+
+
+def table(found: Sequence[BlockSignal]) -> str:
+    lines = [f"{'block':12}{'mean square':>13}{'variance':>11}{'expected':>11}{'branch':>11}"]
+    lines += [
+        f"{s.name:12}{s.mean_square:13.4f}{s.variance:11.4f}{s.expected:11.4f}{s.branch_variance:11.4f}"
+        for s in found
+    ]
+    return "\n".join(lines)
+
+
+def draw(found: Sequence[BlockSignal], path: Path, title: str) -> None:
+    """A PNG of three panels, as the paper's figure 1. Raises ValueError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("plots need matplotlib: pip install 'nfnets_xla[scaling]'") from error
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    blocks = range(1, len(found) + 1)
+    panels = figure.subplots(1, 3)
+    panels[0].plot(blocks, [s.mean_square for s in found], marker=".")
+    panels[0].set_title("squared mean of channels")
+    panels[1].plot(blocks, [s.variance for s in found], marker=".", label="measured")
+    expected = [s.expected for s in found]
+    panels[1].plot(blocks, expected, ls="--", lw=1, color="grey", label="expected by the scaling")
+    panels[1].set_title("variance")
+    panels[1].legend(fontsize=8)
+    panels[2].plot(blocks, [s.branch_variance for s in found], marker=".")
+    panels[2].set_title("variance of the residual branch")
+    starts = [place for place, s in zip(blocks, found, strict=True) if s.name.endswith(".0")]
+    for panel in panels:
+        panel.set_xlabel("residual block")
+        if panel is panels[0]:
+            panel.set_ylim(bottom=0)
+        else:
+            panel.set_yscale("log")
+        for start in starts:  # of stages
+            panel.axvline(start, color="grey", lw=0.4)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,62 @@
+"""The theory of the scaling, seen in the measured signal; and the plot of it."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from nfnets_xla.cli import main
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.variants import ALPHA, VARIANTS
+from nfnets_xla.propagation import BlockSignal, open_branches, signals
+
+
+def measured(name: str) -> list[list[BlockSignal]]:
+    """By stage, of a new network with open branches on noise."""
+    torch.manual_seed(0)
+    net = NFNet(VARIANTS[name])
+    open_branches(net)
+    found = signals(net.train(), torch.randn(64, 3, 64, 64))
+    assert net.training  # as it was
+    return [[s for s in found if s.name.startswith(f"stages.{n}.")] for n in range(4)]
+
+
+def test_variance_grows_by_alpha_squared_of_the_branch_and_begins_again_with_each_stage() -> None:
+    """Within 15 %: branches of finite width are not quite independent of what they are added to."""
+    for name in ("nfnet_mini_f1", "nfnet_mini_f3"):  # whose first stages differ in depth
+        stages = measured(name)
+        for stage in (stages[1], stages[2]):
+            growth = stage[-1].variance - stage[0].variance
+            added = ALPHA**2 * sum(block.branch_variance for block in stage[1:])
+            assert growth == pytest.approx(added, rel=0.15)
+        again = 1 / 4 + ALPHA**2 * stages[1][0].branch_variance  # a mean of four pixels
+        assert stages[1][0].variance == pytest.approx(again, rel=0.15)
+        assert stages[0][0].variance == pytest.approx(1 + ALPHA**2, rel=0.15)
+        expected = [block.expected for block in stages[2]]
+        assert expected == pytest.approx([1 + ALPHA**2 * (n + 1) for n in range(len(expected))])
+
+
+def test_a_new_network_adds_nothing_until_its_branches_are_open() -> None:
+    net = NFNet(VARIANTS["nfnet_mini_f1"])
+    stage = signals(net, torch.randn(8, 3, 64, 64))[2:6]
+    assert {block.variance for block in stage[1:]} != {0.0}
+    assert len({block.variance for block in stage}) == 1
+
+
+def test_another_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="it must be an unrolled NFNet"):
+        signals(timm.create_model("test_vit"), torch.randn(1, 3, 64, 64))
+
+
+def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "signal.png"
+    main(["signal", "nfnet_mini_f0", "--out", str(out), "--batch", "2"])
+    printed = capsys.readouterr().out
+    assert printed.count("stages.") == 12
+    with Image.open(out) as image:
+        assert image.size[0] > 1000
+    with pytest.raises(SystemExit) as stopped:
+        main(["signal", "nfnet_mini_f0", "--out", str(out), "--batch", "0"])
+    assert stopped.value.code == 2
