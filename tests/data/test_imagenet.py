@@ -23,7 +23,7 @@ TRUTH = [2, 1, 3, 2, 1]  # of the validation images, by these numbers
 REAL = [[0], [], [1, 2], [0, 1], [2]]
 
 
-def devkit() -> bytes:
+def devkit(padding: int = 0) -> bytes:
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
     synsets = np.array([(n, name, 0) for n, name in enumerate(SYNSETS, start=1)], fields)
     meta = io.BytesIO()
@@ -33,7 +33,7 @@ def devkit() -> bytes:
         for name, data in (
             ("ILSVRC2012_validation_ground_truth.txt", "\n".join(map(str, TRUTH)).encode()),
             ("meta.mat", meta.getvalue()),
-            ("unrelated.txt", b""),
+            ("unrelated.txt", bytes(padding)),
         ):
             info = tarfile.TarInfo(f"ILSVRC2012_devkit_t12/data/{name}")
             info.size = len(data)
@@ -117,6 +117,10 @@ FAULTS: dict[str, tuple[Callable[[Path, Any], object], str]] = {
     "train": (lambda s, m: m.setattr(imagenet, "TRAIN_IMAGES", 13), "12 images in .*: .* be 13"),
     "val": (lambda s, m: m.setattr(imagenet, "VAL_IMAGES", 6), "5 images in ILSVRC2012_img_val"),
     "real": (lambda s, m: (s / "real.json").write_text("[[1]]"), "1 entries in real.json"),
+    "bomb": (
+        lambda s, m: (s / imagenet.DEVKIT).write_bytes(devkit(2**26 + 1)),  # 65 kB on disk
+        r"67108865 bytes in one file",
+    ),
     "damage": (
         lambda s, m: (s / imagenet.TRAIN).write_bytes((s / imagenet.TRAIN).read_bytes()[:9000]),
         "offset 0: truncated",

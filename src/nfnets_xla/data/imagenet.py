@@ -25,6 +25,7 @@ from nfnets_xla.data.storage import Folder, OpenFile
 from nfnets_xla.data.tar import Member, read_members
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+MAX_DEVKIT_MEMBER = 2**26  # bytes; the largest file in the published one has half a million
 DEVKIT, REAL = "ILSVRC2012_devkit_t12.tar.gz", "real.json"
 CLASSES, TRAIN_IMAGES, VAL_IMAGES = 1000, 1_281_167, 50_000  # of the challenge
 
@@ -141,6 +142,8 @@ def _val_synsets(devkit: bytes) -> list[str]:
     truth = meta = None
     with tarfile.open(fileobj=io.BytesIO(devkit), mode="r:gz") as tar:
         for member in tar:
+            if member.size > MAX_DEVKIT_MEMBER:
+                raise ValueError(f"{DEVKIT} holds {member.size} bytes in one file: get it again")
             file = tar.extractfile(member)  # into memory: nothing is unpacked
             if file and member.name.endswith("/data/ILSVRC2012_validation_ground_truth.txt"):
                 truth = file.read().split()
