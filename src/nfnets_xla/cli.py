@@ -34,6 +34,7 @@ from nfnets_xla.shards_cli import Parser, progress, shards
 
 USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla RECIPE --cfg job           show what it would run
+       nfnets-xla check RECIPE [key=value ...] what it would do and cost (--help); starts nothing
        nfnets-xla shards COMMAND ...         pack, index, lint, stats, holdout, exclude (--help)
        nfnets-xla shards show DIR            draw the views that a recipe makes of them
        nfnets-xla checkpoint COMMAND WHERE   verify, show, export (--help)
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(usage())
         elif arguments[:2] == ["shards", "show"]:
             show_shards(arguments[2:])
+        elif arguments[0] == "check":
+            check(arguments[1:])
         elif arguments[0] == "shards":
             if code := shards(arguments[1:]):
                 sys.exit(code)
@@ -199,6 +202,33 @@ def show_shards(arguments: list[str]) -> None:
         overrides = [f"data.shards={request.folder}", *needless, *request.overrides]
         run = to_run(hydra.compose(request.recipe, overrides))
     show(run, request.out, request.rows)
+
+
+def check(arguments: list[str]) -> None:
+    from nfnets_xla.forecast import Terms, forecast
+
+    parser = Parser(prog="nfnets-xla check", description=check_help())
+    parser.add_argument("recipe", help="a name of `nfnets-xla --help`")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--hardware", default=Terms.hardware, help="v4 if not given; v3, H100 ...")
+    parser.add_argument("--mfu", type=float, default=Terms.mfu, help="share of the peak reached")
+    parser.add_argument("--chips", type=int, default=Terms.chips)
+    parser.add_argument("--price", type=float, help="of a chip-hour, in any currency")
+    given = parser.parse_intermixed_args(arguments)
+    if given.recipe not in recipes():
+        raise ValueError(f"there is no recipe {given.recipe!r}; there are {', '.join(recipes())}")
+    terms = Terms(given.hardware, given.mfu, given.chips, given.price)
+    Plugins.instance().register(ConfOnPath)
+    with initialize_config_module("nfnets_xla.recipes", version_base="1.3"):
+        run = to_run(hydra.compose(given.recipe, ["run_dir=null", *given.overrides]))
+    for what, how_much in forecast(run, terms):
+        print(f"{what:12} {how_much}")
+
+
+def check_help() -> str:
+    from nfnets_xla import forecast
+
+    return str(forecast.__doc__)
 
 
 def checkpoint(arguments: list[str]) -> int:

@@ -1,0 +1,147 @@
+"""`nfnets-xla check RECIPE ...`: what a run would do and cost, and whether it can; starts nothing.
+
+The recipe is composed and checked, the shards' manifests are read, and the network is built without
+memory for its weights. The rest is arithmetic of `scaling/account.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nfnets_xla.config import Run
+from nfnets_xla.devices import GIB, smallest_fsdp
+from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards
+from nfnets_xla.models.peers import is_peer
+from nfnets_xla.models.registry import Network, create_network
+from nfnets_xla.scaling import account
+from nfnets_xla.steps import describe_ascent, make_passes, make_schedule
+
+FLOAT32 = 4  # bytes of each number that is kept
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Where it would run, and for how much."""
+
+    hardware: str = "v4"
+    mfu: float = 0.36  # of the paper's F7+, by its 110k core-hours for 8 epochs
+    chips: int = 1
+    price: float | None = None  # of a chip-hour
+
+    def __post_init__(self) -> None:
+        account.device(self.hardware)
+        account.flops_in(0.0, self.hardware, mfu=self.mfu)
+        account.at_least("chips", self.chips, 1)
+        if self.price is not None:
+            account.at_least("price", self.price, 0)
+
+
+Line = tuple[str, str]  # what, how much
+
+
+def forecast(run: Run, terms: Terms) -> list[Line]:
+    """In the order in which a person asks. Raises ValueError for what cannot run."""
+    if run.job != "train":
+        raise ValueError(f"the recipe's job is {run.job!r}; check is for what trains")
+    check_cache(run)
+    index, held_out = open_shards(run)
+    num_classes = count_classes(run, index, held_out)
+    order = make_order(run, index)
+    schedule, passes = make_schedule(run, order), make_passes(run, order)
+    check_devices(run, terms)
+    net = network(run, num_classes)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    rows, size = order.num_steps * run.data.batch_size, run.data.image_size
+    read = account.images_drawn(rows, run.data.repeats)
+    fraction = 0.0 if run.optim.sam_rho is None else passes.effective_fraction
+    training = account.train_flops(net.macs(size), rows, sam_fraction=fraction)
+    evaluating = evaluation_flops(run, net, order.num_steps, held_out and held_out.num_samples)
+    sam = "" if run.optim.sam_rho is None else f"; SAM ascends on {describe_ascent(passes)}"
+    return [
+        ("model", f"{run.model.name}, {parameters:,} parameters, {num_classes} classes"),
+        ("shards", f"{index.num_samples:,} images in {index.num_shards:,} of {index.folder}"),
+        (
+            "steps",
+            f"{order.num_steps:,} of {run.data.batch_size:,} rows; the rate rises to "
+            f"{schedule.peak:g} in {schedule.warmup_steps:,}",
+        ),
+        (
+            "epochs",
+            f"{run.optim.epochs:g} in views; {read:,.0f} images read for {run.data.repeats} "
+            "views of each",
+        ),
+        ("training", f"{training:.4g} FLOPs, {net.macs(size) / 1e9:.3f} GMACs a view{sam}"),
+        ("evaluation", f"{evaluating:.4g} FLOPs" if held_out else "none without data.eval_shards"),
+        *price_of(training + evaluating, terms),
+        *memory(run, parameters, terms),
+    ]
+
+
+def devices_of(terms: Terms) -> int:
+    """What PyTorch sees of the chips: on v2 and v3 their cores."""
+    cores = account.cores_per_chip(terms.hardware) // account.device(terms.hardware).cores
+    return terms.chips * cores
+
+
+def check_devices(run: Run, terms: Terms) -> None:
+    devices = devices_of(terms)
+    for key in ("batch_size", "eval_batch_size"):
+        if (rows := getattr(run.data, key)) % devices:
+            raise ValueError(
+                f"data.{key} is {rows}; it must be a multiple of the {devices} devices of "
+                f"{terms.chips} {terms.hardware} chips"
+            )
+
+
+def price_of(flops: float, terms: Terms) -> list[Line]:
+    hours = account.core_hours(flops, terms.hardware, mfu=terms.mfu)
+    booked = account.chip_hours(hours, terms.hardware)
+    assumed = f"of {terms.hardware} at {terms.mfu:.0%} MFU, which is assumed (--mfu)"
+    lines = [
+        ("core-hours", f"{hours:,.4g} {assumed}"),
+        ("wall-clock", f"{booked / terms.chips:,.4g} hours on {terms.chips} chips (--chips)"),
+    ]
+    if terms.price is not None:
+        money = account.cost(hours, terms.hardware, price=terms.price)
+        lines.append(("cost", f"{money:,.2f} at {terms.price:g} a chip-hour"))
+    return lines
+
+
+def network(run: Run, num_classes: int) -> Network:
+    options: dict[str, Any] = {"drop_path_rate": run.model.drop_path_rate}
+    if is_peer(run.model.name):
+        options = {"image_size": run.data.image_size}
+    with torch.device("meta"):
+        return create_network(
+            run.model.name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options
+        )
+
+
+def evaluation_flops(run: Run, net: Network, steps: int, held_out: int | None) -> float:
+    """Of all evaluations: one after the last step, and one each `trainer.eval_every`."""
+    if held_out is None:
+        return 0.0
+    every = run.trainer.eval_every or steps
+    times = -(-steps // every)
+    forms = 1 if run.optim.ema_decay is None else 2  # weights, and their average
+    return account.FLOPS_PER_MAC * net.macs(run.data.eval_image_size) * held_out * times * forms
+
+
+def memory(run: Run, parameters: int, terms: Terms) -> list[Line]:
+    """What is kept of the parameters, cut as `trainer.fsdp` says."""
+    averaged, sam = run.optim.ema_decay is not None, run.optim.sam_rho is not None
+    copies = 3 + averaged + sam  # weights, gradients, momentum
+    hardware, devices, cut = account.device(terms.hardware), devices_of(terms), run.trainer.fsdp
+    parts = smallest_fsdp(FLOAT32 * parameters, hardware, devices) if cut == "auto" else int(cut)
+    if devices % parts:
+        raise ValueError(f"trainer.fsdp is {parts}; it must divide the {devices} devices")
+    kept, saved = (n * FLOAT32 * parameters / GIB for n in (copies / parts, 2 + averaged))
+    return [
+        (
+            "memory",
+            f"{kept:.3f} of {hardware.memory / GIB:.0f} GiB a device for {copies} copies of the "
+            f"parameters, cut over {parts}; activations come on top",
+        ),
+        ("checkpoint", f"{saved:.3f} GiB, of which {run.trainer.keep_checkpoints} are kept"),
+    ]

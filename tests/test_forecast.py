@@ -1,0 +1,83 @@
+"""What a run would cost, against sums done by hand; and what it could not do."""
+
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla.cli import main
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.variants import VARIANTS
+
+SLICES = ["data.batch_size=16", "data.eval_batch_size=16", "data.num_streams=4"]
+
+
+@pytest.fixture
+def recipe(shards: Path) -> list[str]:
+    data = [f"data.shards={shards / 'train'}", f"data.eval_shards={shards / 'held-out'}"]
+    return ["check", "pretrain_demo", *data, *SLICES, "optim.epochs=3"]
+
+
+def lines(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    main(arguments)
+    rows = capsys.readouterr().out.splitlines()
+    return {line[:12].strip(): line[13:] for line in rows}
+
+
+def test_it_is_the_arithmetic_of_the_run(
+    recipe: list[str], shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """100 images, 3 epochs in batches of 16: 18.75, hence 19 steps, the last of them padded."""
+    train, held_out = (ShardIndex.load(shards / name) for name in ("train", "held-out"))
+    steps = -(-3 * train.num_samples // 16)
+    found = lines([*recipe, "--mfu", "0.5", "--price", "2", "trainer.eval_every=10"], capsys)
+    assert found["steps"].startswith(f"{steps} of 16 rows")
+    net = NFNet(VARIANTS["nfnet_mini_f0"], num_classes=train.num_classes)
+    assert f"{sum(p.numel() for p in net.parameters()):,} parameters" in found["model"]
+    training = 6 * net.macs(32) * 16 * steps
+    evaluating = 2 * net.macs(32) * held_out.num_samples * -(-steps // 10)
+    assert float(found["training"].split()[0]) == pytest.approx(training, rel=1e-3)
+    assert float(found["evaluation"].split()[0]) == pytest.approx(evaluating, rel=1e-3)
+    hours = (training + evaluating) / (0.5 * 275e12 / 2 * 3600)
+    assert float(found["core-hours"].split()[0]) == pytest.approx(hours, rel=1e-3)
+    assert float(found["wall-clock"].split()[0]) == pytest.approx(hours / 2, rel=1e-3)
+    assert found["cost"] == f"{hours:.2f} at 2 a chip-hour"  # two cores a chip
+
+
+def test_what_costs_more_is_counted(recipe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    plain = lines(recipe, capsys)
+    sam = lines([*recipe, "optim.sam_rho=0.05", "optim.ema_decay=0.99"], capsys)
+    assert float(sam["training"].split()[0]) == pytest.approx(
+        2 * float(plain["training"].split()[0]), rel=1e-3
+    )
+    assert float(sam["evaluation"].split()[0]) == pytest.approx(
+        2 * float(plain["evaluation"].split()[0]), rel=1e-3
+    )
+    assert "3 copies" in plain["memory"]
+    assert "5 copies" in sam["memory"]
+    repeated = lines([*recipe, "data.repeats=2"], capsys)
+    assert repeated["steps"].split(";")[0] == plain["steps"].split(";")[0]  # equal compute
+    assert "2 views of each" in repeated["epochs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--chips", "3"], "data.batch_size is 16; it must be a multiple of the 3 devices"),
+        (["--chips", "16", "--hardware", "v3"], "a multiple of the 32 devices of 16 v3 chips"),
+        (["--hardware", "v9"], "hardware is 'v9'; it must be one of v2"),
+        (["--mfu", "36"], "36 % is 0.36"),
+        (["--chips", "4", "trainer.fsdp=3"], "trainer.fsdp is 3; it must divide the 4 devices"),
+        (["data.num_streams=5"], "5"),
+        (["model.width=3"], "width"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    recipe: list[str], change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*recipe, *change])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
