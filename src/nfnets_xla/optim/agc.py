@@ -182,8 +182,9 @@ def unit_shape(shape: torch.Size, *, stacked: bool) -> tuple[int, ...]:
 def unitwise_norm(x: Tensor, *, stacked: bool = False) -> Tensor:
     """L2 norm of every unit of a parameter (or of its gradient), shaped to broadcast against it."""
     kept = len(unit_shape(x.shape, stacked=stacked))
-    if kept == 0:
-        return torch.linalg.vector_norm(x)
-    if kept == x.ndim:  # stacked scalars; no axis to sum over would mean all of them
+    if kept == x.ndim > 0:  # stacked scalars; no axis to sum over would mean all of them
         return x.abs()
-    return torch.linalg.vector_norm(x, dim=tuple(range(kept, x.ndim)), keepdim=True)
+    axes = tuple(range(kept, x.ndim))
+    if x.device.type == "xla":  # where vector_norm is two powers and an absolute value
+        return (x * x).sum(dim=axes, keepdim=kept > 0).sqrt()
+    return torch.linalg.vector_norm(x, dim=axes or None, keepdim=kept > 0)
