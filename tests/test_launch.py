@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nfnets_xla.cli import main, read_launch, recipes, to_run
+from nfnets_xla.cli import main
+from nfnets_xla.compose import composed, read_launch, recipes, to_run
 from nfnets_xla.launch import find, shipped
 from tests.cloud import Cloud
 
@@ -57,17 +58,10 @@ def test_no_settings_are_taken_for_a_recipe() -> None:
 
 @pytest.mark.parametrize("name", ["v4_512", "v4_64", "v4_8"])
 def test_shipped_settings_start_a_run_that_composes(name: str, overrides: list[str]) -> None:
-    from hydra import compose, initialize_config_module
-    from hydra.core.plugins import Plugins
-
-    from nfnets_xla.cli import ConfOnPath
-
     with find(name) as file:
         settings = read_launch(file, overrides)
     settings.check()
-    Plugins.instance().register(ConfOnPath)
-    with initialize_config_module("nfnets_xla.recipes", version_base="1.3"):
-        run = to_run(compose(settings.run[0], settings.run[1:]))
+    run = to_run(composed(settings.run[0], settings.run[1:]))
     assert run.run_dir == f"/mnt/share/{settings.name}"
     assert settings.accelerator_type.replace("-", "_") == name
     chips = int(settings.accelerator_type.partition("-")[2]) // 2  # of two cores each

@@ -4,22 +4,32 @@ To accept a change: REWRITE_GOLDEN=1 python -m pytest tests/test_recipes.py
 """
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
-from hydra.core.plugins import Plugins
 
-from nfnets_xla.cli import ConfOnPath, recipes, to_run
-from nfnets_xla.config import Run
+from nfnets_xla.compose import composed as composed_config
+from nfnets_xla.compose import recipes, to_run
+from nfnets_xla.config import Run, differences
+from nfnets_xla.inputs import make_order
 from nfnets_xla.models import list_models
+from nfnets_xla.scaling.account import images_drawn, macs_per_image, train_flops
+from nfnets_xla.steps import make_schedule
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes"
 REQUIRED = {
     "pretrain": ["data.shards=S", "optim.epochs=1"],
-    "pretrain_vit": ["data.shards=S", "optim.epochs=1"],
+    "vit_baseline": ["data.shards=S", "optim.epochs=1"],
+    "lr_sweep": ["data.shards=S", "optim.epochs=1"],
+    "scaling_sweep": ["data.shards=S", "optim.epochs=1"],
+    "finetune_sweep": ["data.shards=S", "model.init_from=W", "model.name=nfnet_f0"],
+    "finetune_repeat_aug": ["data.shards=S", "model.init_from=W"],
     "finetune_sam": ["data.shards=S", "model.init_from=W"],
     "imagenet": ["data.shards=S"],
     "evaluate": ["data.eval_shards=S", "model.init_from=W"],
@@ -30,10 +40,8 @@ REQUIRED = {
 
 
 def composed(name: str) -> Run:
-    Plugins.instance().register(ConfOnPath)
-    with initialize_config_module("nfnets_xla.recipes", version_base="1.3"):
-        run_dir = [] if name.startswith("evaluate") else ["run_dir=R"]
-        return to_run(compose(name, [*REQUIRED[name], *run_dir]))
+    run_dir = [] if name.startswith("evaluate") else ["run_dir=R"]
+    return to_run(composed_config(name, [*REQUIRED[name], *run_dir]))
 
 
 def test_every_recipe_is_here() -> None:
@@ -72,3 +80,53 @@ def test_the_papers_numbers() -> None:
     assert imagenet.data.mix == "mixup_cutmix"
     for others in (pretrain, finetune):  # crop and flip only
         assert (others.data.randaugment_magnitude, others.data.mix) == (None, "none")
+
+
+def test_public_weights_stand_in_for_a_run() -> None:
+    given = ["data.shards=S", "run_dir=R", "model.pretrained=dm_in1k"]
+    run = to_run(composed_config("finetune_sam", given))
+    assert (run.model.init_from, run.model.pretrained) == (None, "dm_in1k")
+    with pytest.raises(ValueError, match="two sources of weights"):
+        to_run(composed_config("finetune_sam", [*given, "model.init_from=W"]))
+    with pytest.raises(ValueError, match=r"model\.init_from not set"):
+        to_run(composed_config("finetune_sam", given[:2]))
+
+
+def test_repeated_augmentation_costs_the_same() -> None:
+    """arXiv 2310.16764, footnote 4: the passes fall as the views rise. The arithmetic of ImageNet's
+    1,281,167 images, by hand: 50 passes in batches of 2048 are 31,278.5 steps."""
+    plain, repeated = composed("finetune_sam"), composed("finetune_repeat_aug")
+    assert (plain.optim.epochs, repeated.optim.epochs, repeated.data.repeats) == (50, 50, 4)
+    changed = {line.split(":")[0] for line in differences(asdict(plain), asdict(repeated))}
+    assert changed == {"data.repeats"}
+    index: Any = SimpleNamespace(counts=np.full(1024, 1251), folder="S")  # 1,281,024 images
+    steps = {
+        name: make_order(run, index).num_steps
+        for name, run in (("plain", plain), ("repeated", repeated))
+    }
+    images = 1024 * 1251
+    assert steps["plain"] == math.ceil(50 * images / 2048)
+    assert abs(steps["repeated"] - steps["plain"]) <= 1  # 12.5 passes, in batches of 512 images
+    flops = {
+        name: train_flops(macs_per_image("nfnet_f0", 384), steps[name] * 2048, sam_fraction=1.0)
+        for name in steps
+    }
+    assert flops["repeated"] == pytest.approx(flops["plain"], rel=1e-4)
+    drawn = images_drawn(steps["repeated"] * 2048, repeats=4)
+    assert drawn == pytest.approx(12.5 * images, rel=1e-4)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.25, 244_141), (1, 976_563), (8, 7_812_500)])
+def test_steps_on_jft(epochs: float, steps: int) -> None:
+    """4e9 images in batches of 4096: an epoch is 976,562.5 steps."""
+    run = composed("pretrain")
+    run.optim.epochs = epochs
+    shards: Any = SimpleNamespace(counts=np.full(400_000, 10_000), folder="S")
+    order = make_order(run, shards)
+    assert order.num_steps == steps
+    schedule = make_schedule(run, order)
+    assert (schedule.peak, schedule.warmup_steps) == (pytest.approx(1.6), 5000)
+    assert schedule(5000) == pytest.approx(1.6)
+    assert schedule(0) == 0
+    # Half of the cosine is over when half of the steps after the warm-up are.
+    assert schedule(5000 + (steps - 5000) // 2) == pytest.approx(0.8, rel=1e-4)

@@ -1,4 +1,4 @@
-"""The command line: a recipe and overrides in, a typed `Run` out. Hydra and OmegaConf stop here.
+"""The command line: which command was meant, and what is said when it ends.
 
     nfnets-xla pretrain data.shards=DIR run_dir=runs/f0 ...
     nfnets-xla my_recipe --config-dir .        # a person's own recipe, extending ours
@@ -6,29 +6,22 @@
     nfnets-xla shards index DIR
     nfnets-xla launch watch my_run.yaml        # on Cloud TPU
 
-Recipes (recipes/) are Hydra's primary configs; the groups they pick from live in conf/. A mistake
-in what was asked for is one line on standard error and exit code 2.
+A mistake in what was asked for is one line on standard error and exit code 2.
 """
 
 import os
 import sys
 from collections.abc import Sequence
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-import hydra
-from hydra import initialize_config_module
-from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nfnets_xla.config import Run
-from nfnets_xla.exits import START_AGAIN, Interrupted
-from nfnets_xla.launch import Launch, launch
+from nfnets_xla import compose
+from nfnets_xla.compose import composed, recipes, to_run
+from nfnets_xla.exits import START_AGAIN, CellFailed, Interrupted
+from nfnets_xla.launch import launch
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.shards_cli import Parser, progress, shards
 
@@ -38,7 +31,9 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla shards COMMAND ...         pack, index, lint, stats, holdout, exclude (--help)
        nfnets-xla shards show DIR            draw the views that a recipe makes of them
        nfnets-xla checkpoint COMMAND WHERE   verify, show, export (--help)
+       nfnets-xla runs DIR                   how far runs are, and what came out (--help)
        nfnets-xla audit RUN                  prove that every sample was shown exactly once
+       nfnets-xla two_trials RECIPE ...      sweep the learning rate by the paper's rule (--help)
        nfnets-xla scaling COMMAND ...        plan, fit (--help)
        nfnets-xla launch COMMAND FILE        run on Cloud TPU: create, watch, resume ... (--help)
        nfnets-xla models [PATTERN | NAME]    list the models, or show all about one
@@ -50,14 +45,6 @@ recipes:"""
 
 
 WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-
-
-class ConfOnPath(SearchPathPlugin):
-    """Adds conf/ to the places Hydra looks in. A recipe's own `hydra.searchpath` would not do: it
-    is refused as soon as one recipe extends another."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.append("nfnets-xla", "pkg://nfnets_xla.conf")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,12 +66,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif arguments[0] == "checkpoint":
             if code := checkpoint(arguments[1:]):
                 sys.exit(code)
+        elif arguments[0] == "runs":
+            runs(arguments[1:])
         elif arguments[0] == "audit":
             audit(arguments[1:])
         elif arguments[0] == "scaling":
             scaling(arguments[1:])
         elif arguments[0] == "launch":
-            if code := launch(arguments[1:], read_launch):
+            if code := launch(arguments[1:], compose.read_launch):
                 sys.exit(code)
         elif arguments[0] == "models":
             models(arguments[1:])
@@ -95,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             if argv is None:  # the process is ours
                 preemption.start()
-            recipe(arguments[0], arguments[1:], preemption)
+            if arguments[0] == "two_trials":
+                two_trials(arguments[1:], preemption)
+            else:
+                compose.recipe(arguments[0], arguments[1:], preemption)
         sys.stdout.flush()
     except BrokenPipeError:  # `nfnets-xla models | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -105,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except CellFailed as error:
+        print(f"nfnets-xla: {one_line(error)}: the same command tries again", file=sys.stderr)
+        sys.exit(1)
     except Interrupted as error:
         print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)
         sys.exit(START_AGAIN)
@@ -115,92 +110,14 @@ def usage() -> str:
     return "\n".join([USAGE, *lines])
 
 
-def recipes() -> dict[str, str]:
-    """Names of the shipped recipes with the first line of their headers."""
-    found = {}
-    for file in sorted(files("nfnets_xla.recipes").iterdir(), key=lambda file: file.name):
-        if file.name.endswith(".yaml"):
-            first = file.read_text(encoding="utf-8").split("\n", 1)[0]
-            found[file.name.removesuffix(".yaml")] = first.removeprefix("#").strip()
-    return found
-
-
-def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
-    """Compose the recipe with Hydra and run it."""
-    own_folder = any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)
-    if name not in recipes() and not own_folder:
-        raise ValueError(
-            f"there is no recipe {name!r}; there are {', '.join(recipes())} "
-            "(your own needs --config-dir FOLDER)"
-        )
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to main() instead of a printed traceback
-    Plugins.instance().register(ConfOnPath)
-    quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
-    sys.argv = ["nfnets-xla", "--config-name", name, *arguments, *quiet, "hydra/hydra_logging=none"]
-    refused: list[ValueError | Interrupted] = []
-
-    def job(config: DictConfig) -> None:
-        try:
-            execute(to_run(config), preemption)
-        except (
-            ValueError,
-            Interrupted,
-        ) as error:  # kept from Hydra, which would print more
-            refused.append(error)
-
-    hydra.main(version_base="1.3", config_path="pkg://nfnets_xla.recipes", config_name=None)(job)()
-    if refused:
-        raise refused[0]
-
-
-def execute(run: Run, preemption: Preemption) -> None:
-    if run.job == "train":
-        from nfnets_xla.display import open_display
-        from nfnets_xla.train import train
-
-        with open_display() as display:
-            train(run, display, preemption)
-    else:
-        from nfnets_xla.evaluate import evaluate
-
-        evaluate(run)
-
-
-def to_run(config: DictConfig) -> Run:
-    """Merge into the dataclasses, so that types and names are checked, and check the values."""
-    typed = OmegaConf.merge(OmegaConf.structured(Run), config)
-    missing = sorted(OmegaConf.missing_keys(typed))
-    if missing:
-        raise ValueError(f"{', '.join(missing)} not set: give {missing[0]}=VALUE")
-    run = OmegaConf.to_object(typed)
-    assert isinstance(run, Run)
-    run.check()
-    return run
-
-
-def read_launch(file: Path, overrides: list[str]) -> Launch:
-    """Settings of `nfnets-xla launch`, checked as a run's are."""
-    parts = [OmegaConf.structured(Launch), OmegaConf.load(file), OmegaConf.from_dotlist(overrides)]
-    typed = OmegaConf.merge(*parts)
-    if missing := sorted(OmegaConf.missing_keys(typed)):
-        raise ValueError(
-            f"{', '.join(missing)} not set: fill in the file, or give {missing[0]}=VALUE"
-        )
-    settings = OmegaConf.to_object(typed)
-    assert isinstance(settings, Launch)
-    return settings
-
-
 def show_shards(arguments: list[str]) -> None:
     from nfnets_xla.show import parse, show
 
     request = parse(arguments)
     # What the sheet does not depend on, and a recipe may leave to be set.
     needless = ["run_dir=null", "model.init_from=null", "data.eval_shards=null", "optim.epochs=1"]
-    Plugins.instance().register(ConfOnPath)
-    with initialize_config_module("nfnets_xla.recipes", version_base="1.3"):
-        overrides = [f"data.shards={request.folder}", *needless, *request.overrides]
-        run = to_run(hydra.compose(request.recipe, overrides))
+    overrides = [f"data.shards={request.folder}", *needless, *request.overrides]
+    run = to_run(composed(request.recipe, overrides))
     show(run, request.out, request.rows)
 
 
@@ -215,12 +132,8 @@ def check(arguments: list[str]) -> None:
     parser.add_argument("--chips", type=int, default=Terms.chips)
     parser.add_argument("--price", type=float, help="of a chip-hour, in any currency")
     given = parser.parse_intermixed_args(arguments)
-    if given.recipe not in recipes():
-        raise ValueError(f"there is no recipe {given.recipe!r}; there are {', '.join(recipes())}")
     terms = Terms(given.hardware, given.mfu, given.chips, given.price)
-    Plugins.instance().register(ConfOnPath)
-    with initialize_config_module("nfnets_xla.recipes", version_base="1.3"):
-        run = to_run(hydra.compose(given.recipe, ["run_dir=null", *given.overrides]))
+    run = to_run(composed(given.recipe, ["run_dir=null", *given.overrides]))
     for what, how_much in forecast(run, terms):
         print(f"{what:12} {how_much}")
 
@@ -237,6 +150,12 @@ def checkpoint(arguments: list[str]) -> int:
     return checkpoints(arguments)
 
 
+def runs(arguments: list[str]) -> None:
+    from nfnets_xla import overview
+
+    overview.runs(arguments)
+
+
 def audit(arguments: list[str]) -> None:
     from nfnets_xla.ledger import audit as audited
 
@@ -249,11 +168,26 @@ def audit(arguments: list[str]) -> None:
 
 
 def scaling(arguments: list[str]) -> None:
-    if find_spec("scipy") is None:
-        raise ValueError("scaling needs scipy: pip install 'nfnets_xla[scaling]'")
+    needs_scipy("scaling")
     from nfnets_xla import scaling_cli
 
     scaling_cli.scaling(arguments)
+
+
+def two_trials(arguments: list[str], preemption: Preemption) -> None:
+    needs_scipy("two_trials")
+    from nfnets_xla import trials
+
+    parser = Parser(prog="nfnets-xla two_trials", description=trials.__doc__)
+    parser.add_argument("recipe", help="one that sweeps: lr_sweep, scaling_sweep")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    given = parser.parse_intermixed_args(arguments)
+    compose.two_trials(given.recipe, given.overrides, preemption)
+
+
+def needs_scipy(command: str) -> None:
+    if find_spec("scipy") is None:
+        raise ValueError(f"{command} needs scipy: pip install 'nfnets_xla[scaling]'")
 
 
 def models(arguments: list[str]) -> None:

@@ -20,6 +20,7 @@ MIXES = ("none", "mixup_cutmix")
 class ModelConfig:
     name: str  # a name of `nfnets-xla models`
     init_from: str | None  # a run folder, a checkpoint folder or a .safetensors file; None: random
+    pretrained: str | None  # instead: a tag of public weights, dm_in1k or dm_in1k_haiku
     init_weights: str  # "raw" or "ema": which of a checkpoint's two sets init_from takes
     head_bias: float  # of a new classifier; -10 with a sigmoid loss: every class is rare
     drop_rate: float  # dropout before the classifier
@@ -116,6 +117,11 @@ class Run:
         _one_of("optim.loss", self.optim.loss, LOSSES)
         _one_of("data.mix", self.data.mix, MIXES)
         _one_of("model.init_weights", self.model.init_weights, ("raw", "ema"))
+        if self.model.pretrained is not None and self.model.init_from is not None:
+            raise ValueError(
+                f"model.pretrained is {self.model.pretrained!r} and model.init_from "
+                f"{self.model.init_from!r}: two sources of weights; give one"
+            )
         if self.model.stacked not in (True, False, "auto"):
             raise ValueError(
                 f"model.stacked is {self.model.stacked!r}; it must be auto, true or false"
@@ -169,7 +175,8 @@ class Run:
         values = asdict(self)
         del values["run_dir"], values["trainer"]
         del values["data"]["workers"], values["data"]["shards"], values["data"]["eval_shards"]
-        del values["data"]["eval_batch_size"], values["model"]["init_from"]
+        del values["data"]["eval_batch_size"]
+        del values["model"]["init_from"], values["model"]["pretrained"]
         # Which samples are excluded is in the fingerprint of the shards.
         del values["data"]["exclude"], values["data"]["max_missed"]
         del values["data"]["cache_dir"], values["data"]["cache_bytes"]

@@ -11,10 +11,11 @@ import torch
 from nfnets_xla import checkpoint
 from nfnets_xla.backend import open_backend
 from nfnets_xla.config import Run
+from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.inputs import check_cache, count_classes, make_eval_loader, open_index
 from nfnets_xla.missed import Missed
 from nfnets_xla.models.peers import is_peer
-from nfnets_xla.models.registry import count_parameters, create_network
+from nfnets_xla.models.registry import Network, count_parameters, create_network
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.task import Classification
@@ -31,18 +32,9 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     """
     if run.data.eval_shards is None:
         raise ValueError("data.eval_shards is not set; it must name a folder of indexed shards")
-    if run.model.init_from is None:
-        raise ValueError("model.init_from is not set; it must name the weights to evaluate")
     check_cache(run)
     held_out = open_index(run, run.data.eval_shards)
-    weights, path = checkpoint.weights(run.model.init_from, run.model.init_weights)
-    num_classes = count_classes(run, held_out)
-    if run.data.num_classes is None and "head.weight" in weights:
-        num_classes = max(num_classes, weights["head.weight"].shape[0])
-    sized = {"image_size": run.data.eval_image_size} if is_peer(run.model.name) else {}
-    options: dict[str, Any] = {"num_classes": num_classes, **sized}
-    net = create_network(run.model.name, **options)
-    load_into(net, weights, source=path)
+    net, source, num_classes = trained(run, held_out)
 
     backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
     choose_form(net, run, backend)
@@ -77,9 +69,37 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
         trainer.validate(task, loader, verbose=False)
         (metrics,) = task.evaluation.values()
         say(
-            f"{path}: loss {metrics['loss']:.4f}  top-1 {metrics['top1']:.4f}  "
+            f"{source}: loss {metrics['loss']:.4f}  top-1 {metrics['top1']:.4f}  "
             f"top-5 {metrics['top5']:.4f}  on {metrics['images']} images of {held_out.folder}"
         )
         record.write("eval", 0, weights=run.model.init_weights, **metrics)
         record.write("end", 0, missed=missed.evaluated, **backend.report())
     return metrics
+
+
+def trained(run: Run, held_out: ShardIndex) -> tuple[Network, str, int]:
+    """The network with the weights that are to be evaluated, where they are from, and its classes.
+
+    Without `data.num_classes` it has as many as the weights, or as the labels if those are more.
+    """
+    num_classes = count_classes(run, held_out)
+    name, tag = run.model.name, run.model.pretrained
+    sized = {"image_size": run.data.eval_image_size} if is_peer(name) else {}
+    if tag is not None and not is_peer(name):
+        net = create_network(f"{name}.{tag}", pretrained=True)
+        check_head(net.num_classes, num_classes, f"{name}.{tag}")
+        return net, f"{name}.{tag}", net.num_classes
+    if run.model.init_from is None:
+        raise ValueError("model.init_from is not set; it must name the weights to evaluate")
+    weights, source = checkpoint.weights(run.model.init_from, run.model.init_weights)
+    if run.data.num_classes is None and "head.weight" in weights:
+        num_classes = max(num_classes, weights["head.weight"].shape[0])
+    options: dict[str, Any] = {"num_classes": num_classes, **sized}
+    net = create_network(name, **options)
+    load_into(net, weights, source=source)
+    return net, source, num_classes
+
+
+def check_head(has: int, needed: int, source: str) -> None:
+    if has < needed:
+        raise ValueError(f"{source} knows {has} classes, and the shards have labels of {needed}")

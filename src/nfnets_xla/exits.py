@@ -5,3 +5,7 @@ START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same comman
 
 class Interrupted(Exception):
     """The run ends now, and the same command would go on from its newest checkpoint."""
+
+
+class CellFailed(Exception):
+    """A run of a sweep ended with an error. The others are run, and then the exit code is 1."""

@@ -17,12 +17,14 @@ import signal
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from nfnets_xla.exits import START_AGAIN
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 5.0
+FOLLOWED = "NFNETS_XLA_FOLLOWED"  # environment: the process without which this one ends, too
 NO_NOTICE = ("NONE", "FALSE")  # Google's metadata server, of maintenance-event and of preempted
 
 
@@ -32,6 +34,7 @@ class Preemption:
         self.grace = grace
         self.reason: str | None = None  # by whom the training was asked to stop
         self.unsaved = False  # whether steps have been done since the last checkpoint
+        self.pass_on: Callable[[], None] | None = None  # to the process that does the work for us
         self._deadline = float("inf")
 
     def start(self) -> None:
@@ -42,6 +45,8 @@ class Preemption:
             signal.signal(number, _noted)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True, name="signals").start()
+        if os.environ.get(FOLLOWED) == str(os.getppid()):
+            threading.Thread(target=self._follow, daemon=True, name="followed").start()
 
     def poll(self, notice: str) -> None:
         """Watch a file, or what an http(s) address answers, for a notice that the machine will go.
@@ -50,7 +55,15 @@ class Preemption:
         """
         threading.Thread(target=self._poll, args=(notice,), daemon=True, name="notice").start()
 
+    def __reduce__(self) -> tuple[type["Preemption"], tuple[float]]:
+        """In another process it is another one: a launcher's plugin may send a job there."""
+        return Preemption, (self.grace,)
+
     def ask(self, reason: str) -> None:
+        if self.pass_on is not None:
+            self.reason = reason
+            self.pass_on()
+            return
         if self.reason is not None:
             self._end(f"{reason} after {self.reason}")
         if not self.unsaved:
@@ -78,6 +91,14 @@ class Preemption:
                 self.ask(f"{notice} announces maintenance")
                 os.write(self._write, b"\0")  # no signal: the other thread is to see the deadline
             before = now
+
+    def _follow(self) -> None:
+        """A sweep that is killed cannot say so to the run that it has started."""
+        parent = os.getppid()
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        self.ask("the sweep is gone")
+        os.write(self._write, b"\0")
 
     def _end(self, why: str) -> None:
         _say(f"{why}: ending with {START_AGAIN}")

@@ -222,7 +222,7 @@ def train(
 def make_model(run: Run, num_classes: int, say: Say) -> Network:
     """The network on the host, with random or given weights.
 
-    Weights of a run with other classes keep their body and get a new head, and that is said.
+    Weights of a run or of the public with other classes keep their body and get a new head.
     """
     options: dict[str, Any] = {"drop_path_rate": run.model.drop_path_rate}
     if is_peer(run.model.name):
@@ -232,9 +232,13 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
                 "layers draw their own randomness, which no restart could repeat; give 0"
             )
         options = {"image_size": run.data.image_size}
-    net = create_network(
-        run.model.name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options
-    )
+    name, tag = run.model.name, run.model.pretrained
+    if tag is not None:
+        if is_peer(name):
+            raise ValueError(f"model.pretrained is {tag!r} for {name}: it is for NFNets; give null")
+        name, options["pretrained"] = f"{name}.{tag}", True
+        say(f"public weights {name}; its classifier is new unless it has {num_classes} classes")
+    net = create_network(name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options)
     if run.model.head_bias:
         bias = net.get_parameter(f"{net.classifier_name}.bias")
         torch.nn.init.constant_(bias, run.model.head_bias)

@@ -11,10 +11,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nfnets_xla.devices import find_device
-from nfnets_xla.record import RunRecord, read_record
+from nfnets_xla.record import Row, RunRecord, read_record
 from nfnets_xla.scaling.account import core_hours, device, train_flops, utilisation
 
 
@@ -25,7 +24,7 @@ class Point:
     run: str  # its folder, relative to where the search began
     model: str
     epochs: float
-    peak_lr: float
+    peak_lr: float  # of the whole batch, as it was used
     seed: int
     loss: float  # held out
     top1: float  # held out, in [0, 1]
@@ -44,7 +43,7 @@ class Point:
     restarts: int
     steps_lost: int
     data: str  # fingerprint of the training shards
-    init_from: str | None  # the run or file whose weights it started from
+    init_from: str | None  # the run, file or public weights that it started from
 
     @property
     def is_finetuned(self) -> bool:
@@ -127,14 +126,14 @@ def read_point(record: RunRecord, name: str) -> Point:
     config = header["config"]
     data, optim = config["data"], config["optim"]
     rows = header["num_steps"] * data["batch_size"]
-    evaluation = _evaluation(record.of_kind("eval"))
+    evaluation = last_evaluation(record.of_kind("eval"))
     speeds = [row["images_per_second"] for row in record.of_kind("train")]
     macs = header["macs_per_image"]
     return Point(
         run=name,
         model=config["model"]["name"],
         epochs=optim["epochs"],
-        peak_lr=optim["peak_lr"],
+        peak_lr=absolute_rate(config),
         seed=config["seed"],
         loss=evaluation["loss"],
         top1=evaluation["top1"],
@@ -145,7 +144,7 @@ def read_point(record: RunRecord, name: str) -> Point:
         batch_size=data["batch_size"],
         repeats=data["repeats"],
         rows=rows,
-        flops=train_flops(macs, rows, sam_fraction=0.0 if optim["sam_rho"] is None else 1.0),
+        flops=train_flops(macs, rows, sam_fraction=ascent_share(config)),
         device_kind=header["device_kind"],
         devices=header["num_devices"],
         typical_seconds=rows / statistics.median(speeds) if speeds else None,
@@ -153,12 +152,25 @@ def read_point(record: RunRecord, name: str) -> Point:
         restarts=len(record.headers) - 1,
         steps_lost=record.steps_lost,
         data=header["fingerprint"],
-        init_from=config["model"]["init_from"],
+        init_from=config["model"]["init_from"] or config["model"].get("pretrained"),
     )
 
 
-def _evaluation(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The last one; of two sets of weights evaluated there, the moving average's."""
+def absolute_rate(config: Row) -> float:
+    """The peak of the schedule, of a record's configuration: `lr_batch` scales what was given."""
+    optim, batch_size = config["optim"], config["data"]["batch_size"]
+    reference = optim.get("lr_batch")
+    return optim["peak_lr"] * (batch_size / reference if reference else 1.0)
+
+
+def ascent_share(config: Row) -> float:
+    """Of each batch that SAM computes twice; 0 without SAM."""
+    optim = config["optim"]
+    return 0.0 if optim["sam_rho"] is None else optim.get("sam_ascent_fraction", 1.0)
+
+
+def last_evaluation(rows: Sequence[Row]) -> Row:
+    """Of two sets of weights evaluated at the last step, the moving average's."""
     last = [row for row in rows if row["step"] == rows[-1]["step"]]
     return next((row for row in last if row["weights"] == "ema"), last[-1])
 

@@ -1,0 +1,200 @@
+"""Recipes to runs: what Hydra and OmegaConf make of a name and overrides. They stop here.
+
+Recipes (recipes/) are Hydra's primary configs; the groups they pick from live in conf/. What comes
+out is a typed, checked `Run`; or, of a recipe that sweeps, one run after the other (sweep.py).
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import hydra
+from hydra import initialize_config_module
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from nfnets_xla.config import Run
+from nfnets_xla.exits import CellFailed, Interrupted
+from nfnets_xla.launch import Launch
+from nfnets_xla.preempt import Preemption
+from nfnets_xla.shards_cli import Parser
+
+
+class ConfOnPath(SearchPathPlugin):
+    """Adds conf/ to the places Hydra looks in. A recipe's own `hydra.searchpath` would not do: it
+    is refused as soon as one recipe extends another."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("nfnets-xla", "pkg://nfnets_xla.conf")
+
+
+def recipes() -> dict[str, str]:
+    """Names of the shipped recipes with the first line of their headers."""
+    found = {}
+    for file in sorted(files("nfnets_xla.recipes").iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".yaml"):
+            first = file.read_text(encoding="utf-8").split("\n", 1)[0]
+            found[file.name.removesuffix(".yaml")] = first.removeprefix("#").strip()
+    return found
+
+
+def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
+    """Compose the recipe with Hydra and run it."""
+    own_folder = any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)
+    if not own_folder:
+        known(name)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to main() instead of a printed traceback
+    prepare()
+    quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
+    quiet += ["hydra.sweep.dir=${run_dir}", "hydra.sweep.subdir=.", "hydra/hydra_logging=none"]
+    sys.argv = ["nfnets-xla", "--config-name", name, *arguments, *quiet]
+    refused: list[Exception] = []
+    here = os.getpid()
+
+    def job(config: DictConfig) -> None:
+        try:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                sweep_cell(config, name, arguments, preemption)
+            else:
+                execute(to_run(config), preemption)
+        except (ValueError, Interrupted, CellFailed) as error:
+            if os.getpid() != here:  # where a launcher's plugin has sent it: Hydra brings it back
+                raise
+            refused.append(error)  # kept from Hydra, which would print more
+
+    hydra.main(version_base="1.3", config_path="pkg://nfnets_xla.recipes", config_name=None)(job)()
+    failed = [str(error) for error in refused if isinstance(error, CellFailed)]
+    if failed:
+        raise CellFailed(f"{len(failed)} of the sweep's runs failed: {'; '.join(failed)}")
+    if refused:
+        raise refused[0]
+
+
+def known(name: str) -> None:
+    if name not in recipes():
+        raise ValueError(
+            f"there is no recipe {name!r}; there are {', '.join(recipes())} "
+            "(your own needs --config-dir FOLDER)"
+        )
+
+
+def prepare() -> None:
+    from nfnets_xla.sweep import model_of
+
+    Plugins.instance().register(ConfOnPath)
+    OmegaConf.register_new_resolver("model_of", model_of, replace=True)
+
+
+def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: Preemption) -> None:
+    """One job of Hydra's multirun. What the recipe sweeps, or the person does, names its folder."""
+    from nfnets_xla.sweep import Cell, run_cell
+
+    given = HydraConfig.get()
+    keys = list(given.sweeper.params or [])
+    plain = [word for word in arguments if not word.startswith("-") and "=" in word]
+    for override in OverridesParser.create().parse_overrides(plain):
+        if override.is_sweep_override() and override.key_or_group not in keys:
+            keys.append(override.key_or_group)
+    parser = Parser(allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    folder = parser.parse_known_args(arguments)[0].config_dir
+    where = [] if folder is None else [f"--config-dir={folder}"]
+    run_cell(Cell(to_run(config), keys, name, [*where, *given.overrides.task]), preemption)
+
+
+def two_trials(name: str, overrides: list[str], preemption: Preemption) -> None:
+    """Sweep the rate of each model at each number of epochs; failures of all of them at the end."""
+    from nfnets_xla.trials import next_pair, size
+
+    swept: dict[str, list[str]] = {}
+    params = composed(name).hydra.sweeper.params
+    if not params:
+        raise ValueError(f"{name} does not sweep: give lr_sweep, or a recipe of its kind")
+    given = [f"{key}={value}" for key, value in params.items()]
+    rest = []
+    for word in [*given, *overrides]:
+        (override,) = OverridesParser.create().parse_overrides([word])
+        key = override.get_key_element()
+        if key in ("model.name", "optim.epochs"):
+            several = override.is_sweep_override()
+            one = [word.partition("=")[2]]
+            swept[key] = list(override.sweep_string_iterator()) if several else one
+        elif key == "optim.peak_lr" and word in overrides:
+            raise ValueError(f"{word} is given; two_trials chooses the rates: leave it out")
+        elif word in overrides:
+            rest.append(word)
+    for key in ("model.name", "optim.epochs"):
+        if key not in swept:
+            raise ValueError(f"{key} not set: give {key}=VALUE or several, with commas")
+    cells = []
+    for model in swept["model.name"]:
+        for epochs in swept["optim.epochs"]:
+            cell = [*rest, f"model.name={model}", f"optim.epochs={epochs}"]
+            run = to_run(composed(name, [*cell, "seed=0"]))
+            cells.append((size(run), run.optim.epochs, run, cell))
+    failed = []
+    for *_, run, cell in sorted(cells, key=lambda entry: entry[:2]):
+        pair = next_pair(run)
+        print(pair, flush=True)
+        try:
+            recipe(name, [*cell, f"optim.peak_lr={','.join(pair.rates)}"], preemption)
+        except CellFailed as error:
+            failed.append(str(error))
+    if failed:
+        raise CellFailed("; ".join(failed))
+
+
+def composed(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """A recipe without running it; of one that sweeps, without what it sweeps. With "hydra"."""
+    known(name)
+    prepare()
+    with initialize_config_module("nfnets_xla.recipes", version_base="1.3"):
+        return hydra.compose(name, list(overrides), return_hydra_config=True)
+
+
+def execute(run: Run, preemption: Preemption) -> None:
+    if run.job == "train":
+        from nfnets_xla.display import open_display
+        from nfnets_xla.train import train
+
+        with open_display() as display:
+            train(run, display, preemption)
+    else:
+        from nfnets_xla.evaluate import evaluate
+
+        evaluate(run)
+
+
+def to_run(config: DictConfig) -> Run:
+    """Merge into the dataclasses, so that types and names are checked, and check the values."""
+    ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    typed = OmegaConf.merge(OmegaConf.structured(Run), ours)
+    if typed.model.pretrained is not None and OmegaConf.is_missing(typed.model, "init_from"):
+        typed.model.init_from = None  # what must be given is weights
+    missing = sorted(OmegaConf.missing_keys(typed))
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not set: give {missing[0]}=VALUE")
+    run = OmegaConf.to_object(typed)
+    assert isinstance(run, Run)
+    run.check()
+    return run
+
+
+def read_launch(file: Path, overrides: list[str]) -> Launch:
+    """Settings of `nfnets-xla launch`, checked as a run's are."""
+    parts = [OmegaConf.structured(Launch), OmegaConf.load(file), OmegaConf.from_dotlist(overrides)]
+    typed = OmegaConf.merge(*parts)
+    if missing := sorted(OmegaConf.missing_keys(typed)):
+        raise ValueError(
+            f"{', '.join(missing)} not set: fill in the file, or give {missing[0]}=VALUE"
+        )
+    settings = OmegaConf.to_object(typed)
+    assert isinstance(settings, Launch)
+    return settings

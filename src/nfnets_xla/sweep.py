@@ -1,0 +1,110 @@
+"""Sweeps: a folder of runs, started and gone on with by one command.
+
+Hydra multiplies the values out (`hydra.mode: MULTIRUN` in the recipe, or `--multirun`), and its
+launcher, which may be a plugin, says how many run at a time, and where. Every cell is a run of its
+own in a process of its own: whatever kills it leaves the others, and nothing is handed on from one
+to the next but files. Given again, the command skips what is finished and goes on with the rest.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nfnets_xla.config import Run, differences
+from nfnets_xla.exits import START_AGAIN, CellFailed
+from nfnets_xla.inputs import open_shards
+from nfnets_xla.preempt import FOLLOWED, Preemption
+from nfnets_xla.record import read_record
+from nfnets_xla.resume import ended
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    run: Run  # with run_dir, the sweep's folder
+    keys: Sequence[str]  # dotted, of the values that tell it from the others
+    recipe: str
+    overrides: Sequence[str]  # of the command line, with this cell's values
+
+    @property
+    def folder(self) -> Path:
+        """Below the sweep's folder, and named after what is swept: "nfnet_f0-epochs_0.25".
+
+        Without "=" and ",", which would have to be quoted in an override.
+        """
+        if self.run.run_dir is None:
+            raise ValueError("run_dir is not set; it must name the folder of the sweep's runs")
+        values = asdict(self.run)
+        words = [_word(key, _lookup(values, key)) for key in self.keys if key != "run_dir"]
+        return Path(self.run.run_dir) / ("-".join(words) or "run")
+
+    @property
+    def command(self) -> list[str]:
+        own = ["hydra.mode=RUN", f"run_dir={self.folder}"]
+        return [sys.executable, "-m", "nfnets_xla", self.recipe, *self.overrides, *own]
+
+    def finished(self) -> bool:
+        """Whether the folder holds this very run to its end."""
+        if ended(self.folder) is None:
+            return False
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        index, _ = open_shards(self.run)
+        fingerprint = read_record(self.folder).headers[0]["fingerprint"]
+        return fingerprint == index.fingerprint and not differences(
+            _compared(config), _compared(asdict(self.run))
+        )
+
+
+def run_cell(cell: Cell, preemption: Preemption) -> None:
+    """Raises CellFailed; SystemExit if the sweep is asked to stop, which a cell does not catch."""
+    if preemption.reason is not None:
+        sys.exit(START_AGAIN)
+    if cell.finished():
+        print(f"{cell.folder}: finished before", flush=True)
+        return
+    print(f"{cell.folder}: {' '.join(cell.overrides)}", flush=True)
+    # In a group of its own: a terminal's Ctrl-C comes to us alone, and from us to it, once.
+    followed = {**os.environ, FOLLOWED: str(os.getpid())}
+    process = subprocess.Popen(cell.command, env=followed, process_group=0)
+    preemption.pass_on = lambda: process.send_signal(signal.SIGTERM)
+    try:
+        code = process.wait()
+    finally:
+        preemption.pass_on = None
+    if preemption.reason is not None or code == START_AGAIN:
+        sys.exit(START_AGAIN)
+    if code:
+        how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        raise CellFailed(f"{cell.folder} ended with {how}")
+
+
+def model_of(run_dir: str) -> str:
+    """The name of the model that a run trained; in recipes: ${model_of:${model.init_from}}."""
+    file = Path(run_dir) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{run_dir} is not a run's folder: it must hold a config.json")
+    return json.loads(file.read_text(encoding="utf-8"))["model"]["name"]
+
+
+def _lookup(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def _word(key: str, value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value).rstrip("/").rpartition("/")[2]
+    text = "".join(char if char.isalnum() or char in "-_.+" else "_" for char in text)
+    return text if key in ("model.name", "model.init_from") else f"{key.rpartition('.')[2]}_{text}"
+
+
+def _compared(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration decides the numbers, and where they come from."""
+    return {name: value for name, value in config.items() if name not in ("run_dir", "trainer")}

@@ -1,0 +1,61 @@
+"""`nfnets-xla two_trials RECIPE ...`: the learning rate by arXiv 2310.16764's rule of two trials.
+
+Taking for granted that the best rate never rises with epochs or size, each model at each number of
+epochs is run twice: with the lowest of the rates that were best for runs no larger and no longer,
+and with half of it. Small models and few epochs come first, since the others start from them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nfnets_xla.config import Run
+from nfnets_xla.forecast import network
+from nfnets_xla.inputs import count_classes, open_shards
+from nfnets_xla.scaling.rate import cells_of, two_trials
+from nfnets_xla.scaling.runs import pretrained, read_points
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two values of `optim.peak_lr` to run, and why these."""
+
+    model: str
+    epochs: float
+    rates: tuple[str, str]
+    because: str
+
+    def __str__(self) -> str:
+        return f"{self.model} at {self.epochs:g} epochs: {' and '.join(self.rates)}; {self.because}"
+
+
+def size(run: Run) -> float:
+    """Multiply-accumulates of one training image."""
+    return network(run, _classes(run)).macs(run.data.image_size)
+
+
+def next_pair(run: Run) -> Pair:
+    """For the model and epochs of `run`, from the finished runs below its `run_dir`.
+
+    Rates of the record are those that were used; `optim.peak_lr` is that of `optim.lr_batch` rows.
+    """
+    if run.run_dir is None:
+        raise ValueError("run_dir is not set; it must name the folder of the sweep's runs")
+    folder = Path(run.run_dir)
+    points = read_points(folder)[0] if any(folder.rglob("run-*.jsonl")) else []
+    index, _ = open_shards(run)
+    known = [
+        point
+        for point in pretrained(points)
+        if (point.data, point.image_size, point.batch_size)
+        == (index.fingerprint, run.data.image_size, run.data.batch_size)
+    ]
+    found = two_trials(
+        size(run), run.optim.epochs, batch_size=run.data.batch_size, cells=cells_of(known)
+    )
+    scale = 1.0 if run.optim.lr_batch is None else run.data.batch_size / run.optim.lr_batch
+    high, low = (f"{rate / scale:.6g}" for rate in found.rates)
+    return Pair(run.model.name, run.optim.epochs, (high, low), found.because)
+
+
+def _classes(run: Run) -> int:
+    return count_classes(run, *open_shards(run))

@@ -1,0 +1,172 @@
+"""Sweeps: real runs in real processes, of which some fail, are killed, or were finished before."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla.cli import main
+from nfnets_xla.compose import composed, to_run
+from nfnets_xla.record import read_record
+from nfnets_xla.scaling.runs import read_points
+from nfnets_xla.sweep import Cell, model_of
+from tests.runs import SMALL, start
+
+
+@pytest.fixture
+def sweep(shards: Path, tmp_path: Path) -> list[str]:
+    """A batch of 16 rows: `lr_batch: 256` scales every rate by 1/16."""
+    data = [f"data.shards={shards / 'train'}", f"data.eval_shards={shards / 'held-out'}"]
+    small = [word for word in SMALL if not word.startswith("optim.")]
+    optim = ["optim.warmup_steps=null", "optim.warmup_fraction=0.2"]
+    mini = ["model.compute_dtype=float32", "trainer.tensorboard=false", "data.min_crop_area=0.5"]
+    run = [f"run_dir={tmp_path / 'runs'}", "trainer.device=cpu", "trainer.checkpoint_every=2"]
+    return [*data, *small, *optim, *mini, *run]
+
+
+def headers(folder: Path) -> dict[str, int]:
+    """{cell: starts}."""
+    return {
+        file.parent.name: len(read_record(file.parent).headers)
+        for file in folder.glob("*/run-1.jsonl")
+    }
+
+
+def test_a_cell_is_named_after_what_is_swept() -> None:
+    run = to_run(composed("pretrain", ["data.shards=S", "run_dir=R", "optim.epochs=0.25"]))
+    keys = ["model.name", "optim.epochs", "optim.peak_lr", "seed"]
+    cell = Cell(run, keys, "pretrain", [])
+    assert cell.folder == Path("R/nfnet_f0-epochs_0.25-peak_lr_0.1-seed_0")
+    run.model.init_from = "some/where/nfnet_f0-epochs_1/"
+    assert Cell(run, ["model.init_from"], "pretrain", []).folder == Path("R/nfnet_f0-epochs_1")
+    assert "=" not in str(cell.folder)
+    assert "," not in str(cell.folder)
+
+
+@pytest.mark.slow
+def test_a_failed_cell_does_not_lose_the_sweep(
+    sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The cell in the middle has a folder that holds another run; the same command is then given
+    with that out of the way, and nothing is computed twice."""
+    runs = tmp_path / "runs"
+    swept = ["model.name=nfnet_mini_f0", "optim.epochs=0.25", "optim.peak_lr=0.2,0.4,0.8"]
+    blocked = runs / "nfnet_mini_f0-epochs_0.25-peak_lr_0.4-seed_0"
+    blocked.parent.mkdir()
+    blocked.write_text("a file where the folder should be")
+    with pytest.raises(SystemExit) as stopped:
+        main(["lr_sweep", *sweep, *swept])
+    assert stopped.value.code == 1
+    error = capfd.readouterr().err
+    assert "1 of the sweep's runs failed" in error
+    assert "peak_lr_0.4-seed_0 ended with" in error
+    assert "Traceback" not in error
+    assert len(headers(runs)) == 2
+    blocked.unlink()
+    main(["lr_sweep", *sweep, *swept])
+    assert headers(runs) == {
+        f"nfnet_mini_f0-epochs_0.25-peak_lr_{rate}-seed_0": 1 for rate in ("0.2", "0.4", "0.8")
+    }
+    assert capfd.readouterr().out.count("finished before") == 2
+    points, left_out = read_points(runs)
+    assert not left_out
+    assert sorted(point.peak_lr for point in points) == [
+        pytest.approx(rate * 16 / 256) for rate in (0.2, 0.4, 0.8)
+    ]
+    # A fine-tuning sweep over two of them knows the model of each.
+    cells = ",".join(str(runs / name) for name in sorted(headers(runs))[:2])
+    assert model_of(cells.split(",")[0]) == "nfnet_mini_f0"
+    tuned = [f"run_dir={tmp_path / 'tuned'}", "optim.epochs=0.25", "data.repeats=2"]
+    main(["finetune_sweep", *sweep, *tuned, f"model.init_from={cells}"])
+    assert len(headers(tmp_path / "tuned")) == 2
+    for folder in (tmp_path / "tuned").iterdir():
+        if folder.is_dir():
+            config = json.loads((folder / "config.json").read_text())
+            assert config["model"]["name"] == "nfnet_mini_f0"
+            assert Path(config["model"]["init_from"]).parent == runs
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_to_stop_goes_on_later(sweep: list[str], tmp_path: Path) -> None:
+    runs, log = tmp_path / "runs", tmp_path / "log"
+    swept = ["model.name=nfnet_mini_f0", "optim.epochs=4", "optim.peak_lr=0.2,0.4"]
+    command = ["lr_sweep", *sweep, *swept]
+    process = start(command, log)
+    wait_for_step(runs, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75, log.read_text()
+    assert len(headers(runs)) == 1
+    again = start(command, log)
+    assert again.wait() == 0, log.read_text()
+    assert sorted(headers(runs).values()) == [1, 2]
+    (stopped,) = (name for name, starts in headers(runs).items() if starts == 2)
+    assert read_record(runs / stopped).steps_lost == 0  # it was saved
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_the_sweep_that_started_it(sweep: list[str], tmp_path: Path) -> None:
+    runs, log = tmp_path / "runs", tmp_path / "log"
+    swept = ["model.name=nfnet_mini_f0", "optim.epochs=50", "optim.peak_lr=0.2"]
+    process = start(["lr_sweep", *sweep, *swept], log)
+    wait_for_step(runs, process)
+    process.kill()
+    process.wait()
+    (folder,) = (path for path in runs.iterdir() if path.is_dir())
+    waited = time.monotonic() + 60
+    while subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, check=False).stdout:
+        assert time.monotonic() < waited, log.read_text()
+        time.sleep(0.1)
+    assert "the sweep is gone" in log.read_text()
+
+
+@pytest.mark.slow
+def test_two_trials_start_from_the_best_before(
+    sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    swept = ["model.name=nfnet_mini_f0", "optim.epochs=0.5,0.25"]
+    main(["two_trials", "lr_sweep", *sweep, *swept])
+    lines = [line for line in capfd.readouterr().out.splitlines() if " epochs: " in line]
+    points, _ = read_points(tmp_path / "runs")
+    assert len(points) == 4
+    # The paper's 1.6 of 4096 rows is optim.peak_lr=0.1 of 256, and so the first pair.
+    assert lines[0].startswith("nfnet_mini_f0 at 0.25 epochs: 0.1 and 0.05; 1.6 for a batch")
+    first = [point for point in points if point.epochs == 0.25]
+    best = min(first, key=lambda point: point.loss).peak_lr * 16
+    assert lines[1].startswith(f"nfnet_mini_f0 at 0.5 epochs: {best:g} and {best / 2:g};")
+
+
+def wait_for_step(runs: Path, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        for file in runs.glob("*/run-1.jsonl"):
+            if len(read_record(file.parent).of_kind("train")) > 2:
+                return
+        time.sleep(0.05)
+    raise AssertionError("the sweep ended")
+
+
+def test_what_two_trials_refuses(sweep: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for words, part in (
+        (["lr_sweep", "optim.peak_lr=0.1"], "two_trials chooses the rates"),
+        (["pretrain"], "does not sweep"),
+        (["absent"], "there is no recipe 'absent'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["two_trials", *words, *sweep])
+        assert stopped.value.code == 2
+        assert part in capsys.readouterr().err
+
+
+def test_the_launcher_of_a_plugin_gets_what_it_can_send(tmp_path: Path) -> None:
+    """What Hydra's plugins pickle to run a job elsewhere."""
+    import pickle
+
+    from nfnets_xla.exits import CellFailed
+    from nfnets_xla.preempt import Preemption
+
+    preemption = Preemption(grace=3.0)
+    preemption.pass_on = lambda: None
+    assert pickle.loads(pickle.dumps(preemption)).grace == 3.0
+    assert str(pickle.loads(pickle.dumps(CellFailed("why")))) == "why"
