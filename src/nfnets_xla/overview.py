@@ -1,0 +1,182 @@
+"""`nfnets-xla runs DIR`: the runs below a folder, how far each is, and what came out so far.
+
+Read from the records that runs leave, so that it works on any machine that sees the folder, while
+they run and after. `--list` prints folders instead, for another command:
+
+    nfnets-xla finetune_sweep model.init_from=$(nfnets-xla runs RUNS --flops 2e21 --list) ...
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nfnets_xla.display import clock
+from nfnets_xla.record import RunRecord, read_record
+from nfnets_xla.scaling.account import train_flops
+from nfnets_xla.scaling.runs import absolute_rate, ascent_share, last_evaluation
+from nfnets_xla.shards_cli import Parser
+
+QUIET = 120.0  # seconds without a line, after which a run is taken to have stopped
+WITHIN = 1.25  # of --flops, either way
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One training run, finished or not."""
+
+    name: str  # its folder, relative to where the search began
+    folder: Path
+    model: str
+    epochs: float
+    peak_lr: float
+    step: int
+    steps: int
+    flops: float  # of the whole run's training
+    seconds: float | None  # of all its starts
+    lost_seconds: float
+    starts: int
+    silent: float  # seconds since its record was written to
+    ended: bool
+    loss: float | None  # of the last logged step
+    held_out: tuple[float | None, float] | None  # loss and top-1 of the last evaluation
+
+    @property
+    def status(self) -> str:
+        if self.ended:
+            return "finished"
+        if self.silent < QUIET:
+            return "running"
+        return f"stopped {clock(self.silent)} ago"
+
+
+def overviews(root: Path) -> Iterator[Overview]:
+    """In the order of their names. ValueError if `root` is no folder, or a record is damaged."""
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder: give one that holds runs")
+    for folder in sorted({file.parent for file in root.rglob("run-*.jsonl")}):
+        record = read_record(folder)
+        if record.headers and "num_steps" in record.headers[0]:  # else an evaluation
+            yield overview(record, folder, str(folder.relative_to(root)))
+
+
+def overview(record: RunRecord, folder: Path, name: str) -> Overview:
+    header = record.headers[0]
+    config, steps = header["config"], header["num_steps"]
+    trained, evaluations = record.of_kind("train"), record.of_kind("eval")
+    written = max(file.stat().st_mtime for file in folder.glob("run-*.jsonl"))
+    evaluated = last_evaluation(evaluations) if evaluations else None
+    return Overview(
+        name=name,
+        folder=folder,
+        model=config["model"]["name"],
+        epochs=config["optim"]["epochs"],
+        peak_lr=absolute_rate(config),
+        step=max((row["step"] for row in record.rows), default=0),
+        steps=steps,
+        flops=train_flops(
+            header["macs_per_image"],
+            steps * config["data"]["batch_size"],
+            sam_fraction=ascent_share(config),
+        ),
+        seconds=record.seconds,
+        lost_seconds=record.seconds_lost,
+        starts=len(record.headers),
+        silent=max(0.0, time.time() - written),
+        ended=bool(record.of_kind("end")),
+        loss=trained[-1].get("loss") if trained else None,
+        held_out=None if evaluated is None else (evaluated["loss"], evaluated["top1"]),
+    )
+
+
+def table(found: Sequence[Overview]) -> Any:
+    from rich.table import Table
+
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    shown.add_column("run", overflow="fold", min_width=12)
+    for name in ("status", "step", "epochs", "peak lr", "FLOPs", "time", "lost", "starts"):
+        shown.add_column(name, justify="left" if name == "status" else "right")
+    for name in ("loss", "held out", "top-1"):
+        shown.add_column(name, justify="right")
+    for run in found:
+        held_out, top1 = run.held_out or (None, None)
+        shown.add_row(
+            run.name,
+            run.status,
+            f"{run.step}/{run.steps}",
+            f"{run.epochs:g}",
+            f"{run.peak_lr:.4g}",
+            f"{run.flops:.2e}",
+            "?" if run.seconds is None else clock(run.seconds),
+            clock(run.lost_seconds),
+            str(run.starts),
+            "" if run.loss is None else f"{run.loss:.4f}",
+            "" if held_out is None else f"{held_out:.4f}",
+            "" if top1 is None else f"{top1:.1%}",
+        )
+    return shown
+
+
+def runs(arguments: Sequence[str]) -> None:
+    given = parser().parse_args(arguments)
+    for name in ("flops", "every"):
+        value = getattr(given, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} is {value:g}; it must be greater than 0")
+    if given.watch:
+        watch(given)
+        return
+    found = chosen(given)
+    if given.list:
+        print(",".join(str(run.folder) for run in found))
+        return
+    from rich.console import Console
+
+    console = Console()
+    # In a pipe or a file nothing is cut: a line is as long as it is.
+    Console(width=None if console.is_terminal else 200).print(table(found))
+
+
+def chosen(given: Any) -> list[Overview]:
+    """ValueError if nothing is left: an empty --list would make of a command another one."""
+    every = list(overviews(given.folder))
+    found = [
+        run
+        for run in every
+        if (run.ended or not (given.finished or given.list))
+        and (given.flops is None or given.flops / WITHIN <= run.flops <= given.flops * WITHIN)
+    ]
+    if not found:
+        costs = sorted({f"{run.flops:.2e}" for run in every})
+        raise ValueError(
+            f"none of the {len(every)} training runs below {given.folder} fits"
+            + (f": they cost {', '.join(costs)} FLOPs" if costs else "; each leaves a run-1.jsonl")
+        )
+    return found
+
+
+def watch(given: Any) -> None:
+    """Until it is interrupted, or no run is left that goes on."""
+    from rich.live import Live
+
+    with Live(auto_refresh=False) as live:
+        while True:
+            found = chosen(given)
+            live.update(table(found), refresh=True)
+            if all(run.status != "running" for run in found):
+                return
+            time.sleep(given.every)
+
+
+def parser() -> Parser:
+    made = Parser(prog="nfnets-xla runs", description=__doc__)
+    made.add_argument("folder", type=Path)
+    made.add_argument("--finished", action="store_true", help="only these")
+    made.add_argument(
+        "--flops", type=float, help=f"only runs that cost so much, up to {WITHIN} times either way"
+    )
+    made.add_argument("--list", action="store_true", help="print finished ones' folders, by commas")
+    made.add_argument("--watch", action="store_true", help="follow them until all have stopped")
+    made.add_argument("--every", type=float, default=5.0, help="seconds between two looks")
+    return made

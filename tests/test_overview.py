@@ -1,0 +1,88 @@
+"""`nfnets-xla runs`: every state that a run's folder can be in, and the filters."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla.cli import main
+from nfnets_xla.overview import overviews
+from nfnets_xla.record import RecordWriter
+from nfnets_xla.scaling.account import train_flops
+from tests.scaling.made_runs import header
+
+
+def made(folder: Path, *, ended: bool, seconds_ago: float = 0.0, **changes: object) -> None:
+    opening = header(**changes)  # pyright: ignore[reportArgumentType]
+    with RecordWriter(folder, opening) as record:
+        record.write("train", 10, loss=2.5, top1=0.1, images_per_second=100.0)
+        record.write("eval", 10, weights="raw", loss=2.25, top1=0.25, top5=0.5)
+        if ended:
+            record.write("end", opening["num_steps"])
+    then = time.time() - seconds_ago
+    os.utime(folder / "run-1.jsonl", (then, then))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    made(tmp_path / "a" / "done", ended=True, epochs=1)
+    made(tmp_path / "a" / "going", ended=False, epochs=2)
+    made(tmp_path / "gone", ended=False, seconds_ago=3661, epochs=4)
+    return tmp_path
+
+
+def test_each_is_told_by_its_record(runs: Path) -> None:
+    found = {run.name: run for run in overviews(runs)}
+    assert {name: run.status for name, run in found.items()} == {
+        "a/done": "finished",
+        "a/going": "running",
+        "gone": "stopped 1:01:01 ago",
+    }
+    going, opening = found["a/going"], header(epochs=2)
+    assert (going.step, going.steps) == (10, opening["num_steps"])
+    assert (going.loss, going.held_out) == (2.5, (2.25, 0.25))
+    rows = opening["num_steps"] * opening["config"]["data"]["batch_size"]
+    assert going.flops == train_flops(opening["macs_per_image"], rows)
+
+
+def test_the_table_has_all_of_them(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["runs", str(runs)])
+    printed = capsys.readouterr().out
+    for word in ("a/done", "a/going", "gone", "finished", "running", "2.2500", "25.0%", "lost"):
+        assert word in printed
+
+
+def test_a_list_is_for_another_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(runs / "b", ended=True, epochs=1)
+    main(["runs", str(runs), "--list"])
+    assert capsys.readouterr().out == f"{runs / 'a' / 'done'},{runs / 'b'}\n"
+    cost = next(run.flops for run in overviews(runs) if run.name == "gone")
+    main(["runs", str(runs), "--flops", str(cost * 1.2)])
+    printed = capsys.readouterr().out
+    assert "gone" in printed
+    assert "done" not in printed
+
+
+def test_watching_ends_when_nothing_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["runs", str(runs), "--watch", "--finished"])
+    assert "a/done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--flops", "0"], "--flops is 0; it must be greater than 0"),
+        (["--flops", "1e30"], "none of the 3 training runs below"),
+        (["--every", "-1"], "--every is -1"),
+    ],
+)
+def test_mistakes_are_one_line(
+    runs: Path, capsys: pytest.CaptureFixture[str], words: list[str], part: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["runs", str(runs), *words])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.count("\n") == 1
