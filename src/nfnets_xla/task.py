@@ -9,16 +9,17 @@ The step touches the device three times: the batch goes up, the hyper-parameters
 work is dispatched. Nothing comes back inside the step.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.func import functional_call
-from torchmetrics.aggregation import MeanMetric
 
 from nfnets_xla.config import OptimConfig
 from nfnets_xla.data.mix import mixed
@@ -43,6 +44,8 @@ STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 NO_WEIGHT = 1e-6  # under the sum of rows' weights: a part without any has no gradient, not NaN
 TRAIN_METRICS = ("loss", "top1")
 EVAL_METRICS = ("loss", "top1", "top5")
+# Of a row: the class that scored best, its probability, how many score above the label, the weight.
+ANSWERS = ("predicted", "probability", "rank", "weight")
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ class Classification(LightningModule):
         self.step_metrics_M: Tensor | None = None
         self.evaluation: dict[str, dict[str, float]] = {}  # of the latest evaluation, per weights
         self._restored = restored
+        # Asked of an evaluation: what the first weights said of every row; see ANSWERS.
+        self.keep_answers = False
+        self.answers_NA: np.ndarray | None = None
         self._eval_sums: list[dict[str, Tensor]] = []
 
     # ---- training -----------------------------------------------------------------------------
@@ -243,7 +249,10 @@ class Classification(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Weighted sums of one padded batch, for the weights and, if kept, their average."""
         images_BCHW = self._normalised(batch["images_BHWC"])
-        sums = {"raw": self._sums(self.net(images_BCHW), batch)}
+        logits_BK = self.net(images_BCHW)
+        sums = {"raw": self._sums(logits_BK, batch)}
+        if self.keep_answers:
+            sums["answers"] = self._answers(logits_BK, batch)
         if self.ema is not None:
             averaged = functional_call(self.net, dict(self.ema.shadow), (images_BCHW,))
             sums["ema"] = self._sums(averaged, batch)
@@ -256,6 +265,13 @@ class Classification(LightningModule):
         columns = [losses_B, (rank_B < 1).float(), (rank_B < 5).float(), torch.ones_like(losses_B)]
         return torch.stack([(column * weight_B).sum() for column in columns])
 
+    def _answers(self, logits_BK: Tensor, batch: Batch) -> Tensor:
+        """(B, A) float32, columns as ANSWERS has them."""
+        shares_BK = logits_BK.sigmoid() if self.optim.loss == "sigmoid" else logits_BK.softmax(1)
+        probability_B, predicted_B = shares_BK.max(dim=1)
+        columns = predicted_B, probability_B, _rank(logits_BK, batch), batch["weight_B"]
+        return torch.stack([column.float() for column in columns], dim=1)
+
     def on_validation_epoch_start(self) -> None:
         self._eval_sums = []
 
@@ -267,19 +283,22 @@ class Classification(LightningModule):
             for weights, sums in batch.items()
         }
         host = self.fetch(flat)
+        if self.keep_answers:
+            parts = [host.pop(f"{number}/answers") for number in range(len(self._eval_sums))]
+            self.answers_NA = torch.cat(parts).numpy()
         self.add_up(list(host.values()))
         self.evaluation = {}
-        for weights in self._eval_sums[0]:
-            means = {name: MeanMetric(nan_strategy="disable") for name in EVAL_METRICS}
-            images = 0.0
-            for number in range(len(self._eval_sums)):
-                *totals, weight = host[f"{number}/{weights}"].double()
-                images += float(weight)
-                for metric, total in zip(means.values(), totals, strict=True):
-                    metric.set_dtype(torch.float64).update(total / weight, weight)
+        for weights in [name for name in self._eval_sums[0] if name != "answers"]:
+            of_batches = [host[f"{number}/{weights}"] for number in range(len(self._eval_sums))]
+            *totals, weight = torch.stack(of_batches).double().sum(dim=0).tolist()
+            # torchmetrics' MeanMetric forgets the weights if it is not to drop NaN, and a loss that
+            # is not a number must not be dropped.
             self.evaluation[weights] = {
-                **{name: float(metric.compute()) for name, metric in means.items()},
-                "images": round(images),
+                **{
+                    name: total / weight if weight else math.nan
+                    for name, total in zip(EVAL_METRICS, totals, strict=True)
+                },
+                "images": round(weight),
             }
 
 
