@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from nfnets_xla import checkpoint
+from nfnets_xla.answers import gathered, write
 from nfnets_xla.backend import open_backend
 from nfnets_xla.config import Run
+from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.shards import ShardIndex
-from nfnets_xla.inputs import check_cache, count_classes, make_eval_loader, open_index
+from nfnets_xla.inputs import check_cache, count_classes, make_eval_batches, open_index
 from nfnets_xla.missed import Missed
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, count_parameters, create_network
@@ -27,8 +29,9 @@ Say = Callable[[str], None]
 def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     """Loss, top-1 and top-5 of `model.init_from` on `data.eval_shards`, printed and returned.
 
-    With `run_dir` they are also written as that folder's record. The head must fit: here a
-    classifier of another size is an error and never replaced.
+    With `run_dir` they are also written as that folder's record, beside what answers.py says of
+    classes and images. The head must fit: here a classifier of another size is an error and never
+    replaced.
     """
     if run.data.eval_shards is None:
         raise ValueError("data.eval_shards is not set; it must name a folder of indexed shards")
@@ -47,7 +50,9 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
         fetch=backend.fetch,
         add_up=backend.add_up,
     )
-    loader = make_eval_loader(run, held_out, num_classes, hosts)
+    dataset = make_eval_batches(run, held_out, num_classes, hosts)
+    loader = Batches(dataset, start_step=0, stop_step=len(dataset), workers=run.data.workers)
+    task.keep_answers = run.run_dir is not None
     hosts.agree("what they are to evaluate", [held_out.fingerprint, asdict(run)])
     header = {"resumed_from": 0, "config": asdict(run), "fingerprint": held_out.fingerprint}
     keeps = run.run_dir is not None and hosts.writes
@@ -73,6 +78,11 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
             f"top-5 {metrics['top5']:.4f}  on {metrics['images']} images of {held_out.folder}"
         )
         record.write("eval", 0, weights=run.model.init_weights, **metrics)
+        if task.answers_NA is not None:
+            answers = gathered(task.answers_NA, dataset, hosts)
+            if isinstance(record, RecordWriter):
+                about = {"weights": source, "shards": str(held_out.folder), **metrics}
+                write(record.path.parent, record.attempt, answers, dataset, about, say)
         record.write("end", 0, missed=missed.evaluated, **backend.report())
     return metrics
 

@@ -101,8 +101,10 @@ def make_train_batches(
     )
 
 
-def make_eval_loader(run: Run, held_out: ShardIndex, num_classes: int, hosts: Hosts) -> Batches:
-    dataset = EvalBatches(
+def make_eval_batches(
+    run: Run, held_out: ShardIndex, num_classes: int, hosts: Hosts
+) -> EvalBatches:
+    return EvalBatches(
         held_out,
         num_classes=num_classes,
         batch_size=run.data.eval_batch_size,
@@ -110,4 +112,8 @@ def make_eval_loader(run: Run, held_out: ShardIndex, num_classes: int, hosts: Ho
         margin=run.data.eval_margin,
         part=hosts.rows(run.data.eval_batch_size),
     )
+
+
+def make_eval_loader(run: Run, held_out: ShardIndex, num_classes: int, hosts: Hosts) -> Batches:
+    dataset = make_eval_batches(run, held_out, num_classes, hosts)
     return Batches(dataset, start_step=0, stop_step=len(dataset), workers=run.data.workers)

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.mix import mixed
 from nfnets_xla.inputs import count_classes, make_order, make_train_batches, open_shards
+from nfnets_xla.sheet import draw_sheet
 
 USAGE = "shards show DIR [--out FILE] [--rows N] [--recipe NAME] [key=value ...]"
 
 COLUMNS = 8  # of a sheet without repeats; with K repeats, a row has the K views of an image
-SMALLEST_TILE = 128  # pixels: smaller views are enlarged by a whole factor
-CAPTION = 30  # pixels, two lines
 
 
 @dataclass
@@ -101,20 +99,3 @@ def seen(batch: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
     shares = zip(own_B, batch["mix_labels_B"].tolist(), batch["mix_ratio_B"].tolist(), strict=True)
     words = [f"{own} x {r:.2f} + {other} x {1 - r:.2f}" for own, other, r in shares]
     return images.round().byte().numpy(), words
-
-
-def draw_sheet(tiles: list[tuple[np.ndarray, str, str]], columns: int) -> Image.Image:
-    side = len(tiles[0][0])
-    side *= -(-SMALLEST_TILE // side)
-    lines = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4), lines * (side + CAPTION + 4)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for number, (pixels, label, sample) in enumerate(tiles):
-        left, top = number % columns * (side + 4), number // columns * (side + CAPTION + 4)
-        tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(tile, (left, top))
-        for line, text in enumerate((label, sample)):
-            while font.getlength(text) > side:
-                text = "~" + text[2:]  # the end of an id tells more than its beginning
-            pen.text((left, top + side + 2 + 14 * line), text, "black", font)
-    return sheet

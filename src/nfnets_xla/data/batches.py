@@ -67,9 +67,13 @@ class Samples:
     def ahead(self) -> ReadAhead | None:
         return ReadAhead(self.index.bring) if self.index.folder.cache else None
 
-    def name(self, number: int) -> str:
+    def place(self, number: int) -> tuple[int, int]:
+        """Shard and row."""
         shard = int(np.searchsorted(self.first_of_shard, number, side="right")) - 1
-        return self.index.sample_id(shard, number - int(self.first_of_shard[shard]))
+        return shard, number - int(self.first_of_shard[shard])
+
+    def name(self, number: int) -> str:
+        return self.index.sample_id(*self.place(number))
 
     def pixels(self, shard: int, row: int) -> Pixels | dict[str, Any]:
         """The image or, if it cannot be decoded, what is told of it. Raises ValueError for a shard
@@ -271,6 +275,12 @@ class EvalBatches(Dataset[Batch]):
             self.samples.ahead.want(step, self.order.shards_ahead)
         rows = self.order.step(step, self.part)
         return _batch(step, rows, self.samples, self._view, self.image_size, repeats=1)
+
+    def seen(self, number: int) -> Pixels:
+        """Sample `number` as the model sees it."""
+        pixels = self.samples.pixels(*self.samples.place(number))
+        assert not isinstance(pixels, dict), pixels
+        return self._view(pixels, 0, number, 0)
 
     def _view(self, pixels: Pixels, epoch: int, sample: int, view: int) -> Pixels:
         del epoch, sample, view
