@@ -1,4 +1,4 @@
-"""`nfnets-xla checkpoint ...`: verify, show and export what a run has saved."""
+"""`nfnets-xla checkpoint ...`: verify, show, export and describe what a run has saved."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,13 @@ from typing import Any
 from nfnets_xla import checkpoint
 from nfnets_xla.checkpoint import MANIFEST, Checkpoint
 from nfnets_xla.data.storage import address
+from nfnets_xla.models.card import write_card
 from nfnets_xla.models.convert import TARGETS, convert_weights
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.peers import is_peer
+from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.models.weights import load_into
+from nfnets_xla.record import read_record
 from nfnets_xla.shards_cli import Parser
 
 
@@ -27,6 +33,7 @@ def parser() -> Parser:
         ("verify", verify, "compare every file with its size and SHA-256"),
         ("show", show, "say what the newest one holds"),
         ("export", export, "write the newest one's weights as one .safetensors file"),
+        ("card", card, "write a folder that create_model('local-dir:FOLDER') and timm load"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)
         command.add_argument("where")
@@ -36,6 +43,9 @@ def parser() -> Parser:
             command.add_argument("--weights", choices=("raw", "ema"), default="raw")
             command.add_argument("--to", choices=TARGETS, default="ours", help="whose names")
             command.add_argument("--force", action="store_true", help="overwrite the target")
+        if name == "card":
+            command.add_argument("folder", type=Path)
+            command.add_argument("--weights", choices=("raw", "ema"), default="raw")
     return top
 
 
@@ -90,12 +100,54 @@ def show(given: Any) -> None:
 
 def export(given: Any) -> None:
     found = newest(given.where)
-    form = "model" if given.weights == "raw" else "ema"
-    if form not in found.forms:
-        raise ValueError(f"{found} holds no {given.weights} weights: use --weights raw")
+    form = form_of(found, given.weights)
     file = str(found.folder / f"{form}.safetensors")
     name = found.state["identity"]["model"]["name"]
     print(convert_weights(file, given.target, model=name, to=given.to, force=given.force))
+
+
+def card(given: Any) -> None:
+    found = newest(given.where)
+    form = form_of(found, given.weights)
+    identity = found.state["identity"]
+    name = identity["model"]["name"]
+    if is_peer(name):
+        raise ValueError(f"{found} is of {name}: cards are of NFNets")
+    net = NFNet(VARIANTS[name], num_classes=identity["num_classes"])
+    load_into(net, found.tensors(form), source=str(found))
+    size, test = identity["data"]["image_size"], identity["data"]["eval_image_size"]
+    facts = {
+        "parameters": f"{sum(p.numel() for p in net.parameters()):,}",
+        "cost": f"{net.macs(test) / 1e9:.3f} GMACs at {test} px",
+        "classes": identity["num_classes"],
+        "trained at": f"{size} px, {found.step:,} updates of {identity['data']['batch_size']} rows",
+        "weights": "their moving average" if form == "ema" else "of the last update",
+        **held_out(Path(given.where), found.step, given.weights),
+        "shards": f"fingerprint {identity['shards']}",
+        "recipe": found.state.get("recipe", "")[:16],
+        **found.state.get("versions", {}),
+    }
+    write_card(net, name, given.folder, facts, provenance=f"{name}, update {found.step}")
+    print(f"{given.folder}: {name}, {identity['num_classes']} classes, from {found}")
+
+
+def held_out(run_dir: Path, step: int, weights: str) -> dict[str, str]:
+    """What the run's record says of these weights, if it is at hand."""
+    if not any(run_dir.glob("run-*.jsonl")):
+        return {}
+    rows = read_record(run_dir).of_kind("eval")
+    row = next((r for r in rows if (r["step"], r["weights"]) == (step, weights)), None)
+    if row is None:
+        return {}
+    shares = f"top-1 {row['top1']:.2%}, top-5 {row['top5']:.2%}, loss {row['loss']:.4f}"
+    return {"held out": f"{shares} on {row['images']:,} images"}
+
+
+def form_of(found: Checkpoint, weights: str) -> str:
+    form = "model" if weights == "raw" else "ema"
+    if form not in found.forms:
+        raise ValueError(f"{found} holds no {weights} weights: use --weights raw")
+    return form
 
 
 def newest(where: str) -> Checkpoint:

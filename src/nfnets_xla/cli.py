@@ -30,13 +30,14 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla check RECIPE [key=value ...] what it would do and cost (--help); starts nothing
        nfnets-xla shards COMMAND ...         pack, index, lint, stats, holdout, exclude (--help)
        nfnets-xla shards show DIR            draw the views that a recipe makes of them
-       nfnets-xla checkpoint COMMAND WHERE   verify, show, export (--help)
+       nfnets-xla checkpoint COMMAND WHERE   verify, show, export, card (--help)
        nfnets-xla runs DIR                   how far runs are, and what came out (--help)
        nfnets-xla audit RUN                  prove that every sample was shown exactly once
        nfnets-xla two_trials RECIPE ...      sweep the learning rate by the paper's rule (--help)
        nfnets-xla scaling COMMAND ...        plan, fit (--help)
        nfnets-xla launch COMMAND FILE        run on Cloud TPU: create, watch, resume ... (--help)
        nfnets-xla models [PATTERN | NAME]    list the models, or show all about one
+       nfnets-xla predict MODEL IMAGE ...    what a model says of pictures (--help)
        nfnets-xla signal NAME [--out PNG]    plot mean square and variance after every block
        nfnets-xla convert SRC DST --model NAME [--to ours|timm|haiku] [--force]
                                              rewrite weights: a file of any form, or an address
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sys.exit(code)
         elif arguments[0] == "models":
             models(arguments[1:])
+        elif arguments[0] == "predict":
+            predict(arguments[1:])
         elif arguments[0] == "signal":
             signal(arguments[1:])
         elif arguments[0] == "convert":
@@ -201,6 +204,12 @@ def models(arguments: list[str]) -> None:
         raise ValueError(f"no model matches {arguments[0]!r}: see nfnets-xla models")
     for name in names:
         print(card(name))
+
+
+def predict(arguments: list[str]) -> None:
+    from nfnets_xla.predict import predict as predicted
+
+    predicted(arguments)
 
 
 def signal(arguments: list[str]) -> None:

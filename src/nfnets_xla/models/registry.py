@@ -1,6 +1,7 @@
 """Names to models. `nfnet_f3` here is DeepMind's network, which timm calls `dm_nfnet_f3`.
 
-A name may carry a tag for its weights (`nfnet_f3.dm_in1k`), and `timm/<name>` is any of timm's.
+A name may carry a tag for its weights (`nfnet_f3.dm_in1k`), `timm/<name>` is any of timm's, and
+`local-dir:<folder>` one that `nfnets-xla checkpoint card` has written.
 """
 
 import difflib
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nfnets_xla.models.card import SCHEME, read_card
 from nfnets_xla.models.formats import read_weights
 from nfnets_xla.models.names import in_our_names
 from nfnets_xla.models.nfnet import NFNet
@@ -63,8 +65,8 @@ def create_network(
     *,
     pretrained: bool = False,
     checkpoint_path: str | Path | None = None,
-    num_classes: int = 1000,
-    in_chans: int = 3,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
     **options: Any,
 ) -> Network:
     """The same, typed for those who train it: an NFNet, or a peer that answers to the same calls.
@@ -72,11 +74,17 @@ def create_network(
     Random weights, or public ones (`pretrained`), or those of a file (`checkpoint_path`, see
     weights.py). The file's classifier must have `num_classes`, except that 0 asks for none and
     leaves theirs out; public weights give way to a new classifier if it is of another size. Their
-    first convolution is fitted to `in_chans` as timm does it. Raises ValueError for an unknown name
+    first convolution is fitted to `in_chans` as timm does it. 1000 classes and 3 channels if they
+    are not given; of "local-dir:FOLDER" (card.py) those of its weights, which are loaded, and a new
+    classifier if they are given and of another size. Raises ValueError for an unknown name
     (with the nearest ones), for options out of range, and for weights of another model.
     """
     if pretrained and checkpoint_path is not None:
         raise ValueError("pretrained=True and checkpoint_path are two sources of weights; give one")
+    if name.startswith(SCHEME):
+        return _of_card(name, num_classes, in_chans, pretrained or checkpoint_path, options)
+    num_classes = 1000 if num_classes is None else num_classes
+    in_chans = 3 if in_chans is None else in_chans
     if is_peer(name):
         net: Network = create_peer(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options
@@ -90,6 +98,26 @@ def create_network(
     if checkpoint_path is not None:
         weights = load_checkpoint(checkpoint_path)
         load_into(net, weights, source=str(checkpoint_path), allow_new_head=num_classes == 0)
+    return net
+
+
+def _of_card(
+    name: str,
+    num_classes: int | None,
+    in_chans: int | None,
+    other_weights: object,
+    options: dict[str, Any],
+) -> NFNet:
+    model, its, file = read_card(name)
+    if other_weights:
+        raise ValueError(f"{name} has its own weights: leave out pretrained and checkpoint_path")
+    if in_chans not in (None, its["in_chans"]):
+        raise ValueError(f"in_chans is {in_chans}; {name} has {its['in_chans']}")
+    classes = its["num_classes"] if num_classes is None else num_classes
+    chosen: dict[str, Any] = its | {"num_classes": classes} | options
+    net = NFNet(VARIANTS[model], **chosen)
+    net.pretrained_cfg = timm_cfg(model, net.variant)
+    load_into(net, load_checkpoint(file), source=name, allow_new_head=True)
     return net
 
 

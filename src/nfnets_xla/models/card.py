@@ -1,0 +1,96 @@
+"""A folder that is a model: weights, a config that timm reads, and a card for people.
+
+`create_model("local-dir:FOLDER")` loads it here, and `timm.create_model("local-dir:FOLDER",
+pretrained=True)` there. Names that timm has (dm_nfnet_f0 to f6) are written in its names, so that
+it needs nothing of this library (timm's network has another eps and another GELU: the logits differ
+by some per cent); the others are `xla_nfnet_*`, which timm knows once `nfnets_xla`
+is imported.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from nfnets_xla.models.names import to_timm
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.timm_names import PREFIX, timm_cfg
+from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.models.weights import describe, save_tensors
+
+SCHEME = "local-dir:"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "card.md"
+OF_TIMM = {f"nfnet_f{number}": f"dm_nfnet_f{number}" for number in range(7)}
+
+
+def write_card(
+    net: NFNet, name: str, folder: Path, facts: Mapping[str, Any], provenance: str
+) -> None:
+    """All of it or nothing. `facts` are what a person is told. ValueError if `folder` exists."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists: name a folder that does not")
+    if not folder.parent.is_dir():
+        raise ValueError(f"{folder.parent} is not a folder; make it first")
+    in_timm = name in OF_TIMM and not net.variant.dense_remainder
+    cfg = timm_cfg(name, net.variant)
+    cfg["num_classes"] = net.num_classes
+    for key in ("hf_hub_id", "license"):  # those of the public weights
+        cfg.pop(key, None)
+    if in_timm:
+        cfg |= {"first_conv": "stem.conv1", "classifier": "head.fc"}
+    config = {
+        "architecture": OF_TIMM[name] if in_timm else PREFIX + name,
+        "num_classes": net.num_classes,
+        "num_features": net.num_features,
+        "pretrained_cfg": cfg,
+        "nfnets_xla": {"model": name, "in_chans": net.in_chans},
+    }
+    state = to_timm(net) if in_timm else net.state_dict()
+    made = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    made.mkdir()
+    try:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_tensors(tensors, made / WEIGHTS, describe(net, name, provenance))
+        (made / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        (made / CARD).write_text(_page(name, config["architecture"], facts), encoding="utf-8")
+        made.rename(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def read_card(name: str) -> tuple[str, dict[str, Any], Path]:
+    """(model, options, weights) of "local-dir:FOLDER". ValueError for any other folder."""
+    folder = Path(name.removeprefix(SCHEME))
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        ours = config["nfnets_xla"]
+        model = ours["model"]
+        options = {"num_classes": int(config["num_classes"]), "in_chans": int(ours["in_chans"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} is not a folder that `nfnets-xla checkpoint card` wrote: {error}"
+        ) from None
+    if model not in VARIANTS or not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} is of model {model!r}, and holds no {WEIGHTS}: write it anew")
+    return model, options, folder / WEIGHTS
+
+
+def _page(name: str, architecture: str, facts: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return f"""# {name}
+
+| | |
+|---|---|
+{rows}
+
+    import nfnets_xla
+    net = nfnets_xla.create_model("local-dir:THIS_FOLDER")
+
+    import timm, nfnets_xla
+    net = timm.create_model("local-dir:THIS_FOLDER", pretrained=True)   # {architecture}
+
+Images: RGB, both sides resized to the test size + 32, cropped in the centre, normalised with
+ImageNet's mean and deviation; `timm.data.resolve_model_data_config(net)` has the numbers.
+"""

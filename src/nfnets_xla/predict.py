@@ -1,0 +1,96 @@
+"""`nfnets-xla predict MODEL IMAGE...`: what a model says of pictures.
+
+    nfnets-xla predict nfnet_f0.dm_in1k cat.jpg dog.png       # public weights
+    nfnets-xla predict nfnet_f0 --weights RUN cat.jpg         # a run's, or a file's
+    nfnets-xla predict local-dir:CARD cat.jpg                 # a folder of `checkpoint card`
+
+A picture is resized and cropped as for evaluation, and seen in float32.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nfnets_xla import checkpoint
+from nfnets_xla.data.augment import eval_view
+from nfnets_xla.data.decode import decode
+from nfnets_xla.models.names import HEAD
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.registry import create_network, split_tag
+from nfnets_xla.models.weights import load_into
+from nfnets_xla.shards_cli import Parser
+from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
+
+MARGIN = 32  # pixels: NF A.1
+
+
+def predict(arguments: Sequence[str]) -> None:
+    given = parser().parse_args(arguments)
+    if given.top < 1 or (given.size is not None and given.size < 32):
+        raise ValueError(f"--top is {given.top} and --size {given.size}; at least 1 and 32")
+    pictures = [(path, _read(path)) for path in given.image]  # refuse before weights are fetched
+    net = load(given.model, given.weights, given.ema)
+    size = given.size or net.variant.test_size
+    names = class_names(net.num_classes)
+    for path, pixels in pictures:
+        print(path)
+        for label, share in best(net, pixels, size, given.top):
+            print(f"  {share:6.1%}  {label}{f'  {names[label]}' if names else ''}")
+
+
+def load(name: str, weights: str | None, ema: bool) -> NFNet:
+    """The network in evaluation mode. ValueError for weights of another model, and for none."""
+    if name.startswith("local-dir:"):
+        net = create_network(name)
+    elif weights is not None:
+        state, source = checkpoint.weights(weights, "ema" if ema else "raw")
+        classes = len(state[HEAD[1]]) if HEAD[1] in state else 1000
+        net = create_network(name, num_classes=classes)
+        load_into(net, state, source=source)
+    else:
+        _, tag = split_tag(name)
+        if tag is None:
+            raise ValueError(f"{name} has no weights: give --weights, or {name}.dm_in1k")
+        net = create_network(name, pretrained=True)
+    assert isinstance(net, NFNet)
+    return net.eval()
+
+
+def best(net: NFNet, pixels: Any, size: int, top: int) -> Iterator[tuple[int, float]]:
+    """(class, probability), the most probable first."""
+    view_HWC = torch.from_numpy(eval_view(pixels, size=size, margin=MARGIN)).float()
+    image_CHW = ((view_HWC - torch.tensor(MEAN_RGB)) / torch.tensor(STDDEV_RGB)).permute(2, 0, 1)
+    with torch.inference_mode():
+        shares_K = net(image_CHW[None])[0].softmax(0)
+    found = shares_K.topk(min(top, len(shares_K)))
+    yield from zip(found.indices.tolist(), found.values.tolist(), strict=True)
+
+
+def class_names(num_classes: int) -> list[str] | None:
+    """ImageNet's, in timm's words, if there are as many classes."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    if num_classes != 1000:
+        return None
+    info = ImageNetInfo()
+    return [info.index_to_description(number) for number in range(num_classes)]
+
+
+def _read(path: str) -> Any:
+    try:
+        return decode(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parser() -> Parser:
+    made = Parser(prog="nfnets-xla predict", description=__doc__)
+    made.add_argument("model", help="a name of `nfnets-xla models`, or local-dir:FOLDER")
+    made.add_argument("image", nargs="+")
+    made.add_argument("--weights", help="a run's folder, a checkpoint or a file of weights")
+    made.add_argument("--ema", action="store_true", help="of a run: the moving average")
+    made.add_argument("--size", type=int, help="pixels; what the model is tested at if not given")
+    made.add_argument("--top", type=int, default=5, help="so many classes")
+    return made

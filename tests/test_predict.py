@@ -1,0 +1,133 @@
+"""A model's folder, loaded here and by timm; and what a model says of pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data.transforms_factory import create_transform
+
+import nfnets_xla
+from nfnets_xla import checkpoint
+from nfnets_xla.cli import main
+from nfnets_xla.models.card import read_card, write_card
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.models.weights import describe, save_weights
+
+CLASSES = 6
+
+
+def trained(name: str) -> NFNet:
+    torch.manual_seed(0)
+    net = NFNet(VARIANTS[name], num_classes=CLASSES).eval()
+    torch.nn.init.normal_(net.get_parameter("head.weight"), std=0.1)
+    return net
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return str(tmp_path / "picture.png")
+
+
+def test_a_card_loads_here_and_in_timm(tmp_path: Path) -> None:
+    net, images = trained("nfnet_mini_f0"), torch.randn(2, 3, 64, 64)
+    write_card(net, "nfnet_mini_f0", tmp_path / "card", {"classes": CLASSES}, "a test")
+    where = f"local-dir:{tmp_path / 'card'}"
+    for theirs in (nfnets_xla.create_model(where), timm.create_model(where, pretrained=True)):
+        assert torch.equal(theirs.eval()(images), net(images))
+    new_head = nfnets_xla.create_model(where, num_classes=3).eval()
+    assert new_head(images).shape == (2, 3)
+    assert torch.equal(new_head.get_parameter("stem.0.weight"), net.get_parameter("stem.0.weight"))
+    assert "| classes | 6 |" in (tmp_path / "card" / "card.md").read_text()
+
+
+@pytest.mark.slow
+def test_timm_alone_loads_what_it_has(tmp_path: Path) -> None:
+    """In timm's own network, where nothing of this library takes part."""
+    net, images = trained("nfnet_f0"), torch.randn(1, 3, 64, 64)
+    write_card(net, "nfnet_f0", tmp_path / "card", {}, "a test")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'card'}", pretrained=True).eval()
+    assert type(theirs).__module__ == "timm.models.nfnet", type(theirs)
+    # With timm's GELU and eps ours is theirs; with DeepMind's these weights differ by 3 %.
+    where = f"local-dir:{tmp_path / 'card'}"
+    as_timm = nfnets_xla.create_model(where, gelu="erf", eps_mode="add").eval()
+    logits, expected = theirs(images), as_timm(images)
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    ours = nfnets_xla.create_model(f"local-dir:{tmp_path / 'card'}").eval()
+    assert torch.equal(ours(images), net(images))
+
+
+def test_a_card_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = trained("nfnet_mini_f0")
+    data = {"image_size": 32, "eval_image_size": 64, "batch_size": 8}
+    identity = {"model": {"name": "nfnet_mini_f0"}, "num_classes": CLASSES, "seed": 0}
+    identity |= {"data": data, "shards": "f" * 64}
+    state = {"identity": identity, "seconds": 1.0}
+    checkpoint.save(tmp_path / "run", 5, {"model": dict(net.state_dict())}, state)
+    main(["checkpoint", "card", str(tmp_path / "run"), str(tmp_path / "card")])
+    assert "nfnet_mini_f0, 6 classes" in capsys.readouterr().out
+    loaded = nfnets_xla.create_model(f"local-dir:{tmp_path / 'card'}").eval()
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(loaded(images), net(images))
+    config = json.loads((tmp_path / "card" / "config.json").read_text())
+    assert config["architecture"] == "xla_nfnet_mini_f0"
+    with pytest.raises(SystemExit):  # never over another
+        main(["checkpoint", "card", str(tmp_path / "run"), str(tmp_path / "card")])
+    assert "exists" in capsys.readouterr().err
+
+
+def test_predictions_are_the_models(
+    tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = trained("nfnet_mini_f0")
+    save_weights(net, tmp_path / "net.safetensors", describe(net, "nfnet_mini_f0", "a test"))
+    write_card(net, "nfnet_mini_f0", tmp_path / "card", {}, "a test")
+    size = ["--size", "64", "--top", "2"]
+    main(["predict", "nfnet_mini_f0", picture, "--weights", f"{tmp_path}/net.safetensors", *size])
+    one = capsys.readouterr().out
+    main(["predict", f"local-dir:{tmp_path / 'card'}", picture, *size])
+    assert capsys.readouterr().out == one
+    transform: Any = create_transform(
+        input_size=(3, 64, 64), crop_pct=64 / 96, crop_mode="squash", interpolation="bicubic",
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+    )  # fmt: skip
+    with Image.open(picture) as image, torch.no_grad():
+        image_CHW = transform(image)
+        assert isinstance(image_CHW, torch.Tensor)
+        shares = net(image_CHW[None])[0].softmax(0)
+    lines = one.splitlines()
+    assert lines[0] == picture
+    assert [int(line.split()[1]) for line in lines[1:]] == shares.topk(2).indices.tolist()
+    assert float(lines[1].split()[0].rstrip("%")) == pytest.approx(
+        100 * float(shares.max()), abs=1.0
+    )
+
+
+def test_mistakes_are_one_line(
+    tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.jpg").write_text("no picture")
+    for words, part in (
+        (["nfnet_f7", picture], "nfnet_f7 has no weights"),
+        (["nfnet_f0", str(tmp_path / "text.jpg")], "text.jpg: 10 bytes do not decode"),
+        (["nfnet_f0", str(tmp_path / "absent.jpg")], "absent.jpg"),
+        ([f"local-dir:{tmp_path}", picture], "is not a folder that `nfnets-xla checkpoint card`"),
+        (["nfnet_f0", picture, "--top", "0"], "--top is 0"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["predict", *words])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert part in error
+        assert error.count("\n") == 1
+    config = {"num_classes": 3, "nfnets_xla": {"model": "x", "in_chans": 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="holds no"):
+        read_card(f"local-dir:{tmp_path}")
