@@ -33,6 +33,8 @@ REQUIRED = {
     "finetune_sam": ["data.shards=S", "model.init_from=W"],
     "imagenet": ["data.shards=S"],
     "evaluate": ["data.eval_shards=S", "model.init_from=W"],
+    "throughput": [],
+    "smoke": [],
     "pretrain_demo": ["data.shards=S"],
     "finetune_sam_demo": ["data.shards=S", "model.init_from=W"],
     "evaluate_demo": ["data.eval_shards=S", "model.init_from=W"],

@@ -35,6 +35,7 @@ class Backend:
     add_up: Callable[[Sequence[Tensor]], None] = ALONE.add  # gradients of all hosts' rows, in place
     scan: Scan = loop  # runs a stacked network's loops
     cache_compilations: Callable[[Path], bool] = lambda _: True  # there is nothing to keep
+    peak_memory: Callable[[], int | None] = lambda: None  # bytes of a device; None: not counted
     checkpoint: Checkpoint = recompute  # computes a block again in the backward pass
 
 
@@ -70,6 +71,7 @@ def open_backend(trainer: TrainerConfig, parameter_bytes: int = 0) -> Backend:
         report=dict,
         hosts=hosts,
         add_up=hosts.add,
+        peak_memory=torch.cuda.max_memory_allocated if name == "cuda" else lambda: None,
     )
 
 
@@ -117,4 +119,5 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, parameter_bytes: 
         cache_compilations=xla.cache_compilations,
         scan=xla.scan,
         checkpoint=xla.recompute,
+        peak_memory=xla.peak_memory,
     )

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nfnets_xla import compose
 from nfnets_xla.compose import composed, recipes, to_run
-from nfnets_xla.exits import START_AGAIN, CellFailed, Interrupted
+from nfnets_xla.exits import START_AGAIN, Failed, Interrupted
 from nfnets_xla.launch import launch
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.shards_cli import Parser, progress, shards
@@ -51,7 +51,7 @@ WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, Permissi
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `nfnets-xla`. Exits with 0; 2 for a mistake in the request; 75 for a training
     that was asked to stop or lost a host, and goes on when the same command is given again; 1:
-    lint, verify or audit found faults, a launch failed, or a disk or a server did."""
+    lint, verify or audit found faults, a launch or a run of a sweep failed, or a disk or server."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     preemption = Preemption()
     try:
@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except CellFailed as error:
-        print(f"nfnets-xla: {one_line(error)}: the same command tries again", file=sys.stderr)
+    except Failed as error:
+        print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except Interrupted as error:
         print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)

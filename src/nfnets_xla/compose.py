@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nfnets_xla.config import Run
-from nfnets_xla.exits import CellFailed, Interrupted
+from nfnets_xla.exits import CellFailed, Failed, Interrupted
 from nfnets_xla.launch import Launch
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.shards_cli import Parser
@@ -64,7 +64,7 @@ def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
                 sweep_cell(config, name, arguments, preemption)
             else:
                 execute(to_run(config), preemption)
-        except (ValueError, Interrupted, CellFailed) as error:
+        except (ValueError, Interrupted, Failed) as error:
             if os.getpid() != here:  # where a launcher's plugin has sent it: Hydra brings it back
                 raise
             refused.append(error)  # kept from Hydra, which would print more
@@ -72,7 +72,10 @@ def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
     hydra.main(version_base="1.3", config_path="pkg://nfnets_xla.recipes", config_name=None)(job)()
     failed = [str(error) for error in refused if isinstance(error, CellFailed)]
     if failed:
-        raise CellFailed(f"{len(failed)} of the sweep's runs failed: {'; '.join(failed)}")
+        raise CellFailed(
+            f"{len(failed)} of the sweep's runs failed: {'; '.join(failed)}; the same command "
+            "tries them again"
+        )
     if refused:
         raise refused[0]
 
@@ -160,16 +163,26 @@ def composed(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def execute(run: Run, preemption: Preemption) -> None:
-    if run.job == "train":
-        from nfnets_xla.display import open_display
-        from nfnets_xla.train import train
-
-        with open_display() as display:
-            train(run, display, preemption)
-    else:
+    if run.job == "evaluate":
         from nfnets_xla.evaluate import evaluate
 
         evaluate(run)
+        return
+    from nfnets_xla.display import open_display
+
+    with open_display() as display:
+        if run.job == "throughput":
+            from nfnets_xla.throughput import throughput
+
+            throughput(run, display)
+        elif run.job == "smoke":
+            from nfnets_xla.smoke import smoke
+
+            smoke(run, display, preemption)
+        else:
+            from nfnets_xla.train import train
+
+            train(run, display, preemption)
 
 
 def to_run(config: DictConfig) -> Run:

@@ -8,7 +8,7 @@ plain (not frozen), because OmegaConf merges into them.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-JOBS = ("train", "evaluate")
+JOBS = ("train", "evaluate", "throughput", "smoke")
 DEVICES = ("auto", "xla", "cuda", "cpu")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "constant", "rsqrt")
@@ -101,7 +101,7 @@ class TrainerConfig:
 
 @dataclass
 class Run:
-    job: str  # "train" or "evaluate"
+    job: str  # one of JOBS
     run_dir: str | None  # everything the run leaves behind; training needs one
     seed: int
     model: ModelConfig

@@ -1,10 +1,11 @@
-"""What an accelerator can do at most: the peaks that utilisation is a share of, and its memory.
+"""What an accelerator can do at most, its memory, and what its runtime has counted.
 
 Figures are the vendors' published ones, bfloat16 without sparsity. A "device" is what PyTorch
 sees as one: a chip on TPU v4, v5p and all later, a core on v2 and v3.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -77,3 +78,20 @@ def smallest_fsdp(parameter_bytes: int, device: Device | None, num_devices: int)
         f"five copies of the parameters are {kept / GIB:.1f} GiB, more than half of what "
         f"{num_devices} devices of {device.memory / GIB:.0f} GiB have: use more devices"
     )
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the runtime did since the process began; all counts are totals."""
+
+    compilations: int  # without those of `gather`
+    gather_compilations: int
+    compile_seconds: float
+    executions: int
+    execute_seconds: float  # on the devices, as the runtime measures it
+    tensors_to_host: int
+    fallbacks: Counter[str]  # aten:: operations that XLA could not lower and ran on the host
+
+    def since(self, earlier: "Counters") -> "Counters":
+        now, before = vars(self), vars(earlier)
+        return Counters(**{name: now[name] - before[name] for name in now})

@@ -7,5 +7,9 @@ class Interrupted(Exception):
     """The run ends now, and the same command would go on from its newest checkpoint."""
 
 
-class CellFailed(Exception):
+class Failed(Exception):
+    """Exit code 1: nothing is wrong with what was asked for, and it did not come out."""
+
+
+class CellFailed(Failed):
     """A run of a sweep ended with an error. The others are run, and then the exit code is 1."""

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nfnets_xla.devices import Counters
 from nfnets_xla.hosts import Hosts
 
 GOOGLE_PCI_VENDOR = "0x1ae0"  # what a TPU chip answers on the PCI bus of a Cloud TPU VM
@@ -357,21 +358,15 @@ def gather(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 _compiled_to_gather: list[int] = []
 
 
-@dataclass(frozen=True)
-class Counters:
-    """What the runtime did since the process began; all counts are totals."""
+def peak_memory() -> int | None:
+    """Bytes of a device so far, where the runtime counts them: on a TPU, not on XLA:CPU."""
+    import torch_xla.core.xla_model as xm
 
-    compilations: int  # without those of `gather`
-    gather_compilations: int
-    compile_seconds: float
-    executions: int
-    execute_seconds: float  # on the devices, as the runtime measures it
-    tensors_to_host: int
-    fallbacks: Counter[str]  # aten:: operations that XLA could not lower and ran on the host
-
-    def since(self, earlier: "Counters") -> "Counters":
-        now, before = vars(self), vars(earlier)
-        return Counters(**{name: now[name] - before[name] for name in now})
+    try:
+        found: Any = xm.get_memory_info(device())
+    except RuntimeError:
+        return None
+    return int(found["peak_bytes_used"])
 
 
 def counters() -> Counters:

@@ -1,0 +1,61 @@
+"""`nfnets-xla smoke`: whether everything works on this machine, in a minute and without data.
+
+Packs fractals, trains a mini NFNet on them with SAM, saves, loads what was saved and evaluates it:
+the loss must be that of the training's own last evaluation. All on the device a run would take.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nfnets_xla.config import Run
+from nfnets_xla.data.fractals import fractal_samples
+from nfnets_xla.data.index import build_index
+from nfnets_xla.data.pack import pack_samples
+from nfnets_xla.display import Display, Lines
+from nfnets_xla.evaluate import evaluate
+from nfnets_xla.exits import Failed
+from nfnets_xla.preempt import Preemption
+from nfnets_xla.record import read_record
+from nfnets_xla.train import train
+
+CLASSES, PER_CLASS, HELD_OUT = 4, 64, 16
+TOLERANCE = 1e-5  # of the loss: the same graph on the same weights, compiled once more
+
+
+def smoke(
+    run: Run, display: Display | None = None, preemption: Preemption | None = None
+) -> dict[str, Any]:
+    """Returns the evaluation. ValueError if `run_dir` is not set; Failed if the losses differ."""
+    if run.run_dir is None:
+        raise ValueError("run_dir is not set; it must name a folder for what this leaves")
+    display, folder = display or Lines(), Path(run.run_dir)
+    shards = {name: folder / "shards" / name for name in ("train", "held-out")}
+    _pack(shards["train"], PER_CLASS, 0, run.data.image_size)
+    _pack(shards["held-out"], HELD_OUT, PER_CLASS, run.data.image_size)
+    data = replace(run.data, shards=str(shards["train"]), eval_shards=str(shards["held-out"]))
+    run = replace(run, data=data)
+    train(run, display, preemption)
+    (evaluated, *_) = reversed(
+        [row for row in read_record(folder).of_kind("eval") if row["weights"] == "raw"]
+    )
+    loaded = replace(run.model, init_from=str(folder))
+    found = evaluate(replace(run, model=loaded, run_dir=None), say=display.say)
+    _same(found["loss"], evaluated["loss"], display.say)
+    return found
+
+
+def _same(loaded: float, saved: float, say: Callable[[str], None]) -> None:
+    if not abs(loaded - saved) <= TOLERANCE * abs(saved):
+        raise Failed(f"the saved weights have loss {loaded:.7f}, and had {saved:.7f} before")
+    say("smoke: trained, saved, loaded and evaluated; the loss came back")
+
+
+def _pack(folder: Path, per_class: int, first: int, size: int) -> None:
+    if folder.is_dir():
+        build_index(folder)
+        return
+    samples = fractal_samples(CLASSES, per_class, size=size, seed=0, first_instance=first)
+    pack_samples(samples, folder, samples_per_shard=32)
+    build_index(folder)

@@ -1,0 +1,150 @@
+"""What a machine does with the step of a run, without its data: `nfnets-xla throughput ...`.
+
+The step is the run's own: the same task, optimizer, strategy and device as `train`. Its batch is
+made once, of noise that went through the recipe's whole pipeline, and is sent to the device again
+for every step, so that nothing is read or decoded meanwhile. What is written down are the numbers
+of a run's record: median images a second, MFU, compilations; and the peak of the device's memory.
+"""
+
+import io
+import resource
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from nfnets_xla.backend import Backend, open_backend
+from nfnets_xla.config import Run
+from nfnets_xla.curves import NoCurves
+from nfnets_xla.data.index import build_index
+from nfnets_xla.data.pack import Sample, pack_samples
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.display import Display, Lines, summary
+from nfnets_xla.inputs import make_order, make_train_batches
+from nfnets_xla.models.registry import count_parameters
+from nfnets_xla.monitor import Monitor, Peaks
+from nfnets_xla.record import Discard, RecordWriter
+from nfnets_xla.steps import make_passes, make_schedule
+from nfnets_xla.task import Batch, Classification
+from nfnets_xla.train import check_division, choose_form, make_model, make_trainer, train_flops
+
+NOISE = 64  # pixels of a stored image: what it costs to decode is not measured
+CLASSES = 1000  # if the recipe does not say
+MIB = 2**20
+
+
+class Repeated:
+    """One batch again and again, as the batches of consecutive steps.
+
+    Without a length, which Lightning would add up over the devices, in graphs of its own.
+    """
+
+    def __init__(self, batch: Batch, steps: int) -> None:
+        self.batch, self.steps = batch, steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in range(self.steps):
+            yield self.batch | {"step": step}
+
+
+def throughput(run: Run, display: Display | None = None) -> dict[str, Any]:
+    """Run `optim.epochs` steps, and return what was measured; kept as a record with `run_dir`.
+
+    An epoch is one batch here. ValueError for what no run could work with.
+    """
+    display = display or Lines()
+    with TemporaryDirectory() as folder, ExitStack() as open_files:
+        index = noise(run, Path(folder))
+        order = make_order(run, index)
+        schedule, passes = make_schedule(run, order), make_passes(run, order)
+        num_classes = run.data.num_classes or CLASSES
+        torch.manual_seed(run.seed)
+        net = make_model(run, num_classes, display.say)
+        backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
+        check_division(run, backend)
+        dataset = make_train_batches(
+            run,
+            index,
+            order,
+            num_classes,
+            drop_path_rates=net.stochastic_depth_rates,
+            num_features=net.num_features,
+            hosts=backend.hosts,
+        )
+        batch = dataset[0]
+        choose_form(net, run, backend)
+        if not backend.hosts.writes:
+            display = Lines(lambda _: None)
+        display.say(
+            f"{run.model.name}: {count_parameters(net):,} parameters; {order.num_steps} steps of "
+            f"{run.data.batch_size} rows at {run.data.image_size} px on {backend.num_devices} x "
+            f"{backend.device_kind}"
+        )
+        task = Classification(
+            net,
+            run.optim,
+            schedule=schedule,
+            passes=passes,
+            compute_dtype=getattr(torch, run.model.compute_dtype),
+            fetch=backend.fetch,
+            add_up=backend.add_up,
+        )
+        record: RecordWriter | Discard = Discard()
+        if run.run_dir is not None and backend.hosts.writes:
+            opening = {"resumed_from": 0, "config": asdict(run)}
+            opening |= {"device_kind": backend.device_kind, "num_devices": backend.num_devices}
+            record = open_files.enter_context(RecordWriter(Path(run.run_dir), opening))
+        monitor = Monitor(
+            record,
+            NoCurves(),
+            display,
+            total_steps=order.num_steps,
+            epochs=run.optim.epochs,
+            log_every=run.trainer.log_every,
+            batch_size=run.data.batch_size,
+            trace=None,
+            peaks=Peaks(backend.peak_flops, *train_flops(net, run, passes.effective_fraction)),
+            totals=backend.report,
+            lost_seconds=0.0,
+        )
+        trainer = make_trainer(run, backend, order.num_steps, [monitor])
+        trainer.fit(task, Repeated(batch, order.num_steps))
+        memory = peak_memory(backend)
+        result = monitor.summary() | backend.report() | memory
+        record.write("end", order.num_steps, **result)
+    for line in summary(result):
+        display.say(line)
+    for name, size in memory.items():
+        display.say(f"peak {name.removesuffix('_mib').replace('_', ' ')}: {size:,.0f} MiB")
+    return result
+
+
+def noise(run: Run, folder: Path) -> ShardIndex:
+    """As many images as a batch has rows, so that `optim.epochs` counts steps, in small shards."""
+    images = run.data.batch_size  # of which a step takes every `repeats`-th part
+    rng = np.random.default_rng(0)
+    classes = run.data.num_classes or CLASSES
+
+    def samples() -> Iterator[Sample]:
+        for number in range(images):
+            file = io.BytesIO()
+            pixels = rng.integers(0, 256, (NOISE, NOISE, 3), np.uint8)
+            Image.fromarray(pixels).save(file, "PNG")
+            yield f"{number:06d}", file.getvalue(), "png", number % classes
+
+    pack_samples(samples(), folder, samples_per_shard=max(1, images // run.data.num_streams))
+    return build_index(folder)
+
+
+def peak_memory(backend: Backend) -> dict[str, float]:
+    """MiB: of the device where the runtime tells, and of this process on the host."""
+    found = {"host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB}
+    if (device := backend.peak_memory()) is not None:
+        found["device_memory_mib"] = device / MIB
+    return found

@@ -1,0 +1,63 @@
+"""The step without its data, and the check of a machine: what they write and what they refuse."""
+
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla import smoke as smoke_module
+from nfnets_xla.cli import main
+from nfnets_xla.record import read_record
+from tests.runs import PLAIN_CPU, run, xla
+
+SMALL = ["model.name=nfnet_mini_f0", "model.compute_dtype=float32", "data.image_size=32"]
+SMALL += ["data.batch_size=32", "data.eval_batch_size=32", "data.num_streams=8"]
+STEPS = ["optim.epochs=8", "optim.warmup_steps=2", "trainer.log_every=2"]
+
+
+def test_a_step_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["throughput", *SMALL, *STEPS, "trainer.device=cpu", f"run_dir={tmp_path}"])
+    record = read_record(tmp_path)
+    rows = record.of_kind("train")
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert rows[-1]["loss"] < rows[0]["loss"]  # it does train, on the one batch
+    (end,) = record.of_kind("end")
+    assert end["host_memory_mib"] > 100
+    assert end["images_per_second"] > 0
+    assert "peak host memory" in capsys.readouterr().out
+
+
+def test_repeats_are_steps_of_the_same_rows(tmp_path: Path) -> None:
+    """Four views of a quarter of the images: a batch, and the passes, stay as they are."""
+    words = ["data.repeats=4", "trainer.device=cpu", f"run_dir={tmp_path}"]
+    main(["throughput", *SMALL, *STEPS, *words])
+    assert read_record(tmp_path).of_kind("end")[0]["step"] == 8
+
+
+@pytest.mark.slow
+def test_any_recipe_and_any_device(tmp_path: Path) -> None:
+    recipe = ["finetune_sam", "job=throughput", "model.init_from=null", "data.shards=null"]
+    recipe += [*SMALL, *STEPS, *xla(4), f"run_dir={tmp_path / 'run'}"]
+    run([*recipe, "data.num_classes=10"], tmp_path / "log")
+    (end,) = read_record(tmp_path / "run").of_kind("end")
+    assert end["compilations"] == 1
+    assert not end["fallbacks"]
+
+
+@pytest.mark.parametrize(
+    "device", [PLAIN_CPU, pytest.param(xla(2), marks=pytest.mark.slow)], ids=["cpu", "xla"]
+)
+def test_smoke(device: list[str], tmp_path: Path) -> None:
+    run(["smoke", *device, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")
+    assert "the loss came back" in (tmp_path / "log").read_text()
+    run(["smoke", *device, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")  # and once more
+    assert len(list((tmp_path / "run").glob("run-*.jsonl"))) == 1
+
+
+def test_smoke_sees_weights_that_are_not_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(smoke_module, "evaluate", lambda run, say: {"loss": 1.0})
+    with pytest.raises(SystemExit) as stopped:
+        main(["smoke", f"run_dir={tmp_path / 'run'}", "trainer.device=cpu"])
+    assert stopped.value.code == 1
+    assert "the saved weights have loss 1.0000000" in capsys.readouterr().err
