@@ -130,6 +130,8 @@ def test_a_recipe_that_does_not_exist_or_is_not_complete(
 ) -> None:
     assert "there is no recipe 'pretrian'; there are evaluate" in refused(["pretrian"], capsys)
     assert "not set: give data.shards=VALUE" in refused(["pretrain_demo"], capsys)
+    vit = ["imagenet", "data.shards=S", "run_dir=R", "model.name=vit_giant_14"]
+    assert refused(vit, capsys).startswith("nfnets-xla: vit_giant_14 has no drop_rate: the recipe")
 
 
 def no_shards(folder: Path) -> None:
@@ -250,4 +252,7 @@ def test_a_folder_of_another_run_is_refused_and_a_finished_one_stays(
     assert "holds another run (optim.peak_lr: 0.05 -> 0.5)" in other
     weights = [f"model.init_from={tmp_path}", "model.name=nfnet_mini_f1", f"run_dir={tmp_path}/2"]
     assert "is of another model" in refused([*arguments, *weights], capsys)
+    assert "holds a run, and resume is never" in refused([*arguments, "resume=never"], capsys)
+    nowhere = [*arguments, "resume=nowhere", f"run_dir={tmp_path}/2"]
+    assert "resume is 'nowhere', where there is no checkpoint" in refused(nowhere, capsys)
     assert not (tmp_path / "2").exists()

@@ -32,6 +32,8 @@ def test_it_is_the_arithmetic_of_the_run(
     steps = -(-3 * train.num_samples // 16)
     found = lines([*recipe, "--mfu", "0.5", "--price", "2", "trainer.eval_every=10"], capsys)
     assert found["steps"].startswith(f"{steps} of 16 rows")
+    size = sum(path.stat().st_size for path in (shards / "train").glob("*.tar")) / 2**30
+    assert f"{train.num_shards} shards of {size:.3f} GiB, 3.04 times over" in found["reads"]
     net = NFNet(VARIANTS["nfnet_mini_f0"], num_classes=train.num_classes)
     assert f"{sum(p.numel() for p in net.parameters()):,} parameters" in found["model"]
     training = 6 * net.macs(32) * 16 * steps

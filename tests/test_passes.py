@@ -21,7 +21,7 @@ from nfnets_xla.task import Classification
 
 STREAMS, IMAGES, VIEWS, SIZE, CLASSES = 2, 4, 2, 16, 5
 ROWS = STREAMS * IMAGES * VIEWS
-TINY = Variant((16, 16, 32, 16), (1, 2, 1, 1), SIZE, SIZE, 0.3, group_width=8, stem=(4, 4, 4))
+TINY = Variant((16, 16, 32, 16), (1, 2, 1, 1), SIZE, SIZE, 0.3, 5, group_width=8, stem=(4, 4, 4))
 PLAIN: dict[str, Any] = {"sam_rho": None}
 SAM: dict[str, Any] = {"sam_rho": 0.05}
 

@@ -17,10 +17,11 @@ import pytest
 from nfnets_xla.compose import composed as composed_config
 from nfnets_xla.compose import recipes, to_run
 from nfnets_xla.config import Run, differences
+from nfnets_xla.forecast import network
 from nfnets_xla.inputs import make_order
 from nfnets_xla.models import list_models
 from nfnets_xla.scaling.account import images_drawn, macs_per_image, train_flops
-from nfnets_xla.steps import make_schedule
+from nfnets_xla.steps import make_passes, make_schedule
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes"
 REQUIRED = {
@@ -67,6 +68,62 @@ def test_a_recipe_opens_with_its_header(name: str) -> None:
         assert part in header or part.replace("Hardware:", "Expect") in header
 
 
+SCHEDULES = GOLDEN.parent / "schedules.json"
+IMAGENET = np.array([1252] * 143 + [1251] * 881)  # 1,281,167 images
+JFT = np.full(400_000, 10_000)
+SMALL_SET = np.full(48, 32)  # of the demo
+
+
+def derived(name: str) -> dict[str, Any] | None:
+    """What a recipe comes to on the data it is meant for; of an evaluation, nothing."""
+    run = composed(name)
+    if run.job != "train":
+        return None
+    counts = IMAGENET if name.startswith(("imagenet", "finetune")) else JFT
+    index: Any = SimpleNamespace(counts=SMALL_SET if "demo" in name else counts, folder="S")
+    order = make_order(run, index)
+    schedule, passes = make_schedule(run, order), make_passes(run, order)
+    rows = order.num_steps * run.data.batch_size
+    macs = network(run, num_classes=1000).macs(run.data.image_size)
+    fraction = 0.0 if run.optim.sam_rho is None else passes.effective_fraction
+    return {
+        "steps": order.num_steps,
+        "peak_lr": schedule.peak,
+        "warmup_steps": schedule.warmup_steps,
+        "images_read": images_drawn(rows, run.data.repeats),
+        "flops": train_flops(macs, rows, sam_fraction=fraction),
+    }
+
+
+def test_what_the_recipes_come_to() -> None:
+    found = {name: values for name in REQUIRED if (values := derived(name))}
+    text = json.dumps(found, indent=1) + "\n"
+    if os.environ.get("REWRITE_GOLDEN"):
+        SCHEDULES.write_text(text)
+    assert text == SCHEDULES.read_text()
+
+
+def test_what_they_come_to_by_hand() -> None:
+    """From the papers' own numbers; GMACs of F0 at 192, 224 and 384 px are counted by the
+    reference's formula (nfnet.py:154-173), which tests/models compares with DeepMind's."""
+    golden = json.loads(SCHEDULES.read_text())
+    # CM 2: an epoch of 4e9 in batches of 4096. NF A.1: 0.1 x 4096 / 256.
+    assert golden["pretrain"]["steps"] == math.ceil(4e9 / 4096) == 976_563
+    assert golden["pretrain"]["peak_lr"] == pytest.approx(1.6)
+    assert golden["pretrain"]["flops"] == pytest.approx(6 * 9.48e9 * 4e9, rel=2e-3)
+    # NF A.1: 360 epochs of 4096, 112,602 steps (experiment_nfnets.py:39), warm-up of 5.
+    assert golden["imagenet"]["steps"] == math.ceil(360 * 1_281_167 / 4096) == 112_603
+    assert golden["imagenet"]["warmup_steps"] == round(5 * 1_281_167 / 4096) == 1564
+    # CM 3: 50 epochs, batch 2048 (NF A.5); SAM doubles the work.
+    tuned, repeated = golden["finetune_sam"], golden["finetune_repeat_aug"]
+    assert tuned["steps"] == math.ceil(50 * 1_281_167 / 2048) == 31_279
+    assert (tuned["peak_lr"], tuned["warmup_steps"]) == (0.1, 5000)
+    assert tuned["flops"] == pytest.approx(2 * 6 * 27.86e9 * 50 * 1_281_167, rel=2e-3)
+    # CM, footnote 4: with 4 views a quarter of the images, for the same compute.
+    assert repeated["images_read"] == pytest.approx(12.5 * 1_281_167, rel=1e-4)
+    assert repeated["flops"] == pytest.approx(tuned["flops"], rel=1e-4)
+
+
 def test_the_papers_numbers() -> None:
     pretrain, finetune = composed("pretrain"), composed("finetune_sam")
     imagenet = composed("imagenet")
@@ -82,6 +139,31 @@ def test_the_papers_numbers() -> None:
     assert imagenet.data.mix == "mixup_cutmix"
     for others in (pretrain, finetune):  # crop and flip only
         assert (others.data.randaugment_magnitude, others.data.mix) == (None, "none")
+
+
+def test_one_dial_sets_what_table_1_has_by_variant() -> None:
+    """arXiv 2102.06171, table 1 and A.3, of F3 and F5; an override holds all the same."""
+    for model, expected in (
+        ("nfnet_f3", (320, 416, 0.4, 15)),
+        ("F5+", (416, 544, 0.5, 15)),
+    ):
+        given = ["data.shards=S", "run_dir=R", f"model.name={model}"]
+        run = to_run(composed_config("imagenet", given))
+        found = run.data.image_size, run.data.eval_image_size
+        assert (*found, run.model.drop_rate, run.data.randaugment_magnitude) == expected
+        assert run.model.drop_path_rate == 0.25
+        larger = to_run(composed_config("imagenet", [*given, "data.eval_image_size=600"]))
+        assert (larger.data.image_size, larger.data.eval_image_size) == (expected[0], 600)
+    for recipe in ("pretrain", "finetune_sam"):  # these keep one setting for every size
+        small, large = (
+            asdict(
+                to_run(
+                    composed_config(recipe, [*REQUIRED[recipe], "run_dir=R", f"model.name={name}"])
+                )
+            )
+            for name in ("nfnet_f0", "nfnet_f7_plus")
+        )
+        assert {line.split(":")[0] for line in differences(small, large)} == {"model.name"}
 
 
 def test_public_weights_stand_in_for_a_run() -> None:

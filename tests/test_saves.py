@@ -61,7 +61,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing(tmp_path: Path) -> Non
 
 def resume(tmp_path: Path, identity: dict, order: Order, said: list[str]) -> int:
     versions = {"torch": "2"}
-    found = find_resume(str(tmp_path), tmp_path, identity, order, versions, said.append)
+    found = find_resume("auto", str(tmp_path), tmp_path, identity, order, versions, said.append)
     assert found is not None
     return found.step
 

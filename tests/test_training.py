@@ -9,6 +9,7 @@ import pytest
 
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
+from nfnets_xla.ledger import audit
 from nfnets_xla.record import read_record
 from tests.conftest import IMAGES
 from tests.data.images import samples as image_samples
@@ -56,6 +57,29 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert per_epoch == {0.25: {0: 25}, 1.5: {0: 100, 1: 50}}[epochs]
     assert losses(killed) == losses(whole)
     assert_bit_equal(final_state(killed), final_state(whole))
+
+
+def test_a_run_begins_from_an_earlier_checkpoint_in_a_folder_of_its_own(
+    tmp_path: Path, data: list[str]
+) -> None:
+    """What lies before it comes along: the audit and the record are of the whole run."""
+    whole, branch, log = tmp_path / "whole", tmp_path / "branch", tmp_path / "log.txt"
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.6", "data.workers=0"]
+    arguments += ["trainer.checkpoint_every=1", "trainer.keep_checkpoints=9"]
+    run([*arguments, f"run_dir={whole}"], log)
+    before = sorted(path.stat().st_mtime_ns for path in whole.rglob("*"))
+    third = whole / "checkpoints" / "step-00000003"
+    for _ in range(2):  # given again, it goes on with its own, here to say that it has finished
+        run([*arguments, f"run_dir={branch}", f"resume={third}"], log)
+    assert before == sorted(path.stat().st_mtime_ns for path in whole.rglob("*"))
+    assert [header["resumed_from"] for header in read_record(branch).headers] == [0, 3]
+    assert samples(branch) == samples(whole)
+    assert losses(branch) == losses(whole)
+    assert_bit_equal(final_state(branch), final_state(whole))
+    assert audit(branch).report()[-1] == "every sample exactly once"
+    process = start([*arguments, f"run_dir={whole}", f"resume={third}"], log)
+    assert process.wait() == 2
+    assert "already holds" in log.read_text().splitlines()[-1]
 
 
 def test_workers_have_no_effect_and_repeats_divide_the_epochs(

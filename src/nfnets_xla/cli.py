@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from nfnets_xla import compose
 from nfnets_xla.compose import composed, recipes, to_run
@@ -272,4 +272,9 @@ def convert(arguments: list[str]) -> None:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = str(error)
+    if isinstance(
+        error, InterpolationResolutionError
+    ):  # a resolver's words, among names of classes
+        text = text.partition("raised while resolving interpolation: ")[2].split("\n")[0] or text
+    return " ".join(text.split())

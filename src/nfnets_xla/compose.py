@@ -93,6 +93,20 @@ def prepare() -> None:
 
     Plugins.instance().register(ConfOnPath)
     OmegaConf.register_new_resolver("model_of", model_of, replace=True)
+    OmegaConf.register_new_resolver("variant", of_variant, replace=True)
+
+
+def of_variant(model: str, setting: str) -> float:
+    """In recipes: ${variant:${model.name},train_size}. What Table 1 says of an NFNet."""
+    from nfnets_xla.models.peers import is_peer
+    from nfnets_xla.models.registry import canonical_name
+    from nfnets_xla.models.variants import VARIANTS
+
+    if is_peer(model):
+        raise ValueError(
+            f"{model} has no {setting}: the recipe takes it from the NFNets' table; give a value"
+        )
+    return getattr(VARIANTS[canonical_name(model)], setting)
 
 
 def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: Preemption) -> None:

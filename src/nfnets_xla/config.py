@@ -103,6 +103,7 @@ class TrainerConfig:
 class Run:
     job: str  # one of JOBS
     run_dir: str | None  # everything the run leaves behind; training needs one
+    resume: str  # "auto": go on with what run_dir holds; "never"; or a checkpoint to begin from
     seed: int
     model: ModelConfig
     data: DataConfig
@@ -173,7 +174,7 @@ class Run:
         the form in which the network is run are not part of it.
         """
         values = asdict(self)
-        del values["run_dir"], values["trainer"]
+        del values["run_dir"], values["resume"], values["trainer"]
         del values["data"]["workers"], values["data"]["shards"], values["data"]["eval_shards"]
         del values["data"]["eval_batch_size"]
         del values["model"]["init_from"], values["model"]["pretrained"]

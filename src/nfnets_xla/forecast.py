@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nfnets_xla.config import Run
+from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.devices import GIB, smallest_fsdp
 from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards
 from nfnets_xla.models.peers import is_peer
@@ -61,6 +62,7 @@ def forecast(run: Run, terms: Terms) -> list[Line]:
     return [
         ("model", f"{run.model.name}, {parameters:,} parameters, {num_classes} classes"),
         ("shards", f"{index.num_samples:,} images in {index.num_shards:,} of {index.folder}"),
+        ("reads", reads(index, held_out, read)),
         (
             "steps",
             f"{order.num_steps:,} of {run.data.batch_size:,} rows; the rate rises to "
@@ -76,6 +78,17 @@ def forecast(run: Run, terms: Terms) -> list[Line]:
         *price_of(training + evaluating, terms),
         *memory(run, parameters, terms),
     ]
+
+
+def reads(index: ShardIndex, held_out: ShardIndex | None, images: float) -> str:
+    """Shards and bytes that come from the disk or the network; evaluations read theirs again."""
+    size = int(index.manifest.bytes_S.sum()) / GIB
+    passes = images / index.num_samples
+    files = f"{index.num_shards:,} shards of {size:,.3f} GiB, {passes:g} times over"
+    if held_out is None:
+        return files
+    kept = int(held_out.manifest.bytes_S.sum()) / GIB
+    return f"{files}; {held_out.num_shards:,} of {kept:,.3f} GiB at each evaluation"
 
 
 def devices_of(terms: Terms) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nfnets_xla.hosts import Hosts
-from nfnets_xla.record import Discard, RecordWriter, read_record
+from nfnets_xla.record import Discard, RecordWriter, has_record, read_record
 from nfnets_xla.task import Batch
 
 # The ceiling is a share of what has been shown, and of so many at least: one fault among the first
@@ -110,7 +110,7 @@ def missed_file(record: RecordWriter) -> Path:
 
 def missed_before(run_dir: Path, step: int) -> int:
     """How many samples earlier starts missed up to the step that is resumed from."""
-    if not step:
+    if not step or not has_record(run_dir):
         return 0
     rows = read_record(run_dir).of_kind("missed")
     return sum(row["count"] for row in rows if row["split"] == "train" and row["step"] <= step)

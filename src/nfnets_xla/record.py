@@ -73,6 +73,10 @@ class RunRecord:
         return [row for row in self.rows if row["kind"] == kind]
 
 
+def has_record(run_dir: Path) -> bool:
+    return (run_dir / "run-1.jsonl").is_file()
+
+
 def read_record(run_dir: Path | str) -> RunRecord:
     """Join the attempts in `run_dir`.
 

@@ -7,11 +7,16 @@
 | other streams (`data.num_streams`) | refused: they are part of the order |
 | other hosts, devices, mesh, loader workers, form of the network | taken as it is |
 | other versions of the libraries | taken, and said: the bits may differ |
+
+With `resume=never` a folder that holds a run is refused. With `resume=PATH` a folder without one
+begins from that checkpoint, and takes the history behind it along; the same command goes on with
+the folder's own checkpoints once it has some.
 """
 
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,9 +28,10 @@ from nfnets_xla import checkpoint
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
-from nfnets_xla.record import Row, read_record
+from nfnets_xla.record import Row, has_record, read_record
 
 # Recorded with a run: what its numbers and pixels may depend on.
+HISTORY = ("missed-*.jsonl", "ledger-*.bin", "run-*.jsonl")  # what each start writes
 VERSIONS = ("nfnets_xla", "torch", "lightning", "numpy", "pillow", "simplejpeg")
 
 
@@ -68,6 +74,7 @@ def position(order: Order, step: int) -> str | None:
 
 
 def find_resume(
+    given: str,
     root: str,
     run_dir: Path,
     identity: dict[str, Any],
@@ -75,16 +82,27 @@ def find_resume(
     versions: dict[str, str],
     say: Callable[[str], None],
 ) -> Checkpoint | None:
-    """The checkpoint to go on from, or None if there is none. Raises ValueError as said above."""
+    """The checkpoint to go on from, or None if there is none. Raises ValueError as said above.
+
+    `given` is "auto", "never", or where a checkpoint is (as checkpoint.find has it); `root` holds
+    those of the run.
+    """
     found, skipped = checkpoint.latest(root)
     for line in skipped:
         say(f"warning: {line}")
+    if given == "never" and (found or has_record(run_dir)):
+        raise ValueError(
+            f"{run_dir} holds a run, and resume is never: choose another run_dir, or resume=auto"
+        )
+    if given not in ("auto", "never"):
+        found = _begun_from(given, found)
     if found is None:
         return None
     changed = differences(found.state["identity"], identity)
     if changed:
+        holder = found if given not in ("auto", "never") else run_dir
         raise ValueError(
-            f"{run_dir} holds another run ({'; '.join(changed)}): choose another run_dir, or give "
+            f"{holder} holds another run ({'; '.join(changed)}): choose another run_dir, or give "
             "the values it was started with"
         )
     if found.state.get("next") != position(order, found.step):
@@ -99,9 +117,48 @@ def find_resume(
     return found
 
 
+def _begun_from(given: str, own: Checkpoint | None) -> Checkpoint:
+    """The checkpoint at `given`; or the folder's own newest, which was begun from it."""
+    start = checkpoint.find(given)
+    if start is None:
+        raise ValueError(
+            f"resume is {given!r}, where there is no checkpoint: give one, the folder of a run, "
+            "auto or never"
+        )
+    if own is None:
+        return start
+    beside = Path(own.where).parent == Path(start.where).parent
+    if own.step < start.step or (beside and own.step > start.step):
+        raise ValueError(
+            f"resume is {given!r}, and run_dir already holds {own}: nothing is overwritten; choose "
+            "another run_dir, or resume=auto"
+        )
+    return own
+
+
+def take_history(start: Checkpoint, run_dir: Path) -> None:
+    """Copy what the run's other folder says of the steps up to `start`; of later ones a reader
+    drops it, as after any restart. Nothing comes from an address, where there are only checkpoints.
+    """
+    if (source := history(start, run_dir)) == run_dir:
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for pattern in HISTORY:
+        for file in sorted(source.glob(pattern), reverse=True):  # run-1 last: with it all is here
+            part = run_dir / f"{file.name}.part"
+            shutil.copyfile(file, part)
+            part.replace(run_dir / file.name)
+
+
+def history(start: Checkpoint, run_dir: Path) -> Path:
+    """The folder with the records up to `start`: `run_dir`, unless the run began in another."""
+    other = Path(start.where).parent.parent
+    return run_dir if has_record(run_dir) or not has_record(other) else other
+
+
 def ended(run_dir: Path) -> Row | None:
     """The line with which a finished run closed its record."""
-    if not any(run_dir.glob("run-*.jsonl")):
+    if not has_record(run_dir):
         return None
     rows = read_record(run_dir).of_kind("end")
     return rows[-1] if rows else None
@@ -109,7 +166,7 @@ def ended(run_dir: Path) -> Row | None:
 
 def evaluations(run_dir: Path, step: int) -> dict[int, float]:
     """{step: held-out loss} of what was evaluated up to `step`: of the average, if there is one."""
-    if not step:
+    if not step or not has_record(run_dir):
         return {}
     rows = [row for row in read_record(run_dir).of_kind("eval") if row["step"] <= step]
     return {row["step"]: row["loss"] for row in rows}  # "ema" is written after "raw"

@@ -107,4 +107,4 @@ def _word(key: str, value: Any) -> str:
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration decides the numbers, and where they come from."""
-    return {name: value for name, value in config.items() if name not in ("run_dir", "trainer")}
+    return {key: config[key] for key in config.keys() - {"run_dir", "resume", "trainer"}}

@@ -46,8 +46,16 @@ from nfnets_xla.models.stacked import as_in, is_stacked, loop, stack
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.monitor import Monitor, Peaks
 from nfnets_xla.preempt import Preemption
-from nfnets_xla.record import Discard, RecordWriter, read_record
-from nfnets_xla.resume import RunState, ended, evaluations, find_resume, installed
+from nfnets_xla.record import Discard, RecordWriter, has_record, read_record
+from nfnets_xla.resume import (
+    RunState,
+    ended,
+    evaluations,
+    find_resume,
+    history,
+    installed,
+    take_history,
+)
 from nfnets_xla.saves import Saves
 from nfnets_xla.scaling import account
 from nfnets_xla.steps import describe_ascent, make_passes, make_schedule
@@ -80,7 +88,7 @@ def train(
     identity = {**run.identity(), "shards": index.fingerprint, "num_classes": num_classes}
     folder = Path(run.run_dir)
     root, versions = run.trainer.checkpoint_dir or str(folder / "checkpoints"), installed()
-    resume = find_resume(root, folder, identity, order, versions, say)
+    resume = find_resume(run.resume, root, folder, identity, order, versions, say)
     if resume is not None and resume.step == order.num_steps and (end := ended(folder)):
         say(f"{folder} holds this run, finished")
         return end
@@ -134,9 +142,12 @@ def train(
     )
     eval_loader = None if held_out is None else make_eval_loader(run, held_out, num_classes, hosts)
     opening = header(run, identity, order, net, backend, start_step)
-    before = missed_before(folder, start_step)
-    lost_seconds = read_record(folder).seconds_lost if start_step else 0.0
-    evaluated = evaluations(folder, start_step)
+    past = folder if resume is None else history(resume, folder)
+    before = missed_before(past, start_step)
+    lost_seconds = read_record(past).seconds_lost if start_step and has_record(past) else 0.0
+    evaluated = evaluations(past, start_step)
+    if resume is not None and hosts.writes:
+        take_history(resume, folder)
     state = RunState(identity, order, versions, resume.state["seconds"] if resume else 0.0)
     with (
         RecordWriter(folder, opening) if hosts.writes else Discard() as record,

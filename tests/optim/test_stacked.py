@@ -25,6 +25,7 @@ TINY = Variant(
     train_size=16,
     test_size=16,
     drop_rate=0.0,
+    randaugment_magnitude=5,
     group_width=8,
     stem=(4, 4, 4),
 )

@@ -17,13 +17,17 @@ STEM_STRIDES = (2, 1, 1, 2)
 
 @dataclass(frozen=True)
 class Variant:
-    """What distinguishes one member of the family. Sizes in pixels."""
+    """What distinguishes one member of the family. Sizes in pixels.
+
+    Sizes, dropout and RandAugment's magnitude are those of ImageNet from scratch.
+    """
 
     width: tuple[int, int, int, int]  # channels out of each stage
     depth: tuple[int, int, int, int]  # residual blocks of each stage
     train_size: int
     test_size: int
-    drop_rate: float  # dropout before the classifier, for ImageNet from scratch
+    drop_rate: float  # dropout before the classifier
+    randaugment_magnitude: int
     group_width: int = 128  # channels per group of the 3x3 convolutions
     stem: tuple[int, int, int] = (16, 32, 64)  # the fourth has width[0] // 2
     dense_remainder: bool = False  # keep a bottleneck that group_width does not divide, ungrouped
@@ -31,10 +35,11 @@ class Variant:
     eps_mode: EpsMode = "floor"  # under the variance of a weight; "add" to it, as timm does
 
 
-# Of F0 ... F7: Table 1 of the paper; F7 from the code (base.py:57-90).
+# Of F0 ... F7: Table 1 of the paper and its A.3; F7 from the code (base.py:57-90).
 _TRAIN_SIZES = (192, 224, 256, 320, 384, 416, 448, 480)
 _TEST_SIZES = (256, 320, 352, 416, 512, 544, 576, 608)
 _DROP_RATES = (0.2, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5, 0.5)
+_MAGNITUDES = (5, 10, 10, 15, 15, 15, 15, 15)
 _WIDTH = {"": (256, 512, 1536, 1536), "_plus": (384, 768, 2048, 2048)}
 _NUM_BLOCKS = (1, 2, 6, 3)  # of F0, by stage; F<n> has n + 1 times as many
 
@@ -46,10 +51,10 @@ def _family() -> dict[str, Variant]:
     """
     family = {}
     for plus, width in _WIDTH.items():
-        members = zip(_TRAIN_SIZES, _TEST_SIZES, _DROP_RATES, strict=True)
-        for n, (train_size, test_size, drop_rate) in enumerate(members):
+        members = zip(_TRAIN_SIZES, _TEST_SIZES, _DROP_RATES, _MAGNITUDES, strict=True)
+        for n, settings in enumerate(members):
             a, b, c, d = ((n + 1) * blocks for blocks in _NUM_BLOCKS)
-            full = Variant(width, (a, b, c, d), train_size, test_size, drop_rate)
+            full = Variant(width, (a, b, c, d), *settings)
             family[f"nfnet_f{n}{plus}"] = full
             w0, w1, w2, w3 = (channels // 8 for channels in width)
             family[f"nfnet_mini_f{n}{plus}"] = replace(
