@@ -97,14 +97,14 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Weights, momentum and average of the newest checkpoint."""
+    """Weights, momentum and, if there is one, average of the newest checkpoint."""
     newest, skipped = checkpoint.latest(run_dir / "checkpoints")
     assert newest is not None
     assert not skipped
     assert newest.step == read_record(run_dir).headers[0]["num_steps"]
     return {
         f"{form}/{name}": tensor
-        for form in ("model", "momentum", "ema")
+        for form in newest.forms
         for name, tensor in newest.tensors(form).items()
     }
 

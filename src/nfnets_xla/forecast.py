@@ -12,7 +12,7 @@ import torch
 from nfnets_xla.config import Run
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.devices import GIB, smallest_fsdp
-from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards
+from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards, sizes_of
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network
 from nfnets_xla.scaling import account
@@ -124,7 +124,7 @@ def price_of(flops: float, terms: Terms) -> list[Line]:
 def network(run: Run, num_classes: int) -> Network:
     options: dict[str, Any] = {"drop_path_rate": run.model.drop_path_rate}
     if is_peer(run.model.name):
-        options = {"image_size": run.data.image_size}
+        options = sizes_of(run)
     with torch.device("meta"):
         return create_network(
             run.model.name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options

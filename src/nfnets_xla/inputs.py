@@ -40,6 +40,14 @@ def check_cache(run: Run) -> None:
             )
 
 
+def sizes_of(run: Run) -> dict[str, int]:
+    """What a network that is made for one size of images must know of the run's."""
+    sizes = {"image_size": run.data.image_size}
+    if run.data.eval_shards is not None:
+        sizes["eval_image_size"] = run.data.eval_image_size
+    return sizes
+
+
 def count_classes(run: Run, *indexes: ShardIndex | None) -> int:
     """Classes of the head. Raises ValueError if a label does not fit `data.num_classes`."""
     present = [index for index in indexes if index is not None]

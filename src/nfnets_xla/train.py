@@ -36,6 +36,7 @@ from nfnets_xla.inputs import (
     make_order,
     make_train_batches,
     open_shards,
+    sizes_of,
 )
 from nfnets_xla.ledger import Ledger, head_of
 from nfnets_xla.missed import Missed, missed_before
@@ -242,7 +243,7 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
                 f"model.drop_path_rate is {run.model.drop_path_rate} for {run.model.name}: timm's "
                 "layers draw their own randomness, which no restart could repeat; give 0"
             )
-        options = {"image_size": run.data.image_size}
+        options = sizes_of(run)
     name, tag = run.model.name, run.model.pretrained
     if tag is not None:
         if is_peer(name):

@@ -62,3 +62,12 @@ def test_unknown_peers_and_absent_weights_are_refused() -> None:
         create_model("vit_giant_14", pretrained=True, device="meta")
     with pytest.raises(ValueError, match="drop_rate is 2"):
         create_model("timm/test_vit", drop_rate=2)
+
+
+def test_a_size_that_only_an_evaluation_would_meet_is_refused_at_once() -> None:
+    """256 px are no multiple of patches of 14 px; a network of convolutions takes any."""
+    with torch.device("meta"):
+        assert create_peer("sovit_400m_14", image_size=224, eval_image_size=252).num_classes
+        with pytest.raises(ValueError, match=r"of 224 px does not take 256 px .* multiples of its"):
+            create_peer("sovit_400m_14", image_size=224, eval_image_size=256)
+    assert create_peer("timm/test_resnet", image_size=64, eval_image_size=75, in_chans=1)

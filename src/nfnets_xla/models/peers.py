@@ -97,11 +97,13 @@ def create_peer(
     pretrained: bool = False,
     drop_rate: float = 0.0,
     image_size: int | None = None,
+    eval_image_size: int | None = None,
     **options: Any,
 ) -> Peer:
     """`timm/<model>` with timm's options, or one of VITS. ValueError for names that are neither.
 
-    `image_size`, in pixels, is for networks made for one (ViTs), which then take others too.
+    `image_size`, in pixels, is for networks made for one (ViTs), which then take some others too;
+    ValueError if `eval_image_size` is not one of them.
     """
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate is {drop_rate}; it must be in [0, 1)")
@@ -124,7 +126,24 @@ def create_peer(
         except TypeError:  # a network for images of any size
             return timm.create_model(plain, pretrained=loads, **options)
 
-    return Peer(make, drop_rate=drop_rate)
+    peer = Peer(make, drop_rate=drop_rate)
+    for size in (image_size, eval_image_size):
+        if size is not None and (fault := _fault_of(make, options.get("in_chans", 3), size)):
+            raise ValueError(
+                f"{name} for images of {image_size} px does not take {size} px ({fault}): choose "
+                "multiples of its patches for data.image_size and data.eval_image_size"
+            )
+    return peer
+
+
+def _fault_of(make: Callable[..., nn.Module], channels: int, size: int) -> str | None:
+    """What the network says to images of a size; nothing is computed."""
+    with torch.device("meta"), torch.no_grad():
+        try:
+            make().eval()(torch.empty(1, channels, size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            return str(error).strip().split("\n")[-1]
+    return None
 
 
 def is_in_timm(name: str) -> bool:
