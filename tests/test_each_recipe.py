@@ -1,0 +1,49 @@
+"""Every recipe that trains runs and resumes, in its own precision; the sweeps are in test_sweep.py.
+
+On XLA the demo's form of finetune_sam is killed on four devices in test_xla_runs.py.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from nfnets_xla.compose import composed, recipes
+from tests.each_recipe import OPTIONS
+
+LIKE = {  # those that differ from one below in sizes, or in what they sweep, alone
+    "pretrain_demo",
+    "finetune_sam_demo",
+    "lr_sweep",
+    "scaling_sweep",
+    "finetune_sweep",
+}
+
+
+def ran(device: str, *names: str) -> None:
+    command = [sys.executable, "-m", "tests.each_recipe", device, *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok  ") == len(names)
+    assert done.stdout.count("equal='bit for bit'") == len(names)
+
+
+def test_on_the_cpu() -> None:
+    ran("cpu", *OPTIONS)
+
+
+def test_on_xla() -> None:
+    pytest.importorskip("torch_xla", exc_type=ImportError)
+    ran("xla", "pretrain")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_others_on_xla() -> None:
+    pytest.importorskip("torch_xla", exc_type=ImportError)
+    ran("xla", *sorted(OPTIONS.keys() - {"pretrain"}))
+
+
+def test_no_recipe_is_left_out() -> None:
+    trains = {name for name in recipes() if composed(name).job == "train"}
+    assert trains == OPTIONS.keys() | LIKE
