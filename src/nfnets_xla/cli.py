@@ -121,7 +121,7 @@ def show_shards(arguments: list[str]) -> None:
     needless = ["run_dir=null", "model.init_from=null", "data.eval_shards=null", "optim.epochs=1"]
     overrides = [f"data.shards={request.folder}", *needless, *request.overrides]
     run = to_run(composed(request.recipe, overrides))
-    show(run, request.out, request.rows)
+    show(run, request.out, request.rows, request.step)
 
 
 def check(arguments: list[str]) -> None:

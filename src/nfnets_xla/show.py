@@ -2,8 +2,9 @@
 
     nfnets-xla shards show DIR --recipe imagenet --out sheet.png --rows 6 data.repeats=4
 
-These are the views of step 0 as they enter normalisation: cropped, augmented and mixed, each with
-its label (or two, with their shares) and its sample's id.
+These are the views of the first step, or of `--step N` of the record (with the run's seed, batch
+and epochs), as they enter normalisation: cropped, augmented and mixed, each with its label (or two,
+with their shares) and its sample's id.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from nfnets_xla.data.mix import mixed
 from nfnets_xla.inputs import count_classes, make_order, make_train_batches, open_shards
 from nfnets_xla.sheet import draw_sheet
 
-USAGE = "shards show DIR [--out FILE] [--rows N] [--recipe NAME] [key=value ...]"
+USAGE = "shards show DIR [--out FILE] [--rows N] [--step N] [--recipe NAME] [key=value ...]"
 
 COLUMNS = 8  # of a sheet without repeats; with K repeats, a row has the K views of an image
 
@@ -29,13 +30,14 @@ class Request:
     folder: str
     out: Path
     rows: int
+    step: int  # counted from 1, as the record does
     recipe: str
     overrides: list[str]
 
 
 def parse(arguments: list[str]) -> Request:
     """Raises ValueError for anything but what USAGE says."""
-    options = {"--out": "sheet.png", "--rows": "4", "--recipe": "pretrain"}
+    options = {"--out": "sheet.png", "--rows": "4", "--step": "1", "--recipe": "pretrain"}
     plain: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -44,24 +46,31 @@ def parse(arguments: list[str]) -> Request:
         else:
             plain.append(word)
     folders = [word for word in plain if "=" not in word]
-    rows = options["--rows"]
+    rows, step = options["--rows"], options["--step"]
     if len(folders) != 1 or folders[0].startswith("-") or not all(options.values()):
         raise ValueError(f"usage: nfnets-xla {USAGE}")
     if not rows.isdecimal() or not 1 <= int(rows) <= 100:
         raise ValueError(f"--rows is {rows}; it must be a whole number from 1 to 100")
+    if not step.isdecimal() or int(step) < 1:
+        raise ValueError(f"--step is {step}; it must be a whole number from 1")
     overrides = [word for word in plain if "=" in word]
-    return Request(folders[0], Path(options["--out"]), int(rows), options["--recipe"], overrides)
+    out, recipe = Path(options["--out"]), options["--recipe"]
+    return Request(folders[0], out, int(rows), int(step), recipe, overrides)
 
 
-def show(run: Run, out: Path, rows: int, say: Callable[[str], None] = print) -> None:
+def show(run: Run, out: Path, rows: int, step: int = 1, say: Callable[[str], None] = print) -> None:
     """Write the sheet, and say which sample is where."""
     index, _ = open_shards(run)
     order = make_order(run, index)
+    if step > order.num_steps:
+        raise ValueError(
+            f"--step is {step} of {order.num_steps}: give the run's own values (optim.epochs=...)"
+        )
     dataset = make_train_batches(
         run, index, order, count_classes(run, index), drop_path_rates=(), num_features=1
     )
     columns = run.data.repeats if run.data.repeats > 1 else COLUMNS
-    tiles = first_views(dataset, rows * columns)
+    tiles = first_views(dataset, rows * columns, step - 1)
     draw_sheet(tiles, columns).save(out, "PNG")
     for start in range(0, len(tiles), columns):
         line = [f"{sample} ({label})" for _, label, sample in tiles[start : start + columns]]
@@ -69,16 +78,18 @@ def show(run: Run, out: Path, rows: int, say: Callable[[str], None] = print) -> 
     say(f"{out}: {len(tiles)} views of {run.data.image_size} px")
 
 
-def first_views(dataset: TrainBatches, number: int) -> list[tuple[np.ndarray, str, str]]:
-    """(pixels, label, id) of the first views of step 0 that are not there to fill up.
+def first_views(
+    dataset: TrainBatches, number: int, step: int = 0
+) -> list[tuple[np.ndarray, str, str]]:
+    """(pixels, label, id) of the first views of a batch that are not there to fill up.
 
     They come from as few streams as have them, but from two at least: MixUp's and CutMix's."""
     order, repeats = dataset.order, dataset.repeats
-    real_CN = order.step(0).weight.reshape(order.num_streams, -1) > 0
+    real_CN = order.step(step).weight.reshape(order.num_streams, -1) > 0
     images = -(-number // repeats)
     streams = int(np.searchsorted(real_CN.sum(axis=1).cumsum(), images)) + 1
     streams = min(max(streams, 2), order.num_streams)
-    batch = dataset.of_streams(0, range(streams))
+    batch = dataset.of_streams(step, range(streams))
     places_CN = np.arange(real_CN[:streams].size).reshape(streams, -1)
     # Stream by stream, as many of each as are needed; the first ones have one more.
     in_turn = [place for place in places_CN.T.flat if batch["weight_U"][place] > 0][:images]
