@@ -40,7 +40,9 @@ def xla(devices: int) -> list[str]:
     return ["trainer.device=xla", f"trainer.virtual_devices={devices}"]
 
 
-def start(arguments: list[str], log: Path, **variables: str) -> subprocess.Popen:
+def start(
+    arguments: list[str], log: Path, module: str = "nfnets_xla", **variables: str
+) -> subprocess.Popen:
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -48,7 +50,7 @@ def start(arguments: list[str], log: Path, **variables: str) -> subprocess.Popen
         **variables,
     }
     with log.open("ab") as file:
-        command = [sys.executable, "-m", "nfnets_xla", *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
 
 

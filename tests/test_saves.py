@@ -33,10 +33,10 @@ def test_the_step_waits_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
     with Saves(str(tmp_path), keep=2, every_hours=None) as saves:
-        saves.save(1, lambda: FORMS, {})
+        saves.save(lambda: (1, FORMS, {}))
         assert saves.written() == []
         threading.Timer(0.3, slow.set).start()
-        saves.save(2, lambda: FORMS, {})
+        saves.save(lambda: (2, FORMS, {}))
         saves.wait()
         first, second = saves.written()
     assert [first.step, second.step] == checkpoint.steps(tmp_path)[::-1]
@@ -50,7 +50,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing(tmp_path: Path) -> Non
     (tmp_path / "step-00000002").write_text("in the way")
     with Saves(str(tmp_path), keep=2, every_hours=None) as saves:
         for step in (1, 2, 3):
-            saves.save(step, lambda: FORMS, {})
+            saves.save(lambda: (step, FORMS, {}))  # noqa: B023 (called at once)
         saves.wait()
         one, two, three = saves.written()
     assert (one.fault, three.fault) == (None, None)

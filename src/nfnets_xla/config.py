@@ -77,6 +77,7 @@ class OptimConfig:
     sam_microbatches: int  # m-sharpness: parts of the batch with an ascent each
     sam_adaptive: bool  # ASAM: the ascent relative to the weights; sam_rho about 10 times larger
     ema_decay: float | None  # None: no moving average
+    max_skipped: int  # updates left out because loss or gradient was not finite; one more: stop
 
 
 @dataclass
@@ -183,6 +184,7 @@ class Run:
         del values["data"]["cache_dir"], values["data"]["cache_bytes"]
         del values["model"]["stacked"], values["model"]["recompute"]
         del values["optim"]["accumulation"]
+        del values["optim"]["max_skipped"]  # says whether a run goes on, not how
         return values
 
 
@@ -202,7 +204,7 @@ _IN_HALF_OPEN = [
     *[("optim", name, 1) for name in ("momentum", "label_smoothing", "ema_decay")],
     *[("data", name, float("inf")) for name in ("workers", "eval_margin")],
     ("data", "max_missed", 1),
-    *[("optim", name, float("inf")) for name in ("cooldown_steps", "weight_decay")],
+    *[("optim", name, float("inf")) for name in ("cooldown_steps", "weight_decay", "max_skipped")],
 ]
 
 

@@ -1,16 +1,18 @@
 """When a training run is saved, and what of it. Fires after update n, counted from 1."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from nfnets_xla.exits import Failed
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import per_block
 from nfnets_xla.monitor import Monitor, task_of
-from nfnets_xla.saves import Saves
+from nfnets_xla.saves import Forms, Saves
+from nfnets_xla.skips import Skips
 from nfnets_xla.task import Classification
 
 
@@ -21,6 +23,7 @@ class Checkpointer(Callback):
         self,
         saves: Saves,
         monitor: Monitor,
+        skips: Skips,
         *,
         every: int | None,
         total_steps: int,
@@ -32,6 +35,7 @@ class Checkpointer(Callback):
         """`state` is of a step; `evaluated` are earlier starts' held-out losses by step."""
         self.saves = saves
         self.monitor = monitor
+        self.skips = skips
         self.every = every
         self.total_steps = total_steps
         self.state = state
@@ -49,7 +53,8 @@ class Checkpointer(Callback):
     ) -> None:
         self.collect()
         step = batch["step"] + 1
-        if step == self.total_steps or (self.every is not None and step % self.every == 0):
+        due = self.every is not None and step % self.every == 0
+        if due or step == self.total_steps or self.skips.frozen_at is not None:
             self.save(task_of(pl_module), step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,11 +67,23 @@ class Checkpointer(Callback):
                 self.save(task, trainer.global_step)
 
     def save(self, task: Classification, step: int) -> None:
+        """Raises Failed if the run is not to go on; then what is good of it is saved."""
         # A start from this checkpoint computes no earlier step again: their rows come first.
         self.monitor.write_pending(task)
         with task.at_rest():
-            self.saves.save(step, lambda: host_copies(task), self.state(step))
+            self.saves.save(lambda: self._copy(task, step))
+        if self.skips.frozen_at is not None:
+            self.finish()
+            raise Failed(self.skips.why())
+
+    def _copy(self, task: Classification, step: int) -> tuple[int, Forms, Mapping[str, Any]]:
+        """Of `step`, or if the device has frozen of the step before that."""
+        forms, numbers_G = host_copies(task)
+        self.skips.read(step, numbers_G)
+        if self.skips.frozen_at is not None:
+            step = self.skips.frozen_at - 1
         self.saved_at = step
+        return step, forms, self.state(step) | {"skipped": self.skips.count}
 
     def collect(self) -> None:
         """Record what has been written."""
@@ -96,14 +113,18 @@ class Checkpointer(Callback):
 RECORDED = ("stall_seconds", "write_seconds", "bytes")
 
 
-def host_copies(task: Classification) -> dict[str, dict[str, Tensor]]:
-    """Weights, momentum and average, by the names of single blocks."""
+def host_copies(task: Classification) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
+    """Weights, momentum and average, by the names of single blocks; and the guard's numbers."""
     assert task.sgd is not None
+    assert task.guard is not None
     weights: dict[str, Tensor] = task.net.state_dict()
     if isinstance(task.net, NFNet):  # stacked, its state dict would be slices to compile
         weights = dict(task.net.named_parameters())
-    forms = {"model": weights, "momentum": task.sgd.momentum_buffers()}
+    with_guard = weights | {"guard": task.guard.numbers_G}  # no read of its own
+    forms = {"model": with_guard, "momentum": task.sgd.momentum_buffers()}
     if task.ema is not None:
         forms["ema"] = dict(task.ema.shadow)
     # One after the other: where they are cut over devices, each is a whole copy for a moment.
-    return {form: per_block(task.fetch(named)) for form, named in forms.items()}
+    copies = {form: task.fetch(named) for form, named in forms.items()}
+    numbers_G = copies["model"].pop("guard").tolist()
+    return {form: per_block(named) for form, named in copies.items()}, numbers_G

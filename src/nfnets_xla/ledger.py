@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from nfnets_xla.data.order import Order
 from nfnets_xla.hosts import Hosts
+from nfnets_xla.record import read_record
 
 FRAME = struct.Struct("<III")
 ALONE = Hosts()
@@ -113,6 +114,8 @@ class Audit:
     reached: int = 0  # steps 1 to this are there, each once
     again: int = 0  # steps computed again after a restart: of no effect
     undecodable: int = 0
+    skipped: list[int] = field(default_factory=list)  # steps whose update was left out
+    without_effect: int = 0  # samples of these
     shown: dict[int, int] = field(default_factory=dict)  # by epoch, distinct samples
     faults: list[str] = field(default_factory=list)
 
@@ -126,6 +129,11 @@ class Audit:
             lines.append(f"epoch {epoch}: {count:,} of {due:,} samples, each once")
         if self.undecodable:
             lines.append(f"{self.undecodable} of them could not be decoded and weighed nothing")
+        if self.skipped:
+            lines.append(
+                f"steps {_first(self.skipped)} were left out (loss or gradient not finite): "
+                f"{self.without_effect} of the samples changed nothing; the record names them"
+            )
         verdict = "every sample exactly once" if self.reached == self.steps else "no sample twice"
         return [*lines, *(self.faults or [verdict])]
 
@@ -150,6 +158,10 @@ def audit(run_dir: Path) -> Audit:
         raise ValueError(f"{run_dir} holds no ledger-*.bin: train with trainer.ledger=true")
     found = Audit(len(paths), sizes["steps"], sizes["samples"], sizes["draws"], again=again)
     found.reached = max(effective, default=0)
+    found.skipped = _left_out(run_dir)
+    found.without_effect = sum(
+        len(rows_of(*effective[step])[0]) for step in found.skipped if step in effective
+    )
     absent = sorted(set(range(1, found.reached + 1)) - effective.keys())
     if absent:
         found.faults.append(f"steps without a frame: {_first(absent)}")
@@ -164,6 +176,12 @@ def audit(run_dir: Path) -> Audit:
                 f"epoch {epoch}: {found.shown[epoch]} of {due} samples shown; not: {_first(never)}"
             )
     return found
+
+
+def _left_out(run_dir: Path) -> list[int]:
+    if not any(run_dir.glob("run-*.jsonl")):
+        return []
+    return [r["step"] for r in read_record(run_dir).of_kind("nonfinite") if not r["stopped"]]
 
 
 def _epochs(

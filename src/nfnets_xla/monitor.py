@@ -18,6 +18,7 @@ from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.display import Display
 from nfnets_xla.optim import SGD_AGC
 from nfnets_xla.record import Discard, RecordWriter
+from nfnets_xla.skips import Skips
 from nfnets_xla.task import TRAIN_METRICS, Batch, Classification
 
 
@@ -30,6 +31,7 @@ class Monitor(Callback):
         curves: Curves | NoCurves,
         display: Display,
         *,
+        skips: Skips | None,
         total_steps: int,
         epochs: float,
         log_every: int,
@@ -39,11 +41,13 @@ class Monitor(Callback):
         totals: Callable[[], dict[str, Any]],
         lost_seconds: float,
     ) -> None:
-        """`trace` says which samples a batch shows, to be recorded for every step; `totals` are
-        the runtime's counts so far, `lost_seconds` what interruptions have cost before."""
+        """`skips` is told what was left out; `trace` says which samples a batch shows, to be
+        recorded for every step; `totals` are the runtime's counts so far, `lost_seconds` what
+        interruptions have cost before."""
         self.record = record
         self.curves = curves
         self.display = display
+        self.skips = skips
         self.total_steps = total_steps
         self.epochs = epochs
         self.log_every = log_every
@@ -94,8 +98,12 @@ class Monitor(Callback):
             return
         step, rates, metrics_M = self._pending
         self._pending = None
+        assert task.guard is not None
         values = task.fetch({"metrics": metrics_M})["metrics"].tolist()
-        shares = values[len(TRAIN_METRICS) :]
+        guarded = len(TRAIN_METRICS) + task.guard.numbers_G.numel()
+        if self.skips is not None:
+            self.skips.read(step, values[len(TRAIN_METRICS) : guarded])
+        shares = values[guarded:]
         row = dict(zip(TRAIN_METRICS, values, strict=False)) | rates
         self.record.write("train", step, **row)
         if shares:

@@ -54,11 +54,12 @@ class Saves:
     def __exit__(self, *_: object) -> None:
         self.wait()
 
-    def save(self, step: int, copy: Callable[[], Forms], state: Mapping[str, Any]) -> None:
-        """`copy` brings the tensors to the host; this returns when it has."""
+    def save(self, copy: Callable[[], tuple[int, Forms, Mapping[str, Any]]]) -> None:
+        """`copy` brings the tensors to the host, and says of which step they are and with what
+        state; this returns when it has."""
         began = time.perf_counter()
         self.wait()
-        forms = copy()
+        step, forms, state = copy()
         if not self.writes:
             return
         stall = time.perf_counter() - began

@@ -27,6 +27,7 @@ from nfnets_xla.ema import EMA
 from nfnets_xla.losses import LOSSES, target_of
 from nfnets_xla.models.registry import Network
 from nfnets_xla.models.stacked import output_axes
+from nfnets_xla.optim.guard import Guard
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.roles import parameter_roles
 from nfnets_xla.optim.sam import SAM
@@ -54,6 +55,7 @@ class Restored:
 
     momentum: dict[str, Tensor]
     ema: dict[str, Tensor] | None
+    skipped: int  # updates that were left out; see optim/guard.py
 
 
 def _nothing_to_add(tensors: Sequence[Tensor]) -> None:
@@ -77,11 +79,13 @@ class Classification(LightningModule):
         schedule: Schedule | None = None,
         passes: Passes | None = None,
         restored: Restored | None = None,
+        remembered_steps: int = 1,
     ) -> None:
         """`fetch` copies device tensors to the host in one transfer, whatever the device is;
         `add_up` sums tensors over hosts that each see their own rows only, in place.
 
         Training needs `schedule`, each step's rate, and `passes`, how it goes through its batch.
+        Of the latest `remembered_steps` it is known on the device which were not finite.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -99,7 +103,10 @@ class Classification(LightningModule):
         self.ema: EMA | None = None
         self.sgd: SGD_AGC | None = None
         self.sam: SAM | None = None
-        # Of the latest step, still on the device: TRAIN_METRICS, then SGD_AGC's clipped shares.
+        self.guard: Guard | None = None
+        self.remembered_steps = remembered_steps
+        # Of the latest step, still on the device: TRAIN_METRICS, the guard's numbers, the shares
+        # that SGD_AGC clipped.
         self.step_metrics_M: Tensor | None = None
         self.evaluation: dict[str, dict[str, float]] = {}  # of the latest evaluation, per weights
         self._restored = restored
@@ -113,6 +120,12 @@ class Classification(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Called after the module is on its device, so that every buffer is made there."""
         named = dict(self.net.named_parameters())
+        self.guard = Guard(
+            self.device,
+            allowed=self.optim.max_skipped,
+            left_out=0 if self._restored is None else self._restored.skipped,
+            memory=self.remembered_steps,
+        )
         sgd = SGD_AGC(
             named.items(),
             parameter_roles(self.net, classifier=self.net.classifier_name),
@@ -120,6 +133,7 @@ class Classification(LightningModule):
             momentum=self.optim.momentum,
             weight_decay=self.optim.weight_decay,
             clipping=self.optim.clipping,
+            guard=self.guard,
         )
         self.sgd = sgd
         if self.optim.ema_decay is not None:
@@ -141,7 +155,9 @@ class Classification(LightningModule):
 
     def device_state(self) -> dict[str, Tensor]:
         """Tensors beside parameters and momentum (see strategy.HasDeviceState)."""
-        return {} if self.ema is None else {f"ema/{k}": v for k, v in self.ema.shadow.items()}
+        averages = {} if self.ema is None else self.ema.shadow
+        guard = {} if self.guard is None else {"guard": self.guard.numbers_G}
+        return {f"ema/{name}": shadow for name, shadow in averages.items()} | guard
 
     def cut_axes(self) -> dict[str, int]:
         """Where parameters, momentum and average may be cut (see strategy.HasCutAxes)."""
@@ -157,6 +173,7 @@ class Classification(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One update from one global batch; leaves `step_metrics_M` on the device."""
         assert self.sgd is not None
+        assert self.guard is not None
         step = batch["step"]
         ema_decay = 0.0 if self.ema is None else self.ema.decay_at(step)
         hyper_2 = torch.tensor([self.learning_rate(step), ema_decay]).to(self.device)
@@ -177,12 +194,14 @@ class Classification(LightningModule):
         optimizer.step(closure=closure)
         optimizer.zero_grad()  # before the dispatch: what is alive then is kept in device memory
         if self.ema is not None:
-            self.ema.update(hyper_2[1:2])
+            assert self.guard.holds is not None
+            # Of an update that was left out the average takes nothing: a decay of 1.
+            self.ema.update(torch.maximum(hyper_2[1:2], self.guard.holds))
         *totals, weight = torch.stack(unperturbed).sum(dim=0)
         means = torch.stack(totals) / weight.clamp(min=NO_WEIGHT)
-        clipped_P = self.sgd.clipped_P
-        self.step_metrics_M = means if clipped_P is None else torch.cat([means, clipped_P])
-        self.sgd.clipped_P = None  # what is alive at the dispatch is kept
+        clipped = [] if self.sgd.clipped_P is None else [self.sgd.clipped_P]
+        self.step_metrics_M = torch.cat([means, self.guard.numbers_G, *clipped])
+        self.sgd.clipped_P = self.guard.holds = None  # what is alive at the dispatch is kept
 
     def _rows(self, batch: Batch) -> dict[str, Tensor]:
         """The batch's tensors, all of B rows. Images are mixed now, while streams are whole."""
@@ -222,6 +241,8 @@ class Classification(LightningModule):
             of_slices.append(torch.stack([loss.detach(), correct, weight_B.sum()]))
         sums = torch.stack(of_slices).sum(dim=0)
         self.add_up([sums, *(p.grad for p in self.net.parameters() if p.grad is not None)])
+        assert self.guard is not None
+        self.guard.watch(sums)
         return sums
 
     def _losses(self, logits_BK: Tensor, rows: Batch, smoothing: float) -> Tensor:

@@ -104,6 +104,7 @@ def throughput(run: Run, display: Display | None = None) -> dict[str, Any]:
             record,
             NoCurves(),
             display,
+            skips=None,
             total_steps=order.num_steps,
             epochs=run.optim.epochs,
             log_every=run.trainer.log_every,

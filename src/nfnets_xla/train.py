@@ -59,8 +59,9 @@ from nfnets_xla.resume import (
 )
 from nfnets_xla.saves import Saves
 from nfnets_xla.scaling import account
+from nfnets_xla.skips import Skips
 from nfnets_xla.steps import describe_ascent, make_passes, make_schedule
-from nfnets_xla.stop import Stop
+from nfnets_xla.stop import NoSignals, Stop
 from nfnets_xla.task import Batch, Classification, Restored
 
 STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/compile.txt
@@ -133,6 +134,7 @@ def train(
         fetch=backend.fetch,
         add_up=backend.add_up,
         restored=restored,
+        remembered_steps=run.trainer.log_every,  # as often they are read
     )
     loader = Batches(
         dataset,
@@ -165,10 +167,19 @@ def train(
     ):
         if hosts.writes:
             (folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
+        skips = Skips(
+            record,
+            ceiling=run.optim.max_skipped,
+            before=0 if restored is None else restored.skipped,
+            start_step=start_step,
+            ids=dataset.ids,
+            say=say,
+        )
         monitor = Monitor(
             record,
             curves,
             display,
+            skips=skips,
             total_steps=order.num_steps,
             epochs=run.optim.epochs,
             log_every=run.trainer.log_every,
@@ -181,6 +192,7 @@ def train(
         keeper = Checkpointer(
             saves,
             monitor,
+            skips,
             every=run.trainer.checkpoint_every,
             total_steps=order.num_steps,
             state=state.at,
@@ -220,8 +232,8 @@ def train(
         if preemption is not None:
             preemption.unsaved = False  # no more steps come, after which it would be set
         totals = monitor.summary() | backend.report()
-        result = {"steps": order.num_steps, "missed": missed.trained, **totals}
-        record.write("end", order.num_steps, **result)
+        counts = {"steps": order.num_steps, "missed": missed.trained, "skipped": skips.count}
+        record.write("end", order.num_steps, **(result := counts | totals))
     for line in summary(result):
         say(line)
     say(f"finished after {order.num_steps} steps; everything is in {folder}")
@@ -296,7 +308,8 @@ def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
     """Weights go into the network now; the rest waits until the optimizer exists."""
     load_into(net, resume.tensors("model"), source=str(resume))
     ema = None if run.optim.ema_decay is None else resume.tensors("ema")
-    return Restored(as_in(net, resume.tensors("momentum")), ema and as_in(net, ema))
+    momentum, skipped = resume.tensors("momentum"), resume.state.get("skipped", 0)
+    return Restored(as_in(net, momentum), ema and as_in(net, ema), skipped)
 
 
 def restore_progress(trainer: Trainer, step: int) -> None:
@@ -334,16 +347,6 @@ def make_curves(
 
 
 # ---- trainer ----------------------------------------------------------------------------------
-
-
-class NoSignals:
-    """In place of Lightning's signal connector, which turns SIGTERM into a clean-looking exit 0."""
-
-    received_sigterm = False
-
-    def register_signal_handlers(self) -> None: ...
-
-    def teardown(self) -> None: ...
 
 
 def make_trainer(run: Run, backend: Backend, num_steps: int, callbacks: list[Callback]) -> Trainer:

@@ -191,6 +191,11 @@ class TrainBatches(Dataset[Batch]):
         ids = [self.samples.name(int(number)) for number in batch["sample_U"][real]]
         return {"ids": ids, "epochs": batch["epoch_U"][real].tolist()}
 
+    def ids(self, step: int) -> list[str]:
+        """Of all samples of the global batch of update `step`, counted from 1."""
+        rows = self.order.step(step - 1)
+        return [self.samples.name(int(n)) for n in self.samples.numbers(rows)[rows.weight > 0]]
+
     def _view(self, pixels: Pixels, epoch: int, sample: int, view: int) -> Pixels:
         key = self.seed, epoch, sample, view
         shown = random_resized_crop_flip(

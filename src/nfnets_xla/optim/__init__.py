@@ -1,6 +1,7 @@
 """Optimizers of the paper: SGD with adaptive gradient clipping, SAM around it, the schedule."""
 
 from nfnets_xla.optim.agc import agc_ as agc_
+from nfnets_xla.optim.guard import Guard as Guard
 from nfnets_xla.optim.passes import Passes as Passes
 from nfnets_xla.optim.roles import parameter_roles as parameter_roles
 from nfnets_xla.optim.sam import SAM as SAM

@@ -31,6 +31,7 @@ from nfnets_xla.optim.agc import (
     gradient,
     unit_shape,
 )
+from nfnets_xla.optim.guard import Guard
 
 # (roles, decayed, clipped), experiment_nfnets.py:107-129. The classifier's bias is clipped: only
 # its weight is exempt.
@@ -69,6 +70,7 @@ class SGD_AGC(torch.optim.Optimizer):
         weight_decay: float = 2e-5,
         clipping: float | None = 0.01,
         eps: float = 1e-3,
+        guard: Guard | None = None,
     ) -> None:
         """`named_parameters` are on their device already; `roles` are `parameter_roles`' of them.
 
@@ -76,7 +78,7 @@ class SGD_AGC(torch.optim.Optimizer):
 
         `clipping` is the largest norm of a unit's gradient relative to the unit's own norm, or None
         for no clipping; `eps` is a floor under the latter, so that zeros (a new skip gain) can
-        move. `lr` is described at `set_lr`.
+        move. `lr` is described at `set_lr`. A `guard` says of every update whether it is made.
         """
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; it must be in [0, 1)")
@@ -115,6 +117,7 @@ class SGD_AGC(torch.optim.Optimizer):
             self.state[parameter]["momentum_buffer"] = zeros.to(parameter.device)
         self.clipped_P: Tensor | None = None
         self.clipped_names: list[str] = []
+        self.guard = guard
 
     def set_lr(self, lr: float | Tensor) -> None:
         """Learning rate of the following steps, for all groups.
@@ -135,12 +138,15 @@ class SGD_AGC(torch.optim.Optimizer):
                 loss = closure()
         names: list[str] = []
         shares: list[Tensor] = []
+        gradients = self._gradients()
+        holds = self.guard.judge(gradients) if self.guard is not None and gradients else None
         for group in self.param_groups:
             named = dict(zip(group["param_names"], group["params"], strict=True))
             # No gradient means frozen or unused. Decay and momentum alone would still move it.
             for alike in by_form({n: p for n, p in named.items() if p.grad is not None}):
                 fused = next(iter(alike.values())).device.type in FUSED_ON
-                share_P = (self._update_fused if fused else self._update_apart)(alike, group)
+                update = self._update_fused if fused else self._update_apart
+                share_P = update(alike, group, holds)
                 if share_P is not None:
                     names += alike
                     shares.append(share_P)
@@ -148,7 +154,13 @@ class SGD_AGC(torch.optim.Optimizer):
         self.clipped_P = torch.cat([share.to(shares[0]) for share in shares]) if shares else None
         return loss
 
-    def _update_fused(self, named: Mapping[str, Tensor], group: Mapping[str, Any]) -> Tensor | None:
+    def _gradients(self) -> list[Tensor]:
+        params = (parameter for group in self.param_groups for parameter in group["params"])
+        return [gradient(parameter) for parameter in params if parameter.grad is not None]
+
+    def _update_fused(
+        self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
+    ) -> Tensor | None:
         """Parameters of one device and dtype, together. Clips the gradients in place."""
         params = [*named.values()]
         # The kernel walks memory: gradient and momentum must lie as their parameter does.
@@ -169,10 +181,13 @@ class SGD_AGC(torch.optim.Optimizer):
             nesterov=group["nesterov"] and moving,
             maximize=False,
             is_first_step=False,
+            found_inf=holds,  # at 1 the kernel leaves all as it is
         )
         return share_P
 
-    def _update_apart(self, named: Mapping[str, Tensor], group: Mapping[str, Any]) -> Tensor | None:
+    def _update_apart(
+        self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
+    ) -> Tensor | None:
         """One parameter after the other, for a compiler that fuses what it sees."""
         factors = []
         for parameter in named.values():
@@ -184,10 +199,15 @@ class SGD_AGC(torch.optim.Optimizer):
             if group["weight_decay"]:
                 grad = grad + parameter * group["weight_decay"]
             buffer = self.state[parameter]["momentum_buffer"]
-            buffer.mul_(group["momentum"]).add_(grad)
-            update = grad + buffer * group["momentum"] if group["nesterov"] else buffer
+            moving = buffer * group["momentum"] + grad
+            update = grad + moving * group["momentum"] if group["nesterov"] else moving
             # A 0-d parameter's update times a (1,) rate is (1,).
-            parameter.sub_((update * group["lr"]).reshape(parameter.shape))
+            moved = parameter - (update * group["lr"]).reshape(parameter.shape)
+            if holds is not None:  # results are chosen, because NaN times 0 is NaN
+                moving = torch.where(holds.reshape(()) > 0, buffer, moving)
+                moved = torch.where(holds.reshape(()) > 0, parameter, moved)
+            buffer.copy_(moving)
+            parameter.copy_(moved)
         return clipped_shares(factors) if factors else None
 
     def units(self) -> dict[str, int]:

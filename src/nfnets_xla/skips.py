@@ -1,0 +1,67 @@
+"""Steps whose loss or gradient was not finite: recorded with their samples once the host learns.
+
+The device has long dealt with them (optim/guard.py) when its numbers are read, with those of a
+logged step or with a checkpoint. An update that was left out is counted, and the run goes on. Past
+the ceiling the guard has frozen: what the device holds is the state before that step, whatever
+steps have been gone through since.
+"""
+
+from collections.abc import Callable, Sequence
+
+from nfnets_xla.record import Discard, RecordWriter
+
+KIND = "nonfinite"  # of their rows
+
+
+class Skips:
+    def __init__(
+        self,
+        record: RecordWriter | Discard,
+        *,
+        ceiling: int,
+        before: int,
+        start_step: int,
+        ids: Callable[[int], list[str]],
+        say: Callable[[str], None],
+    ) -> None:
+        """`before` were left out by earlier starts, up to `start_step`; `ids` are a step's."""
+        self.record = record
+        self.ceiling = ceiling
+        self.count = before
+        self.frozen_at: int | None = None  # the step that was one too many
+        self._ids = ids
+        self._say = say
+        self._read_to = start_step
+
+    def read(self, step: int, numbers_G: Sequence[float]) -> None:
+        """Take what the guard had to say after update `step`, counted from 1."""
+        _, frozen, *bad = numbers_G
+        if frozen and self.frozen_at is None:
+            self.frozen_at = step - round(frozen) + 1
+        last = self.frozen_at or step  # what comes after it has no effect
+        for number in range(max(self._read_to, step - len(bad)) + 1, last + 1):
+            if bad[number - step - 1]:
+                self._found(number)
+        self._read_to = max(self._read_to, step)
+
+    def _found(self, step: int) -> None:
+        stopped = step == self.frozen_at
+        self.count += not stopped
+        ids = self._ids(step)
+        self.record.write(KIND, step, count=self.count, stopped=stopped, ids=ids)
+        if not stopped:
+            self._say(
+                f"warning: step {step}: loss or gradient is not finite; its update is left out, "
+                f"{self.count} of at most {self.ceiling}"
+            )
+
+    def why(self) -> str:
+        """Of a run that ends for it."""
+        assert self.frozen_at is not None
+        return (
+            f"step {self.frozen_at}: loss or gradient is not finite, and optim.max_skipped="
+            f"{self.ceiling} such steps may be left out. Saved is step {self.frozen_at - 1}, from "
+            "which the same command comes to the same. Look at the step's samples (their ids are "
+            f"in the record; nfnets-xla shards show DIR --step {self.frozen_at}), then raise "
+            "optim.max_skipped to go on without it, or begin another run with a smaller rate"
+        )

@@ -1,0 +1,177 @@
+"""A step that is not finite is left out, or ends the run with the state before it saved."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nfnets_xla import checkpoint
+from nfnets_xla.cli import main
+from nfnets_xla.ledger import audit
+from nfnets_xla.record import read_record
+from tests.poisoned import poison, without
+from tests.runs import (
+    PLAIN_CPU,
+    RECIPE,
+    SMALL,
+    assert_bit_equal,
+    final_state,
+    losses,
+    samples,
+    start,
+    xla,
+)
+
+BAD = (0, 3)  # counted from 0; the first has a learning rate of 0
+ONE = [*RECIPE, *SMALL, "optim.epochs=1", "data.workers=0", "trainer.eval_every=null"]
+ONE += ["trainer.keep_checkpoints=9", "trainer.tensorboard=false"]
+SKIPPING = ["optim.max_skipped=2", "trainer.log_every=4", "trainer.checkpoint_every=3"]
+
+
+def state_of(run_dir: Path, step: int) -> dict:
+    found = checkpoint.load(run_dir / "checkpoints" / f"step-{step:08d}")
+    return {f"{form}/{n}": t for form in found.forms for n, t in found.tensors(form).items()}
+
+
+@pytest.fixture(scope="module")
+def skipping(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven steps on a CPU, the first and the fourth bad."""
+    run_dir = tmp_path_factory.mktemp("skipping") / "run"
+    data = [f"data.shards={shards / 'train'}", f"data.eval_shards={shards / 'held-out'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        poison(BAD, patch.setattr)
+        main([*ONE, *data, *PLAIN_CPU, *SKIPPING, f"run_dir={run_dir}"])
+    return run_dir
+
+
+def test_a_bad_step_is_as_if_its_update_had_been_left_out(
+    skipping: Path, tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, momentum and average to the bit; SAM, dropout, mixing: all on."""
+    without(BAD, monkeypatch.setattr)
+    main([*ONE, *data, *PLAIN_CPU, *SKIPPING, f"run_dir={tmp_path}"])
+    assert_bit_equal(final_state(skipping), final_state(tmp_path))
+    assert len(samples(skipping)) == 7
+
+
+def test_what_was_left_out_is_on_record_with_its_samples(
+    skipping: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = read_record(skipping)
+    rows = record.of_kind("nonfinite")
+    assert [(row["step"], row["count"], row["stopped"]) for row in rows] == [
+        (1, 1, False),
+        (4, 2, False),
+    ]
+    shown = samples(skipping)
+    for row in rows:
+        assert row["ids"] == [sample for _, sample in shown[row["step"] - 1]]
+    assert record.of_kind("end")[0]["skipped"] == 2
+    at_three = checkpoint.load(skipping / "checkpoints" / "step-00000003")
+    assert at_three.state["skipped"] == 1
+    found = audit(skipping)
+    assert (found.faults, found.skipped, found.without_effect) == ([], [1, 4], 32)
+    assert "steps 1, 4 were left out (loss or gradient not finite): 32 of the samples changed" in (
+        "\n".join(found.report())
+    )
+    # And they can be looked at.
+    of_run = [option for option in ONE if option.startswith(("data.", "optim.epochs"))]
+    sheet = ["--recipe", RECIPE[0], "--out", str(tmp_path / "4.png"), "--step", "4", "--rows", "2"]
+    main(["shards", "show", str(shards / "train"), *sheet, *of_run])
+    printed = capsys.readouterr().out
+    assert "16 views" in printed
+    assert all(f"{sample} (" in printed for sample in rows[1]["ids"])
+
+
+@pytest.mark.parametrize(
+    ("often", "reached"),
+    [
+        # Logged at 4; read when 6 is logged.
+        (["trainer.log_every=2", "trainer.checkpoint_every=null"], 6),
+        # Nothing is logged before the end; the save at 5 is of 3.
+        (["trainer.log_every=100", "trainer.checkpoint_every=5"], 5),
+    ],
+    ids=["an interval late", "with a checkpoint"],
+)
+def test_one_too_many_ends_the_run_with_the_state_before_it(
+    skipping: Path,
+    tmp_path: Path,
+    data: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    often: list[str],
+    reached: int,
+) -> None:
+    """And does so again; and goes on where one more is allowed, to the same end."""
+    poison(BAD, monkeypatch.setattr)
+    command = [*ONE, *data, *PLAIN_CPU, *often, f"run_dir={tmp_path}"]
+    for attempt in (1, 2):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "optim.max_skipped=1"])
+        assert ended.value.code == 1
+        assert "step 4: loss or gradient is not finite, and optim.max_skipped=1 such" in (
+            capsys.readouterr().err
+        )
+        record = read_record(tmp_path)
+        assert len(record.headers) == attempt
+        assert record.of_kind("samples")[-1]["step"] == reached
+        assert record.of_kind("nonfinite")[-1]["stopped"]
+        assert checkpoint.steps(tmp_path / "checkpoints")[0] == 3
+        assert_bit_equal(state_of(tmp_path, 3), state_of(skipping, 3))
+    main([*command, "optim.max_skipped=2"])
+    assert_bit_equal(final_state(tmp_path), final_state(skipping))
+    rows = read_record(tmp_path).of_kind("nonfinite")
+    assert [(row["step"], row["stopped"]) for row in rows] == [(1, False), (4, False)]
+    assert audit(tmp_path).faults == []
+
+
+def test_a_run_whose_very_first_step_is_bad(
+    skipping: Path, tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved is step 0: the initial weights, from which a start goes on."""
+    poison(BAD, monkeypatch.setattr)
+    command = [*ONE, *data, *PLAIN_CPU, f"run_dir={tmp_path}"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "optim.max_skipped=0"])
+    assert ended.value.code == 1
+    assert checkpoint.steps(tmp_path / "checkpoints") == [0]
+    initial = state_of(tmp_path, 0)
+    assert not any(t.any() for name, t in initial.items() if name.startswith("momentum/"))
+    main([*command, "optim.max_skipped=2"])
+    assert_bit_equal(final_state(tmp_path), final_state(skipping))
+
+
+def run(what: str, arguments: list[str], folder: Path, code: int = 0) -> Path:
+    command = [what, ",".join(map(str, BAD)), *arguments, f"run_dir={folder}"]
+    process = start(command, folder.with_suffix(".txt"), module="tests.poisoned")
+    assert process.wait() == code, folder.with_suffix(".txt").read_text()
+    return folder
+
+
+def test_on_devices_it_costs_no_graph_and_no_read(
+    skipping: Path, tmp_path: Path, data: list[str]
+) -> None:
+    """Of a mesh that cuts parameters; the losses of the steps between are those of a CPU."""
+    pytest.importorskip("torch_xla", exc_type=ImportError)
+    devices = [*ONE, *data, *xla(2), "trainer.fsdp=2", *SKIPPING]
+    folder = run("poison", devices, tmp_path / "run")
+    record = read_record(folder)
+    assert [row["step"] for row in record.of_kind("nonfinite")] == [1, 4]
+    (end,) = record.of_kind("end")
+    assert (end["compilations"], end["gather_compilations"], end["fallbacks"]) == (2, 1, {})
+    assert samples(folder) == samples(skipping)
+    np.testing.assert_allclose(losses(folder), losses(skipping), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_on_devices_it_is_as_on_a_cpu(tmp_path: Path, data: list[str]) -> None:
+    """Bit-equal to the twin; and the state before the step is saved. Stacked, accumulating."""
+    pytest.importorskip("torch_xla", exc_type=ImportError)
+    form = ["model.stacked=true", "optim.accumulation=2", *xla(2)]
+    skipped = run("poison", [*ONE, *data, *form, *SKIPPING], tmp_path / "skipped")
+    twin = run("without", [*ONE, *data, *form, *SKIPPING], tmp_path / "twin")
+    assert_bit_equal(final_state(skipped), final_state(twin))
+    stops = ["optim.max_skipped=1", "trainer.log_every=2", "trainer.checkpoint_every=null"]
+    stopped = run("poison", [*ONE, *data, *form, *stops], tmp_path / "stopped", code=1)
+    assert checkpoint.steps(stopped / "checkpoints") == [3]
+    assert_bit_equal(state_of(stopped, 3), state_of(skipped, 3))
