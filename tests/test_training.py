@@ -1,12 +1,14 @@
 """Whole runs on plain CPU: killed and resumed, every sample once, evaluation that adds up."""
 
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from nfnets_xla.cli import main
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.ledger import audit
@@ -27,9 +29,16 @@ from tests.runs import (
 )
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(0.25, 2), (1.5, 10)])
+@pytest.mark.parametrize(
+    ("epochs", "steps", "dtype"),
+    [
+        (0.25, 2, "float32"),
+        (1.5, 10, "float32"),
+        pytest.param(1.5, 10, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_ends_as_if_it_had_not_been(
-    tmp_path: Path, data: list[str], epochs: float, steps: int
+    tmp_path: Path, data: list[str], epochs: float, steps: int, dtype: str
 ) -> None:
     """SAM, EMA, dropout, stochastic depth, augmentation: all on. 100 images, 16 rows a step.
 
@@ -38,6 +47,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     """
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, f"optim.epochs={epochs}"]
     arguments += ["optim.warmup_steps=1", "trainer.checkpoint_every=1", "trainer.eval_every=3"]
+    arguments += [f"model.compute_dtype={dtype}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     log = tmp_path / "log.txt"
     run([*arguments, f"run_dir={whole}"], log)
@@ -149,6 +159,21 @@ def test_a_timm_model_trains_and_is_evaluated_as_an_nfnet_is(
     run([*arguments, "model.init_weights=ema"], tmp_path / "log")
     (row,) = read_record(tmp_path / "eval").of_kind("eval")
     assert row["loss"] == pytest.approx(last["ema"]["loss"], rel=1e-6)
+
+
+def test_all_that_a_run_writes_is_the_users_own(tmp_path: Path, data: list[str]) -> None:
+    """No bit beyond what the user's own umask gives: record, ledger, curves, checkpoints."""
+    old = os.umask(0o077)
+    try:
+        run_dir = tmp_path / "run"
+        options = ["optim.epochs=0.25", "data.workers=0", "optim.warmup_steps=1"]
+        main([*RECIPE, *data, *SMALL, *PLAIN_CPU, *options, f"run_dir={run_dir}"])
+    finally:
+        os.umask(old)
+    written = [run_dir, *run_dir.rglob("*")]
+    kinds = {path.suffix for path in written if path.is_file()}
+    assert {".jsonl", ".json", ".bin", ".csv", ".safetensors"} <= kinds
+    assert [path for path in written if path.stat().st_mode & 0o077] == []
 
 
 def test_undecodable_samples_are_listed_and_counted_over_a_kill(tmp_path: Path) -> None:

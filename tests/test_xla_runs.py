@@ -164,6 +164,19 @@ def test_a_killed_run_on_four_devices_ends_as_if_it_had_not_been(
     assert read_record(folder).of_kind("end")[0]["compilations"] == 2
 
 
+@pytest.mark.slow
+def test_a_killed_run_in_bfloat16_ends_as_if_it_had_not_been(shards: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [*arguments(shards), *xla(2), "model.compute_dtype=bfloat16", "optim.epochs=1.5"]
+    run([*command, f"run_dir={whole}"], tmp_path / "log.txt")
+    command.append(f"run_dir={killed}")
+    run_killed_at(command, killed, random.randint(6, 9), tmp_path / "log.txt")
+    run(command, tmp_path / "log.txt")
+    assert read_record(killed).headers[1]["resumed_from"] == 5
+    assert losses(killed) == losses(whole)
+    assert_bit_equal(final_state(killed), final_state(whole))
+
+
 @pytest.mark.parametrize("fsdp", [1, 2])
 def test_a_foreign_module_trains_with_the_strategy(tmp_path: Path, fsdp: int) -> None:
     """Automatic optimization, a timm model, Lightning's own checkpoint; equal to plain CPU."""

@@ -394,6 +394,25 @@ def test_a_sidecar_with_a_pickle_is_not_run(folder: Path, index: ShardIndex) -> 
     assert "allow_pickle=False" in one_line(lambda: index.read(0, 0))
 
 
+def test_names_in_an_archive_lead_nowhere(tmp_path: Path) -> None:
+    """Upwards, from the root, and through a link: they are keys, and nothing is unpacked."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    keys = ["../../escaped", f"{tmp_path}/absolute", "link/through"]
+    members = [member for number, key in enumerate(keys) for member in sample(key, number)]
+    write_tar(folder / "a.tar", members)
+    with tarfile.open(folder / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+        tar.addfile(link)
+    index = build_index(folder)
+    assert [index.sample_id(0, row) for row in range(3)] == [f"a/{key}" for key in keys]
+    assert [index.read(0, row) for row in range(3)] == [b"picture"] * 3
+    found = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
+    assert found == {"shards"}
+    assert all(path.name.startswith(("a.tar", "index")) for path in folder.iterdir())
+
+
 # ---- processes and files ----------------------------------------------------------------------
 
 

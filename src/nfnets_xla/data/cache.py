@@ -176,7 +176,7 @@ def _held(path: Path, *, wait: bool) -> Iterator[bool]:
 
 def _take(path: Path, wait: bool) -> int | None:
     while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)  # as any file: the umask decides
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(descriptor), path.stat()):
