@@ -1,5 +1,6 @@
 """A step that is not finite is left out, or ends the run with the state before it saved."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tests.runs import (
     PLAIN_CPU,
     RECIPE,
     SMALL,
+    as_hosts,
     assert_bit_equal,
     final_state,
     losses,
@@ -148,6 +150,11 @@ def run(what: str, arguments: list[str], folder: Path, code: int = 0) -> Path:
     return folder
 
 
+def known(run_dir: Path) -> list[float]:
+    """Losses of logged steps; that of a step left out is null."""
+    return [math.nan if loss is None else loss for loss in losses(run_dir)]
+
+
 def test_on_devices_it_costs_no_graph_and_no_read(
     skipping: Path, tmp_path: Path, data: list[str]
 ) -> None:
@@ -160,7 +167,21 @@ def test_on_devices_it_costs_no_graph_and_no_read(
     (end,) = record.of_kind("end")
     assert (end["compilations"], end["gather_compilations"], end["fallbacks"]) == (2, 1, {})
     assert samples(folder) == samples(skipping)
-    np.testing.assert_allclose(losses(folder), losses(skipping), rtol=1e-4)
+    np.testing.assert_allclose(known(folder), known(skipping), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_hosts_decide_alike(skipping: Path, tmp_path: Path, data: list[str]) -> None:
+    """The bad row is one host's; both leave the step out, and both end past the ceiling."""
+    for ceiling, code in ((2, 0), (1, 1)):
+        folder, log = tmp_path / str(ceiling), tmp_path / "log.txt"
+        command = [*ONE, *data, *PLAIN_CPU, *SKIPPING, f"optim.max_skipped={ceiling}"]
+        command = ["poison", "0,3", *command, f"run_dir={folder}"]
+        hosts = [start(command, log, module="tests.poisoned", **each) for each in as_hosts(2)]
+        assert [host.wait() for host in hosts] == [code, code], log.read_text()
+    np.testing.assert_allclose(known(tmp_path / "2"), known(skipping), rtol=1e-4)
+    assert [row["step"] for row in read_record(tmp_path / "2").of_kind("nonfinite")] == [1, 4]
+    assert checkpoint.steps(tmp_path / "1" / "checkpoints") == [3]
 
 
 @pytest.mark.slow
