@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from nfnets_xla.data.order import Order
 from nfnets_xla.hosts import Hosts
-from nfnets_xla.record import read_record
+from nfnets_xla.record import has_record, read_record
 
 FRAME = struct.Struct("<III")
 ALONE = Hosts()
@@ -179,7 +179,7 @@ def audit(run_dir: Path) -> Audit:
 
 
 def _left_out(run_dir: Path) -> list[int]:
-    if not any(run_dir.glob("run-*.jsonl")):
+    if not has_record(run_dir):
         return []
     return [r["step"] for r in read_record(run_dir).of_kind("nonfinite") if not r["stopped"]]
 

@@ -1,9 +1,12 @@
-"""What a run's steps are made of, worked out before the first: their rates, and their passes."""
+"""What a run's steps are made of, worked out before the first: rates, passes, operations."""
 
 from nfnets_xla.config import Run
 from nfnets_xla.data.order import Order
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.registry import Network
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule, scaled_peak, warmup_length
+from nfnets_xla.scaling import account
 
 
 def make_schedule(run: Run, order: Order) -> Schedule:
@@ -45,3 +48,13 @@ def describe_ascent(passes: Passes) -> str:
         f"{passes.effective_fraction:.1%} of each batch: the first {passes.ascent_images} of "
         f"{passes.images // passes.microbatches} images of every stream{parts}"
     )
+
+
+def train_flops(net: Network, run: Run, ascent_fraction: float) -> tuple[float, float]:
+    """Of a view's training: what it needs, and what is computed for it to save memory."""
+    fraction = 0.0 if run.optim.sam_rho is None else ascent_fraction
+    needed = account.train_flops(net.macs(run.data.image_size), 1, sam_fraction=fraction)
+    if not run.model.recompute or not isinstance(net, NFNet):
+        return needed, needed
+    again = net.macs(run.data.image_size, blocks_only=True)
+    return needed, needed + (1 + fraction) * account.FLOPS_PER_MAC * again

@@ -58,9 +58,8 @@ from nfnets_xla.resume import (
     take_history,
 )
 from nfnets_xla.saves import Saves
-from nfnets_xla.scaling import account
 from nfnets_xla.skips import Skips
-from nfnets_xla.steps import describe_ascent, make_passes, make_schedule
+from nfnets_xla.steps import describe_ascent, make_passes, make_schedule, train_flops
 from nfnets_xla.stop import NoSignals, Stop
 from nfnets_xla.task import Batch, Classification, Restored
 
@@ -108,7 +107,6 @@ def train(
         num_features=net.num_features,
         hosts=hosts,
     )
-
     choose_form(net, run, backend)
     start_step, restored = (0, None) if resume is None else (resume.step, restore(net, resume, run))
     # Nothing is written before all hosts have seen the folder as it was.
@@ -271,16 +269,6 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
         fresh = load_into(net, weights, source=path, allow_new_head=True)
         say(f"weights from {path}" + (" (new classifier)" if fresh else ""))
     return net
-
-
-def train_flops(net: Network, run: Run, ascent_fraction: float) -> tuple[float, float]:
-    """Of a view's training: what it needs, and what is computed for it to save memory."""
-    fraction = 0.0 if run.optim.sam_rho is None else ascent_fraction
-    needed = account.train_flops(net.macs(run.data.image_size), 1, sam_fraction=fraction)
-    if not run.model.recompute or not isinstance(net, NFNet):
-        return needed, needed
-    again = net.macs(run.data.image_size, blocks_only=True)
-    return needed, needed + (1 + fraction) * account.FLOPS_PER_MAC * again
 
 
 def choose_form(net: Network, run: Run, backend: Backend) -> None:
