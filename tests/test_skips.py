@@ -155,6 +155,7 @@ def known(run_dir: Path) -> list[float]:
     return [math.nan if loss is None else loss for loss in losses(run_dir)]
 
 
+@pytest.mark.slow
 def test_on_devices_it_costs_no_graph_and_no_read(
     skipping: Path, tmp_path: Path, data: list[str]
 ) -> None:
