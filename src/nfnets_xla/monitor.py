@@ -5,7 +5,7 @@ have long been computed, so reading them stops nothing.
 """
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -20,6 +20,8 @@ from nfnets_xla.optim import SGD_AGC
 from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.skips import Skips
 from nfnets_xla.task import TRAIN_METRICS, Batch, Classification
+
+KEPT = 1000  # logged steps that the medians at the end are of
 
 
 class Monitor(Callback):
@@ -59,7 +61,7 @@ class Monitor(Callback):
         self.evaluated_at = 0
         self._pending: tuple[int, dict[str, Any], Tensor] | None = None
         self._interval = _Interval(totals())
-        self._logged: list[dict[str, Any]] = []
+        self._logged: deque[dict[str, Any]] = deque(maxlen=KEPT)  # else a long run would grow
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._interval = _Interval(self.totals())
@@ -128,9 +130,9 @@ class Monitor(Callback):
         self._interval.batch_asked()
 
     def summary(self) -> dict[str, Any]:
-        """Of the steps of this start: medians over what was logged, without the first, which
+        """Of the steps of this start: medians over what was logged last, without the first, which
         compiled, if there are others."""
-        steady = self._logged[1:] or self._logged
+        steady = [*self._logged][1:] or self._logged
         typical = {
             name: None if None in values else median(values)
             for name in ("images_per_second", "step_ms", "mfu", "hfu", "data_wait_share")
