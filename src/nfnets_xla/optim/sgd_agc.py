@@ -190,6 +190,7 @@ class SGD_AGC(torch.optim.Optimizer):
     ) -> Tensor | None:
         """One parameter after the other, for a compiler that fuses what it sees."""
         factors = []
+        held = None if holds is None else holds.reshape(()) > 0
         for parameter in named.values():
             grad = gradient(parameter)
             if group["clipping"] is not None:
@@ -203,9 +204,9 @@ class SGD_AGC(torch.optim.Optimizer):
             update = grad + moving * group["momentum"] if group["nesterov"] else moving
             # A 0-d parameter's update times a (1,) rate is (1,).
             moved = parameter - (update * group["lr"]).reshape(parameter.shape)
-            if holds is not None:  # results are chosen, because NaN times 0 is NaN
-                moving = torch.where(holds.reshape(()) > 0, buffer, moving)
-                moved = torch.where(holds.reshape(()) > 0, parameter, moved)
+            if held is not None:  # results are chosen, because NaN times 0 is NaN
+                moving = torch.where(held, buffer, moving)
+                moved = torch.where(held, parameter, moved)
             buffer.copy_(moving)
             parameter.copy_(moved)
         return clipped_shares(factors) if factors else None
