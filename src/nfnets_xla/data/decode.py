@@ -38,10 +38,7 @@ def decode(data: bytes) -> Pixels:
     """
     try:
         if data.startswith(START_OF_IMAGE):
-            # Pixels never look like the marker; a thumbnail adds its own.
-            scans = len(START_OF_SCAN.findall(data))
-            if scans > MAX_SCANS:
-                raise ValueError(f"{scans} scans are more than {MAX_SCANS}")
+            check_scans(data)
             pixels = _by_simplejpeg(data)
             if pixels is not None:
                 return pixels
@@ -49,6 +46,14 @@ def decode(data: bytes) -> Pixels:
     except Exception as error:  # on hostile bytes Pillow raises nearly anything
         what = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{len(data)} bytes do not decode as an image: {what}") from error
+
+
+def check_scans(data: bytes) -> None:
+    """Raises ValueError for a JPEG that has too many."""
+    # Pixels never look like the marker; a thumbnail adds its own.
+    scans = len(START_OF_SCAN.findall(data))
+    if scans > MAX_SCANS:
+        raise ValueError(f"{scans} scans are more than {MAX_SCANS}")
 
 
 def _by_simplejpeg(data: bytes) -> Pixels | None:

@@ -1,8 +1,9 @@
 """Samples that are in the shards and not to be shown: duplicates, held-out ones, faulty ones.
 
-A list is a text file of sample ids, `shard/key`, one on a line. `resolve` finds their rows, for
-which it reads the sidecars of the shards that are named; a list of millions is resolved once, by
-`nfnets-xla shards exclude`, into an .npz file that says rows and fits one index only.
+A list is a text file of sample ids, `shard/key`, one on a line; what follows a tab is for people
+(`shards dedup` says there why). `resolve` finds their rows, for which it reads the sidecars of the
+shards that are named; a list of millions is resolved once, by `nfnets-xla shards exclude`, into an
+.npz file that says rows and fits one index only.
 
     index = without(ShardIndex.load("shards"), "duplicates.txt")
 """
@@ -37,11 +38,24 @@ def without(index: ShardIndex, path: str | Path) -> ShardIndex:
 
 
 def read_ids(path: Path) -> list[str]:
-    """The lines that are not empty."""
+    """What the lines that are not empty begin with, up to a tab."""
+    return [fields[0] for fields in _read_fields(path)]
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """Of a list that `shards dedup` has written: the ids of samples and of what they match."""
+    rows = _read_fields(path)
+    if any(len(fields) < 2 for fields in rows):
+        raise ValueError(f"{path} is no list of pairs: give one of `nfnets-xla shards dedup`")
+    return [(fields[0], fields[1]) for fields in rows]
+
+
+def _read_fields(path: Path) -> list[list[str]]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file of sample ids ({error})") from error
+    return [line.split("\t") for line in lines if line]
 
 
 def resolve(index: ShardIndex, ids: Iterable[str], source: str = "the list") -> Exclusions:

@@ -3,10 +3,13 @@
 The split is the samples with the smallest hashes. They are copied into shards of their own, which
 evaluation reads like any others, with the list of their ids beside them, which training excludes.
 Keys must tell samples apart over all shards; numbers that start anew in each shard do not.
+
+A group of near-duplicates (`dedup.py`) is held out as a whole, or left as a whole: each has the
+smallest of its hashes.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from nfnets_xla.data.jobs import Progress, map_jobs
 from nfnets_xla.data.pack import Sample, pack_samples
 from nfnets_xla.data.records import SIDECAR, Records
 from nfnets_xla.data.remote import AnyFolder
-from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.data.shards import ShardIndex, short_name
 from nfnets_xla.data.sources import extension_of
 
 IDS = "held_out.txt"
@@ -30,17 +33,20 @@ def hold_out(
     *,
     samples: int,
     samples_per_shard: int = 1000,
+    alike: Iterable[tuple[str, str]] = (),
     engine: str = "local",
     jobs: int = 1,
     on_progress: Progress | None = None,
 ) -> list[str]:
-    """Copy the split into `folder`, as shards and a list of ids; returns the ids."""
+    """Copy the split into `folder`, as shards and a list of ids; returns the ids.
+
+    `alike` are pairs of ids that must not be parted."""
     if not 0 < samples < index.num_samples:
         raise ValueError(
             f"{samples} samples are to be held out of {index.num_samples}: hold out at least one, "
             "and leave one"
         )
-    chosen = choose(index, samples, engine=engine, jobs=jobs, on_progress=on_progress)
+    chosen = choose(index, samples, alike=alike, engine=engine, jobs=jobs, on_progress=on_progress)
     ids = [index.sample_id(shard, row) for shard, row in chosen]
 
     def copies() -> Iterator[Sample]:
@@ -58,20 +64,26 @@ def choose(
     index: ShardIndex,
     samples: int,
     *,
+    alike: Iterable[tuple[str, str]] = (),
     engine: str = "local",
     jobs: int = 1,
     on_progress: Progress | None = None,
 ) -> list[tuple[int, int]]:
     """(shard, row) of the samples with the smallest hashes, by hash and then by id.
 
-    Samples that share a key are held out together. Raises ValueError if too many do.
+    Samples that share a key are held out together; so are pairs of ids that are alike, and if that
+    is too many, a few less. Raises ValueError if too many share a key.
     """
     # Twice the share that is wanted, and 6 deviations of small numbers, are surely enough to choose
     # from, and keep what the jobs hand back small.
     share = (2 * samples + 6 * samples**0.5 + 10) / index.num_samples
     limit = np.uint64(min(share, 1.0) * (2**64 - 2**11))
     job = partial(_hashes, index.folder, limit)
-    shards = [(index.name(shard), index.excluded(shard)) for shard in range(index.num_shards)]
+    smallest = group_hashes(alike)
+    shards = [
+        (name, index.excluded(shard), smallest.get(short_name(name), {}))
+        for shard, name in enumerate(map(index.name, range(index.num_shards)))
+    ]
     parts = list(map_jobs(job, shards, engine=engine, jobs=jobs, on_progress=on_progress))
     hashes = np.concatenate([hashes for hashes, _ in parts])
     rows = np.concatenate([rows for _, rows in parts])
@@ -79,6 +91,8 @@ def choose(
     places = np.lexsort([rows, of, hashes])
     last = hashes[places[samples - 1]]
     count = int(np.searchsorted(hashes[places], last, side="right"))
+    if smallest and count > samples:  # the last group does not fit: fewer, then
+        count = int(np.searchsorted(hashes[places], last)) or count
     if count > samples + MAX_EXCESS * samples:
         raise ValueError(
             f"{index.folder}: keys repeat, so that {count} samples would be held out instead of "
@@ -93,13 +107,35 @@ def key_hash(key: str) -> int:
     return int.from_bytes(digest, "little")
 
 
+def group_hashes(alike: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """By shard's name and key, the smallest hash of the group that a sample is in."""
+    groups: dict[str, list[str]] = {}  # by each of its ids
+    for one, other in alike:
+        joined = groups.setdefault(one, [one])
+        also = groups.setdefault(other, [other])
+        if joined is not also:
+            if len(joined) < len(also):
+                joined, also = also, joined
+            joined += also
+            groups.update(dict.fromkeys(also, joined))
+    found: dict[str, dict[str, int]] = {}
+    for group in {id(group): group for group in groups.values()}.values():
+        parts = [sample_id.partition("/") for sample_id in group]
+        smallest = min(key_hash(key) for _, _, key in parts)
+        for shard, _, key in parts:
+            found.setdefault(shard, {})[key] = smallest
+    return found
+
+
 def _hashes(
-    folder: AnyFolder, limit: np.uint64, shard: tuple[str, NDArray[np.uint32]]
+    folder: AnyFolder, limit: np.uint64, shard: tuple[str, NDArray[np.uint32], Mapping[str, int]]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Of one shard and its excluded rows: the hashes up to a limit, and the rows that have them."""
-    name, excluded = shard
+    """Of one shard, its excluded rows and its keys that have another's hash: the hashes up to a
+    limit, and the rows that have them."""
+    name, excluded, smallest = shard
     records = Records.from_bytes(folder.read(name + SIDECAR))
-    hashes = [key_hash(records.key(row)) for row in range(records.num_samples)]
+    keys = [records.key(row) for row in range(records.num_samples)]
+    hashes = [smallest[key] if key in smallest else key_hash(key) for key in keys]
     left = np.delete(np.array(hashes, np.uint64), excluded)
     rows = np.flatnonzero(left <= limit)
     return left[rows], rows

@@ -1,0 +1,329 @@
+"""Near-duplicates: which samples show what others show, however it was cropped or written on.
+
+    matches = find([train], [imagenet], "dedup", Settings())   # goes on where it was stopped
+    lines = doubles(matches, most_distance=0.25)               # what `data.exclude` reads
+
+Three passes, the first and last of them a function of one shard, whose results are files in a
+folder. `thumbnails/` has what is kept of every picture (`thumbnail.py`), named after the shard's
+checksums: what has not changed is not read again. `references-*` are the pictures that are searched
+for (`references.py`). `matches/` has, for each shard, the pairs whose hashes are near, and how far
+their pictures are from being one (`likeness.py`): a threshold can be chosen afterwards, in seconds.
+
+Shape suffixes: P pictures, S shards or sides, M matches, C candidates.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nfnets_xla.data.jobs import Progress, map_jobs
+from nfnets_xla.data.likeness import likeness
+from nfnets_xla.data.perceptual import views
+from nfnets_xla.data.references import (
+    AT_A_TIME,
+    References,
+    build_references,
+    is_first,
+    load_references,
+)
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.data.storage import Folder, local
+from nfnets_xla.data.thumbnail import SIDE, Thumbnails, thumbnails
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+Ints = NDArray[np.int64]
+
+FORMAT = 1  # of all files; it changes when what is in them does
+THUMBNAILS, MATCHES, REFERENCES = "thumbnails", "matches", "references"
+MOST_BITS = 44  # above, about every thousandth pair of pictures is near by chance
+FARTHEST = 0.7  # of what is kept: enough to choose a threshold from
+
+
+@dataclass(frozen=True)
+class Settings:
+    crop: float = 0.7  # share of a picture's area that a copy may be cropped to
+    most_bits: int = 32  # of 128, in which hashes may differ
+    compare: bool = True  # pixels; else every pair whose hashes are near has distance 0
+
+    def check(self) -> None:
+        """Raises ValueError for what is out of range."""
+        views(self.crop)
+        if not 0 <= self.most_bits <= MOST_BITS:
+            raise ValueError(f"bits is {self.most_bits}; it must be 0 to {MOST_BITS} of 128")
+
+
+class Matches(NamedTuple):
+    """Samples of `train` that are near ones of `against`, each perhaps near several."""
+
+    train: list[ShardIndex]  # of one shard each
+    against: list[ShardIndex]
+    sample_M2: NDArray[np.int64]  # shard and row
+    reference_M2: NDArray[np.int64]
+    bits_M: NDArray[np.int64]
+    distance_M: NDArray[np.float32]
+    undecodable: int  # that could not be, or not searched for
+
+
+class Kept(NamedTuple):
+    """Of a shard: its thumbnails, and the row of each."""
+
+    pictures_PSS: Thumbnails
+    rows_P: NDArray[np.int64]
+
+
+def find(
+    train: Sequence[ShardIndex],
+    against: Sequence[ShardIndex],
+    folder: str | Path,
+    settings: Settings,
+    *,
+    engine: str = "local",
+    jobs: int = 1,
+    on_progress: Callable[[str], Progress | None] = lambda verb: None,
+) -> Matches:
+    """Samples of `train` that are near one of `against`; or without any, near one another."""
+    settings.check()
+    path = local(folder)
+    for part in (THUMBNAILS, MATCHES):
+        (path / part).mkdir(parents=True, exist_ok=True)
+    where = Folder(path)
+    shards = _single(train)
+    references = _single(against) if against else shards
+    every = list({_file(shard): shard for shard in [*references, *shards]}.values())
+
+    def mapped(job: Callable[[In], Out], items: Sequence[In], verb: str) -> list[Out]:
+        bar = on_progress(verb)
+        return list(map_jobs(job, items, engine=engine, jobs=jobs, on_progress=bar))
+
+    counts = mapped(partial(_keep, where), every, "hashed")
+    pictures = {_file(shard): num for shard, (num, _) in zip(every, counts, strict=True)}
+    name = _refer(where, references, sum(pictures[_file(s)] for s in references), settings.crop)
+    job = partial(_search, where, name, settings, not against)
+    files = mapped(job, list(enumerate(shards)), "searched")
+    found = [_read(where, file) for file in files]
+    return Matches(
+        shards,
+        references,
+        sample_M2=np.concatenate([_numbered(n, part["row"]) for n, part in enumerate(found)]),
+        reference_M2=np.concatenate([part["reference"] for part in found]),
+        bits_M=np.concatenate([part["bits"] for part in found]),
+        distance_M=np.concatenate([part["distance"] for part in found]),
+        undecodable=sum(undecodable for _, undecodable in counts),
+    )
+
+
+# ---- what is in both, and which to leave out --------------------------------------------------
+
+
+class Double(NamedTuple):
+    """A sample to be left out, and the one that stays, or is evaluated on."""
+
+    sample: tuple[int, int]  # shard and row
+    matched: tuple[int, int]
+    distance: float
+
+
+def doubles(matches: Matches, most_distance: float) -> list[Double]:
+    """Samples to leave out, in order. Of a group within one set the first sample stays; the others
+    have the distance to what they are nearest to in the group."""
+    near = np.flatnonzero(matches.distance_M <= most_distance)
+    near = near[np.argsort(matches.distance_M[near], kind="stable")]
+    within = matches.against is matches.train
+    group = _Groups() if within else None
+    nearest: dict[tuple[int, int], tuple[tuple[int, int], float]] = {}
+    for match in near:
+        (shard, row), (other, at) = matches.sample_M2[match], matches.reference_M2[match]
+        sample, reference = (int(shard), int(row)), (int(other), int(at))
+        distance = float(matches.distance_M[match])
+        nearest.setdefault(sample, (reference, distance))
+        if group is not None:
+            nearest.setdefault(reference, (sample, distance))
+            group.join(sample, reference)
+    found = []
+    for sample, (reference, distance) in sorted(nearest.items()):
+        matched = reference if group is None else group.first(sample)
+        if group is None or matched != sample:
+            found.append(Double(sample, matched, distance))
+    return found
+
+
+class _Groups:
+    """Samples joined to groups, each known by its first."""
+
+    def __init__(self) -> None:
+        self._before: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def first(self, sample: tuple[int, int]) -> tuple[int, int]:
+        path = [sample]
+        while (before := self._before.get(path[-1], path[-1])) != path[-1]:
+            path.append(before)
+        self._before.update(dict.fromkeys(path, path[-1]))
+        return path[-1]
+
+    def join(self, one: tuple[int, int], other: tuple[int, int]) -> None:
+        first, second = sorted([self.first(one), self.first(other)])
+        self._before[second] = first
+
+
+def line(matches: Matches, double: Double) -> str:
+    """Of an exclusion list: id, matched id, distance, with tabs between."""
+    ids = [
+        of[shard].sample_id(0, row)
+        for of, (shard, row) in ((matches.train, double.sample), (matches.against, double.matched))
+    ]
+    return f"{ids[0]}\t{ids[1]}\t{double.distance:.3f}\n"
+
+
+# ---- jobs -------------------------------------------------------------------------------------
+
+
+def _keep(where: Folder, shard: ShardIndex) -> tuple[int, int]:
+    """Have the thumbnails of a shard: how many, and the number of samples that do not decode."""
+    kept = _kept(where, shard)
+    if kept is None:
+        pictures, rows = [np.zeros((0, SIDE, SIDE), np.uint8)], []
+        for row in range(shard.num_samples):
+            data = shard.read(0, row)
+            try:
+                pictures.append(thumbnails(data))
+            except ValueError:
+                continue  # counted, and named by `lint`; training shows none of it
+            rows += [row] * len(pictures[-1])
+        kept = Kept(np.concatenate(pictures), np.array(rows, np.int64))
+        _write(where, _file(shard), {"pictures": kept.pictures_PSS, "rows": kept.rows_P})
+    return len(kept.rows_P), shard.num_samples - len(np.unique(kept.rows_P))
+
+
+def _refer(where: Folder, references: list[ShardIndex], num_pictures: int, crop: float) -> str:
+    """Have the index of references; its name, without the ending."""
+    if not num_pictures:
+        raise ValueError("no reference can be decoded: give shards of whole pictures")
+    sha = hashlib.sha256(f"{FORMAT} {crop}".encode())
+    for shard in references:
+        sha.update(shard.manifest.digests_S.tobytes())
+    name = f"{REFERENCES}-{sha.hexdigest()[:16]}"
+    kept = (_known(where, shard) for shard in references)
+    parts = ((part.pictures_PSS, _numbered(n, part.rows_P)) for n, part in enumerate(kept))
+    build_references(where.path / f"{name}.faiss", parts, num_pictures, crop)
+    return name
+
+
+def _search(
+    where: Folder, name: str, settings: Settings, within: bool, item: tuple[int, ShardIndex]
+) -> str:
+    """Have the matches of a shard; the name of their file."""
+    number, shard = item
+    key = f"{name} {settings} {number if within else ''} {shard.manifest.key(0)}"
+    file = f"{MATCHES}/{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    if where.modified(file) is not None:
+        return file
+    references = load_references(where.path / f"{name}.faiss", settings.crop)
+    kept = _known(where, shard)
+    parts = [
+        _near(references, settings, number if within else -1, kept, first)
+        for first in range(0, len(kept.rows_P), AT_A_TIME)
+    ]
+    columns = [np.concatenate(part) for part in zip(*parts, strict=True)] if parts else _nothing()
+    _write(where, file, dict(zip(COLUMNS, columns, strict=True)))
+    return file
+
+
+COLUMNS = ("row", "reference", "bits", "distance")
+
+
+def _near(
+    references: References, settings: Settings, number: int, kept: Kept, first: int
+) -> list[NDArray]:
+    """Of some pictures, the columns of a file of matches; `number` is that of the shard among the
+    references, or -1."""
+    pictures = kept.pictures_PSS[first : first + AT_A_TIME]
+    found = references.search(pictures, settings.most_bits)
+    row_C, reference_C2 = kept.rows_P[first + found.query_C], references.rows_P2[found.reference_C]
+    other = (reference_C2 != np.stack([np.full_like(row_C, number), row_C], 1)).any(axis=1)
+    found, row_C, reference_C2 = found.of(other), row_C[other], reference_C2[other]
+    distance_C = np.zeros(len(row_C), np.float32)
+    if settings.compare:
+        copies = pictures[found.query_C]
+        copies[found.mirrored_C] = copies[found.mirrored_C, :, ::-1]
+        placed = [references.views[view] for view in found.view_C]
+        distance_C = 1 - likeness(copies, references.pictures_PSS[found.reference_C], placed)
+    # A sample has two pictures if it has a border: the nearest pair counts.
+    order = np.lexsort([found.bits_C, distance_C, *reference_C2.T[::-1], row_C])
+    order = order[distance_C[order] <= FARTHEST]
+    order = order[is_first(np.column_stack([row_C, reference_C2])[order])]
+    return [row_C[order], reference_C2[order], found.bits_C[order], distance_C[order]]
+
+
+def _nothing() -> list[NDArray]:
+    return [np.zeros(0, np.int64), np.zeros((0, 2), np.int64), *([np.zeros(0, np.float32)] * 2)]
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def _single(indexes: Sequence[ShardIndex]) -> list[ShardIndex]:
+    """An index for each shard: what a job is sent."""
+    found = []
+    for index in indexes:
+        names = (index.name(shard).encode() for shard in range(index.num_shards))
+        for shard, name in enumerate(names):
+            manifest = index.manifest._replace(
+                names=np.frombuffer(name, "u1"),
+                name_ends_S=np.array([len(name)], "<u4"),
+                counts_S=index.manifest.counts_S[shard : shard + 1],
+                bytes_S=index.manifest.bytes_S[shard : shard + 1],
+                digests_S=index.manifest.digests_S[shard : shard + 1],
+            )
+            found.append(ShardIndex(index.folder, manifest))
+    return found
+
+
+def _file(shard: ShardIndex) -> str:
+    return f"{THUMBNAILS}/{shard.manifest.key(0)}.npz"
+
+
+def _known(where: Folder, shard: ShardIndex) -> Kept:
+    kept = _kept(where, shard)
+    if kept is None:
+        raise ValueError(f"{where}/{_file(shard)} is missing or damaged: give the command again")
+    return kept
+
+
+def _kept(where: Folder, shard: ShardIndex) -> Kept | None:
+    try:
+        arrays = _read(where, _file(shard))
+        return Kept(arrays["pictures"], arrays["rows"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _write(where: Folder, name: str, arrays: dict[str, NDArray]) -> None:
+    file, every = io.BytesIO(), {"format": np.array([FORMAT, SIDE]), **arrays}
+    np.savez(file, allow_pickle=False, **every)
+    where.write(name, file.getvalue())
+
+
+def _read(where: Folder, name: str) -> dict[str, NDArray]:
+    """Raises ValueError for a damaged file, or one of another format."""
+    data = where.read(name)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays = dict(file)
+        right = arrays.pop("format").tolist() == [FORMAT, SIDE]
+    except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
+        raise ValueError(f"{where}/{name} is damaged ({error}): delete it") from error
+    if not right:
+        raise ValueError(f"{where}/{name} is of another format: delete it")
+    return arrays
+
+
+def _numbered(shard: int, rows: Ints) -> Ints:
+    return np.column_stack([np.full(len(rows), shard, np.int64), rows])

@@ -1,0 +1,143 @@
+"""The pictures that near-duplicates are looked for: their thumbnails, and their hashes in an index.
+
+An index holds the codes of all views of a picture (`perceptual.py`), and is searched by multi-index
+hashing (Norouzi, Punjani and Fleet, 2012): codes that are near have a part in common, or nearly so,
+and only those that have are compared. It is a file, which every process that searches reads once.
+
+Shape suffixes: P pictures, S sides of a thumbnail, V views, B bytes of a code, Q queries, C found.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nfnets_xla.data.perceptual import BITS, View, codes, mirrored, views
+from nfnets_xla.data.storage import flush_to_disk
+from nfnets_xla.data.thumbnail import SIDE, Thumbnails
+
+# Six parts of 20 bits, two of which may differ: nearly all of what comparing with all codes finds
+# (tests/data/test_dedup.py), from buckets of a millionth of the codes each.
+PARTS, PART_BITS, FLIPPED = 6, 20, 2
+MOST = 32  # references that a picture is compared with: the nearest
+AT_A_TIME = 1024  # pictures whose codes are computed together: 70 MB
+PICTURES, ROWS = ".pictures.npy", ".rows.npy"
+
+
+class Found(NamedTuple):
+    """Candidates of some queries, nearest first within each."""
+
+    query_C: NDArray[np.int64]
+    reference_C: NDArray[np.int64]
+    bits_C: NDArray[np.int64]  # in which they differ
+    view_C: NDArray[np.int64]  # that matched
+    mirrored_C: NDArray[np.bool_]
+
+    def of(self, chosen_C: NDArray[np.bool_]) -> "Found":
+        columns: Any = (values[chosen_C] for values in self)
+        return Found(*columns)
+
+
+class References(NamedTuple):
+    pictures_PSS: Thumbnails
+    rows_P2: NDArray[np.int64]  # number of the shard, and row
+    views: list[View]
+    index: Any
+
+    def search(self, pictures_QSS: Thumbnails, bits: int) -> Found:
+        """References within so many bits of each query, or of its mirror image."""
+        upright = codes(pictures_QSS)[:, 0]
+        sides = [self._within(queries, bits) for queries in (upright, mirrored(upright))]
+        query, code, distance = (np.concatenate(parts) for parts in zip(*sides, strict=True))
+        is_mirrored = np.repeat([False, True], [len(part[0]) for part in sides])
+        reference, view = np.divmod(code, len(self.views))
+        # The nearest view of each pair; then the nearest references of each query.
+        order = np.lexsort([is_mirrored, view, distance, reference, query])
+        pairs = np.stack([query, reference], axis=1)[order]
+        order = order[is_first(pairs)]
+        order = order[np.lexsort([reference[order], distance[order], query[order]])]
+        order = order[_place_among_equals(query[order]) < MOST]
+        found = (values[order] for values in (query, reference, distance, view, is_mirrored))
+        return Found(*found)
+
+    def _within(self, queries_QB: NDArray[np.uint8], bits: int) -> tuple[NDArray[np.int64], ...]:
+        ends, distances, found = self.index.range_search(queries_QB, bits + 1)
+        query = np.repeat(np.arange(len(queries_QB)), np.diff(ends.astype(np.int64)))
+        return query, found.astype(np.int64), distances.astype(np.int64)
+
+
+def build_references(
+    path: Path,
+    parts: Iterable[tuple[Thumbnails, NDArray[np.int64]]],
+    num_pictures: int,
+    crop: float,
+) -> None:
+    """Write thumbnails and their samples beside `path`, the index at it; or leave what is there.
+
+    The index is what takes memory, here and where it is searched: docs/dedup.md says how much."""
+    faiss = _faiss()
+    of = views(crop)
+    if path.is_file():
+        return
+    index = faiss.IndexBinaryMultiHash(BITS, PARTS, PART_BITS)
+    with _replaced(path.with_suffix(PICTURES)) as temporary:
+        shape = (num_pictures, SIDE, SIDE)
+        pictures_PSS = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        end, rows = 0, []
+        for part, rows_P2 in parts:
+            rows.append(rows_P2)
+            for first in range(0, len(part), AT_A_TIME):
+                some = part[first : first + AT_A_TIME]
+                pictures_PSS[end : end + len(some)] = some
+                index.add(codes(some, of).reshape(-1, BITS // 8))
+                end += len(some)
+        pictures_PSS.flush()
+    with _replaced(path.with_suffix(ROWS)) as temporary, temporary.open("wb") as file:
+        np.save(file, np.concatenate(rows))
+    with _replaced(path) as temporary:
+        faiss.write_index_binary(index, str(temporary))
+
+
+@lru_cache(1)  # of a process that searches one shard after another
+def load_references(path: Path, crop: float) -> References:
+    index = _faiss().read_index_binary(str(path))
+    index.nflip = FLIPPED
+    pictures_PSS = np.load(path.with_suffix(PICTURES), mmap_mode="r")
+    return References(pictures_PSS, np.load(path.with_suffix(ROWS)), views(crop), index)
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """Somewhere to write; at the end it is at the path, whole."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_first(rows_C2: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Of sorted rows, the first of those that are equal."""
+    return np.concatenate([[True], (np.diff(rows_C2, axis=0) != 0).any(axis=1)])[: len(rows_C2)]
+
+
+def _place_among_equals(sorted_C: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.arange(len(sorted_C)) - np.searchsorted(sorted_C, sorted_C)
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError(
+            f"near-duplicates are searched by faiss ({error}): pip install 'nfnets_xla[dedup]'"
+        ) from error
+    faiss.omp_set_num_threads(1)  # jobs are the parallelism
+    return faiss

@@ -1,0 +1,100 @@
+"""A picture made so small that a data set's worth can be kept: grey, without its border, 48 x 48.
+
+Near-duplicates are found among these (`dedup.py`). A JPEG is decoded at the smallest fraction of
+its size that still has 44 pixels a side, luminance only: no colour, no large picture, and a third
+of the time.
+
+Shape suffixes: P pictures, Y and X pixels of a side, S = SIDE.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from nfnets_xla.data.decode import MAX_PIXELS, START_OF_IMAGE, check_scans, decode
+
+SIDE = 48
+DECODED_SIDE = 44  # pixels at least: an eighth of most photographs, whose sides are 352 and more
+TOLERANCE = 8  # grey levels that the lines of a border differ by, JPEG's ringing included
+MOST_BORDER = 0.35  # of a side, at each of its ends
+LEAST_SIDE = 16  # pixels of what a border surrounds
+
+Grey = NDArray[np.uint8]
+Thumbnails = NDArray[np.uint8]  # (P, S, S)
+
+
+def thumbnails(data: bytes) -> Thumbnails:
+    """The whole picture, and if it has a border, what that surrounds: (1 or 2, S, S).
+
+    Raises ValueError for what is not a whole picture."""
+    grey_YX = decode_grey(data)
+    inside = trimmed(grey_YX)
+    found = [grey_YX] if inside is None else [grey_YX, inside]
+    return np.stack([_shrunk(picture) for picture in found])
+
+
+def decode_grey(data: bytes) -> Grey:
+    """The picture's luminance at a fraction of its size, both sides 44 pixels or more if it has as
+    many."""
+    if data.startswith(START_OF_IMAGE):
+        check_scans(data)
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if int(height) * int(width) <= MAX_PIXELS and colours in ("YCbCr", "RGB", "Gray"):
+                side = DECODED_SIDE
+                return simplejpeg.decode_jpeg(
+                    data, "GRAY", fastdct=True, min_height=side, min_width=side
+                )[:, :, 0]
+        except ValueError:
+            pass  # Pillow's to read or to refuse
+    image = Image.fromarray(decode(data)).convert("L")
+    return np.asarray(image.reduce(max(1, min(image.size) // DECODED_SIDE)))
+
+
+def trimmed(grey_YX: Grey) -> Grey | None:
+    """What a border of one colour surrounds; None if there is no border."""
+    height, width = grey_YX.shape
+    rows, columns = int(height * MOST_BORDER), int(width * MOST_BORDER)
+    top, bottom = _flat_lines(grey_YX[:rows]), _flat_lines(grey_YX[::-1][:rows])
+    left, right = _flat_lines(grey_YX.T[:columns]), _flat_lines(grey_YX.T[::-1][:columns])
+    if top + bottom + left + right == 0:
+        return None
+    if min(height - top - bottom, width - left - right) < LEAST_SIDE:
+        return None
+    inside = grey_YX[top : height - bottom, left : width - right]
+    return None if _is_flat(inside) else inside
+
+
+def _flat_lines(lines_NM: Grey) -> int:
+    """How many lines from the first on are of the first one's colour, and one more, which the end
+    of the border may cross."""
+    if not len(lines_NM) or not _is_flat(lines_NM[0]):  # the usual case, without looking further
+        return 0
+    low_N, high_N = lines_NM.min(axis=1).astype(int), lines_NM.max(axis=1).astype(int)
+    flat_N = (high_N - low_N <= 2 * TOLERANCE) & (abs(high_N + low_N - high_N[0] - low_N[0]) <= 16)
+    flat = len(flat_N) if flat_N.all() else int(flat_N.argmin())
+    return flat + 1 if flat else 0
+
+
+def _is_flat(grey: Grey) -> bool:
+    return int(grey.max()) - int(grey.min()) <= 2 * TOLERANCE
+
+
+def _shrunk(grey_YX: Grey) -> Grey:
+    """Each pixel the mean of what it covers, stretched to all grey levels."""
+    height, width = grey_YX.shape
+    small_SS = _cover(height) @ grey_YX.astype(np.float32) @ _cover(width).T
+    low, high = small_SS.min(), small_SS.max()
+    return ((small_SS - low) * (255 / max(high - low, 1.0)) + 0.5).astype(np.uint8)
+
+
+@lru_cache(1024)
+def _cover(size: int) -> NDArray[np.float32]:
+    """(S, size): the share that each of `size` pixels has in each of S."""
+    edges = np.arange(size + 1) / size
+    starts_S1 = np.arange(SIDE)[:, None] / SIDE
+    inside = np.clip(edges, starts_S1, starts_S1 + 1 / SIDE)
+    return (np.diff(inside, axis=1) * SIDE).astype(np.float32)

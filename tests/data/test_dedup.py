@@ -1,0 +1,268 @@
+"""Copies are found however they were altered, other pictures are not, and nothing is done twice."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ImageOps
+from scipy.fft import dctn
+
+from nfnets_xla.data import dedup
+from nfnets_xla.data.dedup import Matches, Settings, doubles, find, line
+from nfnets_xla.data.exclude import read_pairs, without
+from nfnets_xla.data.holdout import choose, hold_out
+from nfnets_xla.data.index import build_index
+from nfnets_xla.data.likeness import likeness
+from nfnets_xla.data.pack import Sample, pack_samples
+from nfnets_xla.data.perceptual import WHOLE, View, codes, mirrored, views
+from nfnets_xla.data.references import build_references, load_references
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.data.thumbnail import SIDE, thumbnails, trimmed
+from tests.data.copied import COPIES, jpeg, picture
+from tests.data.images import encoded
+
+MOST = 0.25
+
+
+def packed(folder: Path, samples: list[Sample], per_shard: int = 8) -> ShardIndex:
+    pack_samples(samples, folder, samples_per_shard=per_shard)
+    return build_index(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 references; their copies among 12 strangers and a file that does not decode."""
+    folder = tmp_path_factory.mktemp("dedup")
+    packed(folder / "eval", [(f"e{n}", jpeg(picture(n)), "jpg", 0) for n in range(10)], 4)
+    train: list[Sample] = [
+        (f"{name.replace(' ', '-')}-e{n}", jpeg(alter(picture(n)), 60), "jpg", 0)
+        for k, (name, alter) in enumerate(COPIES.items())
+        for n in (k % 10, (k + 3) % 10)
+    ]
+    train += [(f"stranger-{n}", jpeg(picture(100 + n)), "jpg", 0) for n in range(12)]
+    packed(folder / "train", [*train, ("broken", b"\xff\xd8rubbish", "jpg", 0)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def indexes(folder: Path) -> tuple[ShardIndex, ShardIndex]:
+    return ShardIndex.load(folder / "train"), ShardIndex.load(folder / "eval")
+
+
+@pytest.fixture(scope="module")
+def matches(folder: Path, indexes: tuple[ShardIndex, ShardIndex]) -> Matches:
+    return find([indexes[0]], [indexes[1]], folder / "out", Settings())
+
+
+def lines(matches: Matches, most: float = MOST) -> list[tuple[str, str, float]]:
+    rows = [line(matches, double).rstrip("\n").split("\t") for double in doubles(matches, most)]
+    return [(one.partition("/")[2], other.partition("/")[2], float(d)) for one, other, d in rows]
+
+
+def test_every_copy_is_found_and_nothing_else(matches: Matches) -> None:
+    found = lines(matches)
+    assert [one.rpartition("-")[2] for one, _, _ in found] == [other for _, other, _ in found]
+    assert len(found) == 2 * len(COPIES)
+    assert matches.undecodable == 1
+
+
+def test_what_is_listed_is_excluded(
+    matches: Matches, indexes: tuple[ShardIndex, ShardIndex], tmp_path: Path
+) -> None:
+    path = tmp_path / "duplicates.txt"
+    path.write_text("".join(line(matches, double) for double in doubles(matches, MOST)))
+    left = without(indexes[0], path)
+    names = {left.sample_id(s, r) for s in range(left.num_shards) for r in range(left.counts[s])}
+    assert {name.partition("/")[2].partition("-")[0] for name in names} == {"stranger", "broken"}
+
+
+def test_nothing_is_done_twice(
+    folder: Path,
+    indexes: tuple[ShardIndex, ShardIndex],
+    matches: Matches,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not when the command is given again, nor with another threshold; only new shards are read."""
+    monkeypatch.setattr(ShardIndex, "read", None)
+    again = find([indexes[0]], [indexes[1]], folder / "out", Settings())
+    for before, now in zip(matches[2:], again[2:], strict=True):
+        np.testing.assert_array_equal(before, now)
+    monkeypatch.undo()
+    read: list[str] = []
+    monkeypatch.setattr(
+        ShardIndex, "read", lambda self, shard, row: read.append(self.name(shard)) or b""
+    )
+    other = packed(folder / "more", [("new", jpeg(picture(500)), "jpg", 0)])
+    find([indexes[0], other], [indexes[1]], folder / "out", Settings())
+    assert read == ["shard-000000.tar"]
+
+
+def test_damaged_files_are_made_again_or_named(
+    folder: Path, indexes: tuple[ShardIndex, ShardIndex], tmp_path: Path
+) -> None:
+    train, against = indexes
+    first = find([train], [against], tmp_path, Settings())
+    for file in (tmp_path / dedup.THUMBNAILS).iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    for file in (tmp_path / dedup.MATCHES).iterdir():
+        file.unlink()
+    assert lines(find([train], [against], tmp_path, Settings())) == lines(first)
+    damaged = next((tmp_path / dedup.MATCHES).iterdir())
+    damaged.write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match=f"{damaged.name} is damaged .*: delete it"):
+        find([train], [against], tmp_path, Settings())
+
+
+def test_within_a_set_the_first_of_each_group_stays(folder: Path, tmp_path: Path) -> None:
+    shown = [("a", picture(1)), ("b", picture(2)), ("c", ImageOps.mirror(picture(1)))]
+    shown += [("d", picture(1).crop((20, 5, 228, 161))), ("e", picture(3)), ("f", picture(2))]
+    index = packed(tmp_path / "s", [(key, jpeg(image), "jpg", 0) for key, image in shown], 2)
+    found = lines(find([index], [], tmp_path / "out", Settings()))
+    assert [(one, other) for one, other, _ in found] == [("c", "a"), ("d", "a"), ("f", "b")]
+    # The same whatever the number of shards is.
+    whole = packed(tmp_path / "t", [(key, jpeg(image), "jpg", 0) for key, image in shown], 9)
+    assert lines(find([whole], [], tmp_path / "out", Settings())) == found
+
+
+def test_a_chain_is_one_group() -> None:
+    pairs = np.array([[[0, 4], [0, 3]], [[0, 3], [0, 1]], [[0, 7], [0, 6]]])
+    distance = np.array([0.1, 0.2, 0.3], np.float32)
+    shards: list[ShardIndex] = []
+    chain = Matches(shards, shards, pairs[:, 0], pairs[:, 1], np.zeros(3, int), distance, 0)
+    found = [(d.sample[1], d.matched[1], round(d.distance, 3)) for d in doubles(chain, 0.25)]
+    assert found == [(3, 1, 0.1), (4, 1, 0.1)]
+
+
+def test_groups_never_straddle_the_held_out_split(folder: Path, tmp_path: Path) -> None:
+    index = ShardIndex.load(folder / "train")
+    path = tmp_path / "duplicates.txt"
+    same = find([index], [], folder / "out", Settings())
+    path.write_text("".join(line(same, double) for double in doubles(same, MOST)))
+    pairs = read_pairs(path)
+    assert len(pairs) == 12
+    straddling = 0
+    for samples in range(2, 30):
+        ids = {index.sample_id(*place) for place in choose(index, samples)}
+        straddling += any((one in ids) != (other in ids) for one, other in pairs)
+        ids = {index.sample_id(*place) for place in choose(index, samples, alike=pairs)}
+        assert samples - 3 <= len(ids) <= samples
+        assert all((one in ids) == (other in ids) for one, other in pairs)
+    assert straddling > 20
+    held = hold_out(index, tmp_path / "held", samples=9, alike=pairs)
+    assert set(held) == {index.sample_id(*place) for place in choose(index, 9, alike=pairs)}
+    (tmp_path / "ids.txt").write_text("shard-000000/a\n")
+    with pytest.raises(ValueError, match="is no list of pairs: give one of `nfnets-xla shards ded"):
+        read_pairs(tmp_path / "ids.txt")
+
+
+# ---- the parts --------------------------------------------------------------------------------
+
+
+def some(count: int) -> np.ndarray:
+    return np.concatenate([thumbnails(jpeg(picture(n), 90)) for n in range(count)])
+
+
+def test_a_hash_is_the_signs_of_the_lowest_frequencies() -> None:
+    for given in some(5):
+        small = given - given.mean()
+        waves = dctn(np.clip(small, -1.5 * small.std(), 1.5 * small.std()))
+        places = sorted(
+            product(range(SIDE), repeat=2), key=lambda at: (at[0] ** 2 + at[1] ** 2, at)
+        )
+        wanted = np.array([waves[row, column] > 0 for row, column in places[1:129]])
+        assert (wanted != np.unpackbits(codes(given[None]))).sum() <= 1  # of rounding
+
+
+def test_the_hash_of_a_mirror_image_is_known() -> None:
+    pictures = some(8)
+    differing = np.unpackbits(codes(pictures[:, :, ::-1]) ^ mirrored(codes(pictures)), axis=-1)
+    assert differing.sum() == 0
+
+
+def test_the_hash_of_a_crop_is_that_of_the_crop_cut_out() -> None:
+    """24 of 48 pixels, each of which is then two."""
+    pictures = some(20)
+    cut = np.repeat(np.repeat(pictures[:, 6:30, 12:36], 2, axis=1), 2, axis=2)
+    windowed = codes(pictures, [View(6 / 48, 12 / 48, 0.5)])
+    differing = np.unpackbits(windowed ^ codes(cut), axis=-1).sum(axis=-1)
+    assert np.median(differing) <= 8  # means and deviations are those of the whole picture
+    assert differing.max() <= 24
+
+
+def test_crops_are_near_one_of_the_views() -> None:
+    of = views(0.7)
+    sides = sorted({view.side for view in of if not view.turn})
+    assert sides[0] == pytest.approx(0.7**0.5)
+    assert max(np.diff(sides)) <= 0.06
+    for side in sides:
+        lefts = sorted({view.left for view in of if view.side == side and not view.turn})
+        assert lefts[0] == 0
+        assert lefts[-1] == pytest.approx(1 - side)
+        assert max(np.diff(lefts), default=0) <= 0.042
+    assert of[0] == WHOLE
+    assert len(views(0.5)) > len(of) > len(views(1.0)) == 9
+    for crop in (0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="it must be a share of a picture's area"):
+            views(crop)
+
+
+def test_multi_index_hashing_finds_what_comparing_with_all_finds(tmp_path: Path) -> None:
+    pictures, rng = some(40), np.random.default_rng(0)
+    rows = np.stack([np.zeros(40, int), np.arange(40)], axis=1)
+    parts = [(pictures[:25], rows[:25]), (pictures[25:], rows[25:])]
+    build_references(tmp_path / "r.faiss", parts, 40, 0.7)
+    references = load_references(tmp_path / "r.faiss", 0.7)
+    noisy = (pictures + rng.normal(0, 25, pictures.shape)).clip(0, 255).astype(np.uint8)
+    found = references.search(noisy, 32)
+    own = codes(pictures, references.views)
+    wanted: dict[tuple[int, int], int] = {}
+    upright = codes(noisy)[:, 0]
+    for query, sides in enumerate(zip(upright, mirrored(upright), strict=True)):
+        bits = np.minimum(*(np.unpackbits(own ^ side, axis=-1).sum(axis=-1) for side in sides))
+        wanted |= {(query, int(n)): int(bits[n].min()) for n in np.flatnonzero(bits.min(1) <= 32)}
+    pairs = zip(found.query_C.tolist(), found.reference_C.tolist(), strict=True)
+    got = dict(zip(pairs, found.bits_C.tolist(), strict=True))
+    assert len(wanted) >= 40
+    assert len(got) >= 0.95 * len(wanted)
+    assert {pair: wanted[pair] for pair in got} == got
+    assert {(n, n) for n in range(40)} <= set(got)
+
+
+@pytest.mark.parametrize("name", ["framed", "barred"])
+def test_borders_are_seen(name: str) -> None:
+    small = thumbnails(jpeg(COPIES[name](picture(3)), 40))
+    assert len(small) == 2
+    plain = thumbnails(jpeg(picture(3)))
+    assert len(plain) == 1
+    differing = np.unpackbits(codes(small[1:]) ^ codes(plain)).sum()
+    assert differing < 24 < np.unpackbits(codes(small[:1]) ^ codes(plain)).sum()
+    assert trimmed(np.full((60, 80), 9, np.uint8)) is None
+
+
+def test_likeness_is_that_of_the_part_shown() -> None:
+    whole = some(6)
+    cut = np.concatenate([thumbnails(jpeg(COPIES["cropped"](picture(n)), 50)) for n in range(6)])
+    place = View(6 / 180, 25 / 240, 0.83)  # the crop's are 200 of 240 and 150 of 180
+    assert likeness(cut, whole, [place] * 6).min() > 0.9
+    assert likeness(cut, np.roll(whole, 1, axis=0), [place] * 6).max() < 0.3
+    assert likeness(cut[:0], whole[:0], []).shape == (0,)
+    flat = np.full((1, SIDE, SIDE), 100, np.uint8)
+    assert likeness(flat, flat, [WHOLE]).max() < 0.1  # nothing to be seen is no likeness
+
+
+def test_thumbnails_do_not_depend_on_the_format() -> None:
+    (of_jpeg,) = thumbnails(jpeg(picture(4), 95))
+    for ending in ("PNG", "WEBP"):
+        (other,) = thumbnails(encoded(picture(4), ending))
+        assert np.abs(of_jpeg.astype(int) - other).mean() < 3
+    with pytest.raises(ValueError, match="do not decode as an image"):
+        thumbnails(b"\xff\xd8rubbish")
+
+
+def test_settings_out_of_range_are_refused(
+    indexes: tuple[ShardIndex, ShardIndex], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="bits is 45; it must be 0 to 44 of 128"):
+        find([indexes[0]], [], tmp_path, Settings(most_bits=45))
+    assert not list(tmp_path.iterdir())
