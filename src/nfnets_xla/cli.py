@@ -30,6 +30,7 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla check RECIPE [key=value ...] what it would do and cost (--help); starts nothing
        nfnets-xla shards COMMAND ...         pack, index, lint, stats, holdout, exclude (--help)
        nfnets-xla shards show DIR            draw the views that a recipe makes of them
+       nfnets-xla shards dedup DIR ...       list near-duplicates, for data.exclude (--help)
        nfnets-xla checkpoint COMMAND WHERE   verify, show, export, card (--help)
        nfnets-xla runs DIR                   how far runs are, and what came out (--help)
        nfnets-xla audit RUN                  prove that every sample was shown exactly once
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(usage())
         elif arguments[:2] == ["shards", "show"]:
             show_shards(arguments[2:])
+        elif arguments[:2] == ["shards", "dedup"]:
+            dedup(arguments[2:])
         elif arguments[0] == "check":
             check(arguments[1:])
         elif arguments[0] == "shards":
@@ -122,6 +125,12 @@ def show_shards(arguments: list[str]) -> None:
     overrides = [f"data.shards={request.folder}", *needless, *request.overrides]
     run = to_run(composed(request.recipe, overrides))
     show(run, request.out, request.rows, request.step)
+
+
+def dedup(arguments: list[str]) -> None:
+    from nfnets_xla.dedup_cli import dedup as deduplicated
+
+    deduplicated(arguments)
 
 
 def check(arguments: list[str]) -> None:

@@ -30,7 +30,8 @@ def parser() -> Parser:
     top = Parser(
         prog="nfnets-xla shards",
         description="WebDataset shards: folders of *.tar.",
-        epilog="`nfnets-xla shards show DIR` draws the views that a recipe makes of them.",
+        epilog="`nfnets-xla shards show DIR` draws the views that a recipe makes of them; "
+        "`nfnets-xla shards dedup` lists near-duplicates.",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -50,6 +51,9 @@ def parser() -> Parser:
     hold.add_argument("dir", help="folder, or its address")
     hold.add_argument("out", type=Path)
     hold.add_argument("--samples", type=int, required=True)
+    hold.add_argument(
+        "--alike", type=Path, help="list of `shards dedup --within`: its groups are not parted"
+    )
     for command in (index, lint, stats, hold):
         command.add_argument("--engine", choices=ENGINES, default="local")
         command.add_argument("--jobs", type=int, default=-1, help="at a time; -1: one per core")
@@ -126,6 +130,7 @@ def run_stats(given: Any) -> None:
 
 
 def run_holdout(given: Any) -> None:
+    from nfnets_xla.data.exclude import read_pairs
     from nfnets_xla.data.holdout import IDS, hold_out
     from nfnets_xla.data.shards import ShardIndex
 
@@ -133,6 +138,7 @@ def run_holdout(given: Any) -> None:
         ShardIndex.load(given.dir),
         given.out,
         samples=given.samples,
+        alike=read_pairs(given.alike) if given.alike else (),
         engine=given.engine,
         jobs=given.jobs,
         on_progress=progress("hashed"),

@@ -166,7 +166,7 @@ def some(count: int) -> np.ndarray:
 def test_a_hash_is_the_signs_of_the_lowest_frequencies() -> None:
     for given in some(5):
         small = given - given.mean()
-        waves = dctn(np.clip(small, -1.5 * small.std(), 1.5 * small.std()))
+        waves = np.asarray(dctn(np.clip(small, -1.5 * small.std(), 1.5 * small.std())))
         places = sorted(
             product(range(SIDE), repeat=2), key=lambda at: (at[0] ** 2 + at[1] ** 2, at)
         )

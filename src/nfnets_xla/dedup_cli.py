@@ -1,0 +1,103 @@
+"""`nfnets-xla shards dedup`: near-duplicates, as lists that `data.exclude` names.
+
+    nfnets-xla shards dedup JFT --against IMAGENET/train --against IMAGENET/val --out dedup
+    nfnets-xla shards dedup JFT --within --out dedup
+
+Leaves in the folder `--out`: duplicates.txt (of each sample to exclude its id, the id that it
+matches, and their distance, from 0 to 1), report.png (how many pairs there are at which distance,
+and those on either side of the threshold, to judge it by), and what was found out about each shard,
+so that the same command goes on where it was stopped, and another --distance takes seconds.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nfnets_xla.data.dedup import FARTHEST, Double, Matches, Settings, doubles, find, line
+from nfnets_xla.data.jobs import ENGINES
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.data.storage import Folder
+from nfnets_xla.doubles_sheet import draw_report
+from nfnets_xla.shards_cli import Parser, progress
+
+DISTANCE = 0.25  # of pixels; benchmarks/dedup.py says what it finds
+COSINE_DISTANCE = 0.1  # of features: a beginning, look at the report
+
+
+def dedup(arguments: Sequence[str]) -> None:
+    given = parser().parse_args(arguments)
+    if bool(given.against) == given.within:
+        raise ValueError("give either --against SHARDS, for duplicates of those, or --within")
+    if given.weights is not None and given.model is None:
+        raise ValueError("--weights are those of a --model: give its name")
+    names = list_names(given.dir)
+    default = DISTANCE if given.model is None else COSINE_DISTANCE
+    most = default if given.distance is None else given.distance
+    if not 0 <= most <= FARTHEST:
+        raise ValueError(f"--distance is {most}; it must be 0 to {FARTHEST}")
+    settings = Settings(given.crop, given.bits, compare=given.model is None)
+    matches = find(
+        [ShardIndex.load(folder) for folder in given.dir],
+        [ShardIndex.load(folder) for folder in given.against],
+        given.out,
+        settings,
+        engine=given.engine,
+        jobs=given.jobs,
+        on_progress=progress,
+    )
+    if given.model is not None:
+        from nfnets_xla.embedding import compared
+
+        matches = compared(matches, given.model, given.weights, progress("compared"))
+    found = doubles(matches, most)
+    write_lists(matches, found, names, Path(given.out))
+    draw_report(matches, most, Path(given.out) / "report.png")
+    print(f"{Path(given.out) / 'report.png'}: look at it before you train without them")
+
+
+def parser() -> Parser:
+    command = Parser(prog="nfnets-xla shards dedup", description=__doc__)
+    command.add_argument("dir", nargs="+", help="indexed shards to look through: folder or address")
+    command.add_argument(
+        "--against", action="append", default=[], metavar="DIR", help="may be given several times"
+    )
+    command.add_argument("--within", action="store_true", help="keep the first of each group")
+    command.add_argument("--out", default="dedup", help="folder of lists, report, and all files")
+    command.add_argument("--crop", type=float, default=Settings.crop, help="of a copy, by area")
+    command.add_argument(
+        "--bits", type=int, default=Settings.most_bits, help="hashes may differ in"
+    )
+    command.add_argument("--distance", type=float, help=f"of pictures; {DISTANCE} if not given")
+    command.add_argument("--model", help="compare by its features instead of by pixels")
+    command.add_argument(
+        "--weights", help="of the model: a run or a file; public ones if not given"
+    )
+    command.add_argument("--engine", choices=ENGINES, default="local")
+    command.add_argument("--jobs", type=int, default=-1, help="at a time; -1: one per core")
+    return command
+
+
+def list_names(folders: Sequence[str]) -> dict[str, str]:
+    """The list of each folder of shards: ids are those of one."""
+    where = [str(ShardIndex.load(folder).folder) for folder in folders]
+    if len(set(where)) < len(where):
+        raise ValueError("a folder is given twice: give each once")
+    if len(where) == 1:
+        return {where[0]: "duplicates.txt"}
+    return {folder: f"duplicates-{n}.txt" for n, folder in enumerate(where, start=1)}
+
+
+def write_lists(
+    matches: Matches, found: Sequence[Double], names: dict[str, str], out: Path
+) -> None:
+    texts: dict[str, list[str]] = {folder: [] for folder in names}
+    for double in found:
+        texts[str(matches.train[double.sample[0]].folder)].append(line(matches, double))
+    for folder, lines in texts.items():
+        Folder(out).write(names[folder], "".join(lines).encode())
+        of = sum(shard.num_samples for shard in matches.train if str(shard.folder) == folder)
+        print(
+            f"{out / names[folder]}: {len(lines):,} of {of:,} samples; train with "
+            f"data.shards={folder} data.exclude={out / names[folder]}"
+        )
+    if matches.undecodable:
+        print(f"{matches.undecodable:,} samples do not decode, and were left out")

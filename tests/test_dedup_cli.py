@@ -1,0 +1,129 @@
+"""`nfnets-xla shards dedup` from the command line, and over two nodes of Ray."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nfnets_xla.cli import main
+from nfnets_xla.data.index import build_index
+from nfnets_xla.data.pack import pack_samples
+from nfnets_xla.doubles_sheet import EXCLUDED, KEPT, at_border, histogram
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.models.weights import describe, save_weights
+from tests.data.copied import COPIES, jpeg, picture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copies of two pictures in two folders of shards, and strangers."""
+    folder = tmp_path_factory.mktemp("shards")
+    for name, numbers in (("eval", [0, 1, 2]), ("one", [0, 30]), ("two", [1, 40, 41])):
+        alter = COPIES["cropped"] if name != "eval" else COPIES["grey"]
+        samples = ((f"{name}{n}", jpeg(alter(picture(n))), "jpg", 0) for n in numbers)
+        pack_samples(samples, folder / name, samples_per_shard=2, prefix=name)
+        build_index(folder / name)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    code = 0
+    try:
+        main(["shards", "dedup", *map(str, arguments)])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    said = capsys.readouterr()
+    return code, said.out if code == 0 else said.err
+
+
+def test_lists_and_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    shards = [folder / "one", folder / "two", "--against", folder / "eval"]
+    code, said = run(capsys, *shards, "--out", out, "--jobs", 1)
+    assert code == 0
+    lists = [(out / f"duplicates-{n}.txt").read_text().split("\t")[:2] for n in (1, 2)]
+    assert lists == [
+        ["one-000000/one0", "eval-000000/eval0"],
+        ["two-000000/two1", "eval-000000/eval1"],
+    ]
+    assert f"{out}/duplicates-2.txt: 1 of 3 samples; train with data.shards={folder}/two" in said
+    with Image.open(out / "report.png") as report:
+        assert report.format == "PNG"
+        assert report.width > 1000
+    # Another threshold, with what is known.
+    code, said = run(capsys, *shards, "--out", out, "--jobs", 1, "--distance", 0)
+    assert (out / "duplicates-1.txt").read_text() == ""
+    # Within: nothing here shows what another one shows.
+    code, said = run(capsys, folder / "two", "--within", "--out", out, "--jobs", 1)
+    assert f"{out}/duplicates.txt: 0 of 3 samples" in said
+
+
+def test_a_model_may_compare(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    net = NFNet(VARIANTS["nfnet_mini_f0"], num_classes=10)
+    weights = tmp_path / "weights.safetensors"
+    save_weights(net, weights, describe(net, "nfnet_mini_f0", "a test"))
+    arguments = [folder / "one", "--against", folder / "eval", "--out", tmp_path / "out"]
+    model = ["--model", "nfnet_mini_f0", "--weights", weights, "--jobs", 1, "--distance", 0.7]
+    code, said = run(capsys, *arguments, *model)
+    assert code == 0, said
+    (line,) = (tmp_path / "out" / "duplicates.txt").read_text().splitlines()
+    assert line.startswith("one-000000/one0\teval-000000/eval0\t0.")
+
+
+def test_mistakes_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, against = folder / "one", ["--against", folder / "eval"]
+    for arguments, said in (
+        ([one], "give either --against SHARDS, for duplicates of those, or --within"),
+        ([one, *against, "--within"], "give either --against SHARDS"),
+        ([one, one, "--within"], "a folder is given twice: give each once"),
+        ([one, *against, "--distance", 0.8], "--distance is 0.8; it must be 0 to 0.7"),
+        ([one, *against, "--bits", 60], "bits is 60; it must be 0 to 44 of 128"),
+        ([one, *against, "--crop", 2], "crop is 2.0; it must be a share of a picture's area"),
+        ([one, *against, "--engine", "spark"], "invalid choice: 'spark'"),
+        ([one, *against, "--weights", "x"], "--weights are those of a --model: give its name"),
+        ([one, "--against", tmp_path], f"{tmp_path} has no index.npz; run `nfnets-xla shards ind"),
+        ([], "the following arguments are required"),
+    ):
+        code, error = run(capsys, *arguments, "--out", tmp_path / "out")
+        assert (code, error.count("\n")) == (2, 1)
+        assert said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_shows_both_sides_of_the_threshold() -> None:
+    distance = np.linspace(0, 0.69, 200).astype(np.float32)[::-1]
+    shown = np.sort(distance[at_border(distance, 0.25)])
+    assert len(shown) == 24
+    assert (shown <= 0.25).sum() == 12
+    assert (np.diff(distance[at_border(distance, 0.25)]) > 0).all()
+    # Where there are few on one side, more of the other; where there are few at all, all.
+    assert len(at_border(distance[distance > 0.25], 0.25)) == 24
+    assert len(at_border(distance[distance < 0.25], 0.25)) == 24
+    assert len(at_border(distance[:5], 0.25)) == 5
+    assert len(at_border(distance[:0], 0.25)) == 0
+    colours = {colour for _, colour in histogram(distance, 0.25, 900).getcolors(2**16) or []}
+    assert {tuple(bytes.fromhex(colour[1:])) for colour in (EXCLUDED, KEPT)} <= colours
+    assert histogram(distance[:0], 0.25, 900).size == (900, 220)
+
+
+@pytest.mark.slow
+def test_two_nodes_of_ray_find_the_same(tmp_path: Path) -> None:
+    """In a process of its own, which takes the nodes with it when it ends."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.data.two_nodes", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "the same, on 2 nodes"
