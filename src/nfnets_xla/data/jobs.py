@@ -31,7 +31,10 @@ def map_jobs(
     from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 
     done = 0
-    with _cluster(engine), parallel_config(backend=_BACKENDS[engine], n_jobs=jobs):
+    with (
+        _cluster(engine),
+        parallel_config(backend=_BACKENDS[engine], n_jobs=jobs, **_OPTIONS.get(engine, {})),
+    ):
         part = PER_WORKER * max(1, effective_n_jobs(jobs))
         with Parallel() as parallel:
             for first in range(0, len(items), part):
@@ -43,6 +46,8 @@ def map_jobs(
 
 
 _BACKENDS = {"local": "loky", "ray": "ray", "dask": "dask"}
+# A worker takes a core; by Ray's default it takes none while it runs, and all land on one node.
+_OPTIONS: dict[str, dict[str, Any]] = {"ray": {"ray_remote_args": {"num_cpus": 1}}}
 
 
 def _cluster(engine: str) -> AbstractContextManager[object]:
