@@ -60,7 +60,7 @@ def as_hosts(count: int) -> list[dict[str, str]]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    return [{"RANK": str(number), **common} for number in range(count)]
+    return [{"RANK": str(number), "LOCAL_RANK": str(number), **common} for number in range(count)]
 
 
 def start_hosts(arguments: list[str], log: Path, count: int) -> list[subprocess.Popen]:

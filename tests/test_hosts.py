@@ -34,13 +34,21 @@ TOLERANCE = 1e-4
 TALK = """
 import json, os, sys, time
 import torch
+from nfnets_xla import hosts as module
 from nfnets_xla.exits import Interrupted
 from nfnets_xla.hosts import open_hosts
 
 hosts = open_hosts()
 one, two = torch.full((2, 3), 1.0 + hosts.number), torch.tensor(10.0 * hosts.number)
 hosts.add([one, two])
+module.BUCKET = 40  # bytes: the second message has one tensor, which lies channels last
+shapes = (1, 1, 2, 2), (1, 1, 2, 2), (1, 3, 2, 2)
+many = [torch.arange(4.0 * shape[1]).reshape(shape) * (hosts.number + 1) for shape in shapes]
+many[2] = many[2].contiguous(memory_format=torch.channels_last)
+hosts.add(many)
 told = {"rows": str(hosts.rows(12)), "one": one.tolist(), "two": float(two)}
+told["many"] = [tensor.flatten().tolist() for tensor in many]
+told["messages"] = [len(bucket) for bucket in module.buckets(many)]
 told["total"] = hosts.total(hosts.number + 1)
 told["gather"] = hosts.gather({"é": [hosts.number] * hosts.number})
 hosts.agree("the seed", 7)
@@ -76,6 +84,8 @@ def test_hosts_add_gather_agree_and_notice_a_loss(tmp_path: Path) -> None:
         assert one == {
             "one": [[6.0] * 3] * 2,
             "two": 30.0,
+            "many": [[6.0 * number for number in range(count)] for count in (4, 4, 12)],
+            "messages": [2, 1],
             "total": 6,
             "gather": [{"é": []}, {"é": [1]}, {"é": [2, 2]}],
             "refused": "hosts differ in the seed: 7 on host 0, 8 on host 2. All must run the same "

@@ -1,5 +1,6 @@
 """Which device a run uses, and the few things that differ between them."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor
 
-from nfnets_xla import xla
+from nfnets_xla import inductor, xla
 from nfnets_xla.config import TrainerConfig
 from nfnets_xla.devices import find_device, measured_cpu_peak, smallest_fsdp
 from nfnets_xla.hosts import Hosts, open_hosts
@@ -37,6 +38,8 @@ class Backend:
     cache_compilations: Callable[[Path], bool] = lambda _: True  # there is nothing to keep
     peak_memory: Callable[[], int | None] = lambda: None  # bytes of a device; None: not counted
     checkpoint: Checkpoint = recompute  # computes a block again in the backward pass
+    compile: Callable[[Any], Any] = inductor.as_it_is  # a function of tensors, before its first use
+    channels_last: bool = False  # how convolutions' weights are to lie in memory
 
 
 def open_backend(trainer: TrainerConfig, parameter_bytes: int = 0) -> Backend:
@@ -50,29 +53,76 @@ def open_backend(trainer: TrainerConfig, parameter_bytes: int = 0) -> Backend:
     if name == "xla":
         return _xla_backend(trainer.virtual_devices, trainer.fsdp, parameter_bytes)
     if trainer.fsdp not in ("auto", 1):
-        raise ValueError(f"trainer.fsdp is {trainer.fsdp}; on {name} there is one device: use 1")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("trainer.device is 'cuda', but torch sees no GPU: use trainer.device=cpu")
+        raise ValueError(
+            f"trainer.fsdp is {trainer.fsdp}; on {name} every process keeps all parameters "
+            "(docs/gpu.md says why): use 1"
+        )
     xla.stay_out()
-    kind = torch.cuda.get_device_name() if name == "cuda" else "CPU"
-    device = torch.device("cuda", 0) if name == "cuda" else torch.device("cpu")
-    known = find_device(kind)
-    peak_flops = measured_cpu_peak() if kind == "CPU" else known and known.peak_flops
+    return _cuda_backend(trainer) if name == "cuda" else _cpu_backend(trainer)
+
+
+def _cpu_backend(trainer: TrainerConfig) -> Backend:
     hosts = open_hosts()
-    if peak_flops is not None:
-        peak_flops *= hosts.count
+    return Backend(
+        device_kind="CPU",
+        num_devices=hosts.count,
+        peak_flops=measured_cpu_peak() * hosts.count,
+        accelerator="cpu",
+        strategy=SingleDeviceStrategy(torch.device("cpu")),
+        fetch=_fetch,
+        hosts=hosts,
+        add_up=hosts.add,
+        **_compiling(trainer.compile is True),
+    )
+
+
+def _cuda_backend(trainer: TrainerConfig) -> Backend:
+    """One process, one GPU: the launcher's LOCAL_RANK says which."""
+    device = torch.device("cuda", local_gpu())
+    torch.cuda.set_device(device)
+    # float32 is float32, and a restart ends in the same bits: cuDNN's defaults are neither.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    hosts = open_hosts()
+    kind = torch.cuda.get_device_name(device)
+    known = find_device(kind)
     return Backend(
         device_kind=kind,
         num_devices=hosts.count,
-        peak_flops=peak_flops,
-        accelerator=name,
+        peak_flops=known and known.peak_flops * hosts.count,
+        accelerator="cuda",
         strategy=SingleDeviceStrategy(device),
         fetch=_fetch,
-        report=dict,
         hosts=hosts,
         add_up=hosts.add,
-        peak_memory=torch.cuda.max_memory_allocated if name == "cuda" else lambda: None,
+        peak_memory=torch.cuda.max_memory_allocated,
+        channels_last=True,
+        **_compiling(trainer.compile is not False),
     )
+
+
+def local_gpu() -> int:
+    """Raises ValueError if this machine has no such GPU."""
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count == 0:
+        raise ValueError("trainer.device is 'cuda', but torch sees no GPU: use trainer.device=cpu")
+    if not 0 <= number < count:
+        raise ValueError(
+            f"LOCAL_RANK is {number}, but torch sees {count} GPUs: start as many processes as "
+            "there are (torchrun --nproc_per_node=gpu)"
+        )
+    return number
+
+
+def _compiling(wanted: bool) -> dict[str, Any]:
+    """What a backend is made with, for torch.compile or for plain PyTorch."""
+    if not wanted:
+        return {"report": dict}
+    return {
+        "report": inductor.Clock().report,
+        "compile": inductor.compiled,
+        "cache_compilations": inductor.keep_in,
+    }
 
 
 def _fetch(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

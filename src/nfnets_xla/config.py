@@ -85,6 +85,7 @@ class TrainerConfig:
     device: str  # "auto" takes the TPU, else the GPU, else plain CPU
     virtual_devices: int | None  # with device=xla: so many devices of the CPU runtime
     fsdp: int | str  # XLA devices that share one copy of the parameters; "auto": as few as fit
+    compile: bool | str  # by torch.compile, where there is no XLA: true, false; "auto": on a GPU
     log_every: int  # steps between lines of the record
     eval_every: int | None  # steps between evaluations; None: only at the end
     checkpoint_every: int | None  # steps between checkpoints; None: only at the end
@@ -94,7 +95,7 @@ class TrainerConfig:
     keep_best: bool  # and that of the lowest held-out loss
     grace: float  # seconds from a signal to stop to the end, whether the step is saved or not
     maintenance: str | None  # a file or an http(s) address, polled: that this machine will go
-    compile_cache: bool  # keep XLA's programs in run_dir for restarts, where it can read them
+    compile_cache: bool  # keep programs in run_dir for restarts, where they can be read back
     tensorboard: bool  # curves for TensorBoard, beside those as CSV
     trace_samples: bool  # write the sample ids of every batch into the record
     ledger: bool  # write their numbers, compressed, for `nfnets-xla audit`
@@ -131,6 +132,14 @@ class Run:
         fsdp = self.trainer.fsdp
         if fsdp != "auto" and not (isinstance(fsdp, int) and fsdp >= 1):
             raise ValueError(f"trainer.fsdp is {fsdp!r}; it must be auto or an integer from 1")
+        compiled = self.trainer.compile
+        if compiled not in (True, False, "auto"):
+            raise ValueError(f"trainer.compile is {compiled!r}; it must be auto, true or false")
+        if compiled is True and self.trainer.device == "xla":
+            raise ValueError(
+                "trainer.compile is true with trainer.device=xla, which compiles by itself: use "
+                "auto or false"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must be in [0, 2**32)")
         for group, name in _POSITIVE:

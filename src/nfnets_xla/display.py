@@ -133,12 +133,14 @@ def summary(row: Numbers) -> list[str]:
             f"{share}, waiting for data {row['data_wait_share']:.0%}"
         )
     if "compilations" in row:
-        names = ", ".join(row["fallbacks"]) or "none"
-        lines.append(
-            f"compiled {row['compilations']} graphs in {row['compile_seconds']:.0f} s; "
-            f"{row['executions']} executions, {row['tensors_to_host']} reads from the device; "
-            f"operations that ran on the host: {names}"
-        )
+        line = f"compiled {row['compilations']} graphs in {row['compile_seconds']:.0f} s"
+        if "executions" in row:  # which XLA counts
+            names = ", ".join(row["fallbacks"]) or "none"
+            line += (
+                f"; {row['executions']} executions, {row['tensors_to_host']} reads from the "
+                f"device; operations that ran on the host: {names}"
+            )
+        lines.append(line)
     if row["lost_seconds"]:
         lines.append(f"lost to restarts: {clock(row['lost_seconds'])}")
     return lines

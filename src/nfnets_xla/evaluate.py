@@ -49,6 +49,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
         compute_dtype=torch.float32,
         fetch=backend.fetch,
         add_up=backend.add_up,
+        compile=backend.compile,
     )
     dataset = make_eval_batches(run, held_out, num_classes, hosts)
     loader = Batches(dataset, start_step=0, stop_step=len(dataset), workers=run.data.workers)

@@ -2,12 +2,16 @@
 
 Any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT makes a run of several
 processes (`torchrun` does); on a TPU slice the runtime knows them. Each reads the rows of its own
-streams; host 0 alone writes into the run's folder, which all of them must see. They talk over gloo.
+streams; host 0 alone writes into the run's folder, which all of them must see. They talk over gloo,
+and sum what is on GPUs over NCCL.
 """
+
+# pyright: reportPrivateImportUsage=false
 
 import json
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nfnets_xla.exits import Interrupted
+
+BUCKET = 2**26  # bytes of a message: two of them are all the memory that a sum takes
 
 
 @dataclass(frozen=True)
@@ -42,14 +48,27 @@ class Hosts:
         return slice(self.number * each, (self.number + 1) * each)
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Sum over the hosts, in place: tensors of one dtype and device, sent as one."""
+        """Sum over the hosts, in place: tensors of one dtype and device, many in a message.
+
+        While one message is under way the next is put together. A GPU's tensors go from device to
+        device, and this process waits for none of it.
+        """
         if self.count == 1:
             return
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-        self._send(dist.all_reduce, flat)
-        sizes = [tensor.numel() for tensor in tensors]
-        for tensor, total in zip(tensors, flat.split(sizes), strict=True):
-            tensor.detach().copy_(total.view_as(tensor))
+        underway: deque[tuple[list[Tensor], Tensor, Any]] = deque()
+        for bucket in buckets([tensor.detach() for tensor in tensors]):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            work = self._heard(lambda flat=flat: dist.all_reduce(flat, async_op=True))
+            underway.append((bucket, flat, work))
+            if len(underway) > 1:
+                self._take_over(*underway.popleft())
+        for message in underway:
+            self._take_over(*message)
+
+    def _take_over(self, bucket: list[Tensor], flat: Tensor, work: Any) -> None:
+        self._heard(work.wait)
+        totals = flat.split([tensor.numel() for tensor in bucket])
+        torch._foreach_copy_(bucket, [t.view_as(x) for t, x in zip(totals, bucket, strict=True)])
 
     def total(self, number: int) -> int:
         sum_1 = torch.tensor([number])
@@ -82,14 +101,28 @@ class Hosts:
                     "All must run the same command, and see the same shards and run_dir"
                 )
 
-    def _send(self, collective: Any, tensor: Tensor) -> None:
+    def _heard(self, exchange: Callable[[], Any]) -> Any:
         try:
-            collective(tensor)
+            return exchange()
         except RuntimeError as error:
             raise Interrupted(
                 f"host {self.number} of {self.count} lost another one ({error}): start all of them "
                 "again, and the run goes on from its newest checkpoint"
             ) from error
+
+
+def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of at most BUCKET bytes together, or one that is larger."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 def open_hosts() -> Hosts:

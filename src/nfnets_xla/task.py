@@ -37,6 +37,7 @@ from nfnets_xla.optim.sgd_agc import SGD_AGC
 Batch = dict[str, Any]
 Fetch = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 AddUp = Callable[[Sequence[Tensor]], None]
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # ImageNet's channel means and deviations on the 0-255 scale (dataset.py:34-35 of the reference).
 MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -62,6 +63,10 @@ def _nothing_to_add(tensors: Sequence[Tensor]) -> None:
     """Of one host, and where devices add up by themselves."""
 
 
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
 class Classification(LightningModule):
     """Trains a network on batches of `data.batches.TrainBatches`; evaluates on `EvalBatches`."""
 
@@ -76,13 +81,15 @@ class Classification(LightningModule):
         compute_dtype: torch.dtype,
         fetch: Fetch,
         add_up: AddUp = _nothing_to_add,
+        compile: Compile = _as_it_is,
         schedule: Schedule | None = None,
         passes: Passes | None = None,
         restored: Restored | None = None,
         remembered_steps: int = 1,
     ) -> None:
         """`fetch` copies device tensors to the host in one transfer, whatever the device is;
-        `add_up` sums tensors over hosts that each see their own rows only, in place.
+        `add_up` sums tensors over hosts that each see their own rows only, in place; `compile`
+        makes programs of the two functions that do all the work on rows.
 
         Training needs `schedule`, each step's rate, and `passes`, how it goes through its batch.
         Of the latest `remembered_steps` it is known on the device which were not finite.
@@ -96,6 +103,8 @@ class Classification(LightningModule):
         self.fetch = fetch
         self.add_up = add_up
         self.passes = passes
+        self._compiled_pass = compile(self._pass)
+        self._compiled_evaluation = compile(self._evaluation)
         self.register_buffer("mean_rgb", torch.tensor(MEAN_RGB), persistent=False)
         self.register_buffer("stddev_rgb", torch.tensor(STDDEV_RGB), persistent=False)
         bit = 2 ** torch.arange(8, dtype=torch.uint8)
@@ -176,7 +185,8 @@ class Classification(LightningModule):
         assert self.guard is not None
         step = batch["step"]
         ema_decay = 0.0 if self.ema is None else self.ema.decay_at(step)
-        hyper_2 = torch.tensor([self.learning_rate(step), ema_decay]).to(self.device)
+        hyper_2 = torch.tensor([self.learning_rate(step), ema_decay])
+        hyper_2 = hyper_2.to(self.device, non_blocking=True)  # else a GPU is waited for
         self.sgd.set_lr(hyper_2[0:1])
 
         rows = self._rows(batch)
@@ -231,19 +241,24 @@ class Classification(LightningModule):
         divisor = weight.clamp(min=NO_WEIGHT)
         of_slices: list[Tensor] = []
         for part in slices:
-            images_BCHW = self._normalised(part["images_BHWC"]).to(self.compute_dtype)
-            logits_BK = self.net(images_BCHW, part["keep_masks_BN"], self._dropout_keep(part))
-            weight_B = part["weight_B"]
-            loss = (self._losses(logits_BK, part, self.optim.label_smoothing) * weight_B).sum()
-            self.manual_backward(loss / divisor)
-            correct_B = (_rank(logits_BK.detach(), part) < 1).float()
-            correct = (correct_B * weight_B).sum()
-            of_slices.append(torch.stack([loss.detach(), correct, weight_B.sum()]))
+            loss, sums_3 = self._compiled_pass(part, divisor)
+            self.manual_backward(loss)
+            of_slices.append(sums_3)
         sums = torch.stack(of_slices).sum(dim=0)
         self.add_up([sums, *(p.grad for p in self.net.parameters() if p.grad is not None)])
         assert self.guard is not None
         self.guard.watch(sums)
         return sums
+
+    def _pass(self, rows: Batch, divisor: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss to differentiate, and (loss, top-1, weight) summed over the rows."""
+        images_BCHW = self._normalised(rows["images_BHWC"]).to(self.compute_dtype)
+        logits_BK = self.net(images_BCHW, rows["keep_masks_BN"], self._dropout_keep(rows))
+        weight_B = rows["weight_B"]
+        loss = (self._losses(logits_BK, rows, self.optim.label_smoothing) * weight_B).sum()
+        correct_B = (_rank(logits_BK.detach(), rows) < 1).float()
+        correct = (correct_B * weight_B).sum()
+        return loss / divisor, torch.stack([loss.detach(), correct, weight_B.sum()])
 
     def _losses(self, logits_BK: Tensor, rows: Batch, smoothing: float) -> Tensor:
         target = target_of(rows, self.optim.loss)
@@ -269,15 +284,25 @@ class Classification(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Weighted sums of one padded batch, for the weights and, if kept, their average."""
-        images_BCHW = self._normalised(batch["images_BHWC"])
-        logits_BK = self.net(images_BCHW)
-        sums = {"raw": self._sums(logits_BK, batch)}
-        if self.keep_answers:
-            sums["answers"] = self._answers(logits_BK, batch)
+        weights = {"raw": {name: p.detach() for name, p in self.net.named_parameters()}}
         if self.ema is not None:
-            averaged = functional_call(self.net, dict(self.ema.shadow), (images_BCHW,))
-            sums["ema"] = self._sums(averaged, batch)
+            weights["ema"] = self.ema.shadow
+        sums: dict[str, Tensor] = {}
+        for name, values in weights.items():
+            keeps = self.keep_answers and name == "raw"
+            sums[name], answers = self._compiled_evaluation(values, batch, keeps)
+            if keeps:
+                sums["answers"] = answers
         self._eval_sums.append(sums)
+
+    def _evaluation(
+        self, weights: dict[str, Tensor], batch: Batch, keep_answers: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One program for the weights and for their average."""
+        images_BCHW = self._normalised(batch["images_BHWC"])
+        logits_BK = functional_call(self.net, weights, (images_BCHW,))
+        answers = self._answers(logits_BK, batch) if keep_answers else None
+        return self._sums(logits_BK, batch), answers
 
     def _sums(self, logits_BK: Tensor, batch: Batch) -> Tensor:
         """(loss, top-1, top-5, weight), each summed over the rows by weight."""

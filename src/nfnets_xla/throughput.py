@@ -94,6 +94,7 @@ def throughput(run: Run, display: Display | None = None) -> dict[str, Any]:
             compute_dtype=getattr(torch, run.model.compute_dtype),
             fetch=backend.fetch,
             add_up=backend.add_up,
+            compile=backend.compile,
         )
         record: RecordWriter | Discard = Discard()
         if run.run_dir is not None and backend.hosts.writes:

@@ -131,6 +131,7 @@ def train(
         compute_dtype=getattr(torch, run.model.compute_dtype),
         fetch=backend.fetch,
         add_up=backend.add_up,
+        compile=backend.compile,
         restored=restored,
         remembered_steps=run.trainer.log_every,  # as often they are read
     )
@@ -272,11 +273,13 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
 
 
 def choose_form(net: Network, run: Run, backend: Backend) -> None:
-    """How `net` is run: with its depth as a loop, with activations computed twice. In place.
+    """How `net` is run: as a loop, in another layout, with activations computed twice. In place.
 
     The numbers of the run do not depend on it.
     """
     stacked = run.model.stacked
+    if backend.channels_last:  # as images come; before it is stacked, to tensors of five axes
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if not isinstance(net, NFNet):
         if stacked is True or run.model.recompute:
             raise ValueError(f"model.stacked and model.recompute are not for {run.model.name}")

@@ -106,7 +106,8 @@ def clip_together_(
         ones = (1,) * (gradients[place].ndim - len(shapes[place]))
         gradients[place].mul_(factors[place].view(shapes[place] + ones))
     clipped_U, lengths_P = (factor_U < 1).to(factor_U.dtype), _on(factor_U.device, *counts)
-    return torch.segment_reduce(clipped_U, "mean", lengths=lengths_P)
+    # Unchecked, or a GPU is waited for: the lengths are right.
+    return torch.segment_reduce(clipped_U, "mean", lengths=lengths_P, unsafe=True)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,150 @@
+"""Compiled steps: one graph for training, one for evaluation, and the numbers of the eager ones.
+
+`make test` traces, which is where graphs break and where they are made again; the slow tests have
+Inductor write the code, which takes minutes. Its sums are in another order: metrics are equal
+within 1e-5 of themselves after four steps, as in test_passes.py, and losses of a run within 1e-4.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nfnets_xla.backend import local_gpu, open_backend
+from nfnets_xla.compose import composed, to_run
+from nfnets_xla.config import TrainerConfig
+from nfnets_xla.inductor import Clock, as_it_is, compiled
+from nfnets_xla.models import NFNet
+from nfnets_xla.models.stacked import stack
+from nfnets_xla.record import read_record
+from tests.runs import (
+    PLAIN_CPU,
+    RECIPE,
+    SMALL,
+    assert_bit_equal,
+    final_state,
+    losses,
+    run,
+    run_killed_at,
+    samples,
+)
+from tests.steps import SAM, batch, task
+
+EMA = {"ema_decay": 0.9}
+Form = Callable[[NFNet], NFNet]
+
+
+def recomputing(net: NFNet) -> NFNet:
+    net.set_grad_checkpointing()
+    return net
+
+
+def stacked_and_recomputing(net: NFNet) -> NFNet:
+    return recomputing(stack(net))
+
+
+def channels_last(net: NFNet) -> NFNet:
+    return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+Steps = tuple[Tensor, list[float]]
+
+
+def four_steps(**options: Any) -> Steps:
+    """Metrics of four steps with mixing, the rate of the first 0, and both evaluations."""
+    of = task(**SAM, **EMA, **options)
+    of.learning_rate = lambda step: 0.0 if step == 0 else 0.3 / step  # type: ignore[method-assign]
+    metrics = []
+    for step in range(4):
+        of.net.train()
+        of.training_step(batch(step, mix=True), step)
+        assert of.step_metrics_M is not None
+        metrics.append(of.step_metrics_M)
+        of.net.eval()
+        of.on_validation_epoch_start()
+        with torch.no_grad():
+            of.validation_step(batch(9), 0)
+        of.on_validation_epoch_end()
+    return torch.stack(metrics), [of.evaluation[name]["loss"] for name in ("raw", "ema")]
+
+
+def assert_same(a: Steps, b: Steps) -> None:
+    torch.testing.assert_close(a[0], b[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(a[1], b[1], rtol=1e-5)
+
+
+def test_channels_last_changes_no_number() -> None:
+    assert_same(four_steps(form=channels_last), four_steps())
+
+
+@pytest.mark.parametrize("form", [lambda net: net, stacked_and_recomputing])
+def test_two_graphs_whatever_changes_between_steps(form: Form) -> None:
+    """Both passes of SAM, rates of 0 and more, mixing, two sets of weights; nothing breaks a graph,
+    which would be an error. Traced only."""
+    torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
+    clock = Clock()
+    assert_same(four_steps(form=form, compile=traced), four_steps())
+    assert clock.graphs == 2
+    assert clock.seconds > 0
+
+
+def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
+
+
+@pytest.mark.slow
+def test_compiled_steps_have_the_eager_numbers() -> None:
+    torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
+    clock = Clock()
+    assert_same(four_steps(form=channels_last, compile=compiled), four_steps())
+    assert clock.graphs == 2
+
+
+@pytest.mark.slow
+def test_a_compiled_run_says_so_and_ends_as_if_it_had_not_been_killed(
+    tmp_path: Path, data: list[str]
+) -> None:
+    """Its programs are kept in its folder for the restart. A ViT: it has fewer kernels to write."""
+    vit = ["model.name=timm/test_vit", "model.drop_path_rate=0", "data.image_size=32"]
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, *vit, "data.eval_image_size=32"]
+    arguments += ["optim.epochs=1.5", "trainer.compile_cache=true"]
+    eager, whole, killed, log = (tmp_path / name for name in ("eager", "whole", "killed", "log"))
+    run([*arguments, f"run_dir={eager}"], log)
+    arguments.append("trainer.compile=true")
+    run([*arguments, f"run_dir={whole}"], log)
+    run_killed_at([*arguments, f"run_dir={killed}"], killed, 6, log)
+    run([*arguments, f"run_dir={killed}"], log)
+    (end,) = read_record(whole).of_kind("end")
+    assert end["compilations"] == 2
+    rows = read_record(whole).of_kind("train")
+    assert [row["compilations"] for row in rows] == [1] + [0] * (len(rows) - 1)
+    assert "compiled 2 graphs in" in log.read_text()
+    assert list((killed / "compiled").iterdir())
+    assert samples(killed) == samples(whole) == samples(eager)
+    assert losses(killed) == losses(whole)
+    assert_bit_equal(final_state(killed), final_state(whole))
+    np.testing.assert_allclose(losses(whole), losses(eager), rtol=1e-4)
+
+
+def trainer(*options: str) -> TrainerConfig:
+    return to_run(composed("smoke", ["run_dir=R", "trainer.compile=auto", *options])).trainer
+
+
+def test_who_compiles_and_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_backend(trainer("trainer.device=cpu")).compile is as_it_is
+    asked = open_backend(trainer("trainer.device=cpu", "trainer.compile=true"))
+    assert asked.compile is compiled
+    with pytest.raises(ValueError, match="compile is 'fast'; it must be auto, true or"):
+        trainer("trainer.compile=fast")
+    with pytest.raises(ValueError, match="=xla, which compiles by itself: use auto"):
+        trainer("trainer.compile=true", "trainer.device=xla")
+    with pytest.raises(ValueError, match="fsdp is 2; on cpu every process keeps"):
+        open_backend(trainer("trainer.device=cpu", "trainer.fsdp=2"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="LOCAL_RANK is 2, but torch sees 2 GPUs: start as many"):
+        local_gpu()
