@@ -1,7 +1,8 @@
 """The network, its loss, clipping and update in plain JAX, as JAX users write them: channels last.
 
-Run by xla_step.py in an environment that has JAX. Reads weights (in torch's layout), images and
-labels from an .npz, trains a few steps, and prints losses and processor seconds as JSON.
+Run by xla_step.py and train_step.py in an environment that has JAX. Reads weights (in torch's
+layout), images and labels from an .npz, trains a few steps, and prints losses, processor seconds
+and seconds of the clock as JSON. In bfloat16 convolutions and gates compute in it, as in ours.
 """
 
 import json
@@ -15,12 +16,13 @@ import numpy as np
 
 ALPHA, GELU_GAIN, WS_FLOOR = 0.2, 1.7015043497085571, 1e-4
 CLIPPING, NORM_EPS, NORM_FLOOR, MOMENTUM, WEIGHT_DECAY = 0.01, 1e-3, 1e-6, 0.9, 2e-5
+GATES = ("reduce.weight", "reduce.bias", "expand.weight", "expand.bias")
 STAGE_STRIDES, STEM_STRIDES = (1, 2, 2, 2), (2, 1, 1, 2)
 
 
-def main(inputs: str, steps: int) -> None:
+def main(inputs: str, steps: int, dtype: str = "float32") -> None:
     given = dict(np.load(inputs, allow_pickle=False))
-    images = jnp.asarray(given.pop("images").transpose(0, 2, 3, 1))
+    images = jnp.asarray(given.pop("images").transpose(0, 2, 3, 1), dtype)
     labels, lr = jnp.asarray(given.pop("labels")), float(given.pop("lr"))
     depth, group_width = given.pop("depth").tolist(), int(given.pop("group_width"))
     params = {name: jnp.asarray(to_jax(value)) for name, value in given.items()}
@@ -37,14 +39,15 @@ def main(inputs: str, steps: int) -> None:
         return {n: s[0] for n, s in stepped.items()}, {n: s[1] for n, s in stepped.items()}, loss
 
     jitted = jax.jit(step, donate_argnums=(0, 1))
-    losses, seconds = [], []
+    losses, seconds, clock = [], [], []
     for _ in range(1 + steps):
-        start = time.process_time()
+        start, began = time.process_time(), time.perf_counter()
         params, momentum, loss = jitted(params, momentum, images, labels, jnp.float32(lr))
         jax.block_until_ready((params, momentum, loss))
         seconds.append(time.process_time() - start)
+        clock.append(time.perf_counter() - began)
         losses.append(float(loss))
-    print(json.dumps({"losses": losses, "seconds": seconds, "trace_ms": None}))
+    print(json.dumps({"losses": losses, "seconds": seconds, "clock": clock, "trace_ms": None}))
 
 
 def to_jax(value: np.ndarray) -> np.ndarray:
@@ -74,9 +77,10 @@ def forward(params: dict, x: jax.Array, depth: list[int], group_width: int) -> j
             out = convolve(params, f"{name}.conv1b", scaled_gelu(out), 1, groups)
             out = convolve(params, f"{name}.conv2", scaled_gelu(out))
             out = 2 * gates(params, f"{name}.squeeze_excite", out) * out
-            x = shortcut + ALPHA * params[f"{name}.skip_gain"] * out
+            x = shortcut + (ALPHA * params[f"{name}.skip_gain"]).astype(x.dtype) * out
             std = math.sqrt(std**2 + ALPHA**2)
-    pooled = scaled_gelu(convolve(params, "final_conv", x)).mean(axis=(1, 2))
+    features = scaled_gelu(convolve(params, "final_conv", x))
+    pooled = features.astype(jnp.float32).mean(axis=(1, 2))
     return pooled @ params["head.weight"] + params["head.bias"]
 
 
@@ -89,29 +93,28 @@ def convolve(params: dict, name: str, x: jax.Array, stride: int = 1, groups: int
     fan_in = math.prod(weight.shape[:3])
     mean, variance = weight.mean(axis=(0, 1, 2)), weight.var(axis=(0, 1, 2))
     scale = jax.lax.rsqrt(jnp.maximum(variance * fan_in, WS_FLOOR)) * params[f"{name}.gain"]
-    return (
-        jax.lax.conv_general_dilated(
-            x,
-            (weight - mean) * scale,
-            (stride, stride),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=groups,
-        )
-        + params[f"{name}.bias"]
-    )
+    return jax.lax.conv_general_dilated(
+        x,
+        ((weight - mean) * scale).astype(x.dtype),
+        (stride, stride),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    ) + params[f"{name}.bias"].astype(x.dtype)
 
 
 def average_pool(x: jax.Array) -> jax.Array:
     def summed(x: jax.Array) -> jax.Array:
-        return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+        zero, window = np.zeros((), x.dtype), (1, 2, 2, 1)
+        return jax.lax.reduce_window(x, zero, jax.lax.add, window, window, "SAME")
 
     return summed(x) / summed(jnp.ones_like(x))
 
 
 def gates(params: dict, name: str, x: jax.Array) -> jax.Array:
-    hidden = x.mean(axis=(1, 2)) @ params[f"{name}.reduce.weight"] + params[f"{name}.reduce.bias"]
-    out = jax.nn.relu(hidden) @ params[f"{name}.expand.weight"] + params[f"{name}.expand.bias"]
+    own = {leaf: params[f"{name}.{leaf}"].astype(x.dtype) for leaf in GATES}
+    hidden = jax.nn.relu(x.mean(axis=(1, 2)) @ own["reduce.weight"] + own["reduce.bias"])
+    out = hidden @ own["expand.weight"] + own["expand.bias"]
     return jax.nn.sigmoid(out)[:, None, None, :]
 
 
@@ -132,4 +135,4 @@ def update(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.nfnet import NfCfg, NormFreeNet
 from timm.utils.agc import adaptive_clip_grad
-from torch import Tensor, nn
+from torch import Tensor
 
+from _timm_nfnet import timms_network, with_branches
 from _turns import Report
 from nfnets_xla import NFNet, xla
 from nfnets_xla.models.variants import VARIANTS
@@ -138,14 +138,6 @@ def network(workload: str) -> NFNet:
     return with_branches(net)
 
 
-def with_branches(net: Any) -> Any:
-    """As if trained a while: a branch whose gain is 0 has no gradient."""
-    for name, parameter in net.named_parameters():
-        if name.endswith(("skip_gain", "skipinit_gain")):
-            nn.init.constant_(parameter, 0.5)
-    return net.train()
-
-
 def run(who: str, workload: str, _: str) -> dict[str, Any]:
     xla.start(virtual_devices=1)
     images, labels = xla.upload_rows(list(batch(workload)))
@@ -188,7 +180,7 @@ def ours(workload: str) -> Update:
 
 
 def timms(workload: str) -> Update:
-    net = with_branches(timms_network(workload)).to(xla.device())
+    net = with_branches(timms_network(workload, CLASSES)).to(xla.device())
     parameters = list(net.parameters())
     clipped = [p for name, p in net.named_parameters() if name != "head.fc.weight"]
     sgd = torch.optim.SGD(parameters, lr=LR, momentum=0.9, nesterov=True, weight_decay=2e-5)
@@ -203,28 +195,6 @@ def timms(workload: str) -> Update:
         return loss
 
     return update
-
-
-def timms_network(workload: str) -> NormFreeNet:
-    """dm_nfnet_*'s configuration at any width. Its stem's widths follow from the last of them."""
-    variant = VARIANTS[workload]
-    configuration = NfCfg(
-        depths=variant.depth,
-        channels=variant.width,
-        stem_type="deep_quad",
-        stem_chs=variant.width[0] // 2,
-        group_size=variant.group_width,
-        bottle_ratio=0.5,
-        extra_conv=True,
-        gamma_in_act=True,
-        same_padding=True,
-        skipinit=True,
-        num_features=2 * variant.width[-1],
-        act_layer="gelu",
-        attn_layer="se",
-        attn_kwargs={"rd_ratio": 0.5},
-    )
-    return NormFreeNet(configuration, num_classes=CLASSES)
 
 
 PEERS: dict[str, Any] = {"ours": ours, "timm": timms, "jax": None}

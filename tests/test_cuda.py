@@ -55,8 +55,8 @@ def channels_last(net: NFNet) -> NFNet:
 
 
 def metrics(device: str, compile: Compile = as_it_is) -> Tensor:
-    form = channels_last if device == "cuda" else as_it_is
-    of = task(**SAM, ema_decay=0.9, device=device, form=form, compile=compile)
+    form = {"form": channels_last} if device == "cuda" else {}
+    of = task(**SAM, ema_decay=0.9, device=device, compile=compile, **form)
     found = []
     for step in range(4):
         of.training_step(on(device, batch(step, mix=True)), step)
