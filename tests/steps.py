@@ -64,6 +64,10 @@ def network() -> NFNet:
     return net
 
 
+def channels_last(net: NFNet) -> NFNet:
+    return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
 def task(
     *,
     form: Callable[[NFNet], NFNet] = lambda net: net,

@@ -7,6 +7,7 @@ losses of whole runs within 1e-3. Skipped without a GPU; compiling takes minutes
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from nfnets_xla.devices import find_device
 from nfnets_xla.inductor import as_it_is, compiled
-from nfnets_xla.models import NFNet
 from nfnets_xla.record import read_record
 from nfnets_xla.task import Compile
 from tests.runs import (
@@ -31,7 +31,7 @@ from tests.runs import (
     start_hosts,
     xla,
 )
-from tests.steps import SAM, batch, on, task
+from tests.steps import SAM, batch, channels_last, on, task
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,12 +50,8 @@ def _float32_is_float32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = before
 
 
-def channels_last(net: NFNet) -> NFNet:
-    return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-
 def metrics(device: str, compile: Compile = as_it_is) -> Tensor:
-    form = {"form": channels_last} if device == "cuda" else {}
+    form: dict[str, Any] = {"form": channels_last} if device == "cuda" else {}
     of = task(**SAM, ema_decay=0.9, device=device, compile=compile, **form)
     found = []
     for step in range(4):
@@ -76,7 +72,7 @@ def test_steps_have_the_numbers_of_the_cpu(compile: Compile) -> None:
 def test_a_step_waits_for_nothing_on_the_device(compile: Compile, dtype: torch.dtype) -> None:
     """SAM, clipping, momentum, average, mixing. The first steps compile, and upload constants."""
     torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
-    options = {"form": channels_last, "compile": compile, "compute_dtype": dtype}
+    options: dict[str, Any] = {"form": channels_last, "compile": compile, "compute_dtype": dtype}
     of = task(**SAM, ema_decay=0.9, device="cuda", **options)
     batches = [on("cuda", batch(step, mix=True)) for step in range(5)]
     for step in range(2):

@@ -32,7 +32,7 @@ from tests.runs import (
     run_killed_at,
     samples,
 )
-from tests.steps import SAM, batch, task
+from tests.steps import SAM, batch, channels_last, task
 
 EMA = {"ema_decay": 0.9}
 Form = Callable[[NFNet], NFNet]
@@ -45,10 +45,6 @@ def recomputing(net: NFNet) -> NFNet:
 
 def stacked_and_recomputing(net: NFNet) -> NFNet:
     return recomputing(stack(net))
-
-
-def channels_last(net: NFNet) -> NFNet:
-    return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 Steps = tuple[Tensor, list[float]]
