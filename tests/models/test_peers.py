@@ -6,6 +6,7 @@ import torch
 from nfnets_xla import create_model
 from nfnets_xla.models.peers import VITS, Peer, create_peer
 from nfnets_xla.models.registry import count_parameters, create_network
+from nfnets_xla.scaling.account import macs_per_image
 
 # Millions of parameters of the encoder, and GFLOPs (2 per multiply-accumulate) at 224, 384 and 518
 # px: arXiv 2106.04560, Table 2, and arXiv 2305.13035, section 5.
@@ -26,7 +27,17 @@ def test_the_papers_vits_have_their_published_sizes(name: str) -> None:
     for size, expected in zip((224, 384, 518), gflops, strict=True):
         assert net.flops(size) / 1e9 == pytest.approx(expected, rel=0.01)
         assert net.macs(size) * 2 == net.flops(size)
-    assert set(VITS) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "within"),
+    [("vit_mini_d3_4", "nfnet_mini_f1", 0.02), ("vit_mini_d6_4", "nfnet_mini_f3", 0.07)],
+)
+def test_the_mini_vits_cost_what_nfnets_do(name: str, beside: str, within: float) -> None:
+    net = create_network(name, num_classes=200)
+    assert net.macs(32) == pytest.approx(macs_per_image(beside, 32, 200), rel=within)
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 200)
+    assert set(VITS) == {*PUBLISHED, "vit_mini_d3_4", "vit_mini_d6_4"}
 
 
 @pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_resnet"])
