@@ -35,7 +35,7 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]     run a recipe
        nfnets-xla runs DIR                   how far runs are, and what came out (--help)
        nfnets-xla audit RUN                  prove that every sample was shown exactly once
        nfnets-xla two_trials RECIPE ...      sweep the learning rate by the paper's rule (--help)
-       nfnets-xla scaling COMMAND ...        plan, fit (--help)
+       nfnets-xla scaling COMMAND ...        plan, fit, figures (--help)
        nfnets-xla launch COMMAND FILE        run on Cloud TPU: create, watch, resume ... (--help)
        nfnets-xla models [PATTERN | NAME]    list the models, or show all about one
        nfnets-xla predict MODEL IMAGE ...    what a model says of pictures (--help)

@@ -10,7 +10,7 @@ from nfnets_xla.devices import DEVICES
 from nfnets_xla.scaling.law import Extrapolation
 from nfnets_xla.scaling.plan import Job, describe, make_plan
 from nfnets_xla.scaling.report import report
-from nfnets_xla.scaling.runs import Point, read_points, without_restarts
+from nfnets_xla.scaling.runs import Point, nfnets, pretrained, read_points, without_restarts
 from nfnets_xla.shards_cli import Parser
 
 
@@ -43,7 +43,12 @@ def parser() -> Parser:
     plan.add_argument("--runs", type=Path, help="folder of runs to fit; else the paper's rules")
     fit = add("fit", run_fit, "fit laws to a folder of runs")
     fit.add_argument("runs", type=Path)
-    for command in (plan, fit):
+    figures = add("figures", run_figures, "draw the paper's three figures from a folder of runs")
+    figures.add_argument("runs", type=Path)
+    figures.add_argument("--out", type=Path, required=True, help="folder to write to")
+    figures.add_argument("--hardware", choices=DEVICES, default=defaults.hardware)
+    figures.add_argument("--mfu", type=float, help="to assume for runs on other hardware")
+    for command in (plan, fit, figures):
         command.add_argument(
             "--without-restarts", action="store_true", help="leave out runs that were restarted"
         )
@@ -81,13 +86,31 @@ def run_fit(given: Any) -> None:
     print(report(chosen(given)))
 
 
+def run_figures(given: Any) -> None:
+    from nfnets_xla.scaling.figures import write_figures
+
+    for file in write_figures(finished(given), given.out, hardware=given.hardware, mfu=given.mfu):
+        print(file)
+
+
 def chosen(given: Any) -> list[Point]:
-    """The finished pre-training runs of the folder; what is left out is said."""
-    points, left_out = read_points(given.runs)
-    for line in left_out:
-        print(f"left out: {line}")
-    points = [point for point in points if not point.is_finetuned]
-    points = without_restarts(points) if given.without_restarts else points
+    """The finished pre-training runs of NFNets in the folder; what is left out is said."""
+    trained = pretrained(finished(given))
+    points = nfnets(trained)
+    if peers := sorted({point.model for point in trained} - {point.model for point in points}):
+        print(f"left out: {', '.join(peers)}: laws and plans are of NFNets")
     if not points:
         raise ValueError(f"{given.runs} holds no pre-training run of the kind asked for")
     return points
+
+
+def finished(given: Any) -> list[Point]:
+    points, left_out = read_points(given.runs)
+    for line in left_out:
+        print(f"left out: {line}")
+    if not given.without_restarts:
+        return points
+    kept = without_restarts(points)
+    if len(kept) < len(points):
+        print(f"left out: {len(points) - len(kept)} runs that were restarted")
+    return kept

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.scaling.account import macs_per_image
 
@@ -36,7 +37,7 @@ def header(
         "num_classes": 200,
         "num_steps": round(epochs * IMAGES / BATCH),
         "parameters": 1_000_000,
-        "macs_per_image": macs_per_image(model, 32, 200),
+        "macs_per_image": macs_per_image(model, 32, 200) if model in VARIANTS else None,
         "device_kind": "CPU",
         "num_devices": 1,
         **changes,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nfnets_xla.devices import find_device
+from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.record import Row, RunRecord, read_record
 from nfnets_xla.scaling.account import core_hours, device, train_flops, utilisation
 
@@ -180,6 +181,11 @@ def last_evaluation(rows: Sequence[Row]) -> Row:
 
 def pretrained(points: Iterable[Point]) -> list[Point]:
     return [point for point in points if not point.is_finetuned]
+
+
+def nfnets(points: Iterable[Point]) -> list[Point]:
+    """Without peers: a law is of one family, whose members differ in size alone."""
+    return [point for point in points if point.model in VARIANTS]
 
 
 def without_restarts(points: Iterable[Point]) -> list[Point]:

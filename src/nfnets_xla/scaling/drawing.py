@@ -1,0 +1,187 @@
+"""Charts as matplotlib figures: every mark an artist of its own, at the values that it stands for.
+
+In an SVG a mark's group is `mark-<number>`, in the order of the chart's curves, so that a page can
+say what it is (page.py).
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from nfnets_xla.scaling.charts import Chart, Curve, Mark, Panel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MODEL_MARKERS, PEER_MARKERS, PUBLISHED_MARKERS = "osD^vP", "X*h", "<>dp8"
+PEER_COLOURS = ("#e08214", "#b2182b", "#7b3294")
+PUBLISHED_COLOURS = ("#525252", "#8c6d31", "#843c39", "#3182bd", "#08519c")
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # matplotlib's own: the same on every machine
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.92",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+}
+DPI = 160
+PANEL_INCHES, LEGEND_INCHES, HEIGHT_INCHES = 4.6, 2.0, 3.6
+MARGIN, LEAST_ROOM = 0.07, 1.005  # about the data: a share of the axis, and a factor
+DODGE_POINTS = 5.0  # between models at the same place of an axis of epochs
+
+
+def draw(chart: Chart) -> "Figure":
+    """ValueError without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("figures need matplotlib: pip install 'nfnets_xla[scaling]'") from error
+    with matplotlib.rc_context(STYLE):
+        width = PANEL_INCHES * len(chart.panels) + LEGEND_INCHES
+        figure = Figure(figsize=(width, HEIGHT_INCHES), layout="constrained")
+        figure.suptitle(chart.title, fontsize=11, x=0.01, ha="left")
+        numbers, handles = count(), []
+        panels = figure.subplots(1, len(chart.panels), squeeze=False)[0]
+        for panel, axes in zip(chart.panels, panels, strict=True):
+            handles += draw_panel(panel, axes, numbers)
+        if handles:
+            figure.legend(handles=handles, loc="outside right center", fontsize=8)
+        if chart.notes:
+            figure.supxlabel("\n".join(chart.notes), fontsize=7, color="0.35", x=0.01, ha="left")
+    return figure
+
+
+def draw_panel(panel: Panel, axes: Any, numbers: Iterator[int]) -> list[Any]:
+    """Returns what stands in the legend."""
+    handles: list[Any] = []
+    axes.set_title(panel.title, fontsize=9)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    set_limits(panel, axes)
+    if panel.band is not None:
+        band = panel.band
+        axes.fill_between(band.x, band.low, band.high, color="0.85", lw=0, zorder=1)
+        law = {"color": "0.35", "lw": 1.2, "ls": "--", "label": band.name}
+        handles += axes.plot(band.x, band.y, zorder=2, **law)
+    for number, (curve, look) in enumerate(looks(panel.curves)):
+        shift = (number - (len(panel.curves) - 1) / 2) * DODGE_POINTS if panel.x_ticks else 0.0
+        handles.append(draw_curve(curve, look, axes, numbers, shift))
+    for axis, ticks, percent in (
+        (axes.xaxis, panel.x_ticks, False),
+        (axes.yaxis, panel.y_ticks, panel.percent),
+    ):
+        set_ticks(axis, ticks, percent)
+    return handles
+
+
+def set_limits(panel: Panel, axes: Any) -> None:
+    """All of it in view: marks that are shifted would not be counted by themselves."""
+    marks = [mark for curve in panel.curves for mark in curve.marks]
+    xs, ys = [mark.x for mark in marks], [mark.y for mark in marks]
+    if panel.band is not None:
+        xs, ys = xs + panel.band.x, ys + panel.band.low + panel.band.high
+    for values, ticks, set_limit in (
+        (xs, panel.x_ticks, axes.set_xlim),
+        (ys, panel.y_ticks, axes.set_ylim),
+    ):
+        if values:
+            low, high = min([*values, *ticks]), max([*values, *ticks])
+            room = max((high / low) ** MARGIN, LEAST_ROOM)
+            set_limit(low / room, high * room)
+
+
+def looks(curves: list[Curve]) -> Iterator[tuple[Curve, dict[str, Any]]]:
+    """Colour and marker: NFNets darker with size, each kind with markers of its own."""
+    from matplotlib import colormaps
+
+    counts = {"model": 0, "peer": 0, "published": 0}
+    models = sum(curve.role == "model" for curve in curves)
+    for curve in curves:
+        place = counts[curve.role]
+        counts[curve.role] += 1
+        if curve.role == "model":
+            share = 0.1 + 0.85 * place / max(models - 1, 1)
+            colour, markers = colormaps["viridis_r"](share), MODEL_MARKERS
+        elif curve.role == "peer":
+            colour, markers = PEER_COLOURS[place % len(PEER_COLOURS)], PEER_MARKERS
+        else:
+            colour, markers = PUBLISHED_COLOURS[place % len(PUBLISHED_COLOURS)], PUBLISHED_MARKERS
+        yield curve, {"color": colour, "marker": markers[place % len(markers)]}
+
+
+def draw_curve(
+    curve: Curve, look: dict[str, Any], axes: Any, numbers: Iterator[int], shift: float
+) -> Any:
+    """`shift`, in points, moves what is drawn and not the data: models can be told apart.
+
+    Returns an entry for the legend, whose marker is never hollow."""
+    from matplotlib.lines import Line2D
+    from matplotlib.transforms import ScaledTranslation
+
+    away = ScaledTranslation(shift / 72, -shift / 144, axes.figure.dpi_scale_trans)
+    dashes = ("--" if curve.role == "peer" else "-") if curve.joined else "none"
+    line = {"color": look["color"], "lw": 1.3, "ls": dashes}
+    full = {"marker": look["marker"], "ms": 5.5, "mec": "0.25", "mew": 0.5, "mfc": look["color"]}
+    hollow = full | {"mec": look["color"], "mew": 1.2, "mfc": "white"}
+    placed = {"transform": axes.transData + away, "zorder": 3}
+    if curve.joined:
+        axes.plot([m.x for m in curve.marks], [m.y for m in curve.marks], **line, **placed)
+    for mark in curve.marks:
+        style = hollow if mark.hollow else full
+        (artist,) = axes.plot([mark.x], [mark.y], **line, **style, **placed | {"zorder": 4})
+        artist.set_gid(f"mark-{next(numbers)}")
+    return Line2D([], [], label=curve.name, **line, **full)
+
+
+def marks_of(chart: Chart) -> list[Mark]:
+    """In the order of their numbers."""
+    return [mark for panel in chart.panels for curve in panel.curves for mark in curve.marks]
+
+
+def set_ticks(axis: Any, ticks: list[float], percent: bool) -> None:
+    """The ticks given; else decades, or fewer and rounder ones where the axis has no decade."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    if ticks:
+        axis.set_major_locator(FixedLocator(ticks))
+    elif math.log10(high / low) < 2:
+        axis.set_major_locator(FixedLocator(round_values(low, high)))
+    else:
+        every = max(1, math.ceil(math.log10(high / low) / 6))
+        axis.set_major_locator(LogLocator(base=10.0**every))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value, percent)))
+
+
+def round_values(low: float, high: float) -> list[float]:
+    """3 to 10 values of [low, high]: 1, 2, 5 of each decade, or steps of 1, 2 or 5."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [digit * 10.0**power for power in decades for digit in (1, 2, 5)]
+    inside = [value for value in values if low <= value <= high]
+    if len(inside) >= 3:
+        return inside
+    step = 10.0 ** math.floor(math.log10(high - low))
+    for parts in (1, 2, 5, 10):
+        multiples = range(math.ceil(low * parts / step), math.floor(high * parts / step) + 1)
+        if len(multiples) >= 3:
+            return [number * step / parts for number in multiples]
+    raise AssertionError(f"no round values in [{low}, {high}]")
+
+
+def tick_label(value: float, percent: bool) -> str:
+    if percent:
+        return f"{100 * value:.3g} %"
+    if 1e-3 <= value < 1e4:
+        return f"{value:.4g}"
+    power = math.floor(math.log10(value) + 1e-9)
+    digits = value / 10.0**power
+    times = "" if math.isclose(digits, 1) else rf"{digits:.3g} \cdot "
+    return rf"${times}10^{{{power}}}$"

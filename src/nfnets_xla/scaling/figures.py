@@ -1,0 +1,88 @@
+"""`nfnets-xla scaling figures`: the paper's figures of a folder of runs, as files.
+
+figure1, 2 and 3 as PNG and SVG, all three in figures.html, and points.csv with every run, drawn or
+not: what is drawn can be checked, or drawn otherwise, from that table alone.
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from nfnets_xla.scaling.charts import compute_axis, finetuned_errors, learning_rates, losses
+from nfnets_xla.scaling.drawing import DPI, draw
+from nfnets_xla.scaling.page import page, svg
+from nfnets_xla.scaling.plan import best_of_study, on_frontier
+from nfnets_xla.scaling.runs import Point, nfnets, pretrained, source_of
+
+
+def write_figures(
+    points: Sequence[Point], out: Path, *, hardware: str = "v4", mfu: float | None = None
+) -> list[Path]:
+    """The files written, in `out`, which is made. ValueError for runs of more than one study."""
+    compute = compute_axis(points, hardware, mfu)
+    charts = [
+        finetuned_errors(points, compute),
+        losses(points, compute),
+        learning_rates(points),
+    ]
+    drawn = [(chart, draw(chart)) for chart in charts]
+    rows = table(points)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out must name a folder, which is made if need be")
+    out.mkdir(parents=True, exist_ok=True)
+    files, shown = [], []
+    for chart, figure in drawn:
+        files += [out / f"{chart.name}.png", out / f"{chart.name}.svg"]
+        figure.savefig(files[-2], dpi=DPI, metadata={"Software": None})
+        shown.append((chart, svg(figure, chart.name)))
+        files[-1].write_text(shown[-1][1], encoding="utf-8")
+    files += [out / "figures.html", out / "points.csv"]
+    title = f"{len(points)} runs"
+    files[-2].write_text(page(title, shown, rows), encoding="utf-8")
+    with files[-1].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return files
+
+
+def table(points: Sequence[Point]) -> list[dict[str, str]]:
+    """Every run. Floats are written so that reading them gives the same number."""
+    best = best_of_study(points)
+    ours = nfnets(best)
+    frontier = {ours[index].run for index in on_frontier(ours)}
+    chosen = {point.run for point in best}
+    rows = []
+    for point in points:
+        source = source_of(point, pretrained(points))
+        paid = point if source is None else source
+        values = {
+            "run": point.run,
+            "model": point.model,
+            "source": "" if source is None else source.run,
+            "epochs": point.epochs,
+            "peak_lr": point.peak_lr,
+            "seed": point.seed,
+            "held_out_loss": point.loss,
+            "top1_error": point.error,
+            "macs_per_image": point.macs,
+            "parameters": point.parameters,
+            "rows": point.rows,
+            "flops": point.flops,
+            "pretraining_flops": paid.flops,
+            "typical_seconds": point.typical_seconds,
+            "all_in_seconds": point.all_in_seconds,
+            "device_kind": point.device_kind,
+            "devices": point.devices,
+            "restarts": point.restarts,
+            "best_rate": point.run in chosen,
+            "on_frontier": point.run in frontier,
+        }
+        rows.append({name: _text(value) for name, value in values.items()})
+    return rows
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,283 @@
+"""The figures: what is drawn is what the runs hold, by the artists and by the table."""
+
+import csv
+import re
+from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from nfnets_xla.scaling import published
+from nfnets_xla.scaling.account import core_hours, macs_per_image, train_flops
+from nfnets_xla.scaling.charts import (
+    Chart,
+    compute_axis,
+    finetuned_errors,
+    learning_rates,
+    losses,
+)
+from nfnets_xla.scaling.drawing import draw, marks_of, round_values, tick_label
+from nfnets_xla.scaling.figures import write_figures
+from nfnets_xla.scaling.page import svg
+from nfnets_xla.scaling.runs import Point, read_points
+from tests.scaling.made_runs import BATCH, IMAGES, write_run
+
+MODELS, EPOCHS, RATES = ("nfnet_mini_f0", "nfnet_mini_f1", "nfnet_mini_f3"), (0.25, 1, 4), (1, 2, 4)
+VIT = "vit_mini_d3_4"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sizes by three lengths by three rates, the middle one best and with two seeds; the best
+    fine-tuned; and a ViT, whose runs are worse than all."""
+    root = tmp_path_factory.mktemp("runs")
+    for model in MODELS:
+        for epochs in EPOCHS:
+            for rate in RATES:
+                loss = (
+                    1 + 2e3 / macs_per_image(model, 32, 200) ** 0.5 + 40 / (epochs * IMAGES) ** 0.4
+                )
+                for seed in (0, 1) if rate == 2 else (0,):
+                    name = f"{model}-{epochs:g}-{rate}-{seed}"
+                    final = loss + 0.1 * abs(rate - 2) + 0.01 * seed
+                    fields = {"model": model, "epochs": epochs, "rate": rate, "seed": seed}
+                    write_run(root / name, loss=final, **fields)
+                    if rate == 2:
+                        fields |= {"epochs": 8, "rate": 0.1, "init_from": f"runs/{name}"}
+                        tuned = {"top1": 1 - final / 30, "num_classes": 10, **fields}
+                        write_run(root / f"tuned-{name}", loss=0.3, **tuned)
+    for epochs in EPOCHS:
+        fields = {"model": VIT, "macs_per_image": 6_645_120, "epochs": epochs, "rate": 2}
+        write_run(root / f"{VIT}-{epochs:g}", loss=9 - epochs / 4, **fields)
+    return root
+
+
+@pytest.fixture(scope="module")
+def points(folder: Path) -> list[Point]:
+    return read_points(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def written(points: list[Point], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("figures") / "new"
+    files = write_figures(points, out)
+    assert sorted(files) == sorted(out.iterdir())
+    return out
+
+
+def drawn(chart: Chart) -> list[tuple[float, float]]:
+    """Data of the marks' artists, in the order of their numbers, which is the chart's."""
+    found = {}
+    for axes in draw(chart).axes:
+        for line in axes.lines:
+            if (line.get_gid() or "").startswith("mark-"):
+                ((x, y),) = line.get_xydata().tolist()  # type: ignore[union-attr]
+                found[int(line.get_gid().removeprefix("mark-"))] = (x, y)  # type: ignore[union-attr]
+    assert sorted(found) == list(range(len(found)))
+    return [found[number] for number in sorted(found)]
+
+
+def rows_of(written: Path) -> list[dict[str, str]]:
+    with (written / "points.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def of_runs(rows: list[dict[str, str]], x: str, y: str) -> list[tuple[float, float]]:
+    return sorted((float(row[x]), float(row[y])) for row in rows)
+
+
+def test_the_table_has_every_run(points: list[Point], written: Path) -> None:
+    rows = rows_of(written)
+    assert [row["run"] for row in rows] == [point.run for point in points]
+    for row, point in zip(rows, points, strict=True):
+        assert float(row["held_out_loss"]) == point.loss
+        assert float(row["flops"]) == point.flops
+    # A tuned run's cost on the axis is that of what it started from.
+    tuned = next(row for row in rows if row["run"] == "tuned-nfnet_mini_f3-4-2-1")
+    assert tuned["source"] == "nfnet_mini_f3-4-2-1"
+    steps = 4 * IMAGES // BATCH
+    macs = macs_per_image("nfnet_mini_f3", 32, 200)
+    assert float(tuned["pretraining_flops"]) == 6 * macs * steps * BATCH
+
+
+def test_figure_1_draws_every_fine_tuned_run(points: list[Point], written: Path) -> None:
+    """In a panel of their own, since their error is not of ImageNet."""
+    chart = finetuned_errors(points, compute_axis(points))
+    ours, others = chart.panels
+    tuned = [row for row in rows_of(written) if row["run"].startswith("tuned")]
+    assert len(tuned) == 18
+    expected = of_runs(tuned, "pretraining_flops", "top1_error")
+    assert sorted(drawn(chart)[: len(tuned)]) == expected
+    assert [curve.name for curve in ours.curves] == list(MODELS)
+    f7_plus = 6 * macs_per_image("nfnet_f7_plus", 224) * 8 * published.JFT_IMAGES
+    marks = {curve.name: (curve.marks[0].x, curve.marks[0].y) for curve in others.curves}
+    assert marks["NFNet-F7+"] == (pytest.approx(f7_plus), pytest.approx(0.097))
+    assert marks["ViT-g/14"] == (pytest.approx(3 * 533.1e9 * 16e9), pytest.approx(0.098))
+    assert len(marks) == 5
+
+
+def test_figure_2_draws_the_best_of_every_cell(points: list[Point], written: Path) -> None:
+    """Curves of peers beside those of NFNets; the law is of the NFNets' frontier alone."""
+    chart = losses(points, compute_axis(points))
+    rows = [row for row in rows_of(written) if row["best_rate"] == "1"]
+    assert len(rows) == 12
+    assert {row["peak_lr"] for row in rows} == {"2.0"}
+    assert sorted(drawn(chart)) == of_runs(rows, "flops", "held_out_loss")
+    assert [curve.name for curve in chart.panels[0].curves] == [*MODELS, VIT]
+    band = chart.panels[0].band
+    assert band is not None
+    kept = [float(row["flops"]) for row in rows if row["on_frontier"] == "1"]
+    assert (min(band.x), max(band.x)) == pytest.approx((min(kept), max(kept)))
+    assert all(low <= y <= high for low, y, high in zip(band.low, band.y, band.high, strict=True))
+    lines = [line.get_xydata().tolist() for line in draw(chart).axes[0].lines]  # type: ignore[union-attr]
+    assert [list(pair) for pair in zip(band.x, band.y, strict=True)] in lines
+
+
+def test_figure_3_draws_the_best_rates(points: list[Point], written: Path) -> None:
+    """Against a count of the table by hand."""
+    chart = learning_rates(points)
+    found: dict[Any, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows_of(written):
+        if not row["source"] and row["model"] != VIT:
+            cell = found[row["model"], float(row["epochs"])]
+            cell[float(row["peak_lr"])].append(float(row["held_out_loss"]))
+    expected = [
+        (epochs, min(losses, key=lambda rate, of=losses: fmean(of[rate])))
+        for (_, epochs), losses in found.items()
+    ]
+    assert sorted(drawn(chart)) == sorted(expected)
+    assert not any(mark.hollow for mark in marks_of(chart))
+    worst_left_out = learning_rates([point for point in points if point.peak_lr != 4])
+    assert all(mark.hollow for mark in marks_of(worst_left_out))
+    assert "hollow" in " ".join(worst_left_out.notes)
+
+
+def test_imagenet_runs_share_a_panel_with_the_published(folder: Path, tmp_path: Path) -> None:
+    """In core-hours: the runs' own ones, by their speed on a v4."""
+    for name, classes, source in (("a", 18_000, None), ("b", 1000, "runs/a")):
+        fields = {"num_classes": classes, "init_from": source, "device_kind": "TPU v4"}
+        write_run(tmp_path / name, loss=1, top1=0.9, model="nfnet_f0", num_devices=16, **fields)
+    (chart,) = (
+        finetuned_errors(points, compute_axis(points)) for points in [read_points(tmp_path)[0]]
+    )
+    (panel,) = chart.panels
+    assert panel.x_label == "pre-training compute (TPU-v4 core-hours)"
+    hours = IMAGES / 100.0 * 32 / 3600  # at 100 images/s, on 16 chips of two cores
+    assert (panel.curves[0].marks[0].x, panel.curves[0].marks[0].y) == pytest.approx((hours, 0.1))
+    assert [curve.marks[0].x for curve in panel.curves[1:]] == [120e3, 280e3, 130e3, 110e3, 110e3]
+
+
+def test_compute_is_counted_unless_an_mfu_is_assumed(points: list[Point]) -> None:
+    counted, assumed = compute_axis(points), compute_axis(points, "v4", 0.36)
+    point = points[0]
+    assert (counted.unit, counted.of(point)) == ("FLOPs", point.flops)
+    assert "21 of 21" not in counted.note
+    assert f"{len(points)} of {len(points)} runs were not on v4" in counted.note
+    assert assumed.of(point) == pytest.approx(core_hours(point.flops, "v4", mfu=0.36))
+    assert "by an MFU of 36%" in assumed.note
+    assert assumed.of_published(train_flops(1, 1), 7.0) == 7.0
+    on_v3 = compute_axis(points, "v3", 0.36)
+    assert on_v3.of_published(0.0, 1.0) == pytest.approx(137.5 / 61.5)
+
+
+def test_the_page_stands_alone_and_says_every_value(points: list[Point], written: Path) -> None:
+    text = (written / "figures.html").read_text()
+    for fetched in ("<script", "<link", "<img", "<iframe", "@import", "src=", 'href="http'):
+        assert fetched not in text, fetched
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    for pointed_at in re.findall(r'href="#([^"]+)"', text) + re.findall(r"url\(#([^)]+)\)", text):
+        assert pointed_at in ids
+    titles = re.findall(r'<g id="figure2-mark-\d+"><title>([^<]*)</title>', text)
+    chart = losses(points, compute_axis(points))
+    assert titles == [mark.says for mark in marks_of(chart)]
+    best = min(marks_of(chart), key=lambda mark: mark.y)
+    assert f"loss {best.y:.4f}" in best.says
+    assert text.count("<tr>") == 1 + len(points)
+
+
+def test_the_same_runs_give_the_same_bytes(
+    points: list[Point], written: Path, tmp_path: Path
+) -> None:
+    for file in write_figures(points, tmp_path):
+        assert file.read_bytes() == (written / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("name", ["figure1", "figure2", "figure3"])
+def test_nothing_lies_on_anything_else(points: list[Point], name: str) -> None:
+    """Tick labels of an axis, and the legend, the title and the notes beside the panels."""
+    compute = compute_axis(points)
+    charts = [finetuned_errors(points, compute), losses(points, compute), learning_rates(points)]
+    figure = draw(next(chart for chart in charts if chart.name == name))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = [label for label in axis.get_ticklabels() if label.get_text()]
+            assert len(labels) >= 3
+            assert not overlaps([label.get_window_extent() for label in labels])
+    texts = [text for text in figure.texts if text.get_text()]
+    parts = [*figure.axes, *figure.legends, *texts]
+    assert not overlaps([part.get_tightbbox(canvas.get_renderer()) for part in parts])
+
+
+def overlaps(boxes: list[Any]) -> list[tuple[Any, Any]]:
+    return [
+        (one, other)
+        for one, other in combinations(boxes, 2)
+        if min(one.x1, other.x1) - max(one.x0, other.x0) > 1
+        and min(one.y1, other.y1) - max(one.y0, other.y0) > 1
+    ]
+
+
+def test_a_run_without_its_source_is_left_out_and_said(points: list[Point]) -> None:
+    some = [point for point in points if point.run != "nfnet_mini_f0-1-2-0"]
+    chart = finetuned_errors(some, compute_axis(some))
+    assert "left out: 1 fine-tuned runs" in " ".join(chart.notes)
+    none = finetuned_errors([p for p in points if not p.is_finetuned], compute_axis(points))
+    assert [panel.title for panel in none.panels] == ["published, ImageNet"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.9, 60, [1, 2, 5, 10, 20, 50]),
+        (9.53, 9.83, [9.6, 9.7, 9.8]),
+        (95, 98, [95, 96, 97, 98]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
+    assert round_values(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "percent", "label"),
+    [(0.0955, True, "9.55 %"), (0.25, False, "0.25"), (1e12, False, "$10^{12}$"),
+     (2e-5, False, r"$2 \cdot 10^{-5}$")],
+)  # fmt: skip
+def test_tick_labels(value: float, percent: bool, label: str) -> None:
+    assert tick_label(value, percent) == label
+
+
+def test_svg_has_a_group_for_every_mark(points: list[Point]) -> None:
+    chart = learning_rates(points)
+    text = svg(draw(chart), chart.name)
+    assert len(re.findall(r'<g id="mark-\d+">', text)) == len(marks_of(chart)) == 9
+
+
+def test_mistakes_are_named(points: list[Point], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match="file is a file; --out must name a folder"):
+        write_figures(points, file)
+    with pytest.raises(ValueError, match=r"mfu is 36; it must be in \(0, 1\]: 36 % is 0.36"):
+        write_figures(points, tmp_path, mfu=36)
+    write_run(tmp_path / "other", loss=1, fingerprint="e" * 64)
+    mixed = [*points, *read_points(tmp_path)[0]]
+    with pytest.raises(ValueError, match="the runs have 2 different values of data"):
+        write_figures(mixed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
