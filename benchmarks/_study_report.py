@@ -1,0 +1,182 @@
+"""What came out of the scaling study, in words, from its records alone."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr, t
+
+from _turns import Report
+from nfnets_xla.scaling.figures import write_figures
+from nfnets_xla.scaling.plan import best_of_study
+from nfnets_xla.scaling.report import report
+from nfnets_xla.scaling.runs import Point, nfnets, pretrained, read_points, source_of
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, FIGURES = DOCS / "scaling.md", DOCS / "scaling"
+BEGIN, END = "<!-- written by benchmarks/scaling_study.py -->\n", "<!-- end -->\n"
+PAIRS = (("vit_mini_d3_4", "nfnet_mini_f1"), ("vit_mini_d6_4", "nfnet_mini_f3"))  # of like cost
+DRAWS = 2000  # of the bootstrap
+Grid = tuple[Sequence[str], Sequence[float], Sequence[float]]  # models, epochs, rates
+
+
+def write_report(records: Path, grid: Grid, whole: int) -> None:
+    """results/scaling_study.txt, the figures, and the end of docs/scaling.md; `whole` is the number
+    of runs in a finished study. ValueError if no run is finished."""
+    points, _ = read_points(records)
+    trained = pretrained(points)
+    said = Report(
+        "scaling_study",
+        "python benchmarks/scaling_study.py: mini family, 32 px, 48,000 fractals of 200 classes, "
+        "float32, CPU; x is counted FLOPs",
+    )
+    said.say(f"{len(points)} of the {whole} runs are finished")
+    for title, text in (
+        ("grid: rates finished, seeds of the best", done(trained, grid)),
+        ("", report(nfnets(trained))),
+        ("ConvNet and ViT of like cost, equal epochs, each at its best rate", pairs(trained)),
+        ("fine-tuning with SAM on 480 digits", finetuning(points)),
+        ("speed, in one thread beside other work", speeds(trained)),
+    ):
+        said.say()
+        if title:
+            said.say(f"== {title}")
+        said.say(text)
+    said.save()
+    for file in write_figures(points, FIGURES):
+        if file.suffix not in (".svg", ".csv"):
+            file.unlink()
+    (FIGURES / "points.csv").rename(records / "points.csv")
+    write_page(said.lines)
+
+
+def write_page(lines: Sequence[str]) -> None:
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    shown = "\n".join(f"    {line}".rstrip() for line in lines)
+    images = "\n\n".join(
+        f"![{name}](scaling/{name}.svg)" for name in ("figure1", "figure2", "figure3")
+    )
+    PAGE.write_text(f"{before}{BEGIN}\n{images}\n\n{shown}\n\n{END}{after}")
+
+
+def done(trained: Sequence[Point], grid: Grid) -> str:
+    models, epochs, rates = grid
+    lines = [" " * 16 + "".join(f"{number:>10g}" for number in epochs) + "   epochs"]
+    for model in models:
+        cells = []
+        for number in epochs:
+            runs = [p for p in trained if (p.model, p.epochs) == (model, number)]
+            tried = {run.peak_lr for run in runs}
+            seeds = max((sum(r.peak_lr == rate for r in runs) for rate in tried), default=0)
+            cells.append(f"{len(tried)}/{len(rates)}, {seeds}")
+        lines.append(f"{model:16}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+# ---- ConvNet and ViT --------------------------------------------------------------------------
+
+
+def of_best_rate(trained: Sequence[Point], model: str, epochs: float) -> list[Point]:
+    """All seeds, in their order."""
+    best = [p for p in best_of_study(trained) if (p.model, p.epochs) == (model, epochs)]
+    return sorted(
+        (p for p in trained if best and (p.model, p.epochs, p.peak_lr) == key_of(best[0])),
+        key=lambda point: point.seed,
+    )
+
+
+def key_of(point: Point) -> tuple[str, float, float]:
+    return point.model, point.epochs, point.peak_lr
+
+
+def pairs(trained: Sequence[Point]) -> str:
+    lines = []
+    for vit, convnet in PAIRS:
+        for epochs in sorted({point.epochs for point in trained}):
+            theirs, ours = (of_best_rate(trained, model, epochs) for model in (vit, convnet))
+            if theirs and ours:
+                ratio = theirs[0].macs / ours[0].macs
+                lines.append(
+                    f"{epochs:5g} epochs: {convnet} {spread(ours)}, {vit} {spread(theirs)} at "
+                    f"{ratio:.2f} x the MACs; {difference(theirs, ours)}"
+                )
+    return "\n".join(lines) or "no pair is finished"
+
+
+def spread(runs: Sequence[Point]) -> str:
+    losses = [run.loss for run in runs]
+    return f"{statistics.fmean(losses):.3f} ({' '.join(f'{loss:.3f}' for loss in losses)})"
+
+
+def difference(theirs: Sequence[Point], ours: Sequence[Point]) -> str:
+    """Of the losses, ViT minus ConvNet, with Welch's interval."""
+    a, b = ([run.loss for run in runs] for runs in (theirs, ours))
+    gap = statistics.fmean(a) - statistics.fmean(b)
+    if min(len(a), len(b)) < 2:
+        return f"difference {gap:+.3f}, of one seed: not resolved"
+    parts = [statistics.variance(x) / len(x) for x in (a, b)]
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True)
+    )
+    half = float(t.ppf(0.975, freedom)) * sum(parts) ** 0.5
+    verdict = "" if abs(gap) > half else ": not resolved"
+    return f"difference {gap:+.3f} [{gap - half:+.3f}, {gap + half:+.3f}]{verdict}"
+
+
+# ---- fine-tuning ------------------------------------------------------------------------------
+
+
+def finetuning(points: Sequence[Point]) -> str:
+    """Each pre-trained optimum, and whether a lower held-out loss goes with a lower error."""
+    found: dict[tuple[str, float], list[tuple[Point, Point]]] = {}
+    for point in points:
+        source = source_of(point, pretrained(points))
+        if source is not None:
+            found.setdefault((source.model, source.epochs), []).append((source, point))
+    if not found:
+        return "no run is finished"
+    names, lines, losses, errors = [], [], [], []
+    for (model, epochs), pairs in sorted(found.items(), key=lambda entry: entry[1][0][0].flops):
+        names.append(f"{model} at {epochs:g} epochs")
+        losses.append(statistics.fmean(source.loss for source, _ in pairs))
+        errors.append(statistics.fmean(point.error for _, point in pairs))
+        each = " ".join(f"{point.error:.1%}" for _, point in pairs)
+        lines.append(
+            f"{names[-1]:30} {pairs[0][0].flops:9.2e} FLOPs, held-out loss {losses[-1]:.3f}: "
+            f"error {errors[-1]:.1%} ({each})"
+        )
+    by_loss, by_error = names[int(np.argmin(losses))], names[int(np.argmin(errors))]
+    verdict = "has also" if by_loss == by_error else f"has not (that is {by_error})"
+    lines.append(f"the lowest held-out loss, of {by_loss}, {verdict} the lowest error")
+    lines.append(correlation(np.array(losses), np.array(errors)))
+    return "\n".join(lines)
+
+
+def correlation(losses: np.ndarray, errors: np.ndarray) -> str:
+    if len(losses) < 4:
+        return f"rank correlation of loss and error: not resolved by {len(losses)} of them"
+    rng = np.random.default_rng(0)
+    drawn = []
+    while len(drawn) < DRAWS:
+        some = rng.integers(len(losses), size=len(losses))
+        if len({*losses[some]}) > 1 and len({*errors[some]}) > 1:
+            drawn.append(spearmanr(losses[some], errors[some]).statistic)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    value = spearmanr(losses, errors).statistic
+    verdict = ": not resolved" if low <= 0 <= high else ""
+    return f"rank correlation of loss and error {value:+.2f} [{low:+.2f}, {high:+.2f}]{verdict}"
+
+
+def speeds(trained: Sequence[Point]) -> str:
+    lines = []
+    for model in sorted({point.model for point in trained}):
+        runs = [p for p in trained if p.model == model and p.typical_seconds]
+        rates = [run.rows / (run.typical_seconds or 1) for run in runs]
+        hours = sum(run.all_in_seconds or 0 for run in runs) / 3600
+        lines.append(
+            f"{model:16} {statistics.median(rates):5.0f} images/s; {len(runs)} runs in "
+            f"{hours:.2f} hours, all in"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,175 @@
+"""The paper in miniature, resumable to the cell: python benchmarks/scaling_study.py [FOLDER]
+
+Every model of MODELS is trained on fractals for every number of EPOCHS at every one of RATES, each
+run with a cosine and a warm-up of its own; the best rate of each cell again with two more seeds;
+then ViTs of equal cost; then the best of each cell is fine-tuned with SAM on few handwritten
+digits. All of it goes through the command line, one run after the other in each of `--jobs`
+processes of one thread. The settings were chosen before the first run of the grid.
+
+The records in results/scaling_study/ are the study's memory: what has an end there is finished, on
+any machine. FOLDER keeps shards and weights. Weights that fine-tuning needs and that are not there
+are trained again, which changes no record. At the end of every stage the report is written anew,
+results/scaling_study.txt; `--report` does nothing else.
+
+F0 to F3 are the four smallest of the family: 3.3 times in cost from the first to the last, and the
+whole study in about three hours of two idle cores. F7, twice as expensive as F3, would cost as much
+as these four together.
+"""
+
+import os
+import shutil
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from _study_data import pack_data
+from _study_report import write_report
+from nfnets_xla.record import read_record
+from nfnets_xla.resume import ended
+
+RECORDS = Path(__file__).parent / "results" / "scaling_study"
+MODELS = ("nfnet_mini_f0", "nfnet_mini_f1", "nfnet_mini_f2", "nfnet_mini_f3")
+VITS = ("vit_mini_d3_4", "vit_mini_d6_4")
+EPOCHS = (0.25, 0.5, 1.0, 2.0)
+RATES = (0.2, 0.4, 0.8)
+SEEDS = (0, 1, 2)
+
+QUIET = ["trainer.tensorboard=false", "trainer.log_every=25", "trainer.compile_cache=false"]
+ONLY_END = ["trainer.eval_every=null", "trainer.checkpoint_every=null", "trainer.keep_best=false"]
+ONLY_END += ["trainer.keep_every_hours=null", "hydra.mode=RUN"]
+CPU = ["trainer.device=cpu", "model.compute_dtype=float32", "data.workers=0"]
+# A clipping of 0.01 is for batches of 1024 and more (NF section 4.1: small batches take more). With
+# 0.04 and the 94 steps of a quarter of an epoch the skip gains, which begin at 0, hardly open.
+OPTIM = ["optim.warmup_steps=null", "optim.warmup_fraction=0.1", "optim.clipping=0.16"]
+PRETRAIN = ["data=demo_pretrain", "data.batch_size=128", "optim.lr_batch=null", *OPTIM]
+FINETUNE = ["data=demo_finetune", "optim.epochs=8", "optim.ema_decay=0.99", *OPTIM]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. Paths are relative to FOLDER, so that records name no machine's."""
+
+    name: str  # its folder, below runs/
+    words: tuple[str, ...]  # of the command line
+    source: "Cell | None" = None  # whose weights it starts from
+
+    def finished(self) -> bool:
+        return ended(RECORDS / self.name) is not None
+
+
+def pretrain(model: str, epochs: float, rate: float, seed: int = 0) -> Cell:
+    recipe = ["scaling_sweep"]
+    if model in VITS:  # at the NFNets' loss and schedule: only the network differs
+        recipe = ["vit_baseline", "optim=pretrain", "model.head_bias=0.0"]
+    own = [f"model.name={model}", f"optim.epochs={epochs:g}", f"optim.peak_lr={rate:g}"]
+    own += [f"seed={seed}", *data("fractals"), *PRETRAIN]
+    return Cell(f"{model}-epochs_{epochs:g}-peak_lr_{rate:g}-seed_{seed}", (*recipe, *own))
+
+
+def finetune(source: Cell, seed: int) -> Cell:
+    own = [f"model.init_from=runs/{source.name}", f"seed={seed}", *data("digits"), *FINETUNE]
+    if source.name.startswith(VITS):
+        own.append("model.drop_path_rate=0.0")  # timm's has no key
+    return Cell(f"finetuned-{source.name}", ("finetune_sweep", *own), source)
+
+
+def data(name: str) -> list[str]:
+    return [f"data.shards=shards/{name}", f"data.eval_shards=shards/{name}-held-out"]
+
+
+def stages() -> Iterator[list[Cell]]:
+    """What can run at the same time. Complete sub-grids first: small budgets of all models and
+    rates. Which rate is best is only known, and asked, once the stages before are done."""
+    for models in (MODELS, VITS):
+        for epochs in EPOCHS:
+            yield [pretrain(model, epochs, rate) for rate in RATES for model in models]
+    for epochs in EPOCHS:
+        optima = [best(model, epochs) for model in (*MODELS, *VITS)]
+        yield [pretrain(*optimum, seed) for optimum in optima for seed in SEEDS]
+        yield [finetune(pretrain(*optimum, seed), seed) for optimum in optima for seed in SEEDS]
+
+
+def best(model: str, epochs: float) -> tuple[str, float, float]:
+    """With the rate of the lowest held-out loss, of the first seed."""
+    cells = {rate: pretrain(model, epochs, rate) for rate in RATES}
+    losses = {
+        rate: read_record(RECORDS / cell.name).of_kind("eval")[-1]["loss"]
+        for rate, cell in cells.items()
+    }
+    return model, epochs, min(losses, key=lambda rate: losses[rate])
+
+
+# ---- running ----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("scaling-study"))
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--report", action="store_true", help="write the report and train nothing")
+    given = parser.parse_args()
+    if not given.report:
+        given.folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(given.folder)
+        pack_data(Path("shards"), given.jobs)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started from here on
+        with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+            for cells in stages():
+                if run_all(cells, pool):
+                    report()
+    report()
+
+
+def report() -> None:
+    models, cells = [*MODELS, *VITS], len(EPOCHS) * (len(MODELS) + len(VITS))
+    whole = cells * (len(RATES) + len(SEEDS) - 1 + len(SEEDS))  # and the fine-tuning of every seed
+    write_report(RECORDS, (models, EPOCHS, RATES), whole)
+
+
+def run_all(cells: Sequence[Cell], pool: ProcessPoolExecutor) -> int:
+    """Returns how many there were to run. The first failure ends the study."""
+    missing = [cell for cell in cells if not cell.finished()]
+    running = {pool.submit(run_cell, cell): cell for cell in missing}
+    for done in as_completed(running):
+        if done.exception() is not None:
+            pool.shutdown(cancel_futures=True)
+        done.result()
+        print(f"{running[done].name}: finished", flush=True)
+    return len(missing)
+
+
+def run_cell(cell: Cell) -> None:
+    """In a process that goes on living: what is imported is imported once."""
+    if cell.source is not None and ended(Path("runs") / cell.source.name) is None:
+        nfnets_xla(cell.source)
+    nfnets_xla(cell)
+    kept = RECORDS / cell.name
+    kept.mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path("runs") / cell.name / "run-1.jsonl", kept)
+
+
+def nfnets_xla(cell: Cell) -> None:
+    """Anew if it was broken off: a checkpoint would only be at its end."""
+    from nfnets_xla.cli import main as command_line
+
+    folder = Path("runs") / cell.name
+    if ended(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    words = [*cell.words, *CPU, *QUIET, *ONLY_END, f"run_dir={folder}"]
+    Path("logs").mkdir(exist_ok=True)
+    with (Path("logs") / f"{cell.name}.txt").open("w") as log, redirect_stdout(log):
+        print("nfnets-xla", *words, flush=True)
+        try:
+            command_line(words)
+        except SystemExit as exit:
+            if exit.code:
+                raise RuntimeError(f"{cell.name} failed; see logs/{cell.name}.txt") from exit
+
+
+if __name__ == "__main__":
+    sys.exit(main())
