@@ -82,6 +82,8 @@ def test_the_papers_two_trials() -> None:
     """1.6 where nothing is known, in proportion to the batch; then the best so far and half."""
     assert two_trials(1e10, 0.25).rates == (1.6, 0.8)
     assert two_trials(1e10, 0.25, batch_size=1024).rates == (0.4, 0.2)
+    assert two_trials(1e10, 1).because == "best at few epochs in the paper"
+    assert "falls with epochs" in two_trials(1e10, 8).because
     cells = [planted(1, 1, 1.6), planted(2, 2, 0.8), planted(8, 1, 0.4)]
     assert two_trials(4, 4, cells=cells).rates == (0.8, 0.4)
     assert two_trials(4, 1, cells=cells).rates == (1.6, 0.8)  # the shorter runs of smaller models

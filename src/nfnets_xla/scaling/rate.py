@@ -148,4 +148,6 @@ def two_trials(
     because = "best at few epochs in the paper"
     if not math.isclose(rate, PEAK_LR):
         because = f"{PEAK_LR:g} for a batch of {BATCH} in the paper, in proportion to the batch"
+    if epochs >= 2:
+        because += "; falls with epochs, how far it does not print: begin the trials at fewer"
     return Trials((rate, rate / 2), because)
