@@ -1,21 +1,16 @@
 """What the scaling study trains on: fractals of many classes, and few handwritten digits."""
 
-import io
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from shutil import rmtree
 
-import numpy as np
 from joblib import Parallel, delayed
-from PIL import Image
-from sklearn.datasets import load_digits
 
+from _digits import TRAIN_DIGITS, digit_samples
 from nfnets_xla.data.fractals import fractal_samples
 from nfnets_xla.data.index import build_index
-from nfnets_xla.data.pack import Sample, pack_samples
+from nfnets_xla.data.pack import pack_samples
 
 CLASSES, PER_CLASS, HELD_OUT_PER_CLASS = 200, 240, 20
-TRAIN_DIGITS = 480  # of 1797: few, so that what was learned before can matter
 STORED_SIZE = 40  # pixels; of which training crops, and evaluation takes, 32
 PARTS = 10  # that are packed at a time; what is packed does not depend on how many are
 
@@ -26,7 +21,7 @@ def pack_data(folder: Path, jobs: int) -> None:
     parts = [(f"part{n}", folder / "fractals", per_part, n * per_part) for n in range(PARTS)]
     parts += [("shard", folder / "fractals-held-out", HELD_OUT_PER_CLASS, PER_CLASS)]
     Parallel(n_jobs=jobs)(delayed(pack_fractals)(*part) for part in parts)
-    digits = list(digit_samples())
+    digits = list(digit_samples(STORED_SIZE))
     for name, samples in (
         ("digits", digits[:TRAIN_DIGITS]),
         ("digits-held-out", digits[TRAIN_DIGITS:]),
@@ -46,14 +41,4 @@ def pack_fractals(prefix: str, folder: Path, per_class: int, first: int) -> None
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(pack_samples(samples, aside, samples_per_shard=480, prefix=prefix)):
         path.rename(folder / path.name)
-    aside.rmdir()
-
-
-def digit_samples() -> Iterator[Sample]:
-    bunch: Any = load_digits()
-    for number in np.random.default_rng(0).permutation(len(bunch.target)):
-        pixels = (bunch.images[number] * 255 / 16).round().astype(np.uint8)
-        image = Image.fromarray(pixels).resize((STORED_SIZE, STORED_SIZE), Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        image.convert("RGB").save(file, "JPEG", quality=95)
-        yield f"{number:05d}", file.getvalue(), "jpg", int(bunch.target[number])
+    rmtree(aside)

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr, t
@@ -54,7 +55,7 @@ def write_report(records: Path, grid: Grid, whole: int) -> None:
 def write_page(lines: Sequence[str]) -> None:
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    shown = "\n".join(f"    {line}".rstrip() for line in lines)
+    shown = "\n".join(f"    {line}".rstrip() for line in "\n".join(lines).split("\n"))
     images = "\n\n".join(
         f"![{name}](scaling/{name}.svg)" for name in ("figure1", "figure2", "figure3")
     )
@@ -162,11 +163,16 @@ def correlation(losses: np.ndarray, errors: np.ndarray) -> str:
     while len(drawn) < DRAWS:
         some = rng.integers(len(losses), size=len(losses))
         if len({*losses[some]}) > 1 and len({*errors[some]}) > 1:
-            drawn.append(spearmanr(losses[some], errors[some]).statistic)
+            drawn.append(rank_correlation(losses[some], errors[some]))
     low, high = np.quantile(drawn, [0.025, 0.975])
-    value = spearmanr(losses, errors).statistic
+    value = rank_correlation(losses, errors)
     verdict = ": not resolved" if low <= 0 <= high else ""
     return f"rank correlation of loss and error {value:+.2f} [{low:+.2f}, {high:+.2f}]{verdict}"
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    found: Any = spearmanr(a, b)
+    return float(found.statistic)
 
 
 def speeds(trained: Sequence[Point]) -> str:

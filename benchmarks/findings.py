@@ -8,7 +8,6 @@ epochs. Reported are mean and every seed, and the differences seed by seed; FOLD
 and the script goes on with what is there.
 """
 
-import io
 import json
 import statistics
 import subprocess
@@ -17,10 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
-
+from _digits import TRAIN_DIGITS, digit_samples
 from _turns import Report
 from nfnets_xla.data.fractals import fractal_samples
 from nfnets_xla.data.index import build_index
@@ -30,7 +26,7 @@ from nfnets_xla.scaling.runs import read_point
 
 SIZE, SEEDS = 40, (0, 1, 2)
 FRACTAL_CLASSES, PER_CLASS = 16, 192
-DIGITS, TRAIN_DIGITS = 1797, 480  # few, so that what was learned before can matter
+DIGITS = 1797
 EPOCHS = 12.0
 CPU = ["trainer.device=cpu", "trainer.virtual_devices=null", "trainer.tensorboard=false"]
 QUIET = ["trainer.trace_samples=false", "trainer.ledger=false", "trainer.log_every=50"]
@@ -109,7 +105,7 @@ def nfnets_xla(words: list[str]) -> None:
 def pack(shards: Path) -> None:
     if (shards / "digits-held-out").is_dir():
         return
-    digits = list(digit_samples())
+    digits = list(digit_samples(SIZE))
     for name, samples in (
         ("fractals", fractals(PER_CLASS, 0)),
         ("fractals-held-out", fractals(16, PER_CLASS)),
@@ -122,16 +118,6 @@ def pack(shards: Path) -> None:
 
 def fractals(per_class: int, first: int) -> Iterator[Sample]:
     return fractal_samples(FRACTAL_CLASSES, per_class, size=SIZE, seed=0, first_instance=first)
-
-
-def digit_samples() -> Iterator[Sample]:
-    bunch: Any = load_digits()
-    for number in np.random.default_rng(0).permutation(len(bunch.target)):
-        pixels = (bunch.images[number] * 255 / 16).round().astype(np.uint8)
-        image = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        image.convert("RGB").save(file, "JPEG", quality=95)
-        yield f"{number:05d}", file.getvalue(), "jpg", int(bunch.target[number])
 
 
 if __name__ == "__main__":

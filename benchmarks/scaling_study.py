@@ -11,9 +11,12 @@ any machine. FOLDER keeps shards and weights. Weights that fine-tuning needs and
 are trained again, which changes no record. At the end of every stage the report is written anew,
 results/scaling_study.txt; `--report` does nothing else.
 
-F0 to F3 are the four smallest of the family: 3.3 times in cost from the first to the last, and the
-whole study in about three hours of two idle cores. F7, twice as expensive as F3, would cost as much
-as these four together.
+F0 to F3 are the four smallest of the family: 3.3 times in cost from the first to the last. One
+thread of a nearly idle machine computed 423, 238, 177 and 141 images/s of them, forward and
+backward at a batch of 128, by which the NFNets' pre-training takes 2.4 hours of two cores. F7, at
+71 images/s, would add 1.8. Rates were bracketed with three runs of F0 of 94 steps on the held-out
+fractals: at a clipping of 0.16 the training loss fell from 5.32 to 4.99 with 0.4 and diverged with
+1.6; at a clipping of 0.04 and a rate of 0.2 nothing was learned.
 """
 
 import math
