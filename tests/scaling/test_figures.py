@@ -234,6 +234,14 @@ def overlaps(boxes: list[Any]) -> list[tuple[Any, Any]]:
     ]
 
 
+def test_an_empty_panel_says_so(points: list[Point]) -> None:
+    one_rate = learning_rates([point for point in points if point.peak_lr == 2])
+    (axes,) = draw(one_rate).axes
+    assert [text.get_text() for text in axes.texts] == ["nothing to draw"]
+    assert len(axes.get_xticks()) == 0
+    assert "one rate was tried" in " ".join(one_rate.notes)
+
+
 def test_a_run_without_its_source_is_left_out_and_said(points: list[Point]) -> None:
     some = [point for point in points if point.run != "nfnet_mini_f0-1-2-0"]
     chart = finetuned_errors(some, compute_axis(some))

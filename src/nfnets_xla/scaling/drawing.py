@@ -62,6 +62,10 @@ def draw_panel(panel: Panel, axes: Any, numbers: Iterator[int]) -> list[Any]:
     axes.set_title(panel.title, fontsize=9)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
+    if not panel.curves:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "nothing to draw", transform=axes.transAxes, ha="center", color="0.35")
+        return handles
     axes.set_xscale("log")
     axes.set_yscale("log")
     set_limits(panel, axes)
