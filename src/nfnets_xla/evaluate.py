@@ -19,9 +19,10 @@ from nfnets_xla.missed import Missed
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, count_parameters, create_network
 from nfnets_xla.models.weights import load_into
+from nfnets_xla.network import choose_form
 from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.task import Classification
-from nfnets_xla.train import check_division, choose_form, make_trainer
+from nfnets_xla.train import check_division, make_trainer
 
 Say = Callable[[str], None]
 

@@ -29,10 +29,11 @@ from nfnets_xla.display import Display, Lines, summary
 from nfnets_xla.inputs import make_order, make_train_batches
 from nfnets_xla.models.registry import count_parameters
 from nfnets_xla.monitor import Monitor, Peaks
+from nfnets_xla.network import choose_form, make_model
 from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.steps import make_passes, make_schedule, train_flops
 from nfnets_xla.task import Batch, Classification
-from nfnets_xla.train import check_division, choose_form, make_model, make_trainer
+from nfnets_xla.train import check_division, make_trainer
 
 NOISE = 64  # pixels of a stored image: what it costs to decode is not measured
 CLASSES = 1000  # if the recipe does not say

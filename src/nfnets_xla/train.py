@@ -18,15 +18,13 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
 
-from nfnets_xla import checkpoint
 from nfnets_xla.backend import Backend, open_backend
-from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import Run
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.order import Order
-from nfnets_xla.display import Display, Lines, Say, summary
+from nfnets_xla.display import Display, Lines, summary
 from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.inputs import (
@@ -36,16 +34,13 @@ from nfnets_xla.inputs import (
     make_order,
     make_train_batches,
     open_shards,
-    sizes_of,
 )
 from nfnets_xla.ledger import Ledger, head_of
 from nfnets_xla.missed import Missed, missed_before
-from nfnets_xla.models.nfnet import NFNet
-from nfnets_xla.models.peers import is_peer
-from nfnets_xla.models.registry import Network, count_parameters, create_network
-from nfnets_xla.models.stacked import as_in, is_stacked, loop, stack
-from nfnets_xla.models.weights import load_into
+from nfnets_xla.models.registry import Network, count_parameters
+from nfnets_xla.models.stacked import is_stacked
 from nfnets_xla.monitor import Monitor, Peaks
+from nfnets_xla.network import choose_form, make_model, restore
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.record import Discard, RecordWriter, has_record, read_record
 from nfnets_xla.resume import (
@@ -61,9 +56,7 @@ from nfnets_xla.saves import Saves
 from nfnets_xla.skips import Skips
 from nfnets_xla.steps import describe_ascent, make_passes, make_schedule, train_flops
 from nfnets_xla.stop import NoSignals, Stop
-from nfnets_xla.task import Batch, Classification, Restored
-
-STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/compile.txt
+from nfnets_xla.task import Batch, Classification
 
 
 def train(
@@ -239,68 +232,7 @@ def train(
     return result
 
 
-# ---- model ------------------------------------------------------------------------------------
-
-
-def make_model(run: Run, num_classes: int, say: Say) -> Network:
-    """The network on the host, with random or given weights.
-
-    Weights of a run or of the public with other classes keep their body and get a new head.
-    """
-    options: dict[str, Any] = {"drop_path_rate": run.model.drop_path_rate}
-    if is_peer(run.model.name):
-        if run.model.drop_path_rate:
-            raise ValueError(
-                f"model.drop_path_rate is {run.model.drop_path_rate} for {run.model.name}: timm's "
-                "layers draw their own randomness, which no restart could repeat; give 0"
-            )
-        options = sizes_of(run)
-    name, tag = run.model.name, run.model.pretrained
-    if tag is not None:
-        if is_peer(name):
-            raise ValueError(f"model.pretrained is {tag!r} for {name}: it is for NFNets; give null")
-        name, options["pretrained"] = f"{name}.{tag}", True
-        say(f"public weights {name}; its classifier is new unless it has {num_classes} classes")
-    net = create_network(name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options)
-    if run.model.head_bias:
-        bias = net.get_parameter(f"{net.classifier_name}.bias")
-        torch.nn.init.constant_(bias, run.model.head_bias)
-    if run.model.init_from is not None:
-        weights, path = checkpoint.weights(run.model.init_from, run.model.init_weights)
-        fresh = load_into(net, weights, source=path, allow_new_head=True)
-        say(f"weights from {path}" + (" (new classifier)" if fresh else ""))
-    return net
-
-
-def choose_form(net: Network, run: Run, backend: Backend) -> None:
-    """How `net` is run: as a loop, in another layout, with activations computed twice. In place.
-
-    The numbers of the run do not depend on it.
-    """
-    stacked = run.model.stacked
-    if backend.channels_last:  # as images come; before it is stacked, to tensors of five axes
-        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if not isinstance(net, NFNet):
-        if stacked is True or run.model.recompute:
-            raise ValueError(f"model.stacked and model.recompute are not for {run.model.name}")
-        return
-    if stacked == "auto":
-        stacked = backend.scan is not loop and max(net.variant.depth) >= STACKED_FROM
-    if stacked:
-        stack(net, scan=backend.scan)
-    if run.model.recompute:
-        net.set_grad_checkpointing(checkpoint=backend.checkpoint)
-
-
 # ---- resuming ---------------------------------------------------------------------------------
-
-
-def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
-    """Weights go into the network now; the rest waits until the optimizer exists."""
-    load_into(net, resume.tensors("model"), source=str(resume))
-    ema = None if run.optim.ema_decay is None else resume.tensors("ema")
-    momentum, skipped = resume.tensors("momentum"), resume.state.get("skipped", 0)
-    return Restored(as_in(net, momentum), ema and as_in(net, ema), skipped)
 
 
 def restore_progress(trainer: Trainer, step: int) -> None:

@@ -1,0 +1,78 @@
+"""The network of a run: made, given its weights, brought into the form that the device runs."""
+
+from typing import Any
+
+import torch
+
+from nfnets_xla import checkpoint
+from nfnets_xla.backend import Backend
+from nfnets_xla.checkpoint import Checkpoint
+from nfnets_xla.config import Run
+from nfnets_xla.display import Say
+from nfnets_xla.inputs import sizes_of
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.peers import is_peer
+from nfnets_xla.models.registry import Network, create_network
+from nfnets_xla.models.stacked import as_in, loop, stack
+from nfnets_xla.models.weights import load_into
+from nfnets_xla.task import Restored
+
+STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/compile.txt
+
+
+def make_model(run: Run, num_classes: int, say: Say) -> Network:
+    """The network on the host, with random or given weights.
+
+    Weights of a run or of the public with other classes keep their body and get a new head.
+    """
+    options: dict[str, Any] = {"drop_path_rate": run.model.drop_path_rate}
+    if is_peer(run.model.name):
+        if run.model.drop_path_rate:
+            raise ValueError(
+                f"model.drop_path_rate is {run.model.drop_path_rate} for {run.model.name}: timm's "
+                "layers draw their own randomness, which no restart could repeat; give 0"
+            )
+        options = sizes_of(run)
+    name, tag = run.model.name, run.model.pretrained
+    if tag is not None:
+        if is_peer(name):
+            raise ValueError(f"model.pretrained is {tag!r} for {name}: it is for NFNets; give null")
+        name, options["pretrained"] = f"{name}.{tag}", True
+        say(f"public weights {name}; its classifier is new unless it has {num_classes} classes")
+    net = create_network(name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options)
+    if run.model.head_bias:
+        bias = net.get_parameter(f"{net.classifier_name}.bias")
+        torch.nn.init.constant_(bias, run.model.head_bias)
+    if run.model.init_from is not None:
+        weights, path = checkpoint.weights(run.model.init_from, run.model.init_weights)
+        fresh = load_into(net, weights, source=path, allow_new_head=True)
+        say(f"weights from {path}" + (" (new classifier)" if fresh else ""))
+    return net
+
+
+def choose_form(net: Network, run: Run, backend: Backend) -> None:
+    """How `net` is run: as a loop, in another layout, with activations computed twice. In place.
+
+    The numbers of the run do not depend on it.
+    """
+    stacked = run.model.stacked
+    if backend.channels_last:  # as images come; before it is stacked, to tensors of five axes
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if not isinstance(net, NFNet):
+        if stacked is True or run.model.recompute:
+            raise ValueError(f"model.stacked and model.recompute are not for {run.model.name}")
+        return
+    if stacked == "auto":
+        stacked = backend.scan is not loop and max(net.variant.depth) >= STACKED_FROM
+    if stacked:
+        stack(net, scan=backend.scan)
+    if run.model.recompute:
+        net.set_grad_checkpointing(checkpoint=backend.checkpoint)
+
+
+def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
+    """Weights go into the network now; the rest waits until the optimizer exists."""
+    load_into(net, resume.tensors("model"), source=str(resume))
+    ema = None if run.optim.ema_decay is None else resume.tensors("ema")
+    momentum, skipped = resume.tensors("momentum"), resume.state.get("skipped", 0)
+    return Restored(as_in(net, momentum), ema and as_in(net, ema), skipped)
