@@ -100,6 +100,7 @@ def task(
             "sam_microbatches": microbatches,
             "sam_adaptive": False,
             "ema_decay": None,
+            "max_skipped": 0,
             **optim,
         }
     )

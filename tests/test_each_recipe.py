@@ -32,16 +32,12 @@ def test_on_the_cpu() -> None:
     ran("cpu", *OPTIONS)
 
 
-def test_on_xla() -> None:
-    pytest.importorskip("torch_xla", exc_type=ImportError)
-    ran("xla", "pretrain")
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_others_on_xla() -> None:
+@pytest.mark.timeout(7200)
+def test_on_xla() -> None:
+    """A compilation of minutes for each start."""
     pytest.importorskip("torch_xla", exc_type=ImportError)
-    ran("xla", *sorted(OPTIONS.keys() - {"pretrain"}))
+    ran("xla", *OPTIONS)
 
 
 def test_no_recipe_is_left_out() -> None:

@@ -49,7 +49,10 @@ class Guard:
         """
         watched, self._watched = self._watched, []
         sums = [*_squares(gradients), *watched]
-        total = torch.stack([number.to(sums[0]) for number in sums]).sum().reshape(1)
+        # A dot, not a sum: XLA would copy a sum of hundreds into the update of every parameter, and
+        # compile four times as long.
+        each = torch.stack([number.to(sums[0]) for number in sums])
+        total = torch.dot(each, torch.ones_like(each)).reshape(1)
         bad = ~(total.abs() < math.inf)  # so written, NaN is bad, too
         left_out, frozen, latest = self.numbers_G[0:1], self.numbers_G[1:2], self.numbers_G[2:]
         freezes = (frozen > 0) | (bad & (left_out >= self.allowed))
