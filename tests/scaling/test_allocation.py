@@ -96,6 +96,12 @@ def test_the_frontier_grows_with_the_planted_rate() -> None:
     assert found.resolved
 
 
+def test_a_frontier_of_one_length_settles_nothing() -> None:
+    """Its sizes go with compute whatever the truth is."""
+    with pytest.raises(ValueError, match="1 different points; a line through the frontier over da"):
+        allocation.frontier_sizes([1, 2, 4, 8], [5, 5, 5, 5], [4, 3, 2, 1])
+
+
 def test_what_is_said_about_the_rate() -> None:
     def said(exponent: float, low: float, high: float) -> str:
         return allocation.Allocation("", 1, exponent, (low, high), [], [], []).same_rate()

@@ -79,8 +79,11 @@ class Allocation:
 def frontier_sizes(
     macs: ArrayLike, rows: ArrayLike, loss: ArrayLike, *, draws: int = DRAWS, seed: int = 0
 ) -> Allocation:
-    """A line through log M of the runs on the frontier, (n,) each. ValueError for fewer than 3."""
+    """A line through log M of the runs on the frontier, (n,) each. ValueError for fewer than 3, and
+    for runs of fewer than 3 sizes or 3 amounts of data, whose slope would be settled beforehand."""
     macs, rows, loss = _three(macs, rows, loss)
+    enough(len(np.unique(macs)), 3, "a line through the frontier over sizes")
+    enough(len(np.unique(rows)), 3, "a line through the frontier over data")
     flops = FLOPS_PER_ROW_MAC * macs * rows
     kept = frontier(flops, loss)
     enough(len(kept), 3, "a line through the frontier")
