@@ -69,7 +69,7 @@ def done(trained: Sequence[Point], grid: Grid) -> str:
         cells = []
         for number in epochs:
             runs = [p for p in trained if (p.model, p.epochs) == (model, number)]
-            tried = {run.peak_lr for run in runs}
+            tried = {run.peak_lr for run in runs} & set(rates)
             seeds = max((sum(r.peak_lr == rate for r in runs) for rate in tried), default=0)
             cells.append(f"{len(tried)}/{len(rates)}, {seeds}")
         lines.append(f"{model:16}" + "".join(f"{cell:>10}" for cell in cells))
