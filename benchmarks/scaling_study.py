@@ -16,7 +16,7 @@ thread of a nearly idle machine computed 423, 238, 177 and 141 images/s of them,
 backward at a batch of 128, by which the NFNets' pre-training takes 2.4 hours of two cores. F7, at
 71 images/s, would add 1.8. The grid of rates was begun at 0.2, 0.4 and 0.8, after three runs of 94
 steps on the held-out fractals, and moved down by a factor of 2 once 0.4 had learned nothing and 0.8
-had diverged for F0 at a quarter of an epoch; that run is kept.
+had diverged for F0 and F1 at a quarter of an epoch; those runs are kept.
 """
 
 import math
