@@ -46,8 +46,11 @@ check: install  ## Lint, formatting, types, import layers
 docs: install  ## Build the documentation into site/, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: install  ## Every benchmark, each beside its peer
-	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+# One takes hours and one needs photographs: benchmarks/README.md says how they are run.
+BENCHMARKS := $(filter-out %/scaling_study.py %/dedup.py,$(wildcard benchmarks/[!_]*.py))
+
+bench: install  ## The benchmarks, each beside its peer
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## Delete what was built and what the demo wrote
 	rm -rf $(VENV) .tools build dist demo-run site src/*.egg-info .pytest_cache .ruff_cache
