@@ -13,7 +13,7 @@ from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import load_into
-from nfnets_xla.record import read_record
+from nfnets_xla.record import has_record, read_record
 from nfnets_xla.shards_cli import Parser
 
 
@@ -133,7 +133,7 @@ def card(given: Any) -> None:
 
 def held_out(run_dir: Path, step: int, weights: str) -> dict[str, str]:
     """What the run's record says of these weights, if it is at hand."""
-    if not any(run_dir.glob("run-*.jsonl")):
+    if not has_record(run_dir):
         return {}
     rows = read_record(run_dir).of_kind("eval")
     row = next((r for r in rows if (r["step"], r["weights"]) == (step, weights)), None)

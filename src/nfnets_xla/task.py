@@ -24,6 +24,7 @@ from torch.func import functional_call
 from nfnets_xla.config import OptimConfig
 from nfnets_xla.data.mix import mixed
 from nfnets_xla.ema import EMA
+from nfnets_xla.inductor import as_it_is
 from nfnets_xla.losses import LOSSES, target_of
 from nfnets_xla.models.registry import Network
 from nfnets_xla.models.stacked import output_axes
@@ -63,10 +64,6 @@ def _nothing_to_add(tensors: Sequence[Tensor]) -> None:
     """Of one host, and where devices add up by themselves."""
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
-
-
 class Classification(LightningModule):
     """Trains a network on batches of `data.batches.TrainBatches`; evaluates on `EvalBatches`."""
 
@@ -81,7 +78,7 @@ class Classification(LightningModule):
         compute_dtype: torch.dtype,
         fetch: Fetch,
         add_up: AddUp = _nothing_to_add,
-        compile: Compile = _as_it_is,
+        compile: Compile = as_it_is,
         schedule: Schedule | None = None,
         passes: Passes | None = None,
         restored: Restored | None = None,
