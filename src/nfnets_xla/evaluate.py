@@ -10,19 +10,17 @@ import torch
 
 from nfnets_xla import checkpoint
 from nfnets_xla.answers import gathered, write
-from nfnets_xla.backend import open_backend
 from nfnets_xla.config import Run
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.inputs import check_cache, count_classes, make_eval_batches, open_index
 from nfnets_xla.missed import Missed
 from nfnets_xla.models.peers import is_peer
-from nfnets_xla.models.registry import Network, count_parameters, create_network
+from nfnets_xla.models.registry import Network, create_network
 from nfnets_xla.models.weights import load_into
-from nfnets_xla.network import choose_form
+from nfnets_xla.network import make_task, put_on_device
 from nfnets_xla.record import Discard, RecordWriter
-from nfnets_xla.task import Classification
-from nfnets_xla.train import check_division, make_trainer
+from nfnets_xla.trainer import make_trainer
 
 Say = Callable[[str], None]
 
@@ -39,19 +37,9 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     check_cache(run)
     held_out = open_index(run, run.data.eval_shards)
     net, source, num_classes = trained(run, held_out)
-
-    backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
-    choose_form(net, run, backend)
-    check_division(run, backend)
+    backend = put_on_device(net, run)
+    task = make_task(net, run, backend, torch.float32)
     hosts = backend.hosts
-    task = Classification(
-        net,
-        run.optim,
-        compute_dtype=torch.float32,
-        fetch=backend.fetch,
-        add_up=backend.add_up,
-        compile=backend.compile,
-    )
     dataset = make_eval_batches(run, held_out, num_classes, hosts)
     loader = Batches(dataset, start_step=0, stop_step=len(dataset), workers=run.data.workers)
     task.keep_answers = run.run_dir is not None
@@ -72,7 +60,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
             hosts=hosts,
             say=say,
         )
-        trainer = make_trainer(run, backend, num_steps=0, callbacks=[missed])
+        trainer = make_trainer(run, backend, [missed])
         trainer.validate(task, loader, verbose=False)
         (metrics,) = task.evaluation.values()
         say(

@@ -21,6 +21,7 @@ from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.skips import Skips
 from nfnets_xla.task import TRAIN_METRICS, Batch, Classification
 
+Trace = Callable[[Batch], dict[str, list]]  # which samples it shows
 KEPT = 1000  # logged steps that the medians at the end are of
 
 
@@ -38,7 +39,7 @@ class Monitor(Callback):
         epochs: float,
         log_every: int,
         batch_size: int,
-        trace: Callable[[Batch], dict[str, list]] | None,
+        trace: Trace | None,
         peaks: "Peaks",
         totals: Callable[[], dict[str, Any]],
         lost_seconds: float,

@@ -1,21 +1,24 @@
-"""The network of a run: made, given its weights, brought into the form that the device runs."""
+"""The network of a run: made, given its weights, brought to the device in the form it runs, and
+there given its task."""
 
 from typing import Any
 
 import torch
 
 from nfnets_xla import checkpoint
-from nfnets_xla.backend import Backend
+from nfnets_xla.backend import Backend, open_backend
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import Run
 from nfnets_xla.display import Say
 from nfnets_xla.inputs import sizes_of
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
-from nfnets_xla.models.registry import Network, create_network
+from nfnets_xla.models.registry import Network, count_parameters, create_network
 from nfnets_xla.models.stacked import as_in, loop, stack
 from nfnets_xla.models.weights import load_into
-from nfnets_xla.task import Restored
+from nfnets_xla.optim.passes import Passes
+from nfnets_xla.optim.schedule import Schedule
+from nfnets_xla.task import Classification, Restored
 
 STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/compile.txt
 
@@ -50,6 +53,22 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
     return net
 
 
+def put_on_device(net: Network, run: Run) -> Backend:
+    """The device of the run, opened for `net`, which takes the form it is run in there.
+
+    ValueError for batches that the devices cannot share equally.
+    """
+    backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
+    for key in ("batch_size", "eval_batch_size"):
+        rows = getattr(run.data, key)
+        if rows % backend.num_devices:
+            raise ValueError(
+                f"data.{key} is {rows}; it must be a multiple of the {backend.num_devices} devices"
+            )
+    choose_form(net, run, backend)
+    return backend
+
+
 def choose_form(net: Network, run: Run, backend: Backend) -> None:
     """How `net` is run: as a loop, in another layout, with activations computed twice. In place.
 
@@ -68,6 +87,31 @@ def choose_form(net: Network, run: Run, backend: Backend) -> None:
         stack(net, scan=backend.scan)
     if run.model.recompute:
         net.set_grad_checkpointing(checkpoint=backend.checkpoint)
+
+
+def make_task(
+    net: Network,
+    run: Run,
+    backend: Backend,
+    compute_dtype: torch.dtype,
+    *,
+    schedule: Schedule | None = None,
+    passes: Passes | None = None,
+    restored: Restored | None = None,
+) -> Classification:
+    """Without `schedule` and `passes` it can only be evaluated."""
+    return Classification(
+        net,
+        run.optim,
+        compute_dtype=compute_dtype,
+        fetch=backend.fetch,
+        add_up=backend.add_up,
+        compile=backend.compile,
+        schedule=schedule,
+        passes=passes,
+        restored=restored,
+        remembered_steps=run.trainer.log_every,  # as often they are read
+    )
 
 
 def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:

@@ -16,7 +16,6 @@ the folder's own checkpoints once it has some.
 import hashlib
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,10 +27,9 @@ from nfnets_xla import checkpoint
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
-from nfnets_xla.record import Row, has_record, read_record
+from nfnets_xla.record import has_record
 
 # Recorded with a run: what its numbers and pixels may depend on.
-HISTORY = ("missed-*.jsonl", "ledger-*.bin", "run-*.jsonl")  # what each start writes
 VERSIONS = ("nfnets_xla", "torch", "lightning", "numpy", "pillow", "simplejpeg")
 
 
@@ -134,39 +132,3 @@ def _begun_from(given: str, own: Checkpoint | None) -> Checkpoint:
             "another run_dir, or resume=auto"
         )
     return own
-
-
-def take_history(start: Checkpoint, run_dir: Path) -> None:
-    """Copy what the run's other folder says of the steps up to `start`; of later ones a reader
-    drops it, as after any restart. Nothing comes from an address, where there are only checkpoints.
-    """
-    if (source := history(start, run_dir)) == run_dir:
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for pattern in HISTORY:
-        for file in sorted(source.glob(pattern), reverse=True):  # run-1 last: with it all is here
-            part = run_dir / f"{file.name}.part"
-            shutil.copyfile(file, part)
-            part.replace(run_dir / file.name)
-
-
-def history(start: Checkpoint, run_dir: Path) -> Path:
-    """The folder with the records up to `start`: `run_dir`, unless the run began in another."""
-    other = Path(start.where).parent.parent
-    return run_dir if has_record(run_dir) or not has_record(other) else other
-
-
-def ended(run_dir: Path) -> Row | None:
-    """The line with which a finished run closed its record."""
-    if not has_record(run_dir):
-        return None
-    rows = read_record(run_dir).of_kind("end")
-    return rows[-1] if rows else None
-
-
-def evaluations(run_dir: Path, step: int) -> dict[int, float]:
-    """{step: held-out loss} of what was evaluated up to `step`: of the average, if there is one."""
-    if not step or not has_record(run_dir):
-        return {}
-    rows = [row for row in read_record(run_dir).of_kind("eval") if row["step"] <= step]
-    return {row["step"]: row["loss"] for row in rows}  # "ema" is written after "raw"

@@ -18,10 +18,10 @@ from typing import Any
 
 from nfnets_xla.config import Run, differences
 from nfnets_xla.exits import START_AGAIN, CellFailed
+from nfnets_xla.history import ended
 from nfnets_xla.inputs import open_shards
 from nfnets_xla.preempt import FOLLOWED, Preemption
 from nfnets_xla.record import read_record
-from nfnets_xla.resume import ended
 
 
 @dataclass(frozen=True)

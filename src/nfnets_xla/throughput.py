@@ -19,21 +19,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nfnets_xla.backend import Backend, open_backend
+from nfnets_xla.backend import Backend
 from nfnets_xla.config import Run
-from nfnets_xla.curves import NoCurves
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import Sample, pack_samples
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.display import Display, Lines, summary
 from nfnets_xla.inputs import make_order, make_train_batches
 from nfnets_xla.models.registry import count_parameters
-from nfnets_xla.monitor import Monitor, Peaks
-from nfnets_xla.network import choose_form, make_model
+from nfnets_xla.network import make_model, make_task, put_on_device
 from nfnets_xla.record import Discard, RecordWriter
-from nfnets_xla.steps import make_passes, make_schedule, train_flops
-from nfnets_xla.task import Batch, Classification
-from nfnets_xla.train import check_division, make_trainer
+from nfnets_xla.steps import make_passes, make_schedule
+from nfnets_xla.task import Batch
+from nfnets_xla.trainer import make_monitor, make_trainer
 
 NOISE = 64  # pixels of a stored image: what it costs to decode is not measured
 CLASSES = 1000  # if the recipe does not say
@@ -67,9 +65,10 @@ def throughput(run: Run, display: Display | None = None) -> dict[str, Any]:
         num_classes = run.data.num_classes or CLASSES
         torch.manual_seed(run.seed)
         net = make_model(run, num_classes, display.say)
-        backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
-        check_division(run, backend)
-        dataset = make_train_batches(
+        backend = put_on_device(net, run)
+        compute_dtype = getattr(torch, run.model.compute_dtype)
+        task = make_task(net, run, backend, compute_dtype, schedule=schedule, passes=passes)
+        batch = make_train_batches(
             run,
             index,
             order,
@@ -77,9 +76,7 @@ def throughput(run: Run, display: Display | None = None) -> dict[str, Any]:
             drop_path_rates=net.stochastic_depth_rates,
             num_features=net.num_features,
             hosts=backend.hosts,
-        )
-        batch = dataset[0]
-        choose_form(net, run, backend)
+        )[0]
         if not backend.hosts.writes:
             display = Lines(lambda _: None)
         display.say(
@@ -87,36 +84,14 @@ def throughput(run: Run, display: Display | None = None) -> dict[str, Any]:
             f"{run.data.batch_size} rows at {run.data.image_size} px on {backend.num_devices} x "
             f"{backend.device_kind}"
         )
-        task = Classification(
-            net,
-            run.optim,
-            schedule=schedule,
-            passes=passes,
-            compute_dtype=getattr(torch, run.model.compute_dtype),
-            fetch=backend.fetch,
-            add_up=backend.add_up,
-            compile=backend.compile,
-        )
-        record: RecordWriter | Discard = Discard()
+        record = Discard()
         if run.run_dir is not None and backend.hosts.writes:
             opening = {"resumed_from": 0, "config": asdict(run)}
             opening |= {"device_kind": backend.device_kind, "num_devices": backend.num_devices}
             record = open_files.enter_context(RecordWriter(Path(run.run_dir), opening))
-        monitor = Monitor(
-            record,
-            NoCurves(),
-            display,
-            skips=None,
-            total_steps=order.num_steps,
-            epochs=run.optim.epochs,
-            log_every=run.trainer.log_every,
-            batch_size=run.data.batch_size,
-            trace=None,
-            peaks=Peaks(backend.peak_flops, *train_flops(net, run, passes.effective_fraction)),
-            totals=backend.report,
-            lost_seconds=0.0,
-        )
-        trainer = make_trainer(run, backend, order.num_steps, [monitor])
+        steps = order.num_steps
+        monitor = make_monitor(run, net, backend, passes, steps, record, display)
+        trainer = make_trainer(run, backend, [monitor], num_steps=steps)
         trainer.fit(task, Repeated(batch, order.num_steps))
         memory = peak_memory(backend)
         result = monitor.summary() | backend.report() | memory

@@ -1,0 +1,73 @@
+"""What earlier starts of a run have left behind, up to the step from which this one goes on."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nfnets_xla.checkpoint import Checkpoint
+from nfnets_xla.missed import missed_before
+from nfnets_xla.record import Row, has_record, read_record
+
+FILES = ("missed-*.jsonl", "ledger-*.bin", "run-*.jsonl")  # what each start writes
+
+
+@dataclass(frozen=True)
+class Past:
+    """Accounts that go on. As it is: of a run that begins."""
+
+    step: int = 0  # updates that are done
+    seconds: float = 0.0  # of training, without what was lost
+    lost_seconds: float = 0.0  # by interruptions
+    missed: int = 0  # samples that could not be decoded
+    skipped: int = 0  # updates that were left out; see skips.py
+    evaluated: dict[int, float] = field(default_factory=dict)  # held-out losses by step
+
+
+def past_of(start: Checkpoint | None, run_dir: Path) -> Past:
+    if start is None:
+        return Past()
+    folder = history(start, run_dir)
+    return Past(
+        start.step,
+        seconds=start.state["seconds"],
+        lost_seconds=read_record(folder).seconds_lost if has_record(folder) else 0.0,
+        missed=missed_before(folder, start.step),
+        skipped=start.state.get("skipped", 0),
+        evaluated=evaluations(folder, start.step),
+    )
+
+
+def history(start: Checkpoint, run_dir: Path) -> Path:
+    """The folder with the records up to `start`: `run_dir`, unless the run began in another."""
+    other = Path(start.where).parent.parent
+    return run_dir if has_record(run_dir) or not has_record(other) else other
+
+
+def take_history(start: Checkpoint, run_dir: Path) -> None:
+    """Copy what the run's other folder says of the steps up to `start`; of later ones a reader
+    drops it, as after any restart. Nothing comes from an address, where there are only checkpoints.
+    """
+    if (source := history(start, run_dir)) == run_dir:
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for pattern in FILES:
+        for file in sorted(source.glob(pattern), reverse=True):  # run-1 last: with it all is here
+            part = run_dir / f"{file.name}.part"
+            shutil.copyfile(file, part)
+            part.replace(run_dir / file.name)
+
+
+def evaluations(run_dir: Path, step: int) -> dict[int, float]:
+    """{step: held-out loss} of what was evaluated up to `step`: of the average, if there is one."""
+    if not step or not has_record(run_dir):
+        return {}
+    rows = [row for row in read_record(run_dir).of_kind("eval") if row["step"] <= step]
+    return {row["step"]: row["loss"] for row in rows}  # "ema" is written after "raw"
+
+
+def ended(run_dir: Path) -> Row | None:
+    """The line with which a finished run closed its record."""
+    if not has_record(run_dir):
+        return None
+    rows = read_record(run_dir).of_kind("end")
+    return rows[-1] if rows else None

@@ -1,0 +1,127 @@
+"""What a run is, and then what it is made of on this machine; both before its first step."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nfnets_xla.backend import Backend
+from nfnets_xla.checkpoint import Checkpoint
+from nfnets_xla.config import Run
+from nfnets_xla.data.batches import TrainBatches
+from nfnets_xla.data.order import Order
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.display import Say
+from nfnets_xla.history import Past, past_of
+from nfnets_xla.hosts import Hosts
+from nfnets_xla.inputs import (
+    check_cache,
+    count_classes,
+    make_order,
+    make_train_batches,
+    open_shards,
+)
+from nfnets_xla.models.registry import Network
+from nfnets_xla.network import make_model, make_task, put_on_device, restore
+from nfnets_xla.optim.passes import Passes
+from nfnets_xla.optim.schedule import Schedule
+from nfnets_xla.resume import find_resume, installed
+from nfnets_xla.steps import make_passes, make_schedule
+from nfnets_xla.task import Classification
+
+# ---- what the run is, whatever it runs on -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    run: Run
+    folder: Path
+    index: ShardIndex
+    held_out: ShardIndex | None
+    num_classes: int
+    order: Order
+    schedule: Schedule
+    passes: Passes
+
+    @property
+    def num_steps(self) -> int:
+        return self.order.num_steps
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """By which a checkpoint is known to be of this run; see resume.py."""
+        shards = {"shards": self.index.fingerprint, "num_classes": self.num_classes}
+        return {**self.run.identity(), **shards}
+
+    @cached_property
+    def checkpoints(self) -> str:
+        return self.run.trainer.checkpoint_dir or str(self.folder / "checkpoints")
+
+    def find_start(self, say: Say) -> Checkpoint | None:
+        given, versions = self.run.resume, installed()
+        return find_resume(
+            given, self.checkpoints, self.folder, self.identity, self.order, versions, say
+        )
+
+
+def make_plan(run: Run) -> Plan:
+    """ValueError for whatever does not fit together, before any device is asked."""
+    if run.run_dir is None:
+        raise ValueError("run_dir is not set; it must name the folder the run is to be kept in")
+    check_cache(run)
+    index, held_out = open_shards(run)
+    num_classes = count_classes(run, index, held_out)
+    order = make_order(run, index)
+    schedule, passes = make_schedule(run, order), make_passes(run, order)
+    return Plan(run, Path(run.run_dir), index, held_out, num_classes, order, schedule, passes)
+
+
+# ---- what it is made of, on this machine ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    plan: Plan
+    start: Checkpoint | None
+    past: Past
+    backend: Backend
+    net: Network  # on the host, with the weights of `start`
+    dataset: TrainBatches
+    task: Classification
+
+    @property
+    def hosts(self) -> Hosts:
+        return self.backend.hosts
+
+
+def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
+    """Nothing is written before all hosts have seen the folder as it was, and agree."""
+    run = plan.run
+    torch.manual_seed(run.seed)  # of the initial weights; nothing in the step draws from it
+    net = make_model(run, plan.num_classes, say)
+    backend = put_on_device(net, run)
+    past = past_of(start, plan.folder)
+    task = make_task(
+        net,
+        run,
+        backend,
+        getattr(torch, run.model.compute_dtype),
+        schedule=plan.schedule,
+        passes=plan.passes,
+        restored=None if start is None else restore(net, start, run),
+    )
+    dataset = make_train_batches(
+        run,
+        plan.index,
+        plan.order,
+        plan.num_classes,
+        drop_path_rates=net.stochastic_depth_rates,
+        num_features=net.num_features,
+        hosts=backend.hosts,
+    )
+    backend.hosts.agree("what they are to run", [plan.identity, past.step])
+    if run.trainer.compile_cache and not backend.cache_compilations(plan.folder / "compiled"):
+        say(f"compile cache: off, {backend.device_kind} could not read it back")
+    return Ready(plan, start, past, backend, net, dataset, task)

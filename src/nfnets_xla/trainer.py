@@ -1,0 +1,98 @@
+"""Lightning's trainer, told only to count steps, and the monitor of what it does."""
+
+import logging
+import warnings
+
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Callback, Trainer
+
+from nfnets_xla.backend import Backend
+from nfnets_xla.config import Run
+from nfnets_xla.curves import Curves, NoCurves
+from nfnets_xla.display import Display
+from nfnets_xla.models.registry import Network
+from nfnets_xla.monitor import Monitor, Peaks, Trace
+from nfnets_xla.optim.passes import Passes
+from nfnets_xla.record import Discard, RecordWriter
+from nfnets_xla.skips import Skips
+from nfnets_xla.steps import train_flops
+from nfnets_xla.stop import NoSignals
+
+
+def make_trainer(
+    run: Run,
+    backend: Backend,
+    callbacks: list[Callback],
+    *,
+    num_steps: int = 0,
+    start_step: int = 0,
+) -> Trainer:
+    """Lightning's Trainer counting steps only; its epochs are not epochs of the data."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    # The loader has as many workers as the recipe says, and its batches are whole by themselves.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
+    trainer = Trainer(
+        accelerator=backend.accelerator,
+        strategy=backend.strategy,
+        devices="auto" if backend.device_kind.startswith(("TPU", "XLA")) else 1,
+        max_steps=num_steps,
+        max_epochs=-1,
+        val_check_interval=run.trainer.eval_every or num_steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        inference_mode=False,  # it would forbid the same graph as in training
+        plugins=[LightningEnvironment()],  # else it would take torchrun's processes for its own
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer._signal_connector = NoSignals()  # pyright: ignore[reportAttributeAccessIssue]
+    restore_progress(trainer, start_step)
+    return trainer
+
+
+def restore_progress(trainer: Trainer, step: int) -> None:
+    """Tell Lightning's loops that `step` updates are done; the loader starts after them.
+
+    Only totals are set: `global_step` (hence `max_steps`) counts the optimizer's steps, and
+    validation by step counts batches. What is counted per epoch starts anew with the process.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    updates = loop.manual_optimization.optim_step_progress.total
+    updates.ready = updates.completed = step
+    batches = loop.batch_progress.total
+    batches.ready = batches.completed = step
+
+
+def make_monitor(
+    run: Run,
+    net: Network,
+    backend: Backend,
+    passes: Passes,
+    num_steps: int,
+    record: RecordWriter | Discard,
+    display: Display,
+    *,
+    curves: Curves | NoCurves | None = None,
+    skips: Skips | None = None,
+    trace: Trace | None = None,
+    lost_seconds: float = 0.0,
+) -> Monitor:
+    return Monitor(
+        record,
+        curves or NoCurves(),
+        display,
+        skips=skips,
+        total_steps=num_steps,
+        epochs=run.optim.epochs,
+        log_every=run.trainer.log_every,
+        batch_size=run.data.batch_size,
+        trace=trace,
+        peaks=Peaks(backend.peak_flops, *train_flops(net, run, passes.effective_fraction)),
+        totals=backend.report,
+        lost_seconds=lost_seconds,
+    )

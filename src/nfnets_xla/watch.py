@@ -1,0 +1,143 @@
+"""What watches a training and writes what is kept of it: record, curves, ledger, checkpoints."""
+
+import json
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from nfnets_xla.curves import Curves, NoCurves
+from nfnets_xla.data.batches import TrainBatches
+from nfnets_xla.display import Display, Say
+from nfnets_xla.history import take_history
+from nfnets_xla.hooks import Checkpointer
+from nfnets_xla.hosts import Hosts
+from nfnets_xla.ledger import Ledger, head_of
+from nfnets_xla.missed import Missed
+from nfnets_xla.models.registry import count_parameters
+from nfnets_xla.models.stacked import is_stacked
+from nfnets_xla.monitor import Monitor, Trace
+from nfnets_xla.prepare import Ready
+from nfnets_xla.record import Discard, RecordWriter
+from nfnets_xla.resume import RunState, installed
+from nfnets_xla.saves import Saves
+from nfnets_xla.skips import Skips
+from nfnets_xla.task import Batch
+from nfnets_xla.trainer import make_monitor
+
+
+@dataclass(frozen=True)
+class Watch:
+    record: RecordWriter | Discard
+    skips: Skips
+    monitor: Monitor
+    keeper: Checkpointer
+    missed: Missed
+    callbacks: list[Callback]  # in the order in which they are told
+
+
+def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
+    """The first that is written of this start."""
+    plan, run, past, hosts = ready.plan, ready.plan.run, ready.past, ready.hosts
+    if hosts.writes and ready.start is not None:
+        take_history(ready.start, plan.folder)
+    record = Discard()
+    if hosts.writes:
+        record = open_files.enter_context(RecordWriter(plan.folder, header(ready)))
+        (plan.folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
+    curves = NoCurves()
+    if isinstance(record, RecordWriter):
+        curves = Curves(plan.folder, record.attempt, past.step, run.trainer.tensorboard)
+    open_files.enter_context(closing(curves))
+    skips = Skips(
+        record,
+        ceiling=run.optim.max_skipped,
+        before=past.skipped,
+        start_step=past.step,
+        ids=ready.dataset.ids,
+        say=display.say,
+    )
+    monitor = make_monitor(
+        run,
+        ready.net,
+        ready.backend,
+        plan.passes,
+        plan.num_steps,
+        record,
+        display,
+        curves=curves,
+        skips=skips,
+        trace=make_trace(ready.dataset, hosts) if run.trainer.trace_samples else None,
+        lost_seconds=past.lost_seconds,
+    )
+    keeper = open_keeper(ready, monitor, skips, display.say, open_files)
+    missed = Missed(
+        record,
+        ceiling=run.data.max_missed,
+        unique_per_step=plan.order.unique_per_step,
+        train_samples=plan.order.total_draws,
+        eval_samples=0 if plan.held_out is None else plan.held_out.num_samples,
+        before=past.missed,
+        hosts=hosts,
+        say=display.say,
+    )
+    callbacks: list[Callback] = [missed, monitor, keeper]
+    if run.trainer.ledger:
+        ledger = Ledger(plan.folder, record.attempt, head_of(plan.order, past.step), hosts)
+        callbacks.insert(0, open_files.enter_context(closing(ledger)))
+    return Watch(record, skips, monitor, keeper, missed, callbacks)
+
+
+def open_keeper(
+    ready: Ready, monitor: Monitor, skips: Skips, say: Say, open_files: ExitStack
+) -> Checkpointer:
+    plan, trainer = ready.plan, ready.plan.run.trainer
+    saves = Saves(
+        plan.checkpoints,
+        keep=trainer.keep_checkpoints,
+        every_hours=trainer.keep_every_hours,
+        writes=ready.hosts.writes,
+    )
+    state = RunState(plan.identity, plan.order, installed(), ready.past.seconds)
+    return Checkpointer(
+        open_files.enter_context(saves),
+        monitor,
+        skips,
+        every=trainer.checkpoint_every,
+        total_steps=plan.num_steps,
+        state=state.at,
+        keep_best=trainer.keep_best,
+        evaluated=ready.past.evaluated,
+        say=say,
+    )
+
+
+def make_trace(dataset: TrainBatches, hosts: Hosts) -> Trace:
+    """Of a global batch: hosts hold its streams one after the other."""
+
+    def trace(batch: Batch) -> dict[str, list]:
+        parts = hosts.gather(dataset.samples_shown(batch))
+        return {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
+
+    return trace
+
+
+def header(ready: Ready) -> dict[str, Any]:
+    """The record's first line: all that is needed to know what the numbers below it are of."""
+    plan, run, net, backend = ready.plan, ready.plan.run, ready.net, ready.backend
+    return {
+        "resumed_from": ready.past.step,
+        "config": asdict(run),
+        "fingerprint": plan.index.fingerprint,
+        "num_classes": plan.num_classes,
+        "num_steps": plan.num_steps,
+        "parameters": count_parameters(net),
+        "stacked": is_stacked(net),
+        "macs_per_image": net.macs(run.data.image_size),
+        "device_kind": backend.device_kind,
+        "num_devices": backend.num_devices,
+        "hosts": backend.hosts.count,
+        "peak_flops": backend.peak_flops,
+        "versions": installed(),
+    }
