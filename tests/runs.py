@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 
 from nfnets_xla import checkpoint
 from nfnets_xla.record import read_record
+from tests.warm import Warm
 
 # 100 images: 16 rows a step and 4 streams divide neither that nor 1.5 or 0.25 times it.
 SMALL = [
@@ -22,7 +21,7 @@ SMALL = [
     "data.eval_batch_size=16",
     "data.num_streams=4",
     "data.window_shards=2",
-    "data.workers=1",
+    "data.workers=0",
     "optim.warmup_steps=2",
     "optim.peak_lr=0.05",
     "trainer.log_every=1",
@@ -40,18 +39,14 @@ def xla(devices: int) -> list[str]:
     return ["trainer.device=xla", f"trainer.virtual_devices={devices}"]
 
 
-def start(
-    arguments: list[str], log: Path, module: str = "nfnets_xla", **variables: str
-) -> subprocess.Popen:
+def start(arguments: list[str], log: Path, module: str = "nfnets_xla", **variables: str) -> Warm:
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "OMP_NUM_THREADS": "1",  # bit-equality holds for one number of threads
         **variables,
     }
-    with log.open("ab") as file:
-        command = [sys.executable, "-m", module, *arguments]
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    return Warm(module, arguments, environment, log)
 
 
 def as_hosts(count: int) -> list[dict[str, str]]:
@@ -63,7 +58,7 @@ def as_hosts(count: int) -> list[dict[str, str]]:
     return [{"RANK": str(number), "LOCAL_RANK": str(number), **common} for number in range(count)]
 
 
-def start_hosts(arguments: list[str], log: Path, count: int) -> list[subprocess.Popen]:
+def start_hosts(arguments: list[str], log: Path, count: int) -> list[Warm]:
     return [start(arguments, log, **variables) for variables in as_hosts(count)]
 
 

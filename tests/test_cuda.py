@@ -153,7 +153,7 @@ def test_a_run_goes_on_from_the_gpu_to_the_cpu_and_to_xla(tmp_path: Path, data: 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than 2 GPUs")
 def test_two_gpus_train_what_one_does(tmp_path: Path, data: list[str]) -> None:
     """One process each, their gradients summed from device to device."""
-    arguments = [*RECIPE, *data, *SMALL, *EAGER, "optim.epochs=1.5", "data.workers=0"]
+    arguments = [*RECIPE, *data, *SMALL, *EAGER, "optim.epochs=1.5"]
     log = tmp_path / "log.txt"
     run([*arguments, f"run_dir={tmp_path / 'one'}"], log)
     two = start_hosts([*arguments, f"run_dir={tmp_path / 'two'}"], log, 2)

@@ -27,6 +27,7 @@ from tests.runs import (
     start,
     start_hosts,
 )
+from tests.warm import Warm
 
 # Sums of the same numbers in another grouping, over 10 steps: float32 rounding, as between devices.
 TOLERANCE = 1e-4
@@ -120,7 +121,7 @@ def test_a_launcher_that_forgot_something(monkeypatch: pytest.MonkeyPatch) -> No
 def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data: list[str]) -> None:
     """SAM, EMA, mixing, dropout, stochastic depth. One of two is asked to stop, and both save the
     same step; the one is killed; one of four is killed, and the others end."""
-    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=1.5", "data.workers=0"]
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=1.5"]
     arguments += ["trainer.checkpoint_every=1"]
     whole, hosts, log = tmp_path / "whole", tmp_path / "hosts", tmp_path / "log.txt"
     run([*arguments, f"run_dir={whole}"], log)
@@ -191,9 +192,7 @@ def test_hosts_that_do_not_belong_together(tmp_path: Path, data: list[str]) -> N
     assert "1 streams must divide among them" in log.read_text()
 
 
-def wait_for_checkpoint(
-    run_dir: Path, step: int, processes: list[subprocess.Popen], log: Path
-) -> None:
+def wait_for_checkpoint(run_dir: Path, step: int, processes: list[Warm], log: Path) -> None:
     folder = run_dir / "checkpoints"
     while not any(read.step >= step for read in [checkpoint.latest(folder)[0]] if read):
         assert all(process.poll() is None for process in processes), log.read_text()

@@ -90,7 +90,7 @@ def test_damage_is_not_a_torn_end(tmp_path: Path) -> None:
 def test_the_audit_of_a_killed_run(
     tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.75", "data.workers=0"]
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.75"]
     arguments += ["trainer.checkpoint_every=2", f"run_dir={tmp_path}"]
     run_killed_at(arguments, tmp_path, 3, tmp_path / "log.txt")
     run(arguments, tmp_path / "log.txt")

@@ -75,7 +75,7 @@ def test_a_recipe_runs_from_the_installed_wheel(wheel: Path, tmp_path: Path, sha
     assert Path(where.strip()).is_relative_to(venv)
     command = venv / "bin" / "nfnets-xla"
     assert "pretrain_demo" in call(command, "--help", cwd=tmp_path)
-    options = [*SMALL, *PLAIN_CPU, "optim.epochs=0.2", "optim.warmup_steps=1", "data.workers=0"]
+    options = [*SMALL, *PLAIN_CPU, "optim.epochs=0.2", "optim.warmup_steps=1"]
     options += [f"data.shards={shards / 'train'}", "run_dir=run"]
     call(command, "pretrain_demo", *options, cwd=tmp_path)
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").is_file()

@@ -16,7 +16,7 @@ from tests.data.server import serving
 from tests.runs import PLAIN_CPU, RECIPE, SMALL, assert_bit_equal, final_state, losses, run, xla
 
 slow = pytest.mark.slow
-ONE = [*RECIPE, *SMALL, "optim.epochs=1", "trainer.checkpoint_every=null", "data.workers=0"]
+ONE = [*RECIPE, *SMALL, "optim.epochs=1", "trainer.checkpoint_every=null"]
 
 
 class Process:

@@ -97,7 +97,7 @@ def test_what_the_last_start_had_no_time_for_is_done(tmp_path: Path, data: list[
     """Killed when its last step was saved, before the evaluation after it: that is made up for,
     the best checkpoint is kept, and a run that is finished stays so."""
     log, folder = tmp_path / "log.txt", tmp_path / "run"
-    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.5", "data.workers=0"]
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.5"]
     arguments += ["trainer.checkpoint_every=null", "trainer.eval_every=2", f"run_dir={folder}"]
     arguments += ["trainer.keep_best=true", "trainer.keep_checkpoints=1"]
     run_killed_at(arguments, folder, 3, log, kind="samples")
@@ -127,7 +127,7 @@ def test_the_checkpoint_commands(
     tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "run", tmp_path / "f0.safetensors"
-    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.2", "data.workers=0"]
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.2"]
     main([*arguments, "optim.warmup_steps=1", "trainer.checkpoint_every=1", f"run_dir={folder}"])
     capsys.readouterr()
     main(["checkpoint", "verify", str(folder)])

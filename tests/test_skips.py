@@ -25,7 +25,7 @@ from tests.runs import (
 )
 
 BAD = (0, 3)  # counted from 0; the first has a learning rate of 0
-ONE = [*RECIPE, *SMALL, "optim.epochs=1", "data.workers=0", "trainer.eval_every=null"]
+ONE = [*RECIPE, *SMALL, "optim.epochs=1", "trainer.eval_every=null"]
 ONE += ["trainer.keep_checkpoints=9", "trainer.tensorboard=false"]
 SKIPPING = ["optim.max_skipped=2", "trainer.log_every=4", "trainer.checkpoint_every=3"]
 

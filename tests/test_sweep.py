@@ -14,6 +14,7 @@ from nfnets_xla.record import read_record
 from nfnets_xla.scaling.runs import read_points
 from nfnets_xla.sweep import Cell, model_of
 from tests.runs import SMALL, start
+from tests.warm import Warm
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_two_trials_start_from_the_best_before(
     assert lines[1].startswith(f"nfnet_mini_f0 at 0.5 epochs: {best:g} and {best / 2:g};")
 
 
-def wait_for_step(runs: Path, process: subprocess.Popen) -> None:
+def wait_for_step(runs: Path, process: Warm) -> None:
     while process.poll() is None:
         for file in runs.glob("*/run-1.jsonl"):
             if len(read_record(file.parent).of_kind("train")) > 2:

@@ -1,0 +1,121 @@
+"""Processes that need not import anything: forked from one that has imported it all.
+
+Importing torch and Lightning costs nine seconds of a core, and the tests start some hundred
+processes. Each is a process like any other (its own memory, signals, exit and death), only its
+modules are there already. Nothing but imports has happened before the fork, and no thread lives.
+
+What is about starting itself, as tests/test_preempt.py is, uses `python -m nfnets_xla`.
+"""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+POLL_SECONDS = 0.02
+
+
+class Warm:
+    """As much of subprocess.Popen as tests ask for."""
+
+    def __init__(self, module: str, arguments: list[str], environment: dict[str, str], log: Path):
+        self._source = _source("trainer.device=xla" in arguments)
+        start = [module, *arguments]
+        self.pid: int = _ask(self._source, start=start, environment=environment, log=str(log))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _ask(self._source, poll=self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        began = time.monotonic()
+        while (code := self.poll()) is None:
+            if timeout is not None and time.monotonic() - began > timeout:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(POLL_SECONDS)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+@cache
+def _source(xla: bool) -> subprocess.Popen[str]:
+    """Ends when this process does: its input is closed then. One for runs that start torch_xla,
+    with settings of their own, and one for those where Lightning only asks it for devices."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.warm", *(() if xla else ("torch_xla",))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # read when the libraries are loaded
+    )
+
+
+def _ask(source: subprocess.Popen[str], **request: Any) -> Any:
+    assert source.stdin is not None
+    assert source.stdout is not None
+    source.stdin.write(json.dumps(request) + "\n")
+    source.stdin.flush()
+    return json.loads(source.stdout.readline())
+
+
+# ---- the process that is forked from -----------------------------------------------------------
+
+
+def serve() -> dict[str, Any] | None:
+    """Answers until its input ends. In a child it returns what the child is to run."""
+    while line := os.read(0, 2**16):  # a request is one line, and the next waits for its answer
+        while not line.endswith(b"\n"):
+            line += os.read(0, 2**16)
+        request = json.loads(line)
+        if "start" in request:
+            answer = os.fork()
+            if answer == 0:
+                return request
+        else:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        os.write(1, json.dumps(answer).encode() + b"\n")
+    return None
+
+
+def become(request: dict[str, Any]) -> None:
+    log = os.open(request["log"], os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for mine, theirs in ((0, nothing), (1, log), (2, log)):
+        os.dup2(theirs, mine)
+    os.closerange(3, max(log, nothing) + 1)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    module, *sys.argv[1:] = request["start"]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    import nfnets_xla.evaluate
+    import nfnets_xla.train  # noqa: F401
+    from nfnets_xla import xla
+
+    if sys.argv[1:] == ["torch_xla"]:
+        xla.stay_out()
+        import torch_xla  # noqa: F401
+
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would not copy the other threads"
+    if (request := serve()) is not None:
+        become(request)
