@@ -33,8 +33,8 @@ from pathlib import Path
 
 from _study_data import pack_data
 from _study_report import write_report
+from nfnets_xla.history import ended
 from nfnets_xla.record import read_record
-from nfnets_xla.resume import ended
 
 RECORDS = Path(__file__).parent / "results" / "scaling_study"
 MODELS = ("nfnet_mini_f0", "nfnet_mini_f1", "nfnet_mini_f2", "nfnet_mini_f3")
@@ -51,7 +51,7 @@ CPU = ["trainer.device=cpu", "model.compute_dtype=float32", "data.workers=0"]
 # 0.04 and the 94 steps of a quarter of an epoch the skip gains, which begin at 0, hardly open.
 OPTIM = ["optim.warmup_steps=null", "optim.warmup_fraction=0.1", "optim.clipping=0.16"]
 PRETRAIN = ["data=demo_pretrain", "data.batch_size=128", "data.eval_image_size=32", *OPTIM]
-PRETRAIN += ["optim.lr_batch=null"]
+PRETRAIN += ["optim.lr_batch=null", "trainer.compile=true"]
 FINETUNE = ["data=demo_finetune", "optim.epochs=8", "optim.ema_decay=0.99", *OPTIM]
 
 
