@@ -19,7 +19,7 @@ from nfnets_xla.data.storage import Folder
 from nfnets_xla.doubles_sheet import draw_report
 from nfnets_xla.shards_cli import Parser, progress
 
-DISTANCE = 0.25  # of pixels; benchmarks/dedup.py says what it finds
+DISTANCE = 0.2  # of pixels; benchmarks/dedup.py says what it finds
 COSINE_DISTANCE = 0.1  # of features: a beginning, look at the report
 
 

@@ -29,6 +29,8 @@ SAME = 0.5  # deviations: differences above count less and less
 BLOCK = 8
 COUNTED = 0.75  # of the blocks, by weight
 LEAST_SHOWN = 0.55  # of a copy's pixels that must lie on the reference
+SAME_SHADE = 0.05  # deviations of a picture's light and dark
+LEAST_SHADE = 8.0  # grey levels of deviation, for half of the weight
 NOISE = 4.0  # squared grey levels of a block that tell nothing; compression leaves as many
 
 
@@ -51,8 +53,10 @@ def likeness(
 def _likeness(copies_BSS: Tensor, references_BSS: Tensor, maps_B23: Tensor) -> Tensor:
     for blurs in STEPS:
         maps_B23 = _fitted(_blurred(copies_BSS, blurs), _blurred(references_BSS, blurs), maps_B23)
-    laid_BCN, shown_BN = _sampled(_detail(references_BSS)[:, None], maps_B23)
-    found_B = _agreement(_detail(copies_BSS).flatten(1), laid_BCN[:, 0], shown_BN)
+    layers_B2SS = torch.stack([_detail(references_BSS), references_BSS], 1)
+    laid_B2N, shown_BN = _sampled(layers_B2SS, maps_B23)
+    shade_B2N = torch.stack([copies_BSS.flatten(1), laid_B2N[:, 1]], 1)
+    found_B = _agreement(_detail(copies_BSS).flatten(1), laid_B2N[:, 0], shade_B2N, shown_BN)
     is_sane_B = _is_sane(maps_B23) & (shown_BN.mean(1) >= LEAST_SHOWN)
     return torch.where(is_sane_B, found_B.clamp(0, 1), 0)
 
@@ -117,8 +121,10 @@ def _is_sane(maps_B23: Tensor) -> Tensor:
 # ---- comparing --------------------------------------------------------------------------------
 
 
-def _agreement(copy_BN: Tensor, laid_BN: Tensor, shown_BN: Tensor) -> Tensor:
-    """The mean correlation of the blocks that agree best, weighted by what can be seen in them."""
+def _agreement(copy_BN: Tensor, laid_BN: Tensor, shade_B2N: Tensor, shown_BN: Tensor) -> Tensor:
+    """The mean correlation of the blocks that agree best, weighted by what can be seen in them.
+
+    Blocks without detail, of which blue skies are made, are told by their light and shade."""
     mask_BKQ = _blocks(shown_BN)
     count_BK = mask_BKQ.sum(-1).clamp(min=1)
     copy_BKQ, laid_BKQ = _blocks(copy_BN) * mask_BKQ, _blocks(laid_BN) * mask_BKQ
@@ -126,7 +132,8 @@ def _agreement(copy_BN: Tensor, laid_BN: Tensor, shown_BN: Tensor) -> Tensor:
     ours_BK = (copy_BKQ**2).sum(-1) / count_BK - means[0] ** 2
     theirs_BK = (laid_BKQ**2).sum(-1) / count_BK - means[1] ** 2
     shared_BK = (copy_BKQ * laid_BKQ).sum(-1) / count_BK - means[0] * means[1]
-    alike_BK = shared_BK / ((ours_BK + NOISE) * (theirs_BK + NOISE)).sqrt()
+    shade_BK = _same_shade(shade_B2N, shown_BN, mask_BKQ)
+    alike_BK = (shared_BK + NOISE * shade_BK) / ((ours_BK + NOISE) * (theirs_BK + NOISE)).sqrt()
     weight_BK = torch.minimum(ours_BK, theirs_BK).clamp(min=0).sqrt() + 0.5
     weight_BK = weight_BK * (mask_BKQ.mean(-1) > 0.5)
     alike_BK, order_BK = alike_BK.sort(dim=1, descending=True)
@@ -135,6 +142,16 @@ def _agreement(copy_BN: Tensor, laid_BN: Tensor, shown_BN: Tensor) -> Tensor:
     left_BK = COUNTED * weight_BK.sum(1, keepdim=True) - before_BK
     counted_BK = torch.minimum(left_BK.clamp(min=0), weight_BK)
     return (counted_BK * alike_BK).sum(1) / counted_BK.sum(1).clamp(min=1e-6)
+
+
+def _same_shade(shade_B2N: Tensor, shown_BN: Tensor, mask_BKQ: Tensor) -> Tensor:
+    """1 where a block is as light in both, on the scale of the whole picture, and towards 0 if not;
+    nor do pictures of one colour have any shade in which they could agree."""
+    copy_BN, copy_B1 = _standard(shade_B2N[:, 0], shown_BN)
+    laid_BN, laid_B1 = _standard(shade_B2N[:, 1], shown_BN)
+    apart_BK = (_blocks(copy_BN - laid_BN) * mask_BKQ).sum(-1) / mask_BKQ.sum(-1).clamp(min=1)
+    seen_B1 = torch.minimum(copy_B1, laid_B1) - 1
+    return torch.exp(-((apart_BK / SAME_SHADE) ** 2)) * seen_B1**2 / (seen_B1**2 + LEAST_SHADE**2)
 
 
 def _blocks(values_BN: Tensor) -> Tensor:
