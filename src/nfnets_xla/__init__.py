@@ -1,15 +1,29 @@
 """NFNets for PyTorch, and the training at scale of arXiv 2310.16764."""
 
-from importlib.util import find_spec
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from nfnets_xla.models.timm_names import register_with_timm
 from nfnets_xla.version import __version__ as __version__
 
-if find_spec("torch") is not None:  # accounts, laws and plans (scaling/) work without it
+if TYPE_CHECKING:
     from nfnets_xla.models import NFNet as NFNet
     from nfnets_xla.models import WSConv2d as WSConv2d
     from nfnets_xla.models import create_model as create_model
     from nfnets_xla.models import fuse as fuse
     from nfnets_xla.models import list_models as list_models
-    from nfnets_xla.models.timm_names import register_with_timm
 
-    register_with_timm()
+__all__ = ["NFNet", "WSConv2d", "__version__", "create_model", "fuse", "list_models"]
+
+register_with_timm()
+
+
+def __getattr__(name: str) -> Any:
+    """Torch is loaded with the first of these: plans and the command line's help do without."""
+    if name in __all__:
+        return getattr(import_module("nfnets_xla.models"), name)
+    raise AttributeError(f"module 'nfnets_xla' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from nfnets_xla.models.names import in_our_names
-from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.published import IMAGENET, TAG
 from nfnets_xla.models.variants import VARIANTS, Variant
+
+if TYPE_CHECKING:  # torch is timm's to load
+    from torch import Tensor, nn
+
+    from nfnets_xla.models.nfnet import NFNet
 
 PREFIX = "xla_"
 TIMM = "timm.models"
@@ -71,6 +72,8 @@ def _register() -> None:
 
 def timm_cfg(name: str, variant: Variant) -> dict[str, Any]:
     """What timm wants to know: sizes, how to evaluate, where the classifier and the weights are."""
+    from nfnets_xla.models.nfnet import NFNet
+
     found = {"hf_hub_id": f"timm/dm_{name}.{TAG}", "license": "apache-2.0"}
     return {
         **(found if name in IMAGENET else {}),
@@ -94,9 +97,11 @@ def _crop_share(size: int) -> float:
     return size / (size + MARGIN) * (1 - 1e-9)
 
 
-def _entrypoint(name: str) -> Callable[..., nn.Module]:
-    def build(pretrained: bool = False, **options: Any) -> nn.Module:
+def _entrypoint(name: str) -> "Callable[..., nn.Module]":
+    def build(pretrained: bool = False, **options: Any) -> "nn.Module":
         from timm.models import build_model_with_cfg
+
+        from nfnets_xla.models.nfnet import NFNet
 
         return build_model_with_cfg(
             partial(NFNet, VARIANTS[name]),
@@ -113,5 +118,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     return build
 
 
-def _in_our_names(state: Mapping[str, Tensor], net: NFNet) -> dict[str, Tensor]:
+def _in_our_names(state: "Mapping[str, Tensor]", net: "NFNet") -> "dict[str, Tensor]":
+    from nfnets_xla.models.names import in_our_names
+
     return dict(in_our_names(net, state, "the file"))
