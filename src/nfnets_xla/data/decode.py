@@ -12,7 +12,7 @@ from io import BytesIO
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 
@@ -68,7 +68,11 @@ def _by_simplejpeg(data: bytes) -> Pixels | None:
 
 
 def _by_pillow(data: bytes) -> Pixels:
-    with Image.open(BytesIO(data), formats=FORMATS) as image:
+    try:
+        opened = Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # its own words are of an object in memory
+        raise ValueError(f"they are none of {', '.join(FORMATS)}") from error
+    with opened as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")

@@ -30,6 +30,8 @@ def map_jobs(
     """
     from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 
+    if jobs < 1 and jobs != -1:
+        raise ValueError(f"jobs is {jobs}; it must be 1 or more, or -1: one per core")
     done = 0
     with (
         _cluster(engine),
@@ -69,5 +71,8 @@ def _cluster(engine: str) -> AbstractContextManager[object]:
         ) from error
     if engine == "dask":
         return module.Client()  # reads DASK_SCHEDULER_ADDRESS
+    ray = import_module("ray")
+    if not ray.is_initialized():  # joblib asks for the number of cores before it would do so
+        ray.init(log_to_driver=False)  # reads RAY_ADDRESS
     module.register_ray()
     return nullcontext()

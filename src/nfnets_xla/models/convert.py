@@ -49,7 +49,8 @@ def convert_weights(
     load_into(net, state, source=source)
     origin = read_metadata(path).get("provenance") or source.rsplit("/", 1)[-1]
     save_tensors(_named(net, to), target, describe(net, name, origin) | {"names": to})
-    return f"{target}: {name}, {classes} classes, in {to} names, from {source}"
+    whose = {"ours": "our", "timm": "timm's", "haiku": "DeepMind's"}[to]
+    return f"{target}: {name}, {classes} classes, in {whose} names, from {source}"
 
 
 def _sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:
