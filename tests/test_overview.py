@@ -1,13 +1,15 @@
 """`nfnets-xla runs`: every state that a run's folder can be in, and the filters."""
 
+import io
 import os
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from nfnets_xla.cli import main
-from nfnets_xla.overview import overviews
+from nfnets_xla.overview import cells, overviews, table
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.scaling.account import train_flops
 from tests.scaling.made_runs import header
@@ -51,6 +53,21 @@ def test_the_table_has_all_of_them(runs: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     for word in ("a/done", "a/going", "gone", "finished", "running", "2.2500", "25.0%", "lost"):
         assert word in printed
+
+
+@pytest.mark.parametrize(("width", "gone"), [(200, []), (100, ["starts", "lost"])])
+def test_a_narrow_terminal_is_spared_columns_and_no_digits(
+    runs: Path, width: int, gone: list[str]
+) -> None:
+    made(runs / "a" / ("long-" * 8), ended=True)
+    printed = io.StringIO()
+    found = list(overviews(runs))
+    Console(file=printed, width=width).print(table(found, width))
+    head, *rows = printed.getvalue().splitlines()
+    assert max(map(len, [head, *rows])) <= width
+    assert [name for name in ("starts", "lost", "loss", "top-1") if name not in head] == gone
+    assert "…" not in printed.getvalue()
+    assert all(cells(run)["held out"] in printed.getvalue() for run in found)
 
 
 def test_a_list_is_for_another_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,8 @@
 Read from the records that runs leave, so that it works on any machine that sees the folder, while
 they run and after. `--list` prints folders instead, for another command:
 
-    nfnets-xla finetune_sweep model.init_from=$(nfnets-xla runs RUNS --flops 2e21 --list) ...
+    nfnets-xla finetune_sweep \\
+        model.init_from=$(nfnets-xla runs RUNS --flops 2e21 --list) ...
 """
 
 import time
@@ -90,32 +91,48 @@ def overview(record: RunRecord, folder: Path, name: str) -> Overview:
     )
 
 
-def table(found: Sequence[Overview]) -> Any:
+# Left out one after the other where a terminal has no room for whole numbers.
+SPARED = ("starts", "lost", "peak lr", "epochs", "FLOPs", "loss", "time")
+
+
+def table(found: Sequence[Overview], width: int) -> Any:
+    """No wider than `width` if leaving out what can be spared is enough; no cell is ever cut."""
     from rich.table import Table
 
-    shown = Table(box=None, header_style="bold", pad_edge=False)
-    shown.add_column("run", overflow="fold", min_width=12)
-    for name in ("status", "step", "epochs", "peak lr", "FLOPs", "time", "lost", "starts"):
-        shown.add_column(name, justify="left" if name == "status" else "right")
-    for name in ("loss", "held out", "top-1"):
-        shown.add_column(name, justify="right")
-    for run in found:
-        held_out, top1 = run.held_out or (None, None)
-        shown.add_row(
-            run.name,
-            run.status,
-            f"{run.step}/{run.steps}",
-            f"{run.epochs:g}",
-            f"{run.peak_lr:.4g}",
-            f"{run.flops:.2e}",
-            "?" if run.seconds is None else clock(run.seconds),
-            clock(run.lost_seconds),
-            str(run.starts),
-            "" if run.loss is None else f"{run.loss:.4f}",
-            "" if held_out is None else f"{held_out:.4f}",
-            "" if top1 is None else f"{top1:.1%}",
-        )
-    return shown
+    columns = [cells(run) for run in found]
+    spared: list[str] = []
+    for name in ("", *SPARED):
+        spared.append(name)
+        shown = [key for key in columns[0] if key not in spared]
+        widths = [max(len(key), *(len(run[key]) for run in columns)) for key in shown[1:]]
+        if sum(widths) + 2 * len(widths) + 12 <= width:
+            break
+    made = Table(box=None, header_style="bold", pad_edge=False)
+    made.add_column("run", overflow="fold", min_width=12)
+    for key in shown[1:]:
+        made.add_column(key, justify="left" if key == "status" else "right", no_wrap=True)
+    for run in columns:
+        made.add_row(*(run[key] for key in shown))
+    return made
+
+
+def cells(run: Overview) -> dict[str, str]:
+    """Of a row, by the names of the columns."""
+    held_out, top1 = run.held_out or (None, None)
+    return {
+        "run": run.name,
+        "status": run.status,
+        "step": f"{run.step}/{run.steps}",
+        "epochs": f"{run.epochs:g}",
+        "peak lr": f"{run.peak_lr:.4g}",
+        "FLOPs": f"{run.flops:.2e}",
+        "time": "?" if run.seconds is None else clock(run.seconds),
+        "lost": clock(run.lost_seconds),
+        "starts": str(run.starts),
+        "loss": "" if run.loss is None else f"{run.loss:.4f}",
+        "held out": "" if held_out is None else f"{held_out:.4f}",
+        "top-1": "" if top1 is None else f"{top1:.1%}",
+    }
 
 
 def runs(arguments: Sequence[str]) -> None:
@@ -133,14 +150,17 @@ def runs(arguments: Sequence[str]) -> None:
         return
     from rich.console import Console
 
-    console = Console()
-    # In a pipe or a file nothing is cut: a line is as long as it is.
-    Console(width=None if console.is_terminal else 200).print(table(found))
+    terminal = Console()
+    # In a pipe or a file nothing is left out: a line is as long as it is.
+    console = Console(width=None if terminal.is_terminal else 200)
+    console.print(table(found, console.width))
 
 
 def chosen(given: Any) -> list[Overview]:
     """ValueError if nothing is left: an empty --list would make of a command another one."""
     every = list(overviews(given.folder))
+    if not every:
+        raise ValueError(f"{given.folder} holds no training run: each leaves a run-1.jsonl")
     found = [
         run
         for run in every
@@ -150,8 +170,8 @@ def chosen(given: Any) -> list[Overview]:
     if not found:
         costs = sorted({f"{run.flops:.2e}" for run in every})
         raise ValueError(
-            f"none of the {len(every)} training runs below {given.folder} fits"
-            + (f": they cost {', '.join(costs)} FLOPs" if costs else "; each leaves a run-1.jsonl")
+            f"none of the {len(every)} training runs below {given.folder} fits: they cost "
+            f"{', '.join(costs)} FLOPs"
         )
     return found
 
@@ -163,7 +183,7 @@ def watch(given: Any) -> None:
     with Live(auto_refresh=False) as live:
         while True:
             found = chosen(given)
-            live.update(table(found), refresh=True)
+            live.update(table(found, live.console.width), refresh=True)
             if all(run.status != "running" for run in found):
                 return
             time.sleep(given.every)
@@ -171,7 +191,7 @@ def watch(given: Any) -> None:
 
 def parser() -> Parser:
     made = Parser(prog="nfnets-xla runs", description=__doc__)
-    made.add_argument("folder", type=Path)
+    made.add_argument("folder", type=Path, help="runs lie in it, at any depth")
     made.add_argument("--finished", action="store_true", help="only these")
     made.add_argument(
         "--flops", type=float, help=f"only runs that cost so much, up to {WITHIN} times either way"
