@@ -1,15 +1,20 @@
 """Mistakes at the command line: one line that names the thing and the fix, exit code 2."""
 
+import configparser
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nfnets_xla.cli import main, recipes, usage
+from nfnets_xla.cli import COMMANDS, EXTRAS, main, recipes, usage
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
+from nfnets_xla.version import __version__
 from tests.data.images import packed, samples
 from tests.runs import PLAIN_CPU, RECIPE, SMALL
 from tests.runs import samples as run_samples
@@ -24,6 +29,90 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert "\n" not in error
     assert "Traceback" not in error
     return error
+
+
+def levels(command: list[str], capsys: pytest.CaptureFixture[str]) -> int:
+    """Asks for help here and at every level below; returns how many there are."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert printed.startswith(f"usage: nfnets-xla {' '.join(command)} ")
+    assert max(map(len, printed.splitlines())) <= 80, command
+    wordless = re.findall(r"^  (-\S.*|\w+)\n(?!    )", printed, re.MULTILINE)
+    assert [line for line in wordless if "  " not in line] == [], command
+    below = "COMMAND" in printed or "KIND" in printed
+    names = re.findall(r"^    (\w+) ", printed, re.MULTILINE) if below else []
+    return 1 + sum(levels([*command, name], capsys) for name in names)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_at_every_level(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    expected = {"shards": 13, "checkpoint": 5, "scaling": 4, "launch": 12}
+    assert levels([command], capsys) == expected.get(command, 1)
+
+
+def test_examples_in_help_keep_their_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["shards", "dedup", "--help"])
+    assert "\n    nfnets-xla shards dedup JFT --within --out dedup\n" in capsys.readouterr().out
+
+
+def test_help_and_version_are_there_without_torch_or_extras() -> None:
+    """What `pip install nfnets_xla` brings lists models; other commands name what they need."""
+    program = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({[*EXTRAS]!r}))\n"
+        "from nfnets_xla.cli import main\n"
+        "main(['--help']); main(['--version']); main(['help'])\n"
+        "assert 'torch' not in sys.modules\n"
+        "main(['models', 'nfnet_f0'])\n"
+        "main(['pretrain', 'data.shards=S'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert f"nfnets_xla {__version__}" in done.stdout
+    assert "71,489,284" in done.stdout
+    needed = "pretrain needs hydra, which is not installed: pip install 'nfnets_xla[train]'"
+    assert done.stderr == f"nfnets-xla: {needed}\n"
+
+
+def test_every_package_of_the_extras_is_named_by_its_extra() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    imported = {"hydra-core": "hydra", "pillow": "PIL", "faiss-cpu": "faiss"}
+    for extra in ("train", "remote", "dedup", "scaling"):
+        for line in setup["options.extras_require"][extra].split():
+            package = re.split(r"[\[<>=]", line)[0]
+            name = imported.get(package, package)
+            if name not in ("nfnets_xla", "hydra"):  # Hydra is in two
+                assert EXTRAS[name] == extra
+
+
+def test_interrupted_is_one_line(tmp_path: Path) -> None:
+    words = ["shards", "pack", "fractals", str(tmp_path / "out"), "--per-class=100000"]
+    command = [sys.executable, "-m", "nfnets_xla", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not any(tmp_path.iterdir()):  # until it packs
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    assert (process.returncode, error) == (130, "nfnets-xla: interrupted\n")
+
+
+def test_a_full_disk_is_one_line() -> None:
+    command = [sys.executable, "-m", "nfnets_xla", "scaling", "plan", "--core-hours=9"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    advice = "free some, and give the same command again"
+    assert done.stderr == f"nfnets-xla: No space left on device; {advice}\n"
+    assert done.returncode == 1
 
 
 def test_help_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +130,7 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["models", "nfnet_f3"])
     assert "trained at 320 px, evaluated at 416 px" in capsys.readouterr().out
     assert "no model matches 'swin*'" in refused(["models", "swin*"], capsys)
+    assert "no model matches 'f7': there are nfnet_f7, " in refused(["models", "f7"], capsys)
 
 
 def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
@@ -128,7 +218,8 @@ def test_a_value_that_cannot_work_is_refused_before_anything_is_written(
 def test_a_recipe_that_does_not_exist_or_is_not_complete(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert "there is no recipe 'pretrian'; there are evaluate" in refused(["pretrian"], capsys)
+    assert "no command 'pretrian'; did you mean pretrain or" in refused(["pretrian"], capsys)
+    assert "there is no recipe 'pretrian'; there are eval" in refused(["check", "pretrian"], capsys)
     assert "not set: give data.shards=VALUE" in refused(["pretrain_demo"], capsys)
     vit = ["imagenet", "data.shards=S", "run_dir=R", "model.name=vit_giant_14"]
     assert refused(vit, capsys).startswith("nfnets-xla: vit_giant_14 has no drop_rate: the recipe")

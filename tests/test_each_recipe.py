@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from nfnets_xla.compose import composed, recipes
+from nfnets_xla.compose import composed
+from nfnets_xla.manual import recipes
 from tests.each_recipe import OPTIONS
 
 LIKE = {  # those that differ from one below in sizes, or in what they sweep, alone

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from nfnets_xla.cli import main
-from nfnets_xla.compose import composed, read_launch, recipes, to_run
+from nfnets_xla.compose import composed, read_launch, to_run
 from nfnets_xla.launch import find, shipped
+from nfnets_xla.manual import recipes
 from tests.cloud import Cloud
 
 ROOT = Path(__file__).parents[1]

@@ -63,10 +63,10 @@ def test_tiles_are_the_first_batchs_views(shards: Path, mix: bool) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "usage: nfnets-xla shards show DIR"),
-        (["a", "b"], "usage: nfnets-xla shards show DIR"),
-        (["--size", "3"], "usage: nfnets-xla shards show DIR"),
-        (["a", "--out"], "usage: nfnets-xla shards show DIR"),
+        ([], "the following arguments are required: dir"),
+        (["a", "--size", "3"], "unrecognized arguments: --size"),
+        (["a", "--out"], "argument --out: expected one argument"),
+        (["a", "--out", "/no/such/sheet.png"], "there is no folder /no/such"),
         (["a", "--rows", "0"], "--rows is 0; it must be a whole number from 1 to 100"),
     ],
 )

@@ -36,16 +36,20 @@ def parser() -> Parser:
         ("card", card, "write a folder that create_model('local-dir:FOLDER') and timm load"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)
-        command.add_argument("where")
+        command.add_argument("where", help="a run, a folder of checkpoints or one, or its address")
         command.set_defaults(run=run)
         if name == "export":
-            command.add_argument("target", type=Path)
-            command.add_argument("--weights", choices=("raw", "ema"), default="raw")
+            command.add_argument("target", type=Path, help="file to write")
+            command.add_argument(
+                "--weights", choices=("raw", "ema"), default="raw", help="or their average"
+            )
             command.add_argument("--to", choices=TARGETS, default="ours", help="whose names")
             command.add_argument("--force", action="store_true", help="overwrite the target")
         if name == "card":
-            command.add_argument("folder", type=Path)
-            command.add_argument("--weights", choices=("raw", "ema"), default="raw")
+            command.add_argument("folder", type=Path, help="to write, new")
+            command.add_argument(
+                "--weights", choices=("raw", "ema"), default="raw", help="or their average"
+            )
     return top
 
 

@@ -7,11 +7,11 @@ out is a typed, checked `Run`; or, of a recipe that sweeps, one run after the ot
 import os
 import sys
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import hydra
-from hydra import initialize_config_module
+from hydra import initialize_config_dir, initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,36 +20,35 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from nfnets_xla.config import Run
+from nfnets_xla.config import Run, setting_names
 from nfnets_xla.exits import CellFailed, Failed, Interrupted
 from nfnets_xla.launch import Launch
+from nfnets_xla.manual import header, known, manual
 from nfnets_xla.preempt import Preemption
+from nfnets_xla.refusals import in_our_words
 from nfnets_xla.shards_cli import Parser
 
 
 class ConfOnPath(SearchPathPlugin):
-    """Adds conf/ to the places Hydra looks in. A recipe's own `hydra.searchpath` would not do: it
-    is refused as soon as one recipe extends another."""
+    """Adds conf/ to the places Hydra looks in, and recipes/ for those who extend them elsewhere. A
+    recipe's own `hydra.searchpath` would not do: it is refused as soon as one recipe extends
+    another."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("nfnets-xla", "pkg://nfnets_xla.conf")
+        search_path.append("nfnets-xla", "pkg://nfnets_xla.recipes")
 
 
-def recipes() -> dict[str, str]:
-    """Names of the shipped recipes with the first line of their headers."""
-    found = {}
-    for file in sorted(files("nfnets_xla.recipes").iterdir(), key=lambda file: file.name):
-        if file.name.endswith(".yaml"):
-            first = file.read_text(encoding="utf-8").split("\n", 1)[0]
-            found[file.name.removesuffix(".yaml")] = first.removeprefix("#").strip()
-    return found
-
-
+@in_our_words()
 def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
-    """Compose the recipe with Hydra and run it."""
-    own_folder = any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)
-    if not own_folder:
+    """Compose the recipe with Hydra and run it; with --help, say what it is."""
+    given = options(name, arguments)
+    if given.config_dir is None:
         known(name)
+    if given.help:
+        plain = [word for word in arguments if not word.startswith("-") and "=" in word]
+        print(help_of(name, plain, given.config_dir))
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to main() instead of a printed traceback
     prepare()
     quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
@@ -80,12 +79,36 @@ def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
         raise refused[0]
 
 
-def known(name: str) -> None:
-    if name not in recipes():
-        raise ValueError(
-            f"there is no recipe {name!r}; there are {', '.join(recipes())} "
-            "(your own needs --config-dir FOLDER)"
-        )
+def options(name: str, arguments: Sequence[str]) -> Any:
+    """Those of Hydra that a run has a use for. Raises ValueError for others, which it would answer
+    with a page."""
+    parser = Parser(prog=f"nfnets-xla {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--package", "-p")
+    given, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        if word.startswith("-"):
+            plain = f": settings have no dashes, {word.lstrip('-')}" if "=" in word else ""
+            parser.error(f"there is no option {word}{plain}")
+    return given
+
+
+def help_of(name: str, overrides: Sequence[str], folder: str | None) -> str:
+    made = composed(name, overrides, folder)
+    ours = OmegaConf.masked_copy(made, [str(key) for key in made if key != "hydra"])
+    try:
+        nested: Any = OmegaConf.to_container(ours, resolve=True)
+    except ValueError:  # what a value follows from has still to be given
+        nested = OmegaConf.to_container(ours)
+    values = {}
+    for key in setting_names():
+        group, _, leaf = key.rpartition(".")
+        values[key] = (nested.get(group, {}) if group else nested).get(leaf, "???")
+    return manual(name, header(name, folder), values, made.hydra.sweeper.params or {})
 
 
 def prepare() -> None:
@@ -119,13 +142,12 @@ def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: 
     for override in OverridesParser.create().parse_overrides(plain):
         if override.is_sweep_override() and override.key_or_group not in keys:
             keys.append(override.key_or_group)
-    parser = Parser(allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd")
-    folder = parser.parse_known_args(arguments)[0].config_dir
+    folder = options(name, arguments).config_dir
     where = [] if folder is None else [f"--config-dir={folder}"]
     run_cell(Cell(to_run(config), keys, name, [*where, *given.overrides.task]), preemption)
 
 
+@in_our_words()
 def two_trials(name: str, overrides: list[str], preemption: Preemption) -> None:
     """Sweep the rate of each model at each number of epochs; failures of all of them at the end."""
     from nfnets_xla.trials import next_pair, size
@@ -168,11 +190,17 @@ def two_trials(name: str, overrides: list[str], preemption: Preemption) -> None:
         raise CellFailed("; ".join(failed))
 
 
-def composed(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A recipe without running it; of one that sweeps, without what it sweeps. With "hydra"."""
-    known(name)
+@in_our_words()
+def composed(name: str, overrides: Sequence[str] = (), folder: str | None = None) -> DictConfig:
+    """A recipe, ours or of a folder, without running it; of one that sweeps, without what it
+    sweeps. With "hydra"."""
     prepare()
-    with initialize_config_module("nfnets_xla.recipes", version_base="1.3"):
+    if folder is None:
+        known(name)
+        where = initialize_config_module("nfnets_xla.recipes", version_base="1.3")
+    else:
+        where = initialize_config_dir(str(Path(folder).absolute()), version_base="1.3")
+    with where:
         return hydra.compose(name, list(overrides), return_hydra_config=True)
 
 
@@ -199,6 +227,7 @@ def execute(run: Run, preemption: Preemption) -> None:
             train(run, display, preemption)
 
 
+@in_our_words()
 def to_run(config: DictConfig) -> Run:
     """Merge into the dataclasses, so that types and names are checked, and check the values."""
     ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -214,6 +243,7 @@ def to_run(config: DictConfig) -> Run:
     return run
 
 
+@in_our_words()
 def read_launch(file: Path, overrides: list[str]) -> Launch:
     """Settings of `nfnets-xla launch`, checked as a run's are."""
     parts = [OmegaConf.structured(Launch), OmegaConf.load(file), OmegaConf.from_dotlist(overrides)]

@@ -5,7 +5,8 @@ everything past the command line sees these dataclasses and no other form of con
 plain (not frozen), because OmegaConf merges into them.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from operator import attrgetter
 from typing import Any
 
 JOBS = ("train", "evaluate", "throughput", "smoke")
@@ -14,6 +15,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "constant", "rsqrt")
 LOSSES = ("softmax", "sigmoid")
 MIXES = ("none", "mixup_cutmix")
+GROUPS = ("model", "data", "optim", "trainer")  # folders of conf/, fields of Run
 
 
 @dataclass
@@ -103,7 +105,7 @@ class TrainerConfig:
 
 @dataclass
 class Run:
-    job: str  # one of JOBS
+    job: str  # what the recipe is for: train, evaluate, throughput or smoke
     run_dir: str | None  # everything the run leaves behind; training needs one
     resume: str  # "auto": go on with what run_dir holds; "never"; or a checkpoint to begin from
     seed: int
@@ -120,6 +122,9 @@ class Run:
         _one_of("optim.loss", self.optim.loss, LOSSES)
         _one_of("data.mix", self.data.mix, MIXES)
         _one_of("model.init_weights", self.model.init_weights, ("raw", "ema"))
+        for name in setting_names():
+            if attrgetter(name)(self) == "":
+                raise ValueError(f"{name} is empty; give a value, or null")
         if self.model.pretrained is not None and self.model.init_from is not None:
             raise ValueError(
                 f"model.pretrained is {self.model.pretrained!r} and model.init_from "
@@ -195,6 +200,17 @@ class Run:
         del values["optim"]["accumulation"]
         del values["optim"]["max_skipped"]  # says whether a run goes on, not how
         return values
+
+
+def setting_names(of: type[Any] = Run, prefix: str = "") -> list[str]:
+    """Dotted, in the order of the fields."""
+    found: list[str] = []
+    for field in fields(of):
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            found += setting_names(field.type, f"{prefix}{field.name}.")
+        else:
+            found.append(prefix + field.name)
+    return found
 
 
 _POSITIVE = [

@@ -1,6 +1,6 @@
 """`nfnets-xla shards dedup`: near-duplicates, as lists that `data.exclude` names.
 
-    nfnets-xla shards dedup JFT --against IMAGENET/train --against IMAGENET/val --out dedup
+    nfnets-xla shards dedup JFT --against IN/train --against IN/val --out dedup
     nfnets-xla shards dedup JFT --within --out dedup
 
 Leaves in the folder `--out`: duplicates.txt (of each sample to exclude its id, the id that it
@@ -66,12 +66,16 @@ def parser() -> Parser:
     command.add_argument(
         "--bits", type=int, default=Settings.most_bits, help="hashes may differ in"
     )
-    command.add_argument("--distance", type=float, help=f"of pictures; {DISTANCE} if not given")
+    command.add_argument(
+        "--distance",
+        type=float,
+        help=f"of pictures at most; {DISTANCE} if not given, {COSINE_DISTANCE} with --model",
+    )
     command.add_argument("--model", help="compare by its features instead of by pixels")
     command.add_argument(
         "--weights", help="of the model: a run or a file; public ones if not given"
     )
-    command.add_argument("--engine", choices=ENGINES, default="local")
+    command.add_argument("--engine", choices=ENGINES, default="local", help="where jobs run")
     command.add_argument("--jobs", type=int, default=-1, help="at a time; -1: one per core")
     return command
 

@@ -1,6 +1,7 @@
 """How a run ends without being finished, for whoever started it."""
 
 START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
+INTERRUPTED = 130  # by Ctrl-C, as shells have it: a command that has nothing to go on with
 
 
 class Interrupted(Exception):

@@ -311,11 +311,13 @@ def parser() -> Parser:
         command.add_argument("settings", help=f"a YAML file, or one of {', '.join(shipped())}")
         if name == "example":
             continue
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+        command.add_argument(
+            "overrides", nargs="*", metavar="KEY=VALUE", help="instead of what the file says"
+        )
         command.add_argument("--dry-run", action="store_true", help="print the commands only")
         command.add_argument("--every", type=float, default=60, help="seconds between questions")
         if name == "logs":
-            command.add_argument("--worker", type=int, default=0)
+            command.add_argument("--worker", type=int, default=0, help="whose")
     return top
 
 

@@ -1,8 +1,8 @@
 """`nfnets-xla predict MODEL IMAGE...`: what a model says of pictures.
 
-    nfnets-xla predict nfnet_f0.dm_in1k cat.jpg dog.png       # public weights
-    nfnets-xla predict nfnet_f0 --weights RUN cat.jpg         # a run's, or a file's
-    nfnets-xla predict local-dir:CARD cat.jpg                 # a folder of `checkpoint card`
+    nfnets-xla predict nfnet_f0.dm_in1k cat.jpg dog.png   # public weights
+    nfnets-xla predict nfnet_f0 --weights RUN cat.jpg     # a run's, or a file's
+    nfnets-xla predict local-dir:CARD cat.jpg             # of `checkpoint card`
 
 A picture is resized and cropped as for evaluation, and seen in float32.
 """
@@ -88,7 +88,7 @@ def _read(path: str) -> Any:
 def parser() -> Parser:
     made = Parser(prog="nfnets-xla predict", description=__doc__)
     made.add_argument("model", help="a name of `nfnets-xla models`, or local-dir:FOLDER")
-    made.add_argument("image", nargs="+")
+    made.add_argument("image", nargs="+", help="file of a picture")
     made.add_argument("--weights", help="a run's folder, a checkpoint or a file of weights")
     made.add_argument("--ema", action="store_true", help="of a run: the moving average")
     made.add_argument("--size", type=int, help="pixels; what the model is tested at if not given")

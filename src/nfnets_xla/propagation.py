@@ -8,6 +8,7 @@ halves the map begins at a quarter: it averages four of them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from nfnets_xla.models.layers import SqueezeExcite
 from nfnets_xla.models.nfnet import NFBlock, NFNet
+from nfnets_xla.models.registry import create_model
 from nfnets_xla.models.variants import ALPHA, betas
+from nfnets_xla.shards_cli import Parser
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,9 @@ def table(found: Sequence[BlockSignal]) -> str:
 
 
 def draw(found: Sequence[BlockSignal], path: Path, title: str) -> None:
-    """A PNG of three panels, as the paper's figure 1. Raises ValueError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install 'nfnets_xla[scaling]'") from error
+    """A PNG of three panels, as the paper's figure 1."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     blocks = range(1, len(found) + 1)
     panels = figure.subplots(1, 3)
@@ -121,3 +122,41 @@ def draw(found: Sequence[BlockSignal], path: Path, title: str) -> None:
             panel.axvline(start, color="grey", lw=0.4)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+# ---- nfnets-xla signal --------------------------------------------------------------------------
+
+
+def signal(arguments: Sequence[str]) -> None:
+    """Prints the table, and draws it. What cannot be is refused before the network is built."""
+    given = parser().parse_args(arguments)
+    if given.batch < 1 or (given.size is not None and given.size < 1):
+        raise ValueError(
+            f"--batch is {given.batch} and --size {given.size}; they must be 1 or more"
+        )
+    out = given.out or Path(f"{given.name}-signal.png")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out is {out}: there is no folder {out.parent}")
+    if find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install 'nfnets_xla[scaling]'")
+    torch.manual_seed(given.seed)
+    net = create_model(given.name, checkpoint_path=given.checkpoint)
+    title = f"{given.name}, {given.checkpoint or 'new weights, skip gains 1'}, Gaussian noise"
+    if given.checkpoint is None:
+        open_branches(net)
+    size = given.size or getattr(getattr(net, "variant", None), "train_size", 224)
+    found = signals(net, torch.randn(given.batch, 3, size, size))
+    print(table(found))
+    draw(found, out, f"{title}, {given.batch} x {size} px")
+    print(f"{out}: {len(found)} blocks")
+
+
+def parser() -> Parser:
+    made = Parser(prog="nfnets-xla signal", description=__doc__)
+    made.add_argument("name", help="a name of `nfnets-xla models`")
+    made.add_argument("--out", type=Path, help="PNG to write; NAME-signal.png if not given")
+    made.add_argument("--size", type=int, help="pixels; what the model is trained at if not given")
+    made.add_argument("--batch", type=int, default=8, help="rows of noise")
+    made.add_argument("--checkpoint", help="trained weights, as they are; else new ones")
+    made.add_argument("--seed", type=int, default=0, help="of new weights and of the noise")
+    return made

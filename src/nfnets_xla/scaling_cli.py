@@ -33,8 +33,14 @@ def parser() -> Parser:
 
     defaults = Job(core_hours=1)
     plan = add("plan", run_plan, "say what to train with so many core-hours")
-    plan.add_argument("--core-hours", type=float, required=True)
-    plan.add_argument("--hardware", choices=DEVICES, default=defaults.hardware)
+    plan.add_argument("--core-hours", type=float, required=True, help="of one trial")
+    plan.add_argument(
+        "--hardware",
+        choices=DEVICES,
+        metavar="NAME",
+        default=defaults.hardware,
+        help=f"to train on: {', '.join(DEVICES)}",
+    )
     plan.add_argument("--cores", type=int, default=defaults.cores, help="for the wall clock")
     plan.add_argument("--mfu", type=float, help="share of the peak; default: the runs' or 0.36")
     plan.add_argument("--price", type=float, help="of a chip-hour")
@@ -42,11 +48,17 @@ def parser() -> Parser:
     plan.add_argument("--batch-size", type=int, help="default: the runs' or 4096")
     plan.add_argument("--runs", type=Path, help="folder of runs to fit; else the paper's rules")
     fit = add("fit", run_fit, "fit laws to a folder of runs")
-    fit.add_argument("runs", type=Path)
+    fit.add_argument("runs", type=Path, help="folder of runs")
     figures = add("figures", run_figures, "draw the paper's three figures from a folder of runs")
-    figures.add_argument("runs", type=Path)
+    figures.add_argument("runs", type=Path, help="folder of runs")
     figures.add_argument("--out", type=Path, required=True, help="folder to write to")
-    figures.add_argument("--hardware", choices=DEVICES, default=defaults.hardware)
+    figures.add_argument(
+        "--hardware",
+        choices=DEVICES,
+        metavar="NAME",
+        default=defaults.hardware,
+        help=f"whose core-hours to draw: {', '.join(DEVICES)}",
+    )
     figures.add_argument("--mfu", type=float, help="to assume for runs on other hardware")
     for command in (plan, fit, figures):
         command.add_argument(

@@ -1,7 +1,10 @@
 """`nfnets-xla shards ...`: pack, index, check, count, split and exclude, one subcommand each."""
 
 import argparse
+import inspect
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,14 +12,44 @@ from typing import Any, NoReturn
 
 from nfnets_xla.data.jobs import ENGINES
 
+# Of other modules, which the command line asks before this one.
+ELSEWHERE = {
+    "show": "draw the views that a recipe makes of them, with labels and ids",
+    "dedup": "list near-duplicates of an evaluation set, or within one",
+}
 Progress = Callable[..., None]
 Run = Callable[[Any], int | None]  # of a subcommand's arguments; returns the exit code
+
+
+class Paragraphs(argparse.HelpFormatter):
+    """Fills paragraphs; indented lines, which are examples, stay as they are. Defaults are said."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(text))
+        return "\n\n".join(
+            paragraph
+            if paragraph.startswith("    ")
+            else textwrap.fill(" ".join(paragraph.split()), width)
+            for paragraph in paragraphs
+        )
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, default = action.help or "", action.default
+        if not action.option_strings or not isinstance(default, (str, int, float)):
+            return said
+        if isinstance(default, bool) or default == argparse.SUPPRESS:
+            return said
+        return f"{said} (default: %(default)s)".lstrip()
 
 
 class Parser(argparse.ArgumentParser):
     """Mistakes are a ValueError, which the command line prints in one line."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=Paragraphs, **options)
+
     def error(self, message: str) -> NoReturn:
+        message = message.removesuffix(", key=value")  # argparse asks for what may be left out
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
@@ -29,9 +62,7 @@ def shards(arguments: Sequence[str]) -> int:
 def parser() -> Parser:
     top = Parser(
         prog="nfnets-xla shards",
-        description="WebDataset shards: folders of *.tar.",
-        epilog="`nfnets-xla shards show DIR` draws the views that a recipe makes of them; "
-        "`nfnets-xla shards dedup` lists near-duplicates.",
+        description="WebDataset shards: folders of *.tar. DIR may be an address, gs://bucket/folder.",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -49,24 +80,27 @@ def parser() -> Parser:
     stats.add_argument("dir", help="folder, or its address")
     hold = add("holdout", run_holdout, "copy a split, by hash of the key, into shards of its own")
     hold.add_argument("dir", help="folder, or its address")
-    hold.add_argument("out", type=Path)
-    hold.add_argument("--samples", type=int, required=True)
+    hold.add_argument("out", type=Path, help="folder to write, new or empty")
+    hold.add_argument("--samples", type=int, required=True, help="so many")
     hold.add_argument(
         "--alike", type=Path, help="list of `shards dedup --within`: its groups are not parted"
     )
     for command in (index, lint, stats, hold):
-        command.add_argument("--engine", choices=ENGINES, default="local")
+        command.add_argument("--engine", choices=ENGINES, default="local", help="where jobs run")
         command.add_argument("--jobs", type=int, default=-1, help="at a time; -1: one per core")
     exclude = add("exclude", run_exclude, "find the rows of a long list of ids once, for all runs")
     exclude.add_argument("dir", help="folder, or its address")
     exclude.add_argument("ids", type=Path, nargs="+", help="text files, one id (shard/key) a line")
     exclude.add_argument("list", type=Path, help="what to write: FILE.npz, for data.exclude")
     add_pack(add, commands)
+    for name, purpose in ELSEWHERE.items():
+        commands.add_parser(name, help=purpose, add_help=False)
     return top
 
 
 def add_pack(add: Callable[..., Any], commands: Any) -> None:
-    pack = commands.add_parser("pack", help="make indexed shards", description="Make shards.")
+    purpose = "make indexed shards of images"
+    pack = commands.add_parser("pack", help=purpose, description=purpose)
     kinds = pack.add_subparsers(required=True, metavar="KIND", parser_class=Parser)
     for name, purpose in (
         ("folder", "images in SOURCE/<class>/"),
@@ -75,20 +109,20 @@ def add_pack(add: Callable[..., Any], commands: Any) -> None:
     ):
         kind = add(name, run_pack, purpose, kinds)
         kind.set_defaults(kind=name)
-        kind.add_argument("source", type=Path)
-        kind.add_argument("dir", type=Path)
-        kind.add_argument("--samples-per-shard", type=int, default=1000)
+        kind.add_argument("source", type=Path, help="folder or file to read")
+        kind.add_argument("dir", type=Path, help="folder to write, new or empty")
+        kind.add_argument("--samples-per-shard", type=int, default=1000, help="at most")
         if name != "imagenet":
-            kind.add_argument("--shard-bytes", type=float, default=float("inf"))
+            kind.add_argument("--shard-bytes", type=float, default=float("inf"), help="at most")
     purpose = "images drawn from formulas, labelled, of any number: to try things with"
     fractals = add("fractals", run_pack_fractals, purpose, kinds)
-    fractals.add_argument("dir", type=Path)
-    fractals.add_argument("--classes", type=int, default=8)
-    fractals.add_argument("--per-class", type=int, default=128)
+    fractals.add_argument("dir", type=Path, help="folder to write, new or empty")
+    fractals.add_argument("--classes", type=int, default=8, help="so many")
+    fractals.add_argument("--per-class", type=int, default=128, help="images of each")
     fractals.add_argument("--first", type=int, default=0, help="number of each class's first image")
     fractals.add_argument("--size", type=int, default=64, help="pixels")
     fractals.add_argument("--seed", type=int, default=0, help="of the classes' shapes")
-    fractals.add_argument("--samples-per-shard", type=int, default=1000)
+    fractals.add_argument("--samples-per-shard", type=int, default=1000, help="at most")
 
 
 # ---- subcommands ------------------------------------------------------------------------------

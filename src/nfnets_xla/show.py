@@ -1,6 +1,6 @@
 """What the model will see: the first views of a run on a contact sheet, one PNG.
 
-    nfnets-xla shards show DIR --recipe imagenet --out sheet.png --rows 6 data.repeats=4
+    nfnets-xla shards show DIR --recipe imagenet --rows 6 data.repeats=4
 
 These are the views of the first step, or of `--step N` of the record (with the run's seed, batch
 and epochs), as they enter normalisation: cropped, augmented and mixed, each with its label (or two,
@@ -18,9 +18,8 @@ from nfnets_xla.config import Run
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.mix import mixed
 from nfnets_xla.inputs import count_classes, make_order, make_train_batches, open_shards
+from nfnets_xla.shards_cli import Parser
 from nfnets_xla.sheet import draw_sheet
-
-USAGE = "shards show DIR [--out FILE] [--rows N] [--step N] [--recipe NAME] [key=value ...]"
 
 COLUMNS = 8  # of a sheet without repeats; with K repeats, a row has the K views of an image
 
@@ -36,26 +35,24 @@ class Request:
 
 
 def parse(arguments: list[str]) -> Request:
-    """Raises ValueError for anything but what USAGE says."""
-    options = {"--out": "sheet.png", "--rows": "4", "--step": "1", "--recipe": "pretrain"}
-    plain: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        if word in options:
-            options[word] = next(words, "")
-        else:
-            plain.append(word)
-    folders = [word for word in plain if "=" not in word]
-    rows, step = options["--rows"], options["--step"]
-    if len(folders) != 1 or folders[0].startswith("-") or not all(options.values()):
-        raise ValueError(f"usage: nfnets-xla {USAGE}")
-    if not rows.isdecimal() or not 1 <= int(rows) <= 100:
-        raise ValueError(f"--rows is {rows}; it must be a whole number from 1 to 100")
-    if not step.isdecimal() or int(step) < 1:
-        raise ValueError(f"--step is {step}; it must be a whole number from 1")
-    overrides = [word for word in plain if "=" in word]
-    out, recipe = Path(options["--out"]), options["--recipe"]
-    return Request(folders[0], out, int(rows), int(step), recipe, overrides)
+    """Raises ValueError for what cannot be."""
+    parser = Parser(prog="nfnets-xla shards show", description=__doc__)
+    parser.add_argument("dir", help="indexed shards: folder or address")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
+    parser.add_argument("--out", default="sheet.png", help="PNG to write")
+    parser.add_argument("--rows", type=int, default=4, help="of the sheet, 1 to 100")
+    parser.add_argument("--step", type=int, default=1, help="counted from 1, as the record does")
+    parser.add_argument("--recipe", default="pretrain", help="a name of `nfnets-xla --help`")
+    given = parser.parse_intermixed_args(arguments)
+    if not 1 <= given.rows <= 100:
+        raise ValueError(f"--rows is {given.rows}; it must be a whole number from 1 to 100")
+    if given.step < 1:
+        raise ValueError(f"--step is {given.step}; it must be a whole number from 1")
+    if not Path(given.out).absolute().parent.is_dir():
+        raise ValueError(f"--out is {given.out}: there is no folder {Path(given.out).parent}")
+    return Request(
+        given.dir, Path(given.out), given.rows, given.step, given.recipe, given.overrides
+    )
 
 
 def show(run: Run, out: Path, rows: int, step: int = 1, say: Callable[[str], None] = print) -> None:

@@ -190,7 +190,7 @@ def describe(plan: Plan, job: Job, price: float | None = None) -> str:
     """A table of what to do, each line with whose rule it is."""
     chips = account.chip_hours(job.core_hours, job.hardware)
     low, high = sorted(plan.trials.rates)
-    booked = f"{job.core_hours:,.0f} core-hours = {chips:,.0f} chip-hours"
+    booked = f"{job.core_hours:,.10g} core-hours = {chips:,.10g} chip-hours"
     if price is not None:
         cost = account.cost(job.core_hours, job.hardware, price=price)
         booked += f" = {cost:,.0f} at {price:g} a chip-hour"

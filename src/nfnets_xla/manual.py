@@ -1,0 +1,100 @@
+"""What recipes there are; and `nfnets-xla RECIPE --help`: what one is, and all that can be set.
+
+The recipe's own header, then every setting with the recipe's value and what the field's comment in
+config.py says of it. Needs no Hydra.
+"""
+
+import inspect
+import re
+import shutil
+import textwrap
+from collections.abc import Mapping
+from importlib.resources import files
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from nfnets_xla import config
+
+FIELD = re.compile(r"^    (\w+): [^#]+?(?:  # (.*))?$", re.MULTILINE)
+COLUMN = 36  # where what is said of a setting begins
+
+OPTIONS = """options:
+  --cfg job           print the recipe with what is set of it; start nothing
+  --multirun          one run for each of several values: optim.epochs=1,2
+  --config-dir DIR    a folder of recipes of your own, extending these"""
+
+
+def recipes() -> dict[str, str]:
+    """Names of the shipped recipes with the first line of their headers."""
+    found = sorted(file.name for file in files("nfnets_xla.recipes").iterdir())
+    names = [name.removesuffix(".yaml") for name in found if name.endswith(".yaml")]
+    return {name: header(name).partition("\n")[0] for name in names}
+
+
+def known(name: str) -> None:
+    """Raises ValueError for the name of no shipped recipe."""
+    if name not in recipes():
+        raise ValueError(
+            f"there is no recipe {name!r}; there are {', '.join(recipes())} "
+            "(your own needs --config-dir FOLDER)"
+        )
+
+
+def header(name: str, folder: str | None = None) -> str:
+    """The comment that a recipe's file opens with."""
+    where = files("nfnets_xla.recipes") if folder is None else Path(folder)
+    lines = (where / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line[2:] for line in takewhile(lambda line: line.startswith("#"), lines))
+
+
+def manual(name: str, header: str, values: Mapping[str, Any], swept: Mapping[str, Any]) -> str:
+    """`values` as composed, by dotted name; "???" is what has to be given."""
+    width = max(60, min(100, shutil.get_terminal_size().columns))
+    lines = [f"usage: nfnets-xla {name} [key=value ...]", ""]
+    for line in header.splitlines():
+        broken = textwrap.wrap(line, width - 2, subsequent_indent="      ", break_long_words=False)
+        lines.append((" \\\n" if line.startswith("  nfnets-xla") else "\n").join(broken))
+    lines += ["", OPTIONS, ""]
+    groups = ", ".join(f"{group}={'|'.join(parts(group))}" for group in config.GROUPS)
+    lines += [*textwrap.wrap(f"parts to choose from: {groups}", width, subsequent_indent="  "), ""]
+    if swept:
+        lines += ["one run for each of:", *(f"  {key}={value}" for key, value in swept.items())]
+        lines.append("")
+    lines.append("settings, as this recipe has them; ??? has to be given:")
+    said = comments()
+    for key, value in values.items():
+        setting = f"  {key}={written(value)}"
+        lines += textwrap.wrap(
+            f"{setting:{COLUMN - 2}}  {said[key]}".rstrip(),
+            width,
+            subsequent_indent=" " * COLUMN,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
+
+
+def parts(group: str) -> list[str]:
+    found = (files("nfnets_xla.conf") / group).iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in found if file.name.endswith(".yaml"))
+
+
+def comments() -> dict[str, str]:
+    """Of every setting by its dotted name; "" where the name says it."""
+    kinds = {f"{group}.": config.Run.__annotations__[group] for group in config.GROUPS}
+    found = {
+        prefix + field: re.sub(r"\bNone\b", "null", comment)  # as it is given
+        for prefix, kind in {"": config.Run, **kinds}.items()
+        for field, comment in FIELD.findall(inspect.getsource(kind))
+    }
+    return {name: found[name] for name in config.setting_names()}
+
+
+def written(value: Any) -> str:
+    """As it is given on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
