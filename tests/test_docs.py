@@ -1,19 +1,30 @@
-"""The code in the docs runs, with a small random network where it asks for pretrained ones."""
+"""The code in the docs runs, with a small random network where it asks for pretrained ones, and
+every command in them is one that the command line takes."""
 
+import argparse
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nfnets_xla.cli import recipes, usage
+from nfnets_xla.cli import COMMANDS, main
+from nfnets_xla.compose import composed, options, to_run
+from nfnets_xla.manual import recipes
+from nfnets_xla.shards_cli import Parser
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 BLOCKS = [
     (path.name, number, block)
     for path in sorted(DOCS.glob("*.md"))
@@ -51,16 +62,97 @@ def test_the_picture_is_that_of_the_code() -> None:
     assert (DOCS / "batch.svg").read_text() == drawn["picture"](), "run docs/_draw_batch.py"
 
 
-def test_commands_in_the_docs_exist() -> None:
-    pages = [DOCS.parent / "README.md", *DOCS.glob("*.md")]
-    known = {*recipes(), *re.findall(r"nfnets-xla (\w+)", usage())}
-    named = {
-        (page.name, command)
-        for page in pages
-        for command in re.findall(r"^    nfnets-xla ([a-z]\w*)", page.read_text(), re.MULTILINE)
-    }
-    assert len(named) > 10
-    assert [(page, command) for page, command in named if command not in known] == []
+class Understood(BaseException):
+    """The words were parsed; nothing is to be done."""
+
+
+WHOLE = re.compile(r"^(?:    |#   )(?:torchrun \S+ -m nfnets_xla|nfnets-xla) +(.*)$", re.MULTILINE)
+NAMED = re.compile(r"`nfnets-xla ([a-z]\w*)(?: ([a-z]+)\b)?")
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each indented command, without what only stands for more."""
+    text = re.sub(r" *\\\n#? *", " ", page.read_text())
+    for line in WHOLE.findall(text):
+        line = re.split(r" {3,}| (?:does|prints|print) | > ", line.partition(" #")[0])[0]
+        words = [word for word in shlex.split(re.sub(r"\$\([^)]*\)", "A", line)) if word != "..."]
+        if words[0] != "RECIPE":
+            yield words
+
+
+def understand(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raises ValueError for a command that would be refused as it is written."""
+    name, rest = words[0], words[1:]
+    if name in recipes():
+        options(name, rest)
+        if {"--cfg", "--help"} & set(rest):
+            return
+        # Of several values, which sweeps take, the first.
+        given = [re.sub(r"^([\w.]+=[^\[,]+),.*", r"\1", word) for word in rest]
+        try:
+            to_run(composed(name, given))
+        except ValueError as error:
+            # A page shows what it speaks of, and its RUN is no folder.
+            if not re.search(" not set: give |it must hold a config.json", str(error)):
+                raise
+        return
+    parse = Parser.parse_known_args
+
+    def only_parse(self: Parser, *given: Any) -> NoReturn:
+        _, left = parse(self, *given)
+        if unknown := [word for word in left if word.startswith("-")]:
+            raise ValueError(f"unknown: {unknown}")
+        raise Understood
+
+    with monkeypatch.context() as patch:
+        for method in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, method, only_parse)
+        with pytest.raises(Understood):
+            main(words)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [README, *sorted(DOCS.glob("*.md")), *sorted((ROOT / "recipes").rglob("*.yaml"))],
+    ids=lambda path: path.stem,
+)
+def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in commands(page):
+        try:
+            understand(words, monkeypatch)
+        except SystemExit:
+            pytest.fail(f"{page.name}: nfnets-xla {shlex.join(words)}")
+        except ValueError as error:
+            pytest.fail(f"{page.name}: nfnets-xla {shlex.join(words)}: {error}")
+    for name, _ in NAMED.findall(page.read_text()):
+        assert name in {*COMMANDS, *recipes(), "my_recipe"}, f"{page.name}: nfnets-xla {name}"
+
+
+def test_a_command_that_is_wrong_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("pretrain data.shard=S", "pretrain optim.epochs=x", "pretrain --gpu"):
+        with pytest.raises(ValueError, match=r"no setting|must be a number|no option"):
+            understand(wrong.split(), monkeypatch)
+    for wrong in ("shards idx DIR", "runs", "scaling plan --hours 3", "convrt A B"):
+        with pytest.raises(SystemExit):
+            understand(wrong.split(), monkeypatch)
+    assert sum(1 for page in (README, *DOCS.glob("*.md")) for _ in commands(page)) > 50
+
+
+def test_the_readmes_first_lines_run(tmp_path: Path) -> None:
+    (block,) = re.findall(
+        r"\n((?:    .*\n|\n)*    import nfnets_xla\n(?:    .*\n|\n)*)", README.read_text()
+    )[:1]
+    code = textwrap.dedent(block).replace("nfnet_f0", "nfnet_mini_f0")
+    code = code.replace("pretrained=True", "pretrained=False").replace("f7_plus", "mini_f0")
+    ahead = "import torch\nimages_BCHW = torch.zeros(1, 3, 64, 64)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", ahead + code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_there_are_blocks_to_run() -> None:
