@@ -25,6 +25,7 @@ def main() -> None:
     images_BCHW, labels_B = digits()
     train, held_out = slice(HELD_OUT, None), slice(HELD_OUT)
     net = nfnets_xla.create_model("nfnet_mini_f0", num_classes=10, drop_path_rate=0.0)
+    assert isinstance(net, nfnets_xla.NFNet)
     schedule = Schedule("cosine", peak=0.1, warmup_steps=max(1, steps // 10), total_steps=steps + 1)
     roles = parameter_roles(net, classifier="head")
     sgd = SGD_AGC(net.named_parameters(), roles, lr=schedule.peak, weight_decay=1e-5)

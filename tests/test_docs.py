@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,9 +80,9 @@ def commands(page: Path) -> Iterator[list[str]]:
             yield words
 
 
-def understand(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def understand(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Raises ValueError for a command that would be refused as it is written."""
-    name, rest = words[0], words[1:]
+    name, rest = words[0], list(words[1:])
     if name in recipes():
         options(name, rest)
         if {"--cfg", "--help"} & set(rest):

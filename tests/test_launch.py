@@ -107,7 +107,7 @@ def test_a_dry_run_prints_commands_and_runs_none(
     [
         (["run=[pretrain,run_dir=runs/f0]"], "run_dir=runs/f0; it must lie under /mnt/share"),
         (["wheel=nowhere.whl"], "wheel is 'nowhere.whl', and there is no such file"),
-        (["spot=perhaps"], "not a valid bool"),
+        (["spot=perhaps"], "spot is perhaps; it must be true or false"),
         (["zones=x"], "zones"),
         (["project=???"], "project not set"),
     ],

@@ -91,7 +91,8 @@ def overview(record: RunRecord, folder: Path, name: str) -> Overview:
     )
 
 
-# Left out one after the other where a terminal has no room for whole numbers.
+SHORTEST_NAME = 12  # of a run, where a terminal is narrow
+# Left out one after the other where there is no room for whole numbers.
 SPARED = ("starts", "lost", "peak lr", "epochs", "FLOPs", "loss", "time")
 
 
@@ -99,20 +100,18 @@ def table(found: Sequence[Overview], width: int) -> Any:
     """No wider than `width` if leaving out what can be spared is enough; no cell is ever cut."""
     from rich.table import Table
 
-    columns = [cells(run) for run in found]
-    spared: list[str] = []
-    for name in ("", *SPARED):
-        spared.append(name)
-        shown = [key for key in columns[0] if key not in spared]
-        widths = [max(len(key), *(len(run[key]) for run in columns)) for key in shown[1:]]
-        if sum(widths) + 2 * len(widths) + 12 <= width:
-            break
+    rows = [cells(run) for run in found]
+    widths = {key: 2 + max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    widths["run"] = SHORTEST_NAME  # a longer one is folded
+    for key in SPARED:
+        if sum(widths.values()) > width:
+            del widths[key]
     made = Table(box=None, header_style="bold", pad_edge=False)
-    made.add_column("run", overflow="fold", min_width=12)
-    for key in shown[1:]:
+    made.add_column("run", overflow="fold", min_width=SHORTEST_NAME)
+    for key in list(widths)[1:]:
         made.add_column(key, justify="left" if key == "status" else "right", no_wrap=True)
-    for run in columns:
-        made.add_row(*(run[key] for key in shown))
+    for row in rows:
+        made.add_row(*(row[key] for key in widths))
     return made
 
 

@@ -21,7 +21,7 @@ HOMES = {
     "fuse": "deploy",
     "list_models": "registry",
 }
-__all__ = list(HOMES)
+__all__ = ["NFNet", "WSConv2d", "create_model", "fuse", "list_models"]
 
 
 def __getattr__(name: str) -> Any:
