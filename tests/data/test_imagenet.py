@@ -26,7 +26,7 @@ REAL = [[0], [], [1, 2], [0, 1], [2]]
 def devkit(padding: int = 0) -> bytes:
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
     synsets = np.array([(n, name, 0) for n, name in enumerate(SYNSETS, start=1)], fields)
-    meta = io.BytesIO()
+    meta: Any = io.BytesIO()  # whose type the stubs of savemat lack
     savemat(meta, {"synsets": synsets})
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as tar:

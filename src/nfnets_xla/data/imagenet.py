@@ -151,7 +151,8 @@ def _val_synsets(devkit: bytes) -> list[str]:
                 meta = file.read()
     if truth is None or meta is None:
         raise ValueError(f"{DEVKIT} lacks the ground truth or meta.mat: get it again")
-    rows: Any = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    file: Any = io.BytesIO(meta)  # whose type the stubs of loadmat lack
+    rows: Any = loadmat(file, squeeze_me=True)["synsets"]
     synset_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
     return [synset_of[int(number)] for number in truth]
 

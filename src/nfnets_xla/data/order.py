@@ -313,7 +313,7 @@ def _check_counts(counts: Int64) -> None:
         raise ValueError(f"a shard has {counts.min()} samples; it must have 0 or more")
 
 
-def _shard_at(line: Line, places: Any) -> Any:
+def _shard_at(line: Line, places: int | Int64) -> Any:
     """Number on the line of the shard that holds each place."""
     return np.searchsorted(line.starts, places, side="right") - 1
 

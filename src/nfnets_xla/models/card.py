@@ -40,8 +40,9 @@ def write_card(
         cfg.pop(key, None)
     if in_timm:
         cfg |= {"first_conv": "stem.conv1", "classifier": "head.fc"}
+    architecture = OF_TIMM[name] if in_timm else PREFIX + name
     config = {
-        "architecture": OF_TIMM[name] if in_timm else PREFIX + name,
+        "architecture": architecture,
         "num_classes": net.num_classes,
         "num_features": net.num_features,
         "pretrained_cfg": cfg,
@@ -54,7 +55,7 @@ def write_card(
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_tensors(tensors, made / WEIGHTS, describe(net, name, provenance))
         (made / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        (made / CARD).write_text(_page(name, config["architecture"], facts), encoding="utf-8")
+        (made / CARD).write_text(_page(name, architecture, facts), encoding="utf-8")
         made.rename(folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)

@@ -1,5 +1,8 @@
 """One file of weights into another: any form and anybody's names in, a chosen one's out."""
 
+# pyright: reportUnknownMemberType=false
+# torch types its own signatures in part.
+
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

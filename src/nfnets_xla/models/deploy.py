@@ -8,6 +8,9 @@ that it exports and quantises like any other network. Nothing of it can be train
 Shape suffixes as in nfnet.py.
 """
 
+# pyright: reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
+# torch types its own signatures in part.
+
 from copy import deepcopy
 
 import torch
@@ -37,7 +40,8 @@ def fuse(net: NFNet) -> "FusedNFNet":
     if is_stacked(net):
         net = unstack(deepcopy(net))
     fused = FusedNFNet(net).requires_grad_(False).eval()
-    return fused.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    fused.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return fused
 
 
 class FusedNFNet(nn.Module):

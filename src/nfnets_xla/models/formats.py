@@ -8,12 +8,16 @@
 What a file holds keeps its names here; names.py turns them into ours.
 """
 
+# pyright: reportUnknownMemberType=false
+# torch types its own signatures in part.
+
 import json
 import struct
 import zipfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -89,7 +93,15 @@ def _zip_names(path: Path) -> list[str]:
         raise ValueError(f"{path} is a broken zip file ({error}): fetch it again") from None
 
 
-def _safetensors(path: Path) -> "safe_open":
+class _Safetensors(Protocol):
+    """An open file, whose own types the library leaves out."""
+
+    def keys(self) -> list[str]: ...
+    def get_tensor(self, name: str) -> Tensor: ...
+    def metadata(self) -> dict[str, str] | None: ...
+
+
+def _safetensors(path: Path) -> AbstractContextManager[_Safetensors]:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, json.JSONDecodeError) as error:
@@ -106,7 +118,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     _check_torch_zip(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # refused, or broken in one of many ways
         raise ValueError(
             f"{path} is not a file of tensors alone ({type(error).__name__}), and nothing else is "
@@ -114,13 +126,17 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             ".safetensors"
         ) from None
     for wrapper in WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
+        if _is_mapping(state) and _is_mapping(inside := state.get(wrapper)):
+            state = inside
+    items = state.items() if _is_mapping(state) else {None: None}.items()
+    tensors = {n: value for n, value in items if isinstance(n, str) and isinstance(value, Tensor)}
+    if len(tensors) < len(items):
         raise ValueError(f"{path} is not a plain state dict of tensors: save only that")
-    return dict(state)
+    return tensors
+
+
+def _is_mapping(value: object) -> TypeGuard[Mapping[object, object]]:
+    return isinstance(value, Mapping)
 
 
 def _check_torch_zip(path: Path) -> None:
@@ -139,7 +155,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as file:
         infos = file.infolist()
         _check_total(path, sum(info.file_size for info in infos))
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for info in infos:
             with file.open(info) as member:
                 arrays[info.filename.removesuffix(".npy")] = _read_npy(member, info)

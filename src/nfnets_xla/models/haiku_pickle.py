@@ -5,6 +5,10 @@ stand-ins that can only become arrays and mappings, knows only the instructions 
 needs neither Haiku nor JAX nor dill. Everything else is refused by name.
 """
 
+# pyright: reportPrivateUsage=false, reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+# What a file holds has no type before it was checked.
+
 import io
 import math
 import pickle

@@ -4,6 +4,9 @@ Reference: deepmind-research/nfnets, base.py at f5de0ed. Shape suffixes: B batch
 pixels, O out and I in channels of a weight.
 """
 
+# pyright: reportUnknownMemberType=false
+# torch types its own signatures in part.
+
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +19,8 @@ from nfnets_xla.models.variants import EpsMode, Gelu
 GELU_GAIN = 1.7015043497085571  # base.py: unit variance out for N(0, 1) in, tanh approximation
 WS_FLOOR = 1e-4  # base.py: a floor under variance * fan_in, not an addend
 WS_ADDEND = 1e-5  # timm's dm_nfnet (std_conv_eps): added to the variance
+
+vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # pyright: ignore[reportUnknownVariableType]
 
 
 def gelu(x: Tensor, form: Gelu = "tanh") -> Tensor:
@@ -71,7 +76,7 @@ class Standardise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         mean_O111 = weight_OIHW.mean(dim=(1, 2, 3), keepdim=True)
         centred = weight_OIHW - mean_O111
-        squares_O111 = torch.linalg.vector_norm(centred, dim=(1, 2, 3), keepdim=True).square()
+        squares_O111 = vector_norm(centred, dim=(1, 2, 3), keepdim=True).square()
         scale_O111 = torch.rsqrt(squares_O111.clamp(min=floor) + addend)
         return centred * (scale_O111 * gain_O[:, None, None, None]), mean_O111, squares_O111
 
@@ -146,8 +151,8 @@ class WSConv2d(nn.Conv2d):
             (WS_FLOOR, 0.0) if self.eps_mode == "floor" else (0.0, WS_ADDEND * self.fan_in)
         )
         if torch.is_grad_enabled():
-            standardised: Any = Standardise.apply(weight, gain, floor, addend)
-            return standardised[0]
+            results = Standardise.apply(weight, gain, floor, addend)  # pyright: ignore[reportUnknownVariableType]
+            return results[0]  # pyright: ignore[reportUnknownVariableType, reportOptionalSubscript]
         return Standardise.forward(weight, gain, floor, addend)[0]  # which a trace can follow
 
     def forward(self, input: Tensor, input_gain: float | Tensor = 1.0) -> Tensor:

@@ -60,7 +60,7 @@ def haiku_names(net: NFNet) -> dict[str, str]:
 
 def timm_names(net: NFNet) -> dict[str, str]:
     """{name in our state dict: timm's}, e.g. {"stem.0.gain": "stem.conv1.gain"}; as above."""
-    names = {}
+    names: dict[str, str] = {}
     for ours in haiku_names(net):
         place, _, leaf = ours.rpartition(".")
         if ours.startswith("stem."):

@@ -10,6 +10,9 @@ gates, never into feature maps: one pass over memory less for each.
 Shape suffixes: B batch, C channels, H W pixels, N residual blocks, F pooled features, K classes.
 """
 
+# pyright: reportUnknownMemberType=false
+# torch types its own signatures in part.
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import checkpoint as torch_checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from nfnets_xla.models.layers import (
     GELU_GAIN,
@@ -112,7 +115,7 @@ class Stage(nn.ModuleList):
 
 def recompute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """torch's checkpointing. A block draws nothing random: its masks are arguments."""
-    result = torch_checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    result = torch_checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportUnknownVariableType]
     assert isinstance(result, Tensor)
     return result
 
@@ -182,7 +185,7 @@ class NFNet(nn.Module):
         self.final_conv: WSConv2d | nn.Identity = WSConv2d(
             into, self.num_features, 1, eps_mode=variant.eps_mode
         )
-        self.global_pool = "avg"
+        self.global_pool: str = "avg"
         self.head: Linear | nn.Identity = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
 
@@ -278,7 +281,7 @@ class NFNet(nn.Module):
         if keep_masks_BN is None:
             return [None] * len(self.stages)
         _check_shape("keep_masks_BN", keep_masks_BN, (batch, self.num_blocks))
-        return keep_masks_BN.split(self.variant.depth, dim=1)
+        return torch.split(keep_masks_BN, [*self.variant.depth], dim=1)
 
     def _drop(self, pooled_BF: Tensor, keep_BF: Tensor | None) -> Tensor:
         if keep_BF is None:
@@ -355,10 +358,7 @@ class NFNet(nn.Module):
     # ---- cost ---------------------------------------------------------------------------------
 
     def flops(self, size: int) -> int:
-        """Floating-point operations of one `size` x `size` image, forward: twice the `macs`.
-
-        This is the unit of the ViT papers; what the NFNet paper calls "FLOPs" is `macs`.
-        """
+        """Floating-point operations, forward: twice the `macs`, and the unit of the ViT papers."""
         return 2 * self.macs(size)
 
     def macs(self, size: int, blocks_only: bool = False) -> int:

@@ -7,6 +7,9 @@ pooled features, and its cost. Randomness inside timm's own layers is not keyed,
 Shape suffixes: B batch, C channels, H W pixels, N residual blocks (none here), F features.
 """
 
+# pyright: reportUnknownMemberType=false
+# torch types its own signatures in part.
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -134,7 +137,7 @@ def create_peer(
             return _vit(VITS[name], size, options)
         import timm
 
-        sized = {} if size is None else {"img_size": size, "dynamic_img_size": True}
+        sized: dict[str, Any] = {} if size is None else {"img_size": size, "dynamic_img_size": True}
         try:
             return timm.create_model(plain, pretrained=loads, **options, **sized)
         except TypeError:  # a network for images of any size

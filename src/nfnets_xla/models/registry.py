@@ -209,7 +209,7 @@ def full_card(name: str) -> str:
 
 
 def _accuracy(name: str) -> list[str]:
-    lines = []
+    lines: list[str] = []
     if name in IMAGENET:
         found = IMAGENET[name]
         remark = f" ({found.remark})" if found.remark else ""

@@ -9,14 +9,17 @@ have the names of single blocks, `stages.2.3.conv0.weight`, in either form.
 Shape suffixes: as in nfnet.py, and D blocks of a tail.
 """
 
+# pyright: reportUnknownMemberType=false
+# torch types its own signatures in part.
+
 import re
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
 from nfnets_xla.models.layers import GELU_GAIN
 from nfnets_xla.models.nfnet import Checkpoint, NFBlock, NFNet, Stage
@@ -211,7 +214,7 @@ def as_in(net: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises ValueError if one is missing of which `net` has a stack.
     """
     result = dict(named)
-    for name, stage in net.named_modules():
+    for name, stage in cast("Iterator[tuple[str, nn.Module]]", net.named_modules()):
         if isinstance(stage, StackedStage):
             for missing in _stack_names(stage, f"{name}." if name else "", result):
                 raise ValueError(f"there is no {missing!r}: the tensors are of another model")

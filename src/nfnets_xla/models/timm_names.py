@@ -61,11 +61,11 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
 def _register() -> None:
     from timm.models import generate_default_cfgs, register_model
 
-    cfgs = {}
+    cfgs: dict[str, Any] = {}
     for name, variant in VARIANTS.items():
         tagged = f"{PREFIX}{name}.{TAG}" if name in IMAGENET else PREFIX + name
         cfgs[tagged] = timm_cfg(name, variant)
-    default_cfgs.update(generate_default_cfgs(cfgs))
+    default_cfgs.update(generate_default_cfgs(cfgs))  # pyright: ignore[reportUnknownArgumentType]
     for name in VARIANTS:
         register_model(_entrypoint(name))
 
@@ -99,7 +99,7 @@ def _crop_share(size: int) -> float:
 
 def _entrypoint(name: str) -> "Callable[..., nn.Module]":
     def build(pretrained: bool = False, **options: Any) -> "nn.Module":
-        from timm.models import build_model_with_cfg
+        from timm.models import build_model_with_cfg  # pyright: ignore[reportUnknownVariableType]
 
         from nfnets_xla.models.nfnet import NFNet
 

@@ -49,7 +49,7 @@ def _family() -> dict[str, Variant]:
 
     The minis' sizes are chosen here: at 32 px their last stage is one pixel.
     """
-    family = {}
+    family: dict[str, Variant] = {}
     for plus, width in _WIDTH.items():
         members = zip(_TRAIN_SIZES, _TEST_SIZES, _DROP_RATES, _MAGNITUDES, strict=True)
         for n, settings in enumerate(members):
@@ -91,9 +91,9 @@ def betas(depth: Sequence[int]) -> list[list[float]]:
     then resets the variance to 1, and every block adds ALPHA**2.
     """
     expected_std = 1.0
-    schedule = []
+    schedule: list[list[float]] = []
     for blocks in depth:
-        stage = []
+        stage: list[float] = []
         for block in range(blocks):
             stage.append(1 / expected_std)
             if block == 0:

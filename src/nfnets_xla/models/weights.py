@@ -8,7 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 from nfnets_xla.models.download import download, is_address
@@ -51,7 +51,7 @@ def load_into(
             f"{source} has a classifier of {theirs} classes, expected {ours}: give "
             f"num_classes={theirs}, or allow_new_head=True to leave that classifier out"
         )
-    skipped = head if new_head and allow_new_head else set()
+    skipped: set[str] = head if new_head and allow_new_head else set()
     for name in sorted((expected.keys() | state.keys()) - skipped):
         if _shape(state, name) != _shape(expected, name):
             raise ValueError(

@@ -6,10 +6,11 @@ optim.py:446-499. `SGD_AGC` has it in its step; `agc_` does it before any other 
 Shape suffixes: P parameters, U units of all of them, one after the other.
 """
 
-# pyright: reportPrivateImportUsage=false
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+# pyright: reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from nfnets_xla.optim import roles as role
 
 NORM_FLOOR = 1e-6  # optim.py:497: under the gradient's norm, against dividing by 0
+
+vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # pyright: ignore[reportUnknownVariableType]
 
 
 @torch.no_grad()
@@ -98,7 +101,7 @@ def clip_together_(
     counts = [math.prod(shape) for shape in shapes]
     norm_U, weight_norm_U = (_norms(x, counts, stacked=stacked) for x in (gradients, weights))
     factor_U = clip_factor(norm_U, weight_norm_U, clipping, eps)
-    factors = factor_U.split(counts)
+    factors = torch.split(factor_U, counts)
     whole = [place for place, count in enumerate(counts) if count == 1]
     parted = [place for place, count in enumerate(counts) if count > 1]
     _multiply_vectors_([gradients[p] for p in whole], [factors[p] for p in whole])
@@ -137,7 +140,8 @@ def _multiply_vectors_(vectors: Sequence[Tensor], factors: Sequence[Tensor]) -> 
     lengths = [vector.numel() for vector in vectors]
     lengths_P = _on(vectors[0].device, *lengths)
     factor_P = torch.cat([*factors]).repeat_interleave(lengths_P, output_size=sum(lengths))
-    products = torch.cat([vector.reshape(-1) for vector in vectors]).mul_(factor_P).split(lengths)
+    product = torch.cat([vector.reshape(-1) for vector in vectors]).mul_(factor_P)
+    products = torch.split(product, lengths)
     shaped = [p.view(v.shape) for p, v in zip(products, vectors, strict=True)]
     torch._foreach_copy_([*vectors], shaped)
 
@@ -188,4 +192,4 @@ def unitwise_norm(x: Tensor, *, stacked: bool = False) -> Tensor:
     axes = tuple(range(kept, x.ndim))
     if x.device.type == "xla":  # where vector_norm is two powers and an absolute value
         return (x * x).sum(dim=axes, keepdim=kept > 0).sqrt()
-    return torch.linalg.vector_norm(x, dim=axes or None, keepdim=kept > 0)
+    return vector_norm(x, dim=axes or None, keepdim=kept > 0)

@@ -10,7 +10,8 @@ among them (0: it has not); then of each of the latest steps, the last of them l
 loss or gradient was not finite.
 """
 
-# pyright: reportPrivateImportUsage=false
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+# pyright: reportUntypedFunctionDecorator=false
 
 import math
 from collections.abc import Sequence

@@ -12,6 +12,9 @@ hosts or devices: arXiv 2010.01412 and DeepMind's code take what lies on one dev
 All is known before the run begins: no value of a tensor decides a shape.
 """
 
+# pyright: reportUnknownMemberType=false
+# torch types its own signatures in part.
+
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -68,5 +71,5 @@ class Passes:
         """The rows of these images of every stream; all of them come back as they are."""
         if len(places) == self.images:
             return rows_B
-        streams_CNK = rows_B.unflatten(0, (-1, self.images, self.views))
+        streams_CNK: Tensor = rows_B.unflatten(0, (-1, self.images, self.views))
         return streams_CNK[:, places.start : places.stop].flatten(0, 2)

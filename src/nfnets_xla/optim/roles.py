@@ -4,6 +4,12 @@ Moving a module to an XLA device makes new Parameter objects without the old one
 a role hangs on the parameter's name, not on the parameter.
 """
 
+# pyright: reportUnknownMemberType=false
+# torch types its own signatures in part.
+
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -27,7 +33,7 @@ def parameter_roles(module: nn.Module, classifier: str | None) -> dict[str, str]
     if classifier is not None:
         _check_classifier(module, classifier)
     stacks = tuple(
-        f"{name}." for name, child in module.named_modules() if getattr(child, "is_stack", False)
+        f"{n}." for n, child in _modules(module).items() if getattr(child, "is_stack", False)
     )
     roles: dict[str, str] = {}
     for name, parameter in module.named_parameters():
@@ -37,8 +43,12 @@ def parameter_roles(module: nn.Module, classifier: str | None) -> dict[str, str]
     return roles
 
 
+def _modules(module: nn.Module) -> dict[str, nn.Module]:
+    return dict(cast("Iterator[tuple[str, nn.Module]]", module.named_modules()))
+
+
 def _check_classifier(module: nn.Module, classifier: str) -> None:
-    named = dict(module.named_modules())
+    named = _modules(module)
     if not isinstance(named.get(classifier), nn.Linear):
         there = f"has no submodule {classifier!r}"
         if classifier in named:

@@ -12,16 +12,18 @@ Three options change which e is taken:
 - `adaptive` (ASAM, arXiv 2102.11600): e is measured relative to the size of each weight.
 """
 
-# pyright: reportPrivateImportUsage=false
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+# pyright: reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
 # torch._foreach_*: what torch's own optimizers are made of, one call for a list of tensors.
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nfnets_xla.optim.agc import vector_norm
 from nfnets_xla.optim.sgd_agc import checked_hyperparameter
 
 NORM_FLOOR = 1e-12  # big_vision's gsam.py: a gradient of zeros leaves the weights where they are
@@ -130,7 +132,7 @@ class SAM(torch.optim.Optimizer):
         if self.adaptive:
             directions = torch._foreach_mul(directions, [weight.abs() for _, weight in kept])
         # Times the reciprocal: that is how torch divides a float, but not a tensor, by a tensor.
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = vector_norm(torch.stack(norms))
         scale = norm.clamp(min=NORM_FLOOR).reciprocal() * self.rho
         steps = torch._foreach_mul(directions, scale.reshape(()))
         self._kept = kept
@@ -153,7 +155,7 @@ class SAM(torch.optim.Optimizer):
 
     @contextmanager
     @torch.no_grad()
-    def unperturbed(self) -> Iterator[None]:
+    def unperturbed(self) -> Generator[None, None, None]:
         """Inside, the parameters are w even in the midst of a step; afterwards they are as before.
 
         For a signal handler that saves a checkpoint: it may run between the two passes.

@@ -11,7 +11,8 @@ On a CPU or a GPU the step is horizontally fused: few calls, each for many param
 own fused SGD. Under XLA it is written out parameter by parameter, for the compiler to fuse.
 """
 
-# pyright: reportPrivateImportUsage=false
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+# pyright: reportUntypedFunctionDecorator=false
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -189,7 +190,7 @@ class SGD_AGC(torch.optim.Optimizer):
         self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
     ) -> Tensor | None:
         """One parameter after the other, for a compiler that fuses what it sees."""
-        factors = []
+        factors: list[Tensor] = []
         held = None if holds is None else holds.reshape(()) > 0
         for parameter in named.values():
             grad = gradient(parameter)

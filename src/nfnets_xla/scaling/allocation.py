@@ -110,7 +110,7 @@ def isoflop(
     line through the vertices alone, each being taken as found. ValueError for fewer than 3 such.
     """
     macs, rows, loss = _three(macs, rows, loss)
-    curves = []
+    curves: list[tuple[float, Floats, Floats]] = []
     for size in np.unique(macs):
         of = np.flatnonzero(macs == size)
         of = of[np.argsort(rows[of])]
@@ -118,12 +118,14 @@ def isoflop(
         curves.append((math.log(size), log_c, np.log(loss[of])))
     enough(len(curves), 3, "an isoFLOP parabola over sizes")
     if budgets is None:
-        starts = sorted(log_c[0] for _, log_c, _ in curves)
-        ends = sorted(log_c[-1] for _, log_c, _ in curves)
+        starts = sorted(float(log_c[0]) for _, log_c, _ in curves)
+        ends = sorted(float(log_c[-1]) for _, log_c, _ in curves)
         count = max(len(log_c) for _, log_c, _ in curves)
         last = max(ends[-3], starts[2])
         budgets = [math.exp(log_c) for log_c in np.linspace(starts[2], last, count)]
-    kept, sizes, notes = [], [], []
+    kept: list[float] = []
+    sizes: list[float] = []
+    notes: list[str] = []
     for budget in budgets:
         log_budget = math.log(budget)
         inside = [
@@ -134,8 +136,9 @@ def isoflop(
         if len(inside) < 3:
             notes.append(f"{budget:.3g} FLOPs: only {len(inside)} sizes have runs around it")
             continue
-        at, value = np.array(inside).T
-        curvature, slope, _ = np.polyfit(at, value, 2)
+        points: Floats = np.array(inside)
+        at = points[:, 0]
+        curvature, slope, _ = np.polyfit(at, points[:, 1], 2)
         vertex = -slope / (2 * curvature) if curvature > 0 else math.nan
         if not at.min() <= vertex <= at.max():
             notes.append(f"{budget:.3g} FLOPs: the best size is not among those that were run")
@@ -154,7 +157,8 @@ def _line_of_sizes(
     way: str, flops: Floats, sizes: Floats, draws: int, seed: int, notes: list[str]
 ) -> Allocation:
     middle = np.log(flops).mean()
-    log_c, log_m = np.log(flops) - middle, np.log(sizes)
+    log_c: Floats = np.log(flops) - middle
+    log_m: Floats = np.log(sizes)
     slope, intercept = np.polyfit(log_c, log_m, 1)
     fitted = intercept + slope * log_c
     rng = np.random.default_rng(seed)
@@ -216,7 +220,7 @@ def parametric(
     enough(len(np.unique(rows)), 3, "L(M, D) over data")
     units = np.exp([np.log(macs).mean(), np.log(rows).mean()])
     log_m, log_d, log_l = np.log(macs / units[0]), np.log(rows / units[1]), np.log(loss)
-    found = []
+    found: list[tuple[Floats, float]] = []
     for alpha, beta in product(EXPONENTS, EXPONENTS):
         columns = np.stack([np.ones_like(loss), np.exp(-alpha * log_m), np.exp(-beta * log_d)], 1)
         parts, _ = nnls(columns / loss[:, None], np.ones_like(loss))
@@ -224,7 +228,7 @@ def parametric(
         found.append(_huber_fit(start, log_m, log_d, log_l))
     theta, _ = min(found, key=lambda one: one[1])
     rng = np.random.default_rng(seed)
-    drawn = []
+    drawn: list[Floats] = []
     for _ in range(draws):
         some = rng.integers(len(loss), size=len(loss))
         drawn.append(_huber_fit(theta, log_m[some], log_d[some], log_l[some])[0])
@@ -271,8 +275,14 @@ def _huber_fit(start: Floats, log_m: Floats, log_d: Floats, log_l: Floats) -> tu
 
     bounds = [(-12, 12), (-12, 12), (-12, 12), (0, 3), (0, 3)]
     start = np.clip(start, *np.array(bounds, dtype=float).T)
-    options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-13, "gtol": 1e-9}
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    found = minimize(
+        objective,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": 2000, "maxfun": 4000, "ftol": 1e-13, "gtol": 1e-9},
+    )
     return np.asarray(found.x), float(found.fun)
 
 

@@ -55,8 +55,8 @@ class Panel:
     curves: list[Curve]
     band: Band | None = None
     percent: bool = False  # of y
-    x_ticks: list[float] = field(default_factory=list)  # none: decades, or 1, 2, 5
-    y_ticks: list[float] = field(default_factory=list)
+    x_ticks: list[float] = field(default_factory=list[float])  # none: decades, or 1, 2, 5
+    y_ticks: list[float] = field(default_factory=list[float])
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def finetuned_errors(points: Sequence[Point], compute: Compute) -> Chart:
     if len(known) < len(pairs):
         lost = len(pairs) - len(known)
         notes.append(f"left out: {lost} fine-tuned runs whose pre-training is not among the runs")
-    curves = []
+    curves: list[Curve] = []
     for model in by_size(source for _, source in known):
         runs = [(point, source) for point, source in known if source.model == model]
         marks = [
@@ -137,7 +137,7 @@ def finetuned_errors(points: Sequence[Point], compute: Compute) -> Chart:
 
 
 def published_errors(compute: Compute) -> list[Curve]:
-    curves = []
+    curves: list[Curve] = []
     for vit in published.VITS:
         flops = vit.gflops * 1e9 * account.FORWARDS_PER_STEP * (vit.rows or 0)
         curves.append(_published(vit.name, flops, vit.v4_core_hours, vit.top1, compute))
@@ -163,7 +163,7 @@ def losses(points: Sequence[Point], compute: Compute) -> Chart:
     """Of each model the runs of the best rate; the law goes through the NFNets' frontier."""
     best = best_of_study(points)
     notes = [compute.note] if compute.note else []
-    curves = []
+    curves: list[Curve] = []
     for model in by_size(best):
         runs = sorted((p for p in best if p.model == model), key=lambda point: point.epochs)
         marks = [Mark(compute.of(point), point.loss, says_trained(point)) for point in runs]
@@ -202,7 +202,7 @@ def learning_rates(points: Sequence[Point]) -> Chart:
     """The best of the rates tried, for each model and number of epochs."""
     runs = pretrained(points)
     cells = [cell for cell in cells_of(runs) if len(cell.losses) > 1]
-    notes = []
+    notes: list[str] = []
     if not cells:
         notes.append("one rate was tried for each model and number of epochs: nothing to compare")
     else:
@@ -211,9 +211,9 @@ def learning_rates(points: Sequence[Point]) -> Chart:
         notes.append(
             "hollow: the best rate is the lowest or highest tried, the optimum may lie beyond"
         )
-    curves = []
+    curves: list[Curve] = []
     for model in by_size(point for point in runs if any(c.model == point.model for c in cells)):
-        marks = []
+        marks: list[Mark] = []
         for cell in sorted((c for c in cells if c.model == model), key=lambda cell: cell.epochs):
             tried = "\n".join(
                 f"rate {rate:g}: loss {loss:.4f}" for rate, loss in cell.losses.items()

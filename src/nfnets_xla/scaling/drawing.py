@@ -4,6 +4,9 @@ In an SVG a mark's group is `mark-<number>`, in the order of the chart's curves,
 say what it is (page.py).
 """
 
+# pyright: reportUnknownMemberType=false
+# matplotlib types its own signatures in part.
+
 import math
 from collections.abc import Iterator
 from itertools import count
@@ -45,7 +48,8 @@ def draw(chart: Chart) -> "Figure":
         width = PANEL_INCHES * len(chart.panels) + LEGEND_INCHES
         figure = Figure(figsize=(width, HEIGHT_INCHES), layout="constrained")
         figure.suptitle(chart.title, fontsize=11, x=0.01, ha="left")
-        numbers, handles = count(), []
+        numbers = count()
+        handles: list[Any] = []
         panels = figure.subplots(1, len(chart.panels), squeeze=False)[0]
         for panel, axes in zip(chart.panels, panels, strict=True):
             handles += draw_panel(panel, axes, numbers)
@@ -131,8 +135,9 @@ def draw_curve(
 
     away = ScaledTranslation(shift / 72, -shift / 144, axes.figure.dpi_scale_trans)
     dashes = ("--" if curve.role == "peer" else "-") if curve.joined else "none"
-    line = {"color": look["color"], "lw": 1.3, "ls": dashes}
-    full = {"marker": look["marker"], "ms": 5.5, "mec": "0.25", "mew": 0.5, "mfc": look["color"]}
+    line: dict[str, Any] = {"color": look["color"], "lw": 1.3, "ls": dashes}
+    full: dict[str, Any] = {"marker": look["marker"], "mfc": look["color"]}
+    full |= {"ms": 5.5, "mec": "0.25", "mew": 0.5}
     hollow = full | {"mec": look["color"], "mew": 1.2, "mfc": "white"}
     placed = {"transform": axes.transData + away, "zorder": 3}
     if curve.joined:
@@ -162,7 +167,11 @@ def set_ticks(axis: Any, ticks: list[float], percent: bool) -> None:
         every = max(1, math.ceil(math.log10(high / low) / 6))
         axis.set_major_locator(LogLocator(base=10.0**every))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value, percent)))
+
+    def label(value: float, _place: int | None) -> str:
+        return tick_label(value, percent)
+
+    axis.set_major_formatter(FuncFormatter(label))
 
 
 def round_values(low: float, high: float) -> list[float]:

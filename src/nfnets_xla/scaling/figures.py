@@ -4,11 +4,20 @@ figure1, 2 and 3 as PNG and SVG, all three in figures.html, and points.csv with 
 not: what is drawn can be checked, or drawn otherwise, from that table alone.
 """
 
+# pyright: reportUnknownMemberType=false
+# matplotlib types its own signatures in part.
+
 import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from nfnets_xla.scaling.charts import compute_axis, finetuned_errors, learning_rates, losses
+from nfnets_xla.scaling.charts import (
+    Chart,
+    compute_axis,
+    finetuned_errors,
+    learning_rates,
+    losses,
+)
 from nfnets_xla.scaling.drawing import DPI, draw
 from nfnets_xla.scaling.page import page, svg
 from nfnets_xla.scaling.plan import best_of_study, on_frontier
@@ -30,7 +39,8 @@ def write_figures(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out must name a folder, which is made if need be")
     out.mkdir(parents=True, exist_ok=True)
-    files, shown = [], []
+    files: list[Path] = []
+    shown: list[tuple[Chart, str]] = []
     for chart, figure in drawn:
         files += [out / f"{chart.name}.png", out / f"{chart.name}.svg"]
         figure.savefig(files[-2], dpi=DPI, metadata={"Software": None})
@@ -52,7 +62,7 @@ def table(points: Sequence[Point]) -> list[dict[str, str]]:
     ours = nfnets(best)
     frontier = {ours[index].run for index in on_frontier(ours)}
     chosen = {point.run for point in best}
-    rows = []
+    rows: list[dict[str, str]] = []
     for point in points:
         source = source_of(point, pretrained(points))
         paid = point if source is None else source

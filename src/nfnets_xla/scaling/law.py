@@ -185,7 +185,7 @@ def _best(form: Form, log_x: Floats, log_y: Floats) -> Floats:
     """The best of many starts: floors from 1 to 95 % of the lowest y, flattenings along x."""
     if form.name == "power":
         return _line(log_x, log_y)
-    starts = []
+    starts: list[list[float]] = []
     for share in (0.01, 0.3, 0.6, 0.8, 0.95):
         floor = math.log(share) + log_y.min()
         above = np.log(np.exp(log_y) - math.exp(floor))

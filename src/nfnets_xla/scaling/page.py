@@ -1,6 +1,9 @@
 """One self-contained HTML page: the figures as SVG, each mark saying its values under the pointer,
 and a table of all runs. It fetches nothing and runs no script."""
 
+# pyright: reportUnknownMemberType=false
+# matplotlib types its own signatures in part.
+
 import html
 import io
 import re

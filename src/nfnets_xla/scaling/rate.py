@@ -93,7 +93,8 @@ def fit_rule(cells: Sequence[Cell]) -> Rule:
     untried = 10 * sum(max(cell.losses.values()) for cell in cells)  # more than any choice costs
     costs = np.array([[cell.losses.get(rate, untried) for rate in rates] for cell in cells])
     steps = len(rates) - 1
-    lower, upper = [], []  # of each constraint x[lower] >= x[upper]
+    lower: list[int] = []  # of each constraint x[lower] >= x[upper]
+    upper: list[int] = []
     for c, cell in enumerate(cells):
         lower += [c * steps + k for k in range(steps - 1)]
         upper += [c * steps + k + 1 for k in range(steps - 1)]
@@ -106,8 +107,9 @@ def fit_rule(cells: Sequence[Cell]) -> Rule:
     constraints[np.arange(len(lower)), lower] = -1
     constraints[np.arange(len(lower)), upper] = 1
     found = linprog(objective, constraints, np.zeros(len(lower)), bounds=(0, 1))
+    assert found.x is not None  # never infeasible: all zeros are allowed
     chosen = found.x.reshape(len(cells), steps).round().sum(axis=1).astype(int)
-    picked = [rates[index] for index in chosen]
+    picked: list[float] = [rates[index] for index in chosen]
     for cell, rate in zip(cells, picked, strict=True):
         if rate not in cell.losses:
             raise ValueError(

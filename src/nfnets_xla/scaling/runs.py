@@ -94,7 +94,8 @@ def read_points(root: Path | str) -> tuple[list[Point], list[str]]:
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder: give one that holds runs")
-    points, left_out = [], []
+    points: list[Point] = []
+    left_out: list[str] = []
     for folder in sorted({path.parent for path in root.rglob("run-*.jsonl")}):
         record = read_record(folder)
         name = str(folder.relative_to(root))
@@ -215,7 +216,7 @@ def best_per_cell(points: Iterable[Point]) -> list[Point]:
     for point in points:
         rates = cells.setdefault((point.model, point.epochs, point.data), {})
         rates.setdefault(point.peak_lr, []).append(point)
-    best = []
+    best: list[Point] = []
     for rates in cells.values():
         runs = min(rates.values(), key=lambda runs: statistics.fmean(run.loss for run in runs))
         mean = statistics.fmean(run.loss for run in runs)
