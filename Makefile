@@ -6,8 +6,11 @@ UV_VERSION := 0.13.9
 # A uv on the PATH is used; else one is installed by pip into its own small environment.
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 INSTALLED := $(VENV)/.installed
+GATES := $(VENV)/.gates
+NEWEST := .venv-newest
+NEWEST_PYTHON ?= python3.13
 
-.PHONY: help install demo test test-all chaos check docs bench clean
+.PHONY: help install demo test test-all newest chaos check coverage mutants dist sbom audit docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -43,6 +46,42 @@ check: install  ## Lint, formatting, types, import layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+newest: install  ## Models, data and scaling on the newest torch and Python, in .venv-newest
+	$(UV) venv -q --clear --python $(NEWEST_PYTHON) $(NEWEST)
+	$(UV) pip install -q --upgrade --python $(NEWEST)/bin/python -e ".[train,scaling]" \
+		hypothesis pyarrow pytest pytest-timeout scikit-learn
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(NEWEST)/bin/python -m pytest -m "not slow" \
+		tests/models tests/data tests/scaling
+
+coverage: install  ## Branches and lines that the tests that are not slow run, in every process
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not slow" $(COVERED)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
+$(GATES): requirements-gates.lock $(INSTALLED)
+	$(UV) pip install -q --require-hashes --python $(BIN)/python -r requirements-gates.lock
+	touch $@
+
+mutants: $(GATES)  ## Break the order, SGD, SAM and the laws in small ways; tests must notice
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2 $(MUTANTS)
+	$(BIN)/mutmut export-cicd-stats
+	@cat mutants/mutmut-cicd-stats.json
+
+dist: $(GATES)  ## Wheel and sdist into dist/, and whether a package index would take them
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
+
+sbom: $(GATES)  ## What is installed, with licences, as CycloneDX into dist/
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment $(BIN)/python --output-reproducible -o dist/nfnets_xla.cdx.json
+
+# An audit that could not ask about a package has failed, and says which (--strict).
+audit: $(GATES)  ## Known vulnerabilities of what is locked; asks a service on the network
+	@for lock in requirements.lock requirements-tpu.lock; do $(BIN)/pip-audit --strict \
+		--disable-pip --require-hashes --progress-spinner off -r $$lock || exit 1; done
+
 docs: install  ## Build the documentation into site/, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -53,4 +92,4 @@ bench: install  ## The benchmarks, each beside its peer
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## Delete what was built and what the demo wrote
-	rm -rf $(VENV) .tools build dist demo-run site src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) .tools build dist demo-run site src/*.egg-info .pytest_cache .ruff_cache mutants .coverage*
