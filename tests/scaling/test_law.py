@@ -109,12 +109,63 @@ def test_a_prediction_warns_beyond_a_decade() -> None:
     assert far.decades_beyond == pytest.approx(2)
 
 
-def test_intervals_widen_with_the_distance_from_the_data() -> None:
-    noise = np.exp(0.01 * np.random.default_rng(5).standard_normal(len(COMPUTE)))
-    found = law.fit("power", COMPUTE, planted("power", COMPUTE) * noise)
-    _, low, high = found.curve(np.array([1e17, 1e19, 1e21]))
-    widths = np.log(high / low)
-    assert widths[0] < widths[1] < widths[2]
+def noisy_power(seed: int, draws: int) -> tuple[np.ndarray, law.Law]:
+    noise = np.exp(0.02 * np.random.default_rng(seed).standard_normal(len(COMPUTE)))
+    y = planted("power", COMPUTE) * noise
+    return y, law.fit("power", COMPUTE, y, draws=draws)
+
+
+def test_the_curve_and_the_next_run_have_students_intervals() -> None:
+    """The textbook's, of a regression on logarithms, to a tenth of their widths; within, beyond."""
+    y, found = noisy_power(0, 4000)
+    log_x, freedom = np.log(COMPUTE), len(y) - 2
+    twin: Any = stats.linregress(log_x, np.log(y))
+    left = np.log(y) - twin.intercept - twin.slope * log_x
+    scatter = np.sqrt((left**2).sum() / freedom)
+    assert found.scatter == pytest.approx(scatter, rel=1e-9)
+    for x in (1e16, 3e17, 5e19):
+        log_value = twin.intercept + twin.slope * np.log(x)
+        away = (np.log(x) - log_x.mean()) ** 2 / ((log_x - log_x.mean()) ** 2).sum()
+        of_curve, of_run = 1 / len(y) + away, 1 + 1 / len(y) + away
+        value, low, high = (end[0] for end in found.curve([x]))
+        seen = found.predict(x)
+        assert np.log(value) == pytest.approx(log_value, rel=1e-9)
+        assert seen.value == pytest.approx(value, rel=1e-12)
+        for interval, variance in (((low, high), of_curve), (seen.interval, of_run)):
+            half = stats.t.ppf(0.975, freedom) * scatter * np.sqrt(variance)
+            expected = (log_value - half, log_value + half)
+            assert np.log(interval) == pytest.approx(expected, abs=0.1 * 2 * half)
+
+
+def test_a_prediction_is_the_same_each_time_and_prints_its_interval() -> None:
+    _, found = noisy_power(3, 50)
+    first, again = found.predict(2e19), found.predict(2e19)
+    assert first == again
+    assert str(law.Prediction(1.23456, (1.2, 1.25), 0.0)) == "1.235 [1.2, 1.25]"
+    last = np.array([theta @ (1.0, -np.log(2e19 / found.unit)) for theta in found.draws])
+    noise = found.scatter * np.random.default_rng([0, 1]).standard_t(7, 50)
+    assert np.log(first.interval) == pytest.approx(np.quantile(last + noise, [0.025, 0.975]))
+
+
+def test_decades_are_counted_on_both_sides_of_the_runs() -> None:
+    _, found = noisy_power(4, 20)
+    assert [found.predict(x).decades_beyond for x in (1e15, 1e17, 1e19)] == [0, 0, 0]
+    assert found.predict(2e14).decades_beyond == pytest.approx(np.log10(5))
+    says = r"1e\+12 lies 3.0 decades beyond the fitted runs \(1e\+15 to 1e\+19\)"
+    with pytest.warns(law.Extrapolation, match=says):
+        found.predict(1e12)
+
+
+def test_a_law_of_compute_in_other_units_is_the_same_law() -> None:
+    """Of whole numbers, too, and of compute below 1."""
+    y, found = noisy_power(6, 30)
+    small = law.fit("power", COMPUTE / 1e19, y, draws=30)
+    for ours, theirs in zip(
+        small.curve([0.001, 0.5]), found.curve([10**16, 5 * 10**18]), strict=True
+    ):
+        assert ours == pytest.approx(theirs)
+    assert small.predict(0.5).value == pytest.approx(found.predict(5e18).value)
+    assert law.frontier([1, 2, 3], [3, 1, 2]) == law.frontier(["1", "2", "3"], ["3", "1", "2"])
 
 
 def test_the_frontier_is_what_nothing_cheaper_beats() -> None:
