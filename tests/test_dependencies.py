@@ -40,9 +40,10 @@ def licences(name: str) -> list[str]:
         for line in about.get_all("Classifier") or []
         if line.startswith("License ::")
     ]
-    said = (
-        about.get("License-Expression") or " AND ".join(classifiers) or about.get("License") or ""
+    expression, words = (
+        (about.get_all(key) or [""])[0] for key in ("License-Expression", "License")
     )
+    said = expression or " AND ".join(classifiers) or words
     return re.split(r" AND | OR ", said.strip().partition("\n")[0])
 
 
