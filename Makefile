@@ -6,6 +6,8 @@ UV_VERSION := 0.13.9
 # A uv on the PATH is used; else one is installed by pip into its own small environment.
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 INSTALLED := $(VENV)/.installed
+# A process for each core, and in each one thread: most of a test is one thread's work.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 GATES := $(VENV)/.gates
 NEWEST := .venv-newest
 NEWEST_PYTHON ?= python3.13
@@ -32,10 +34,10 @@ demo: install  ## Pre-train, kill, resume, fine-tune with SAM, evaluate: about 6
 	$(BIN)/python examples/demo.py demo-run
 
 test: check  ## What CI runs: lint, types, imports, then the tests that are not slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: check  ## The same with the slow tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 chaos: install  ## Kill, starve and damage runs, and compare them with undisturbed ones: 40 minutes
 	$(BIN)/python -m tests.chaos --write docs/reliability.md

@@ -138,7 +138,7 @@ def test_the_checkpoint_commands(
     assert "samples            20\n" in shown
     assert "NOT FINITE" not in shown
     main(["checkpoint", "export", str(folder), str(out), "--weights", "ema", "--to", "timm"])
-    assert "nfnet_mini_f0, 5 classes, in timm names" in capsys.readouterr().out
+    assert "nfnet_mini_f0, 5 classes, in timm's names" in capsys.readouterr().out
     assert not stat.S_IMODE(out.stat().st_mode) & stat.S_IWOTH
 
     newest = folder / "checkpoints" / "step-00000002"
