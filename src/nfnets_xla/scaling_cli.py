@@ -31,16 +31,19 @@ def parser() -> Parser:
         command.set_defaults(run=run)
         return command
 
+    def add_hardware(command: Any, purpose: str) -> None:
+        command.add_argument(
+            "--hardware",
+            choices=DEVICES,
+            metavar="NAME",
+            default=defaults.hardware,
+            help=f"{purpose}: {', '.join(DEVICES)}",
+        )
+
     defaults = Job(core_hours=1)
     plan = add("plan", run_plan, "say what to train with so many core-hours")
     plan.add_argument("--core-hours", type=float, required=True, help="of one trial")
-    plan.add_argument(
-        "--hardware",
-        choices=DEVICES,
-        metavar="NAME",
-        default=defaults.hardware,
-        help=f"to train on: {', '.join(DEVICES)}",
-    )
+    add_hardware(plan, "to train on")
     plan.add_argument("--cores", type=int, default=defaults.cores, help="for the wall clock")
     plan.add_argument("--mfu", type=float, help="share of the peak; default: the runs' or 0.36")
     plan.add_argument("--price", type=float, help="of a chip-hour")
@@ -52,13 +55,7 @@ def parser() -> Parser:
     figures = add("figures", run_figures, "draw the paper's three figures from a folder of runs")
     figures.add_argument("runs", type=Path, help="folder of runs")
     figures.add_argument("--out", type=Path, required=True, help="folder to write to")
-    figures.add_argument(
-        "--hardware",
-        choices=DEVICES,
-        metavar="NAME",
-        default=defaults.hardware,
-        help=f"whose core-hours to draw: {', '.join(DEVICES)}",
-    )
+    add_hardware(figures, "whose core-hours to draw")
     figures.add_argument("--mfu", type=float, help="to assume for runs on other hardware")
     for command in (plan, fit, figures):
         command.add_argument(
