@@ -118,7 +118,7 @@ def test_mistakes_are_one_line(
         (["nfnet_f7", picture], "nfnet_f7 has no weights"),
         (["nfnet_f0", str(tmp_path / "text.jpg")], "text.jpg: 10 bytes do not decode"),
         (["nfnet_f0", str(tmp_path / "absent.jpg")], "absent.jpg"),
-        ([f"local-dir:{tmp_path}", picture], "is not a folder that `nfnets-xla checkpoint card`"),
+        ([f"local-dir:{tmp_path}", picture], "checkpoint card` wrote: it has no config.json"),
         (["nfnet_f0", picture, "--top", "0"], "--top is 0"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,7 @@ def test_training_images_are_shuffled_and_the_same_twice(source: Path, tmp_path:
 
 FAULTS: dict[str, tuple[Callable[[Path, Any], object], str]] = {
     "no archive": (lambda s, m: (s / imagenet.VAL).unlink(), "has no ILSVRC2012_img_val.tar: get"),
+    "no folder": (lambda s, m: shutil.rmtree(s), "is not a folder: give the one that holds ILSVRC"),
     "classes": (lambda s, m: m.setattr(imagenet, "CLASSES", 1000), "3 classes in ILSVRC2012_img_t"),
     "train": (lambda s, m: m.setattr(imagenet, "TRAIN_IMAGES", 13), "12 images in .*: .* be 13"),
     "val": (lambda s, m: m.setattr(imagenet, "VAL_IMAGES", 6), "5 images in ILSVRC2012_img_val"),

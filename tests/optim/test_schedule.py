@@ -69,6 +69,10 @@ def test_a_warm_up_is_given_in_one_of_three_units() -> None:
         warmup_length(fraction=1, **run)
     with pytest.raises(ValueError, match="warmup_epochs is -1; it must be 0 or more"):
         warmup_length(epochs=-1, **run)
+    with pytest.raises(
+        ValueError, match=r"warmup_epochs is 8, a warm-up of 100 steps, .* has 100;"
+    ):
+        warmup_length(epochs=8, **run)
 
 
 def test_recipes_state_the_scaling_rule_and_epochs_of_warm_up() -> None:

@@ -50,6 +50,8 @@ def pack_imagenet(
 
     Raises ValueError if an archive is missing or faulty, or holds other than the known counts.
     """
+    if not Path(source).is_dir():
+        raise ValueError(f"{source} is not a folder: give the one that holds {TRAIN}")
     where, out = Folder(source), Path(folder)
     for name in (TRAIN, VAL, DEVKIT):
         if where.modified(name) is None:

@@ -70,8 +70,9 @@ def read_card(name: str) -> tuple[str, dict[str, Any], Path]:
         model = ours["model"]
         options = {"num_classes": int(config["num_classes"]), "in_chans": int(ours["in_chans"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"it has no {CONFIG}" if isinstance(error, OSError) else f"{CONFIG}: {error}"
         raise ValueError(
-            f"{folder} is not a folder that `nfnets-xla checkpoint card` wrote: {error}"
+            f"{folder} is not a folder that `nfnets-xla checkpoint card` wrote: {why}"
         ) from None
     if model not in VARIANTS or not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} is of model {model!r}, and holds no {WEIGHTS}: write it anew")

@@ -96,7 +96,8 @@ def warmup_length(
 ) -> int:
     """Steps of a warm-up that is given in steps, in epochs or as a fraction of the run.
 
-    Rounded to the nearest whole step. Raises ValueError unless exactly one of the three is given.
+    Rounded to the nearest whole step. Raises ValueError unless exactly one of the three is given,
+    and for a warm-up that does not end before the run does.
 
     >>> warmup_length(epochs=5, steps_per_epoch=1_281_167 / 4096, total_steps=112_603)
     1564
@@ -115,7 +116,13 @@ def warmup_length(
     if fraction is not None and fraction >= 1:
         raise ValueError(f"warmup_fraction is {fraction}; it must be in [0, 1)")
     per_unit = {"warmup_steps": 1, "warmup_epochs": steps_per_epoch, "warmup_fraction": total_steps}
-    return round(value * per_unit[name])
+    length = round(value * per_unit[name])
+    if length >= total_steps:
+        raise ValueError(
+            f"{name} is {value:g}, a warm-up of {length} steps, and the run has {total_steps}; it "
+            "must leave at least one step: shorten it or lengthen the run"
+        )
+    return length
 
 
 def scaled_peak(batch_size: int, *, base: float = 0.1, per: int = 256) -> float:
