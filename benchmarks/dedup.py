@@ -32,6 +32,7 @@ from imagededup.methods import PHash
 from PIL import Image
 
 from _copies import COPIES, Picture, copy, fractals, photographs, tiles
+from _scores import Scores, wilson
 from _turns import Report, medians
 from nfnets_xla.data.dedup import Settings, find
 from nfnets_xla.data.index import build_index
@@ -46,7 +47,6 @@ from nfnets_xla.data.thumbnail import SIDE, thumbnails
 from nfnets_xla.dedup_cli import DISTANCE
 
 REFERENCES, STRANGERS, ROUNDS = 500, 200, 7
-LEAST_PRECISION = 0.999
 SPEED_SIZE = (500, 375)  # pixels, of JPEGs of quality 90
 PARTS = ["photographs", "fractals", "speed"]
 NOISE_REFERENCES = 5_000  # to measure the search with
@@ -123,44 +123,6 @@ def make_set(kind: str, pictures: list[Picture]) -> Set:
 # ---- finding ----------------------------------------------------------------------------------
 
 
-class Scores(NamedTuple):
-    """Distances of queries and references: infinite where it is not known to be small."""
-
-    distance_QR: np.ndarray
-    query_picture_Q: np.ndarray
-    query_kind_Q: np.ndarray
-    counted_QR: np.ndarray
-
-    @property
-    def right_QR(self) -> np.ndarray:
-        return self.query_picture_Q[:, None] == np.arange(self.distance_QR.shape[1])
-
-    def wrong(self, threshold: float) -> int:
-        return int(((self.distance_QR <= threshold) & ~self.right_QR & self.counted_QR).sum())
-
-    def hit_Q(self, threshold: float) -> np.ndarray:
-        """Of the queries that have a reference."""
-        has = self.query_picture_Q < self.distance_QR.shape[1]
-        rows = np.flatnonzero(has)
-        return self.distance_QR[rows, self.query_picture_Q[rows]] <= threshold
-
-    def kind_of_hits_Q(self) -> np.ndarray:
-        return self.query_kind_Q[self.query_picture_Q < self.distance_QR.shape[1]]
-
-    def precision(self, threshold: float) -> tuple[int, int]:
-        right = int(self.hit_Q(threshold).sum())
-        return right, right + self.wrong(threshold)
-
-    def best_threshold(self) -> float:
-        """The largest at which matches are precise; -1 if there is none."""
-        best = -1.0
-        for threshold in np.unique(self.distance_QR[self.distance_QR <= 30]):
-            right, total = self.precision(float(threshold))
-            if right >= LEAST_PRECISION * total:
-                best = float(threshold)
-        return best
-
-
 def of_peer(made: Set, peer: int) -> Scores:
     picture_Q, kind_Q = made.queries()
     query = np.concatenate([one.hashes[:, peer] for one in made.copies])
@@ -218,13 +180,6 @@ def counted(made: Set) -> np.ndarray:
 # ---- reporting --------------------------------------------------------------------------------
 
 
-def wilson(right: int, total: int, deviations: float = 1.96) -> float:
-    """The lower bound of a share."""
-    share, square = right / total, deviations**2
-    spread = deviations * (share * (1 - share) / total + square / (4 * total**2)) ** 0.5
-    return (share + square / (2 * total) - spread) / (1 + square / total)
-
-
 def report_set(report: Report, made: Set, folder: Path) -> None:
     peers = {name: of_peer(made, number) for number, name in enumerate(PEERS)}
     scores = {OURS: of_ours(made, folder)} | peers
@@ -232,16 +187,11 @@ def report_set(report: Report, made: Set, folder: Path) -> None:
     pairs = REFERENCES * len(COPIES)
     report.say()
     report.say(f"{made.kind}: {pairs:,} pairs; recall, and its lower bound, in %")
-    report.say(f"{'':44}" + "".join(f"{name.split(',')[0]:>20}" for name in scores))
-    for number, kind in enumerate([*COPIES, "all"]):
-        line = f"{kind:44}"
-        for name, of in scores.items():
-            hit_Q = of.hit_Q(thresholds[name])
-            if kind != "all":
-                hit_Q = hit_Q[of.kind_of_hits_Q() == number]
-            bound = wilson(int(hit_Q.sum()), len(hit_Q))
-            line += f"{100 * hit_Q.mean():12.1f} ({100 * bound:5.1f})"
-        report.say(line)
+    report_kinds(report, scores, thresholds, found)
+    report.say()
+    report.say(f"{made.kind}: precision, its lower bound, in %, and the number of wrong matches")
+    report_kinds(report, scores, thresholds, precise)
+    report.say()
     for name, of in scores.items():
         right, total = of.precision(thresholds[name])
         text = f"precision {right / total:.5f} ({wilson(right, total):.5f})" if total else "none"
@@ -256,6 +206,33 @@ def report_set(report: Report, made: Set, folder: Path) -> None:
         right, wrong = int(ours.hit_Q(distance).sum()), ours.wrong(distance)
         report.say(f"  {distance:4}: recall {100 * right / pairs:5.1f} %, {wrong} wrong")
     report.say(f"  wrong pairs within {Settings.most_bits} bits and distance 0.7: {near}")
+
+
+def report_kinds(
+    report: Report,
+    scores: dict[str, Scores],
+    thresholds: dict[str, float],
+    cell: Callable[[Scores, float], str],
+) -> None:
+    report.say(f"{'':44}" + "".join(f"{name.split(',')[0]:>20}" for name in scores))
+    for number, kind in enumerate([*COPIES, "all"]):
+        chosen = scores if kind == "all" else {n: of.of_kind(number) for n, of in scores.items()}
+        cells = [cell(of, thresholds[name]) for name, of in chosen.items()]
+        report.say(f"{kind:44}" + "".join(f"{text:>20}" for text in cells))
+
+
+def found(of: Scores, threshold: float) -> str:
+    hit_Q = of.hit_Q(threshold)
+    bound = wilson(int(hit_Q.sum()), len(hit_Q))
+    return f"{100 * hit_Q.mean():.1f} ({100 * bound:5.1f})"
+
+
+def precise(of: Scores, threshold: float) -> str:
+    right, total = of.precision(threshold)
+    if total == 0:
+        return "-"
+    bound = wilson(right, total)
+    return f"{100 * right / total:.2f} ({100 * bound:5.2f}) {total - right}"
 
 
 def report_speed(report: Report, pictures: list[Picture], folder: Path) -> None:
