@@ -1,7 +1,7 @@
 """What came out of the scaling study, in words, from its records alone."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ PAGE, FIGURES = DOCS / "scaling.md", DOCS / "scaling"
 BEGIN, END = "<!-- written by benchmarks/scaling_study.py -->\n", "<!-- end -->\n"
 PAIRS = (("vit_mini_d3_4", "nfnet_mini_f1"), ("vit_mini_d6_4", "nfnet_mini_f3"))  # of like cost
 DRAWS = 2000  # of the bootstrap
-Grid = tuple[Sequence[str], Sequence[float], Sequence[float]]  # models, epochs, rates
+Grid = tuple[Mapping[str, Sequence[float]], Sequence[float]]  # rates of each model, and epochs
 
 
 def write_report(records: Path, grid: Grid, whole: int) -> None:
@@ -63,9 +63,9 @@ def write_page(lines: Sequence[str]) -> None:
 
 
 def done(trained: Sequence[Point], grid: Grid) -> str:
-    models, epochs, rates = grid
+    models, epochs = grid
     lines = [" " * 16 + "".join(f"{number:>10g}" for number in epochs) + "   epochs"]
-    for model in models:
+    for model, rates in models.items():
         cells = []
         for number in epochs:
             runs = [p for p in trained if (p.model, p.epochs) == (model, number)]

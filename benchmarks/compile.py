@@ -84,7 +84,7 @@ def measure(workload: str, form: str) -> dict[str, float]:
     module.to(xla.device())
     sgd = SGD_AGC(module.named_parameters(), parameter_roles(module, None), lr=0.1)
     state = dict(module.named_parameters()) | dict(module.named_buffers())
-    xla.replicate(state | {f"momentum/{n}": m for n, m in sgd.momentum_buffers().items()})
+    xla.replicate(state | {f"momentum/{n}": m for n, m in sgd.slots()["momentum"].items()})
     xla.sync(wait=True)
     before = xla.counters()
     traced, ran = [], []

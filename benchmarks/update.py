@@ -180,7 +180,7 @@ def nodes(form: str) -> int:
     optimizer.set_lr(rate)
     optimizer.step()
     ema.update(decay)
-    momentum = optimizer.momentum_buffers()
+    momentum = optimizer.slots()["momentum"]
     return count([*net.parameters(), *momentum.values(), *ema.shadow.values()])
 
 

@@ -163,7 +163,7 @@ Update = Callable[[Tensor, Tensor], Tensor]
 def ours(workload: str) -> Update:
     net = network(workload).to(xla.device())
     sgd = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), lr=LR)
-    xla.replicate({f"momentum/{n}": m for n, m in sgd.momentum_buffers().items()})
+    xla.replicate({f"momentum/{n}": m for n, m in sgd.slots()["momentum"].items()})
     xla.replicate(dict(net.named_parameters()))
     rate = xla.upload_rows([torch.tensor([LR])])[0]
     xla.sync(wait=True)

@@ -35,7 +35,8 @@ def poison(steps: Collection[int], set_: Set = setattr) -> None:
 
 def without(steps: Collection[int], set_: Set = setattr) -> None:
     """Nothing is poisoned: weights, momentum and average are just not touched in these steps."""
-    step, fused, apart = Classification.training_step, SGD_AGC._update_fused, SGD_AGC._update_apart
+    step = Classification.training_step
+    fused, apart = SGD_AGC._clip_and_update_fused, SGD_AGC._update_apart
     average, left_out = EMA.update, [False]
 
     def training_step(self: Classification, batch: dict[str, Any], batch_idx: int) -> None:
@@ -46,7 +47,7 @@ def without(steps: Collection[int], set_: Set = setattr) -> None:
         return lambda *arguments: None if left_out[0] else update(*arguments)
 
     set_(Classification, "training_step", training_step)
-    set_(SGD_AGC, "_update_fused", unless_left_out(fused))
+    set_(SGD_AGC, "_clip_and_update_fused", unless_left_out(fused))
     set_(SGD_AGC, "_update_apart", unless_left_out(apart))
     set_(EMA, "update", unless_left_out(average))
 

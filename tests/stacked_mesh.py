@@ -44,9 +44,9 @@ class Training:
         self.sgd = SGD_AGC(named.items(), parameter_roles(net, "head"), lr=0.0, clipping=0.02)
         self.ema = EMA(named.items(), decay=0.9)
         if state is not None:
-            self.sgd.load_momentum(as_in(net, state["momentum"]))
+            self.sgd.load_slots({"momentum": as_in(net, state["momentum"])})
             self.ema.load(as_in(net, state["ema"]))
-        for tensors in (named, self.sgd.momentum_buffers(), self.ema.shadow):
+        for tensors in (named, self.sgd.slots()["momentum"], self.ema.shadow):
             xla.shard(tensors, output_axes(net))
         xla.replicate(dict(net.named_buffers()))
         gather_weights(net)
@@ -66,14 +66,14 @@ class Training:
 
     def bytes_per_device(self) -> int:
         named = dict(self.net.named_parameters())
-        forms = named, self.sgd.momentum_buffers(), self.ema.shadow
+        forms = named, self.sgd.slots()["momentum"], self.ema.shadow
         return sum(xla.bytes_per_device(tensors) for tensors in forms)
 
     def state(self) -> State:
         """On the host, under the names of single blocks."""
         forms = {
             "model": dict(self.net.named_parameters()),
-            "momentum": self.sgd.momentum_buffers(),
+            "momentum": self.sgd.slots()["momentum"],
             "ema": self.ema.shadow,
         }
         return {form: per_block(xla.gather(named)) for form, named in forms.items()}

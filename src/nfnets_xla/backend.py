@@ -42,16 +42,17 @@ class Backend:
     channels_last: bool = False  # how convolutions' weights are to lie in memory
 
 
-def open_backend(trainer: TrainerConfig, parameter_bytes: int = 0) -> Backend:
+def open_backend(trainer: TrainerConfig, kept_bytes: int = 0) -> Backend:
     """Raises ValueError if the device asked for is not there.
 
-    With `trainer.fsdp=auto` it is the size of the parameters that decides how far they are cut.
+    With `trainer.fsdp=auto` `kept_bytes` decides how far they are cut: of parameters and
+    what a step keeps of their size.
     """
     name = trainer.device
     if name == "auto":
         name = "xla" if xla.tpu_is_attached() else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "xla":
-        return _xla_backend(trainer.virtual_devices, trainer.fsdp, parameter_bytes)
+        return _xla_backend(trainer.virtual_devices, trainer.fsdp, kept_bytes)
     if trainer.fsdp not in ("auto", 1):
         raise ValueError(
             f"trainer.fsdp is {trainer.fsdp}; on {name} every process keeps all parameters "
@@ -129,7 +130,7 @@ def _fetch(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 
 
-def _xla_backend(virtual_devices: int | None, fsdp: int | str, parameter_bytes: int) -> Backend:
+def _xla_backend(virtual_devices: int | None, fsdp: int | str, kept_bytes: int) -> Backend:
     xla.start(virtual_devices)
     from nfnets_xla.strategy import SPMDStrategy, XLAAccelerator  # after the runtime has started
 
@@ -138,7 +139,7 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, parameter_bytes: 
     peak_flops = known and count * known.peak_flops
     if kind == "XLA:CPU":
         peak_flops = measured_cpu_peak()  # which virtual devices share
-    parts = fsdp if isinstance(fsdp, int) else smallest_fsdp(parameter_bytes, known, count)
+    parts = fsdp if isinstance(fsdp, int) else smallest_fsdp(kept_bytes, known, count)
     xla.make_mesh(parts)
     strategy = SPMDStrategy(fsdp=parts)
     started = xla.counters()

@@ -54,7 +54,10 @@ class Checkpoint:
         return sorted(file.stem for file in self.folder.glob("*.safetensors"))
 
     def tensors(self, form: str) -> dict[str, Tensor]:
-        """`form` is "model", "momentum" or "ema"; a form that was not saved is a ValueError."""
+        """`form` is "model", "ema" or a slot of the optimizer ("momentum" for SGD).
+
+        A form that was not saved is a ValueError.
+        """
         if form not in self.forms:
             raise ValueError(
                 f"{self.where} holds no {form!r} weights; it holds {', '.join(self.forms)}"

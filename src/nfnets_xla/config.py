@@ -12,6 +12,7 @@ from typing import Any
 JOBS = ("train", "evaluate", "throughput", "smoke")
 DEVICES = ("auto", "xla", "cuda", "cpu")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "constant", "rsqrt")
 LOSSES = ("softmax", "sigmoid")
 MIXES = ("none", "mixup_cutmix")
@@ -68,7 +69,9 @@ class OptimConfig:
     warmup_fraction: float | None  # of the run
     rsqrt_timescale: int  # steps after the warm-up in which rsqrt falls to peak / sqrt(2)
     cooldown_steps: int  # the last ones of constant and rsqrt: linear to 0
-    momentum: float
+    optimizer: str  # "sgd", with Nesterov momentum, or "adamw"
+    momentum: float  # Nesterov's; AdamW's beta1
+    beta2: float | None  # AdamW's
     weight_decay: float
     clipping: float | None  # AGC's lambda; None: no clipping
     loss: str  # "softmax", or "sigmoid": every class a question of its own
@@ -119,6 +122,7 @@ class Run:
         _one_of("job", self.job, JOBS)
         _one_of("trainer.device", self.trainer.device, DEVICES)
         _one_of("model.compute_dtype", self.model.compute_dtype, COMPUTE_DTYPES)
+        _one_of("optim.optimizer", self.optim.optimizer, OPTIMIZERS)
         _one_of("optim.loss", self.optim.loss, LOSSES)
         _one_of("data.mix", self.data.mix, MIXES)
         _one_of("model.init_weights", self.model.init_weights, ("raw", "ema"))
@@ -165,6 +169,12 @@ class Run:
                 "(0, 1]"
             )
         _one_of("optim.schedule", self.optim.schedule, SCHEDULES)
+        if (self.optim.optimizer == "adamw") != (self.optim.beta2 is not None):
+            fix = "give 0.999, for example" if self.optim.beta2 is None else "give null"
+            raise ValueError(
+                f"optim.beta2 is {self.optim.beta2} with optim.optimizer={self.optim.optimizer}; "
+                f"it is AdamW's: {fix}"
+            )
         if self.optim.sam_rho is None:
             for name, off in _OF_SAM.items():
                 value = getattr(self.optim, name)
@@ -226,7 +236,7 @@ _POSITIVE = [
 ]
 _IN_HALF_OPEN = [
     *[("model", name, 1) for name in ("drop_rate", "drop_path_rate")],
-    *[("optim", name, 1) for name in ("momentum", "label_smoothing", "ema_decay")],
+    *[("optim", name, 1) for name in ("momentum", "beta2", "label_smoothing", "ema_decay")],
     *[("data", name, float("inf")) for name in ("workers", "eval_margin")],
     ("data", "max_missed", 1),
     *[("optim", name, float("inf")) for name in ("cooldown_steps", "weight_decay", "max_skipped")],

@@ -61,22 +61,21 @@ def measured_cpu_peak() -> float:
     return 2 * size**3 / best
 
 
-def smallest_fsdp(parameter_bytes: int, device: Device | None, num_devices: int) -> int:
+def smallest_fsdp(kept_bytes: int, device: Device | None, num_devices: int) -> int:
     """Over how many devices to cut parameters, so that what a step keeps fits with room to spare.
 
-    Kept are five copies in float32: parameters, gradients, momentum, average, and SAM's copy.
-    They may take half of a device's memory; activations have the rest. 1 where the memory is not
-    known. Raises ValueError if they do not fit even cut over all devices.
+    Parameters, gradients, the optimizer's, average and SAM's copy, `kept_bytes` of them all, may
+    take half of a device's memory; activations have the rest. 1 where the memory is not known.
+    Raises ValueError if they do not fit even cut over all devices.
     """
     if device is None:
         return 1
-    kept = 5 * parameter_bytes
     for fsdp in range(1, num_devices + 1):
-        if num_devices % fsdp == 0 and kept / fsdp <= device.memory / 2:
+        if num_devices % fsdp == 0 and kept_bytes / fsdp <= device.memory / 2:
             return fsdp
     raise ValueError(
-        f"five copies of the parameters are {kept / GIB:.1f} GiB, more than half of what "
-        f"{num_devices} devices of {device.memory / GIB:.0f} GiB have: use more devices"
+        f"parameters and what is kept with them are {kept_bytes / GIB:.1f} GiB, more than half "
+        f"of what {num_devices} devices of {device.memory / GIB:.0f} GiB have: use more devices"
     )
 
 

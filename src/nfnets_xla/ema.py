@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from nfnets_xla.optim.sgd_agc import checked_hyperparameter, copies_like
+from nfnets_xla.optim.by_role import checked_hyperparameter, copies_like
 
 
 class EMA:

@@ -15,8 +15,9 @@ from nfnets_xla.devices import GIB, smallest_fsdp
 from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards, sizes_of
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network
+from nfnets_xla.optim.choice import OPTIMIZERS
 from nfnets_xla.scaling import account
-from nfnets_xla.steps import describe_ascent, make_passes, make_schedule
+from nfnets_xla.steps import describe_ascent, kept_copies, make_passes, make_schedule
 
 FLOAT32 = 4  # bytes of each number that is kept
 
@@ -143,18 +144,19 @@ def evaluation_flops(run: Run, net: Network, steps: int, held_out: int | None) -
 
 def memory(run: Run, parameters: int, terms: Terms) -> list[Line]:
     """What is kept of the parameters, cut as `trainer.fsdp` says."""
-    averaged, sam = run.optim.ema_decay is not None, run.optim.sam_rho is not None
-    copies = 3 + averaged + sam  # weights, gradients, momentum
+    averaged, copies = run.optim.ema_decay is not None, kept_copies(run.optim)
+    slots = len(OPTIMIZERS[run.optim.optimizer].SLOTS)
     hardware, devices, cut = account.device(terms.hardware), devices_of(terms), run.trainer.fsdp
-    parts = smallest_fsdp(FLOAT32 * parameters, hardware, devices) if cut == "auto" else int(cut)
+    kept = copies * FLOAT32 * parameters
+    parts = smallest_fsdp(kept, hardware, devices) if cut == "auto" else int(cut)
     if devices % parts:
         raise ValueError(f"trainer.fsdp is {parts}; it must divide the {devices} devices")
-    kept, saved = (n * FLOAT32 * parameters / GIB for n in (copies / parts, 2 + averaged))
+    saved = (1 + slots + averaged) * FLOAT32 * parameters
     return [
         (
             "memory",
-            f"{kept:.3f} of {hardware.memory / GIB:.0f} GiB a device for {copies} copies of the "
-            f"parameters, cut over {parts}; activations come on top",
+            f"{kept / parts / GIB:.3f} of {hardware.memory / GIB:.0f} GiB a device for {copies} "
+            f"copies of the parameters, cut over {parts}; activations come on top",
         ),
-        ("checkpoint", f"{saved:.3f} GiB, of which {run.trainer.keep_checkpoints} are kept"),
+        ("checkpoint", f"{saved / GIB:.3f} GiB, of which {run.trainer.keep_checkpoints} are kept"),
     ]

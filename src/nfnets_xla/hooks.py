@@ -114,14 +114,14 @@ RECORDED = ("stall_seconds", "write_seconds", "bytes")
 
 
 def host_copies(task: Classification) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
-    """Weights, momentum and average, by the names of single blocks; and the guard's numbers."""
-    assert task.sgd is not None
+    """Weights, optimizer slots and average, by names of single blocks; and the guard's numbers."""
+    assert task.updater is not None
     assert task.guard is not None
     weights: dict[str, Tensor] = task.net.state_dict()
     if isinstance(task.net, NFNet):  # stacked, its state dict would be slices to compile
         weights = dict(task.net.named_parameters())
     with_guard = weights | {"guard": task.guard.numbers_G}  # no read of its own
-    forms = {"model": with_guard, "momentum": task.sgd.momentum_buffers()}
+    forms = {"model": with_guard, **task.updater.slots()}
     if task.ema is not None:
         forms["ema"] = dict(task.ema.shadow)
     # One after the other: where they are cut over devices, each is a whole copy for a moment.

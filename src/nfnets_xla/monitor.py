@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.display import Display
-from nfnets_xla.optim import SGD_AGC
+from nfnets_xla.optim.by_role import ByRole
 from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.skips import Skips
 from nfnets_xla.task import TRAIN_METRICS, Batch, Classification
@@ -110,7 +110,7 @@ class Monitor(Callback):
         row = dict(zip(TRAIN_METRICS, values, strict=False)) | rates
         self.record.write("train", step, **row)
         if shares:
-            self.record.write("clipping", step, **clipped_by_block(task.sgd, shares))
+            self.record.write("clipping", step, **clipped_by_block(task.updater, shares))
         self.curves.add("train", step, row)
         of_run = {"steps": self.total_steps, "epochs": self.epochs}
         self.display.numbers(row | of_run | {"step": step, "lost_seconds": self.lost_seconds})
@@ -200,13 +200,13 @@ class _Interval:
         return rates
 
 
-def clipped_by_block(sgd: SGD_AGC | None, shares: list[float]) -> dict[str, Any]:
+def clipped_by_block(updater: ByRole | None, shares: list[float]) -> dict[str, Any]:
     """Of all units, and of the units of each block that has any: the share that was clipped."""
-    assert sgd is not None
-    units = sgd.units()
+    assert updater is not None
+    units = updater.units()
     clipped: dict[str, float] = defaultdict(float)
     of_block: dict[str, int] = defaultdict(int)
-    for name, share in zip(sgd.clipped_names, shares, strict=True):
+    for name, share in zip(updater.clipped_names, shares, strict=True):
         *path, _ = name.split(".")
         block = ".".join(path[:3] if len(path) > 3 else path)
         clipped[block] += share * units[name]

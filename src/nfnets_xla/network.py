@@ -18,6 +18,7 @@ from nfnets_xla.models.stacked import as_in, loop, stack
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule
+from nfnets_xla.steps import kept_copies
 from nfnets_xla.task import Classification, Restored
 
 STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/compile.txt
@@ -58,7 +59,7 @@ def put_on_device(net: Network, run: Run) -> Backend:
 
     ValueError for batches that the devices cannot share equally.
     """
-    backend = open_backend(run.trainer, parameter_bytes=4 * count_parameters(net))
+    backend = open_backend(run.trainer, 4 * kept_copies(run.optim) * count_parameters(net))
     for key in ("batch_size", "eval_batch_size"):
         rows = getattr(run.data, key)
         if rows % backend.num_devices:
@@ -118,5 +119,7 @@ def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
     """Weights go into the network now; the rest waits until the optimizer exists."""
     load_into(net, resume.tensors("model"), source=str(resume))
     ema = None if run.optim.ema_decay is None else resume.tensors("ema")
-    momentum, skipped = resume.tensors("momentum"), resume.state.get("skipped", 0)
-    return Restored(as_in(net, momentum), ema and as_in(net, ema), skipped)
+    kept = [form for form in resume.forms if form not in ("model", "ema")]
+    slots = {form: as_in(net, resume.tensors(form)) for form in kept}
+    skipped = int(resume.state.get("skipped", 0))
+    return Restored(slots, ema and as_in(net, ema), resume.step - skipped, skipped)

@@ -1,9 +1,10 @@
 """What a run's steps are made of, worked out before the first: rates, passes, operations."""
 
-from nfnets_xla.config import Run
+from nfnets_xla.config import OptimConfig, Run
 from nfnets_xla.data.order import Order
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.registry import Network
+from nfnets_xla.optim.choice import OPTIMIZERS
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule, scaled_peak, warmup_length
 from nfnets_xla.scaling import account
@@ -39,6 +40,12 @@ def make_passes(run: Run, order: Order) -> Passes:
         accumulation=run.optim.accumulation,
         ascent_fraction=run.optim.sam_ascent_fraction,
     )
+
+
+def kept_copies(optim: OptimConfig) -> int:
+    """Of the parameters' size on a device: they, gradients, slots, average, and SAM's copy."""
+    slots = len(OPTIMIZERS[optim.optimizer].SLOTS)
+    return 2 + slots + (optim.ema_decay is not None) + (optim.sam_rho is not None)
 
 
 def describe_ascent(passes: Passes) -> str:

@@ -28,12 +28,13 @@ from nfnets_xla.inductor import as_it_is
 from nfnets_xla.losses import LOSSES, target_of
 from nfnets_xla.models.registry import Network
 from nfnets_xla.models.stacked import output_axes
+from nfnets_xla.optim.by_role import ByRole
+from nfnets_xla.optim.choice import make_optimizer
 from nfnets_xla.optim.guard import Guard
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.roles import parameter_roles
 from nfnets_xla.optim.sam import SAM
 from nfnets_xla.optim.schedule import Schedule
-from nfnets_xla.optim.sgd_agc import SGD_AGC
 
 Batch = dict[str, Any]
 Fetch = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -55,8 +56,9 @@ ANSWERS = ("predicted", "probability", "rank", "weight")
 class Restored:
     """Host tensors of a checkpoint that cannot be loaded before the optimizer exists."""
 
-    momentum: dict[str, Tensor]
+    slots: dict[str, dict[str, Tensor]]  # the optimizer's
     ema: dict[str, Tensor] | None
+    updates: int  # that were made
     skipped: int  # updates that were left out; see optim/guard.py
 
 
@@ -107,12 +109,12 @@ class Classification(LightningModule):
         bit = 2 ** torch.arange(8, dtype=torch.uint8)
         self.register_buffer("bit_values", bit, persistent=False)
         self.ema: EMA | None = None
-        self.sgd: SGD_AGC | None = None
+        self.updater: ByRole | None = None
         self.sam: SAM | None = None
         self.guard: Guard | None = None
         self.remembered_steps = remembered_steps
         # Of the latest step, still on the device: TRAIN_METRICS, the guard's numbers, the shares
-        # that SGD_AGC clipped.
+        # that the optimizer clipped.
         self.step_metrics_M: Tensor | None = None
         self.evaluation: dict[str, dict[str, float]] = {}  # of the latest evaluation, per weights
         self._restored = restored
@@ -132,27 +134,29 @@ class Classification(LightningModule):
             left_out=0 if self._restored is None else self._restored.skipped,
             memory=self.remembered_steps,
         )
-        sgd = SGD_AGC(
-            named.items(),
+        updater = make_optimizer(
+            self.optim.optimizer,
+            named,
             parameter_roles(self.net, classifier=self.net.classifier_name),
             lr=self.optim.peak_lr,
             momentum=self.optim.momentum,
+            beta2=self.optim.beta2,
             weight_decay=self.optim.weight_decay,
             clipping=self.optim.clipping,
             guard=self.guard,
         )
-        self.sgd = sgd
+        self.updater = updater
         if self.optim.ema_decay is not None:
             self.ema = EMA(named.items(), decay=self.optim.ema_decay)
         if self._restored is not None:
-            sgd.load_momentum(self._restored.momentum)
+            updater.load_slots(self._restored.slots, updates=self._restored.updates)
             if self.ema is not None and self._restored.ema is not None:
                 self.ema.load(self._restored.ema)
             self._restored = None
         if self.optim.sam_rho is None:
-            return sgd
+            return updater
         self.sam = SAM(
-            sgd,
+            updater,
             rho=self.optim.sam_rho,
             adaptive=self.optim.sam_adaptive,
             microbatches=self.optim.sam_microbatches,
@@ -160,13 +164,14 @@ class Classification(LightningModule):
         return self.sam
 
     def device_state(self) -> dict[str, Tensor]:
-        """Tensors beside parameters and momentum (see strategy.HasDeviceState)."""
+        """Tensors beside parameters and the optimizer's slots (see strategy.HasDeviceState)."""
         averages = {} if self.ema is None else self.ema.shadow
         guard = {} if self.guard is None else {"guard": self.guard.numbers_G}
-        return {f"ema/{name}": shadow for name, shadow in averages.items()} | guard
+        own = {} if self.updater is None else self.updater.device_state()
+        return {f"ema/{name}": shadow for name, shadow in averages.items()} | guard | own
 
     def cut_axes(self) -> dict[str, int]:
-        """Where parameters, momentum and average may be cut (see strategy.HasCutAxes)."""
+        """Where parameters and average may be cut (see strategy.HasCutAxes)."""
         axes = output_axes(self.net)
         averaged = {} if self.ema is None else {f"ema/{name}": axis for name, axis in axes.items()}
         return {f"net.{name}": axis for name, axis in axes.items()} | averaged
@@ -178,13 +183,13 @@ class Classification(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One update from one global batch; leaves `step_metrics_M` on the device."""
-        assert self.sgd is not None
+        assert self.updater is not None
         assert self.guard is not None
         step = batch["step"]
         ema_decay = 0.0 if self.ema is None else self.ema.decay_at(step)
         hyper_2 = torch.tensor([self.learning_rate(step), ema_decay])
         hyper_2 = hyper_2.to(self.device, non_blocking=True)  # else a GPU is waited for
-        self.sgd.set_lr(hyper_2[0:1])
+        self.updater.set_lr(hyper_2[0:1])
 
         rows = self._rows(batch)
         optimizer: Any = self.optimizers()
@@ -206,9 +211,9 @@ class Classification(LightningModule):
             self.ema.update(torch.maximum(hyper_2[1:2], self.guard.holds))
         *totals, weight = torch.stack(unperturbed).sum(dim=0)
         means = torch.stack(totals) / weight.clamp(min=NO_WEIGHT)
-        clipped = [] if self.sgd.clipped_P is None else [self.sgd.clipped_P]
+        clipped = [] if self.updater.clipped_P is None else [self.updater.clipped_P]
         self.step_metrics_M = torch.cat([means, self.guard.numbers_G, *clipped])
-        self.sgd.clipped_P = self.guard.holds = None  # what is alive at the dispatch is kept
+        self.updater.clipped_P = self.guard.holds = None  # what is alive at the dispatch is kept
 
     def _rows(self, batch: Batch) -> dict[str, Tensor]:
         """The batch's tensors, all of B rows. Images are mixed now, while streams are whole."""

@@ -1,10 +1,24 @@
 """A network of a few hundred parameters with one of every role, and a loss for it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nfnets_xla.optim.by_role import ByRole
+from nfnets_xla.optim.choice import make_optimizer
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9, "beta2": None, "weight_decay": 2e-5, "clipping": 0.01},
+    "adamw": {"momentum": 0.9, "beta2": 0.99, "weight_decay": 0.03, "clipping": 0.01},
+}
+
+
+def an_optimizer(name: str, net: nn.Module, roles: dict[str, str], **options: Any) -> ByRole:
+    settings = {"guard": None, **SETTINGS[name], **options}
+    return make_optimizer(name, dict(net.named_parameters()), roles, **settings)
 
 
 class SmallNet(nn.Module):

@@ -1,10 +1,11 @@
-"""Eight steps of SAM, SGD_AGC and EMA on XLA:CPU; prints what the runtime did as JSON.
+"""Eight steps of SAM, an optimizer and EMA on XLA:CPU; prints what the runtime did as JSON.
 
 Run by test_xla.py in a process of its own: the runtime reads its settings once.
 """
 
 import json
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,8 @@ from torch import nn
 
 from nfnets_xla import xla
 from nfnets_xla.ema import EMA
-from nfnets_xla.optim import SAM, SGD_AGC, Guard, Passes, parameter_roles
-from tests.optim.network import images_and_labels, small_net
+from nfnets_xla.optim import SAM, Guard, Passes, parameter_roles
+from tests.optim.network import an_optimizer, images_and_labels, small_net
 
 # Learning rate, decay, rho: each goes through exactly 0 and exactly 1.
 HYPERPARAMETERS = [
@@ -29,12 +30,12 @@ HYPERPARAMETERS = [
 BAD = {4: math.nan, 6: math.inf}  # steps and a pixel of theirs: one is left out, the next freezes
 
 
-def train(device: torch.device) -> tuple[dict[str, torch.Tensor], list[int]]:
+def train(name: str, device: torch.device) -> tuple[dict[str, torch.Tensor], list[int]]:
     """All that has state, and the number of graphs compiled before and after each step."""
     net = small_net().to(device)
     guard = Guard(device, allowed=1, memory=4)
-    sgd = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), lr=0.0, guard=guard)
-    sam = SAM(sgd, rho=0.05, microbatches=2)
+    updater = an_optimizer(name, net, parameter_roles(net, "head"), lr=0.0, guard=guard)
+    sam = SAM(updater, rho=0.05, microbatches=2)
     passes = Passes(images=3, views=1, accumulation=3, ascent_fraction=0.67)
     ema = EMA(net.named_parameters(), decay=0.99999)
     parts: list[list[torch.Tensor]] = []
@@ -49,7 +50,9 @@ def train(device: torch.device) -> tuple[dict[str, torch.Tensor], list[int]]:
         return losses[0]
 
     if device.type == "xla":  # as the strategy does before the first step
-        xla.replicate({**state(net, ema), **sgd.momentum_buffers(), "guard": guard.numbers_G})
+        xla.replicate({**state(net, ema), **updater.device_state(), "guard": guard.numbers_G})
+        for tensors in updater.slots().values():
+            xla.replicate(tensors)
     compilations = [xla.counters().compilations]
     for step, values in enumerate(HYPERPARAMETERS):
         images, labels = images_and_labels()
@@ -57,7 +60,7 @@ def train(device: torch.device) -> tuple[dict[str, torch.Tensor], list[int]]:
         batches = (images, labels.flip(0)), (images.flip(0), labels)
         parts[:] = [[rows.to(device) for rows in batch] for batch in batches]
         hyper_3 = torch.tensor(values).to(device)
-        sgd.set_lr(hyper_3[0:1])
+        updater.set_lr(hyper_3[0:1])
         sam.set_rho(hyper_3[2:3])
         sam.step(closure)
         assert guard.holds is not None
@@ -71,9 +74,9 @@ def train(device: torch.device) -> tuple[dict[str, torch.Tensor], list[int]]:
 
 def main() -> None:
     xla.start(virtual_devices=2)
-    found, compilations = train(xla.device())
+    found, compilations = train(sys.argv[1], xla.device())
     fallbacks = xla.counters().fallbacks
-    expected, _ = train(torch.device("cpu"))
+    expected, _ = train(sys.argv[1], torch.device("cpu"))
     differences = {
         name: float((found[name].detach().cpu() - tensor.detach()).abs().max())
         for name, tensor in expected.items()

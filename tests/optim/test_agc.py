@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import stack
 from nfnets_xla.models.variants import VARIANTS
-from nfnets_xla.optim import SGD_AGC, agc_, parameter_roles, sgd_agc
+from nfnets_xla.optim import SGD_AGC, agc_, by_role, parameter_roles
 from nfnets_xla.optim.agc import clip_adaptively, unit_shape, unitwise_norm
 from nfnets_xla.optim.roles import CLASSIFIER_WEIGHT, STACKED
 from tests.optim.network import closure_of, small_net
@@ -67,19 +67,18 @@ def test_the_fused_step_is_the_one_written_out(
 ) -> None:
     """20 steps of a network of every role; parameters 1e-6 apart, whatever lies how in memory."""
     results = []
-    for fused_on in (sgd_agc.FUSED_ON, ()):
-        monkeypatch.setattr(sgd_agc, "FUSED_ON", fused_on)
+    for fused_on in (by_role.FUSED_ON, ()):
+        monkeypatch.setattr(by_role, "FUSED_ON", fused_on)
         net = small_net().to(memory_format=layout)  # type: ignore[call-overload]
         optimizer = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), **PARTLY)
-        optimizer.load_momentum(
-            {name: 0.01 * torch.ones(p.shape) for name, p in net.named_parameters()}
-        )
+        start = {name: 0.01 * torch.ones(p.shape) for name, p in net.named_parameters()}
+        optimizer.load_slots({"momentum": start})
         shares = []
         for _ in range(20):
             optimizer.step(closure_of(net))
             assert optimizer.clipped_P is not None
             shares.append(dict(zip(optimizer.clipped_names, optimizer.clipped_P, strict=True)))
-        results.append((dict(net.named_parameters()), optimizer.momentum_buffers(), shares))
+        results.append((dict(net.named_parameters()), optimizer.slots()["momentum"], shares))
     for one, other in zip(results[0][:2], results[1][:2], strict=True):
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)

@@ -80,7 +80,7 @@ def test_a_float32_one_element_rate_gives_the_floats_bits() -> None:
         ({"lr": torch.tensor(0.1)}, r"lr is a tensor of shape \(\)"),
         ({"lr": torch.tensor([0.1], dtype=torch.float64)}, r"torch\.float64"),
         ({"weight_decay": -1.0}, r"weight_decay is -1\.0"),
-        ({"eps": 0.0}, r"eps is 0\.0"),
+        ({"clipping_eps": 0.0}, r"eps is 0\.0"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -108,12 +108,12 @@ def test_parameters_that_do_not_match_their_roles_are_refused() -> None:
 
 def test_momentum_of_another_shape_changes_nothing() -> None:
     optimizer = sgd(small_net())
-    buffers = {name: torch.ones_like(b) for name, b in optimizer.momentum_buffers().items()}
+    buffers = {name: torch.ones_like(b) for name, b in optimizer.slots()["momentum"].items()}
     with pytest.raises(
         ValueError, match=r"'head.bias' has shape \(2,\), the parameter here \(5,\)"
     ):
-        optimizer.load_momentum({**buffers, "head.bias": torch.ones(2)})
-    assert not any(buffer.any() for buffer in optimizer.momentum_buffers().values())
+        optimizer.load_slots({"momentum": {**buffers, "head.bias": torch.ones(2)}})
+    assert not any(buffer.any() for buffer in optimizer.slots()["momentum"].values())
 
 
 # ---- SAM --------------------------------------------------------------------------------------

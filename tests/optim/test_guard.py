@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nfnets_xla.ema import EMA
-from nfnets_xla.optim import SAM, SGD_AGC, Guard, parameter_roles
-from tests.optim.network import SmallNet, closure_of, small_net
+from nfnets_xla.optim import SAM, Guard, parameter_roles
+from tests.optim.network import SmallNet, an_optimizer, closure_of, small_net
 
 CPU = torch.device("cpu")
 
@@ -17,13 +17,15 @@ CPU = torch.device("cpu")
 class Training:
     """`small_net` with all that has state."""
 
-    def __init__(self, guard: Guard | None, *, apart: bool, rho: float | None) -> None:
+    def __init__(
+        self, guard: Guard | None, *, apart: bool, rho: float | None, optimizer: str = "sgd"
+    ) -> None:
         self.net, self.guard, self.rho = small_net(), guard, rho
         roles = parameter_roles(self.net, "head")
-        self.sgd = SGD_AGC(self.net.named_parameters(), roles, lr=0.3, guard=guard)
+        self.updater = an_optimizer(optimizer, self.net, roles, lr=0.3, guard=guard)
         if apart:  # what is traced on XLA devices
-            self.sgd._update_fused = self.sgd._update_apart
-        self.sam = None if rho is None else SAM(self.sgd, rho=rho, microbatches=2)
+            self.updater._clip_and_update_fused = self.updater._update_apart
+        self.sam = None if rho is None else SAM(self.updater, rho=rho, microbatches=2)
         self.ema = EMA(self.net.named_parameters(), 0.9)
 
     def step(self, wound: Callable[[SmallNet], None] | None = None, at: int = 0) -> None:
@@ -39,7 +41,7 @@ class Training:
 
         if self.sam is None:
             closure()
-            self.sgd.step()
+            self.updater.step()
         else:
             self.sam.step(closure)
         holds = torch.zeros(1) if self.guard is None else self.guard.holds
@@ -47,8 +49,8 @@ class Training:
         self.ema.update(torch.maximum(torch.tensor([0.9]), holds))
 
     def state(self) -> dict[str, Tensor]:
-        parts = {"": dict(self.net.named_parameters()), "m/": self.sgd.momentum_buffers()}
-        parts["e/"] = self.ema.shadow
+        parts = {"": dict(self.net.named_parameters()), "e/": self.ema.shadow}
+        parts |= {"u/": self.updater.device_state(), **self.updater.slots()}
         return {p + n: t.detach().clone() for p, named in parts.items() for n, t in named.items()}
 
 
@@ -65,20 +67,21 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a | b)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("apart", [False, True], ids=["fused", "apart"])
 @pytest.mark.parametrize(
     ("rho", "at"),
     [(None, 0), *((0.05, each) for each in range(4))],
-    ids=["sgd", "ascent", "descent", "second ascent", "second descent"],
+    ids=["no sam", "ascent", "descent", "second ascent", "second descent"],
 )
 @pytest.mark.parametrize(("value", "name"), [(math.nan, "head.weight"), (-math.inf, "skip_gain")])
 def test_bad_steps_change_nothing_and_the_others_what_they_always_did(
-    value: float, name: str, rho: float | None, at: int, apart: bool
+    value: float, name: str, rho: float | None, at: int, apart: bool, optimizer: str
 ) -> None:
     """In the first step (no momentum yet), and later; beside a twin that has no guard."""
     guard = Guard(CPU, allowed=2, memory=3)
-    guarded = Training(guard, apart=apart, rho=rho)
-    twin = Training(None, apart=apart, rho=rho)
+    guarded = Training(guard, apart=apart, rho=rho, optimizer=optimizer)
+    twin = Training(None, apart=apart, rho=rho, optimizer=optimizer)
     for step in range(5):
         before = guarded.state()
         bad = step in (0, 3)

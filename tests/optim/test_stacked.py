@@ -115,7 +115,7 @@ def test_many_steps_are_those_of_the_unrolled_network(rho: float | None) -> None
     assert min(clipped.values()) > 1
     for of_net, of_stacked in (
         (dict(net.named_parameters()), dict(stacked.named_parameters())),
-        (optimizers[0].momentum_buffers(), optimizers[1].momentum_buffers()),
+        (optimizers[0].slots()["momentum"], optimizers[1].slots()["momentum"]),
         (averages[0].shadow, averages[1].shadow),
     ):
         expected, found = arrays(of_net), arrays(of_stacked)
@@ -139,7 +139,7 @@ def test_steps_equal_the_numpy_twin_of_single_blocks() -> None:
         ema_update(shadow, weights, 0.9, step)
     for found, expected in (
         (dict(net.named_parameters()), weights),
-        (optimizer.momentum_buffers(), momenta),
+        (optimizer.slots()["momentum"], momenta),
         (ema.shadow, shadow),
     ):
         for name, array in arrays(found).items():
@@ -153,7 +153,7 @@ def test_momentum_and_average_move_between_the_forms() -> None:
     for step in range(3):
         first.step(closure_for(net, step))
     stacked.load_state_dict(net.state_dict())
-    second.load_momentum(as_in(stacked, first.momentum_buffers()))
+    second.load_slots({"momentum": as_in(stacked, first.slots()["momentum"])})
     for step in range(3, 6):
         second.step(closure_for(stacked, step))
     for step in range(6):

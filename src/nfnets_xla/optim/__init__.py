@@ -1,5 +1,6 @@
 """Optimizers of the paper: SGD with adaptive gradient clipping, SAM around it, the schedule."""
 
+from nfnets_xla.optim.adamw import AdamW_AGC as AdamW_AGC
 from nfnets_xla.optim.agc import agc_ as agc_
 from nfnets_xla.optim.guard import Guard as Guard
 from nfnets_xla.optim.passes import Passes as Passes

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nfnets_xla.optim.agc import vector_norm
-from nfnets_xla.optim.sgd_agc import checked_hyperparameter
+from nfnets_xla.optim.by_role import checked_hyperparameter
 
 NORM_FLOOR = 1e-12  # big_vision's gsam.py: a gradient of zeros leaves the weights where they are
 

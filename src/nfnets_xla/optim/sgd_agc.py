@@ -1,64 +1,32 @@
 """SGD with Nesterov momentum, coupled weight decay and adaptive gradient clipping (AGC).
 
 arXiv 2102.06171, section 4.1 and appendix A.1; reference: deepmind-research/nfnets at f5de0ed,
-optim.py:446-499 (clipping) and 256-272 (update), experiment_nfnets.py:101-129 (groups).
-
-Clipping is part of the step, not a hook before it: with SAM the ascent gradient must stay raw. The
-step runs on the device from end to end: nothing in it depends on a value, and what changes between
-steps may be a tensor.
-
-On a CPU or a GPU the step is horizontally fused: few calls, each for many parameters, and torch's
-own fused SGD. Under XLA it is written out parameter by parameter, for the compiler to fuse.
+optim.py:446-499 (clipping) and 256-272 (update).
 """
 
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
-# pyright: reportUntypedFunctionDecorator=false
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from itertools import product
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nfnets_xla.optim import roles as role
-from nfnets_xla.optim.agc import (
-    by_form,
-    check_clipping,
-    clip_adaptively,
-    clip_together_,
-    clipped_shares,
-    gradient,
-    unit_shape,
-)
+from nfnets_xla.optim.agc import clip_adaptively, clipped_shares, gradient
+from nfnets_xla.optim.by_role import ByRole
 from nfnets_xla.optim.guard import Guard
 
-# (roles, decayed, clipped), experiment_nfnets.py:107-129. The classifier's bias is clipped: only
-# its weight is exempt.
-GROUPS: tuple[tuple[tuple[str, ...], bool, bool], ...] = (
-    ((role.CONV, role.LINEAR), True, True),
-    ((role.VECTOR, role.SCALAR, role.CLASSIFIER_BIAS), False, True),
-    ((role.CLASSIFIER_WEIGHT,), True, False),
-)
 
-
-FUSED_ON = ("cpu", "cuda")  # where torch has a fused SGD
-
-
-class SGD_AGC(torch.optim.Optimizer):
+class SGD_AGC(ByRole):
     """Per parameter: clip the gradient, add weight decay, then a step of Nesterov momentum.
 
         g = agc(g);  g = g + weight_decay * w;  v = momentum * v + g
         w = w - lr * (g + momentum * v)         (w - lr * v without nesterov)
 
-    which is `torch.optim.SGD(nesterov=True)` after the clipping. There is one parameter group for
-    each row of GROUPS that has members, and one for those of them that are stacked;
-    "weight_decay" is 0 and "clipping" None where exempt.
-
-    After a step `clipped_P` has, for each parameter in `clipped_names`, the share of its units
-    whose gradient was too large; a tensor on the device, which nothing waits for.
+    which is `torch.optim.SGD(nesterov=True)` after the clipping.
     """
+
+    SLOTS = ("momentum",)
 
     def __init__(
         self,
@@ -70,111 +38,36 @@ class SGD_AGC(torch.optim.Optimizer):
         nesterov: bool = True,
         weight_decay: float = 2e-5,
         clipping: float | None = 0.01,
-        eps: float = 1e-3,
+        clipping_eps: float = 1e-3,
         guard: Guard | None = None,
     ) -> None:
-        """`named_parameters` are on their device already; `roles` are `parameter_roles`' of them.
-
-        They are float32 (or float64), and so is all arithmetic.
-
-        `clipping` is the largest norm of a unit's gradient relative to the unit's own norm, or None
-        for no clipping; `eps` is a floor under the latter, so that zeros (a new skip gain) can
-        move. `lr` is described at `set_lr`. A `guard` says of every update whether it is made.
-        """
+        """See `ByRole`."""
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; it must be in [0, 1)")
-        if not 0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay is {weight_decay}; it must be 0 (none) or more")
-        check_clipping(clipping, eps)
-        named = _checked_parameters(named_parameters, roles)
-        groups: list[dict[str, Any]] = []
-        for (members, decayed, clipped), stacked in product(GROUPS, (False, True)):
-            wanted = [role.STACKED + member if stacked else member for member in members]
-            params = [(name, p) for name, p in named.items() if roles[name] in wanted]
-            if params:
-                groups.append(
-                    {
-                        "params": params,
-                        "weight_decay": weight_decay if decayed else 0.0,
-                        "clipping": clipping if clipped else None,
-                        "stacked": stacked,
-                    }
-                )
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "clipping": clipping,
-            "eps": eps,
-            "stacked": False,
-        }
-        super().__init__(groups, defaults)
-        self.set_lr(lr)
-        # Made here and not at the first step: on XLA a first step that makes its buffers is another
-        # graph than the second, and is compiled separately. Laid out like the parameter.
-        for parameter in named.values():
-            zeros = torch.zeros_like(parameter.detach(), device="cpu")
-            self.state[parameter]["momentum_buffer"] = zeros.to(parameter.device)
-        self.clipped_P: Tensor | None = None
-        self.clipped_names: list[str] = []
-        self.guard = guard
-
-    def set_lr(self, lr: float | Tensor) -> None:
-        """Learning rate of the following steps, for all groups.
-
-        A float, or a `(1,)` tensor of the parameters' dtype and device. On XLA a rate that changes
-        should be the tensor: a float (or a 0-d tensor) that becomes exactly 0 or 1 costs a graph.
-        """
-        lr = checked_hyperparameter("lr", lr, self.param_groups[0]["params"][0])
-        for group in self.param_groups:
-            group["lr"] = lr
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. A `closure` is called first, with gradients enabled; returns its result."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        names: list[str] = []
-        shares: list[Tensor] = []
-        gradients = self._gradients()
-        holds = self.guard.judge(gradients) if self.guard is not None and gradients else None
-        for group in self.param_groups:
-            named = dict(zip(group["param_names"], group["params"], strict=True))
-            # No gradient means frozen or unused. Decay and momentum alone would still move it.
-            for alike in by_form({n: p for n, p in named.items() if p.grad is not None}):
-                fused = next(iter(alike.values())).device.type in FUSED_ON
-                update = self._update_fused if fused else self._update_apart
-                share_P = update(alike, group, holds)
-                if share_P is not None:
-                    names += alike
-                    shares.append(share_P)
-        self.clipped_names = names
-        self.clipped_P = torch.cat([share.to(shares[0]) for share in shares]) if shares else None
-        return loss
-
-    def _gradients(self) -> list[Tensor]:
-        params = (parameter for group in self.param_groups for parameter in group["params"])
-        return [gradient(parameter) for parameter in params if parameter.grad is not None]
+        super().__init__(
+            named_parameters,
+            roles,
+            lr=lr,
+            weight_decay=weight_decay,
+            clipping=clipping,
+            clipping_eps=clipping_eps,
+            guard=guard,
+            momentum=momentum,
+            nesterov=nesterov,
+        )
 
     def _update_fused(
-        self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
-    ) -> Tensor | None:
-        """Parameters of one device and dtype, together. Clips the gradients in place."""
-        params = [*named.values()]
-        # The kernel walks memory: gradient and momentum must lie as their parameter does.
-        grads = [_laid_out_like(p, gradient(p)) for p in params]
-        share_P = None
-        if group["clipping"] is not None:
-            form = {"stacked": group["stacked"], "eps": group["eps"]}
-            share_P = clip_together_(params, grads, group["clipping"], **form)
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        group: Mapping[str, Any],
+        holds: Tensor | None,
+    ) -> None:
         moving = group["momentum"] > 0
         torch._fused_sgd_(
             params,
             grads,
-            [self.state[p]["momentum_buffer"] for p in params] if moving else [],
+            [self.state[p]["momentum"] for p in params] if moving else [],
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
             lr=group["lr"],
@@ -184,23 +77,21 @@ class SGD_AGC(torch.optim.Optimizer):
             is_first_step=False,
             found_inf=holds,  # at 1 the kernel leaves all as it is
         )
-        return share_P
 
     def _update_apart(
         self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
     ) -> Tensor | None:
-        """One parameter after the other, for a compiler that fuses what it sees."""
         factors: list[Tensor] = []
         held = None if holds is None else holds.reshape(()) > 0
         for parameter in named.values():
             grad = gradient(parameter)
             if group["clipping"] is not None:
-                form = {"stacked": group["stacked"], "eps": group["eps"]}
+                form = {"stacked": group["stacked"], "eps": group["clipping_eps"]}
                 grad, factor = clip_adaptively(grad, parameter, group["clipping"], **form)
                 factors.append(factor)
             if group["weight_decay"]:
                 grad = grad + parameter * group["weight_decay"]
-            buffer = self.state[parameter]["momentum_buffer"]
+            buffer = self.state[parameter]["momentum"]
             moving = buffer * group["momentum"] + grad
             update = grad + moving * group["momentum"] if group["nesterov"] else moving
             # A 0-d parameter's update times a (1,) rate is (1,).
@@ -211,117 +102,3 @@ class SGD_AGC(torch.optim.Optimizer):
             buffer.copy_(moving)
             parameter.copy_(moved)
         return clipped_shares(factors) if factors else None
-
-    def units(self) -> dict[str, int]:
-        """{parameter name: the number of its units}."""
-        return {
-            name: math.prod(unit_shape(parameter.shape, stacked=group["stacked"]))
-            for group in self.param_groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }
-
-    def momentum_buffers(self) -> dict[str, Tensor]:
-        """{parameter name: its momentum}: the optimizer's own tensors, shaped as the parameters."""
-        return {
-            name: self.state[parameter]["momentum_buffer"]
-            for group in self.param_groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }
-
-    def load_momentum(self, buffers: Mapping[str, Tensor]) -> None:
-        """Take copies of tensors of any device as momentum. Names and shapes must agree."""
-        copies = copies_like("momentum", self.momentum_buffers(), buffers)
-        for group in self.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                self.state[parameter]["momentum_buffer"] = _laid_out_like(parameter, copies[name])
-
-
-def _laid_out_like(parameter: Tensor, x: Tensor) -> Tensor:
-    """`x`, or where its strides are not the parameter's a copy with these."""
-    if x.stride() == parameter.stride():
-        return x
-    return torch.empty_like(parameter.detach()).copy_(x)
-
-
-def _checked_parameters(
-    named_parameters: Iterable[tuple[str, Tensor]], roles: Mapping[str, str]
-) -> dict[str, Tensor]:
-    plain = {name for members, _, _ in GROUPS for name in members}
-    known = plain | {role.STACKED + name for name in plain}
-    named: dict[str, Tensor] = {}
-    names_by_id: dict[int, str] = {}
-    for name, parameter in named_parameters:
-        if name in named:
-            raise ValueError(f"parameter {name!r} is given twice; names must be unique")
-        if id(parameter) in names_by_id:
-            raise ValueError(
-                f"parameters {names_by_id[id(parameter)]!r} and {name!r} are one tensor; give it "
-                "once, as module.named_parameters() does"
-            )
-        if name not in roles:
-            raise ValueError(
-                f"roles differ in {name}: a parameter without a role; take both from one module"
-            )
-        if roles[name] not in known:
-            raise ValueError(
-                f"the role of {name!r} is {roles[name]!r}; it must be one of "
-                f"{', '.join(sorted(known))}"
-            )
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"parameter {name!r} is {parameter.dtype}; master weights must be torch.float32: "
-                "call module.float() and cast in the forward pass instead"
-            )
-        named[name] = parameter
-        names_by_id[id(parameter)] = name
-    absent = [name for name in roles if name not in named]
-    if absent:
-        raise ValueError(
-            f"roles differ in {absent[0]} (and {len(absent) - 1} more): no such parameter was "
-            "given; to freeze a parameter give it all the same and call requires_grad_(False)"
-        )
-    if not named:
-        raise ValueError("there are no parameters; give at least one")
-    return named
-
-
-def checked_hyperparameter(name: str, value: float | Tensor, like: Tensor) -> Any:
-    """`value`, if it is a float >= 0, or a `(1,)` tensor (not read) of `like`'s dtype and device.
-
-    Raises ValueError otherwise. For what may change between steps: the learning rate here, rho in
-    sam.py, the decay in ema.py.
-    """
-    if not isinstance(value, Tensor):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {value}; it must be 0 or more, and finite")
-        return value
-    if value.shape != (1,) or value.dtype != like.dtype or value.device != like.device:
-        raise ValueError(
-            f"{name} is a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}; "
-            f"it must be a float, or of shape (1,), {like.dtype}, on {like.device} like the "
-            "parameters: a slice [i:i + 1] of a vector uploaded once per step"
-        )
-    return value
-
-
-def copies_like(
-    what: str, own: Mapping[str, Tensor], source: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Copies of `source` to be held in place of `own`; names and shapes must agree (ValueError).
-
-    Not copied into the tensors that are there: on XLA, writing a 0-d host tensor into one on the
-    device is a graph to compile.
-    """
-    for name in sorted(own.keys() ^ source.keys()):
-        problem = "is missing" if name in own else "has no parameter"
-        raise ValueError(f"{what} of another model: that of {name!r} {problem} here")
-    for name, tensor in own.items():
-        if source[name].shape != tensor.shape:
-            raise ValueError(
-                f"{what} of another model: that of {name!r} has shape {tuple(source[name].shape)}, "
-                f"the parameter here {tuple(tensor.shape)}"
-            )
-    return {
-        name: source[name].detach().to("cpu", tensor.dtype, copy=True).to(tensor.device)
-        for name, tensor in own.items()
-    }

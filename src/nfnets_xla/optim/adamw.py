@@ -1,0 +1,143 @@
+"""AdamW, with adaptive gradient clipping or without: for networks that SGD trains badly.
+
+Loshchilov and Hutter, arXiv 1711.05101, algorithm 2. The NFNets' is SGD (sgd_agc.py): Adam did
+worse on them. ViTs were trained by Adafactor with momentum (arXiv 2106.04560, section 3), which is
+nearer to this than SGD is.
+"""
+
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+# pyright: reportUntypedFunctionDecorator=false
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nfnets_xla.optim.agc import clip_adaptively, clipped_shares, gradient
+from nfnets_xla.optim.by_role import ByRole
+from nfnets_xla.optim.guard import Guard
+
+
+class AdamW_AGC(ByRole):
+    """Per parameter: clip the gradient, then a step of AdamW.
+
+        g = agc(g);  m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2
+        w = w - lr * weight_decay * w
+        w = w - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    which is `torch.optim.AdamW` after the clipping. t counts the updates that were made: one that
+    the guard leaves out is none.
+    """
+
+    SLOTS = ("first_moment", "second_moment")
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        roles: Mapping[str, str],
+        *,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        clipping: float | None = None,
+        clipping_eps: float = 1e-3,
+        guard: Guard | None = None,
+    ) -> None:
+        """See `ByRole`."""
+        for name, beta in zip(("beta1", "beta2"), betas, strict=True):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name} is {beta}; it must be in [0, 1)")
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps is {eps}; it must be greater than 0")
+        super().__init__(
+            named_parameters,
+            roles,
+            lr=lr,
+            weight_decay=weight_decay,
+            clipping=clipping,
+            clipping_eps=clipping_eps,
+            guard=guard,
+            betas=betas,
+            eps=eps,
+        )
+        device = self.param_groups[0]["params"][0].device
+        # float32 as torch's kernels have it: exact up to 16.7 million updates.
+        self.updates_1 = torch.zeros(1).to(device)
+
+    def _begin_update(self, holds: Tensor | None) -> None:
+        made = torch.ones_like(self.updates_1) if holds is None else 1 - holds
+        self.updates_1.copy_(self.updates_1 + made)
+
+    def _update_fused(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        group: Mapping[str, Any],
+        holds: Tensor | None,
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            params,
+            grads,
+            [self.state[p]["first_moment"] for p in params],
+            [self.state[p]["second_moment"] for p in params],
+            [],
+            [self.updates_1.reshape(())] * len(params),
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            found_inf=holds,  # at 1 the kernel leaves all as it is
+        )
+
+    def _update_apart(
+        self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
+    ) -> Tensor | None:
+        factors: list[Tensor] = []
+        held = None if holds is None else holds.reshape(()) > 0
+        beta1, beta2 = group["betas"]
+        # 1 - beta^t, without the cancellation; the first step, if it is left out, divides by 0.
+        least = torch.finfo(self.updates_1.dtype).tiny
+        correction1, correction2 = (
+            self._complement_of_power(beta).reshape(()).clamp(min=least) for beta in (beta1, beta2)
+        )
+        for parameter in named.values():
+            grad = gradient(parameter)
+            if group["clipping"] is not None:
+                form = {"stacked": group["stacked"], "eps": group["clipping_eps"]}
+                grad, factor = clip_adaptively(grad, parameter, group["clipping"], **form)
+                factors.append(factor)
+            state = self.state[parameter]
+            first = state["first_moment"] * beta1 + grad * (1 - beta1)
+            second = state["second_moment"] * beta2 + grad * grad * (1 - beta2)
+            update = first / correction1 / ((second / correction2).sqrt() + group["eps"])
+            if group["weight_decay"]:
+                update = update + parameter * group["weight_decay"]
+            # A 0-d parameter's update times a (1,) rate is (1,).
+            moved = parameter - (update * group["lr"]).reshape(parameter.shape)
+            if held is not None:  # results are chosen, because NaN times 0 is NaN
+                first = torch.where(held, state["first_moment"], first)
+                second = torch.where(held, state["second_moment"], second)
+                moved = torch.where(held, parameter, moved)
+            state["first_moment"].copy_(first)
+            state["second_moment"].copy_(second)
+            parameter.copy_(moved)
+        return clipped_shares(factors) if factors else None
+
+    def _complement_of_power(self, beta: float) -> Tensor:
+        if beta == 0:
+            return torch.ones_like(self.updates_1)
+        return -torch.expm1(self.updates_1 * math.log(beta))
+
+    def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]], *, updates: int = 0) -> None:
+        super().load_slots(slots)
+        self.updates_1 = torch.full((1,), float(updates)).to(self.updates_1.device)
+
+    def device_state(self) -> dict[str, Tensor]:
+        return {"updates": self.updates_1}

@@ -1,0 +1,319 @@
+"""What optimizers here have in common: groups by role, clipping in the step, no waiting.
+
+Groups: deepmind-research/nfnets at f5de0ed, experiment_nfnets.py:101-129.
+
+Clipping is part of the step, not a hook before it: with SAM the ascent gradient must stay raw. The
+step runs on the device from end to end: nothing in it depends on a value, and what changes between
+steps may be a tensor.
+
+On a CPU or a GPU a step is horizontally fused: few calls, each for many parameters, and torch's own
+fused kernel. Under XLA it is written out parameter by parameter, for the compiler to fuse.
+"""
+
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+# pyright: reportUntypedFunctionDecorator=false
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from itertools import product
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nfnets_xla.optim import roles as role
+from nfnets_xla.optim.agc import by_form, check_clipping, clip_together_, gradient, unit_shape
+from nfnets_xla.optim.guard import Guard
+
+# (roles, decayed, clipped), experiment_nfnets.py:107-129. The classifier's bias is clipped: only
+# its weight is exempt.
+GROUPS: tuple[tuple[tuple[str, ...], bool, bool], ...] = (
+    ((role.CONV, role.LINEAR), True, True),
+    ((role.VECTOR, role.SCALAR, role.CLASSIFIER_BIAS), False, True),
+    ((role.CLASSIFIER_WEIGHT,), True, False),
+)
+
+
+FUSED_ON = ("cpu", "cuda")  # where torch has a fused SGD
+
+
+class ByRole(torch.optim.Optimizer):
+    """An optimizer whose groups follow from what its parameters are for.
+
+    There is one parameter group for each row of GROUPS that has members, and one for those of them
+    that are stacked; "weight_decay" is 0 and "clipping" None where exempt.
+
+    After a step `clipped_P` has, for each parameter in `clipped_names`, the share of its units
+    whose gradient was too large; a tensor on the device, which nothing waits for.
+
+    A new one has its SLOTS, its two updates, a line in choice.py and its settings in conf/optim.
+    """
+
+    SLOTS: ClassVar[tuple[str, ...]]  # what it keeps of every parameter, in that one's shape
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        roles: Mapping[str, str],
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+        clipping: float | None,
+        clipping_eps: float,
+        guard: Guard | None,
+        **own: Any,
+    ) -> None:
+        """`named_parameters` are on their device already; `roles` are `parameter_roles`' of them.
+
+        They are float32 (or float64), and so is all arithmetic.
+
+        `clipping` is the largest norm of a unit's gradient relative to the unit's own norm, or None
+        for no clipping; `clipping_eps` is a floor under the latter, so that zeros (a new skip gain)
+        can move. `lr` is described at `set_lr`. A `guard` says of every update whether it is made.
+        `own` are further values of every group.
+        """
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {weight_decay}; it must be 0 (none) or more")
+        check_clipping(clipping, clipping_eps)
+        named = _checked_parameters(named_parameters, roles)
+        groups: list[dict[str, Any]] = []
+        for (members, decayed, clipped), stacked in product(GROUPS, (False, True)):
+            wanted = [role.STACKED + member if stacked else member for member in members]
+            params = [(name, p) for name, p in named.items() if roles[name] in wanted]
+            if params:
+                groups.append(
+                    {
+                        "params": params,
+                        "weight_decay": weight_decay if decayed else 0.0,
+                        "clipping": clipping if clipped else None,
+                        "stacked": stacked,
+                    }
+                )
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "clipping": clipping,
+            "clipping_eps": clipping_eps,
+            "stacked": False,
+        }
+        super().__init__(groups, defaults | own)
+        self.set_lr(lr)
+        # Made here and not at the first step: on XLA a first step that makes its buffers is another
+        # graph than the second, and is compiled separately. Laid out like the parameter.
+        for parameter in named.values():
+            for slot in self.SLOTS:
+                zeros = torch.zeros_like(parameter.detach(), device="cpu")
+                self.state[parameter][slot] = zeros.to(parameter.device)
+        self.clipped_P: Tensor | None = None
+        self.clipped_names: list[str] = []
+        self.guard = guard
+
+    def set_lr(self, lr: float | Tensor) -> None:
+        """Learning rate of the following steps, for all groups.
+
+        A float, or a `(1,)` tensor of the parameters' dtype and device. On XLA a rate that changes
+        should be the tensor: a float (or a 0-d tensor) that becomes exactly 0 or 1 costs a graph.
+        """
+        lr = checked_hyperparameter("lr", lr, self.param_groups[0]["params"][0])
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update. A `closure` is called first, with gradients enabled; returns its result."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        names: list[str] = []
+        shares: list[Tensor] = []
+        gradients = self._gradients()
+        holds = self.guard.judge(gradients) if self.guard is not None and gradients else None
+        self._begin_update(holds)
+        for group in self.param_groups:
+            named = dict(zip(group["param_names"], group["params"], strict=True))
+            # No gradient means frozen or unused. Decay and momentum alone would still move it.
+            for alike in by_form({n: p for n, p in named.items() if p.grad is not None}):
+                fused = next(iter(alike.values())).device.type in FUSED_ON
+                update = self._clip_and_update_fused if fused else self._update_apart
+                share_P = update(alike, group, holds)
+                if share_P is not None:
+                    names += alike
+                    shares.append(share_P)
+        self.clipped_names = names
+        self.clipped_P = torch.cat([share.to(shares[0]) for share in shares]) if shares else None
+        return loss
+
+    def _gradients(self) -> list[Tensor]:
+        params = (parameter for group in self.param_groups for parameter in group["params"])
+        return [gradient(parameter) for parameter in params if parameter.grad is not None]
+
+    def _begin_update(self, holds: Tensor | None) -> None:
+        """Before the groups; `holds` is 1 if this update is left out, else 0."""
+
+    def _clip_and_update_fused(
+        self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
+    ) -> Tensor | None:
+        """Parameters of one device and dtype, together. Clips the gradients in place."""
+        params = [*named.values()]
+        # The kernel walks memory: gradient and state must lie as their parameter does.
+        grads = [_laid_out_like(p, gradient(p)) for p in params]
+        share_P = None
+        if group["clipping"] is not None:
+            form = {"stacked": group["stacked"], "eps": group["clipping_eps"]}
+            share_P = clip_together_(params, grads, group["clipping"], **form)
+        self._update_fused(params, grads, group, holds)
+        return share_P
+
+    @abstractmethod
+    def _update_fused(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        group: Mapping[str, Any],
+        holds: Tensor | None,
+    ) -> None:
+        """By one of torch's fused kernels. Gradients are clipped; at `holds` nothing changes."""
+
+    @abstractmethod
+    def _update_apart(
+        self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
+    ) -> Tensor | None:
+        """One parameter after the other, clipping included, for a compiler that fuses what it sees.
+
+        Returns the shares of clipped units, if there is clipping."""
+
+    def units(self) -> dict[str, int]:
+        """{parameter name: the number of its units}."""
+        return {
+            name: math.prod(unit_shape(parameter.shape, stacked=group["stacked"]))
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }
+
+    def slots(self) -> dict[str, dict[str, Tensor]]:
+        """{slot: {parameter name: tensor}}: the optimizer's own, shaped as the parameters."""
+        return {
+            slot: {name: self.state[parameter][slot] for name, parameter in self._named()}
+            for slot in self.SLOTS
+        }
+
+    def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]], *, updates: int = 0) -> None:
+        """Take copies of tensors of any device; so many `updates` they have behind them.
+
+        Names and shapes must agree.
+        """
+        del updates
+        if sorted(slots) != sorted(self.SLOTS):
+            raise ValueError(
+                f"an optimizer that keeps {', '.join(self.SLOTS)} was given "
+                f"{', '.join(slots) or 'nothing'}: state of another optimizer"
+            )
+        own = self.slots()
+        copies = {slot: copies_like(slot, own[slot], slots[slot]) for slot in self.SLOTS}
+        for name, parameter in self._named():
+            for slot in self.SLOTS:
+                self.state[parameter][slot] = _laid_out_like(parameter, copies[slot][name])
+
+    def device_state(self) -> dict[str, Tensor]:
+        """What it keeps on the device beside its slots."""
+        return {}
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [
+            pair
+            for group in self.param_groups
+            for pair in zip(group["param_names"], group["params"], strict=True)
+        ]
+
+
+def _laid_out_like(parameter: Tensor, x: Tensor) -> Tensor:
+    """`x`, or where its strides are not the parameter's a copy with these."""
+    if x.stride() == parameter.stride():
+        return x
+    return torch.empty_like(parameter.detach()).copy_(x)
+
+
+def _checked_parameters(
+    named_parameters: Iterable[tuple[str, Tensor]], roles: Mapping[str, str]
+) -> dict[str, Tensor]:
+    plain = {name for members, _, _ in GROUPS for name in members}
+    known = plain | {role.STACKED + name for name in plain}
+    named: dict[str, Tensor] = {}
+    names_by_id: dict[int, str] = {}
+    for name, parameter in named_parameters:
+        if name in named:
+            raise ValueError(f"parameter {name!r} is given twice; names must be unique")
+        if id(parameter) in names_by_id:
+            raise ValueError(
+                f"parameters {names_by_id[id(parameter)]!r} and {name!r} are one tensor; give it "
+                "once, as module.named_parameters() does"
+            )
+        if name not in roles:
+            raise ValueError(
+                f"roles differ in {name}: a parameter without a role; take both from one module"
+            )
+        if roles[name] not in known:
+            raise ValueError(
+                f"the role of {name!r} is {roles[name]!r}; it must be one of "
+                f"{', '.join(sorted(known))}"
+            )
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}; master weights must be torch.float32: "
+                "call module.float() and cast in the forward pass instead"
+            )
+        named[name] = parameter
+        names_by_id[id(parameter)] = name
+    absent = [name for name in roles if name not in named]
+    if absent:
+        raise ValueError(
+            f"roles differ in {absent[0]} (and {len(absent) - 1} more): no such parameter was "
+            "given; to freeze a parameter give it all the same and call requires_grad_(False)"
+        )
+    if not named:
+        raise ValueError("there are no parameters; give at least one")
+    return named
+
+
+def checked_hyperparameter(name: str, value: float | Tensor, like: Tensor) -> Any:
+    """`value`, if it is a float >= 0, or a `(1,)` tensor (not read) of `like`'s dtype and device.
+
+    Raises ValueError otherwise. For what may change between steps: the learning rate here, rho in
+    sam.py, the decay in ema.py.
+    """
+    if not isinstance(value, Tensor):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be 0 or more, and finite")
+        return value
+    if value.shape != (1,) or value.dtype != like.dtype or value.device != like.device:
+        raise ValueError(
+            f"{name} is a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}; "
+            f"it must be a float, or of shape (1,), {like.dtype}, on {like.device} like the "
+            "parameters: a slice [i:i + 1] of a vector uploaded once per step"
+        )
+    return value
+
+
+def copies_like(
+    what: str, own: Mapping[str, Tensor], source: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Copies of `source` to be held in place of `own`; names and shapes must agree (ValueError).
+
+    Not copied into the tensors that are there: on XLA, writing a 0-d host tensor into one on the
+    device is a graph to compile.
+    """
+    for name in sorted(own.keys() ^ source.keys()):
+        problem = "is missing" if name in own else "has no parameter"
+        raise ValueError(f"{what} of another model: that of {name!r} {problem} here")
+    for name, tensor in own.items():
+        if source[name].shape != tensor.shape:
+            raise ValueError(
+                f"{what} of another model: that of {name!r} has shape {tuple(source[name].shape)}, "
+                f"the parameter here {tuple(tensor.shape)}"
+            )
+    return {
+        name: source[name].detach().to("cpu", tensor.dtype, copy=True).to(tensor.device)
+        for name, tensor in own.items()
+    }
