@@ -39,6 +39,16 @@ def test_a_mistake_in_a_setting(
     assert message in refused(["pretrain", *given, *shlex.split(words)], capsys)
 
 
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_options_stand_anywhere_among_settings(
+    place: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data.shards=S", "optim.epochs=7", "run_dir=R"]
+    words[place:place] = ["--cfg", "job", "-p", "optim"]
+    main(["pretrain", *words])
+    assert "\nepochs: 7" in capsys.readouterr().out
+
+
 def test_what_a_shell_leaves_to_be_quoted_twice_is_read(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,18 +42,19 @@ class ConfOnPath(SearchPathPlugin):
 @in_our_words()
 def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
     """Compose the recipe with Hydra and run it; with --help, say what it is."""
-    given = options(name, arguments)
+    given, settings = options(name, arguments)
     if given.config_dir is None:
         known(name)
     if given.help:
-        plain = [word for word in arguments if not word.startswith("-") and "=" in word]
+        plain = [word for word in settings if "=" in word]
         print(help_of(name, plain, given.config_dir))
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to main() instead of a printed traceback
     prepare()
     quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
     quiet += ["hydra.sweep.dir=${run_dir}", "hydra.sweep.subdir=.", "hydra/hydra_logging=none"]
-    sys.argv = ["nfnets-xla", "--config-name", name, *arguments, *quiet]
+    # Hydra reads settings only while nothing else stands between them.
+    sys.argv = ["nfnets-xla", "--config-name", name, *flags(given), *settings, *quiet]
     refused: list[Exception] = []
     here = os.getpid()
 
@@ -79,9 +80,11 @@ def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
         raise refused[0]
 
 
-def options(name: str, arguments: Sequence[str]) -> Any:
-    """Those of Hydra that a run has a use for. Raises ValueError for others, which it would answer
-    with a page."""
+def options(name: str, arguments: Sequence[str]) -> tuple[Any, list[str]]:
+    """Those of Hydra that a run has a use for, and all other words, in their order.
+
+    Raises ValueError for other options, which Hydra would answer with a page.
+    """
     parser = Parser(prog=f"nfnets-xla {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
@@ -94,7 +97,13 @@ def options(name: str, arguments: Sequence[str]) -> Any:
         if word.startswith("-"):
             plain = f": settings have no dashes, {word.lstrip('-')}" if "=" in word else ""
             parser.error(f"there is no option {word}{plain}")
-    return given
+    return given, rest
+
+
+def flags(given: Any) -> list[str]:
+    """The options as words again."""
+    named = {f"--{name.replace('_', '-')}": value for name, value in vars(given).items()}
+    return [name if value is True else f"{name}={value}" for name, value in named.items() if value]
 
 
 def help_of(name: str, overrides: Sequence[str], folder: str | None) -> str:
@@ -138,12 +147,11 @@ def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: 
 
     given = HydraConfig.get()
     keys = list(given.sweeper.params or [])
-    plain = [word for word in arguments if not word.startswith("-") and "=" in word]
-    for override in OverridesParser.create().parse_overrides(plain):
+    asked, settings = options(name, arguments)
+    for override in OverridesParser.create().parse_overrides(settings):
         if override.is_sweep_override() and override.key_or_group not in keys:
             keys.append(override.key_or_group)
-    folder = options(name, arguments).config_dir
-    where = [] if folder is None else [f"--config-dir={folder}"]
+    where = [] if asked.config_dir is None else [f"--config-dir={asked.config_dir}"]
     run_cell(Cell(to_run(config), keys, name, [*where, *given.overrides.task]), preemption)
 
 
