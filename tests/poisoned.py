@@ -36,7 +36,7 @@ def poison(steps: Collection[int], set_: Set = setattr) -> None:
 def without(steps: Collection[int], set_: Set = setattr) -> None:
     """Nothing is poisoned: weights, momentum and average are just not touched in these steps."""
     step = Classification.training_step
-    fused, apart = SGD_AGC._clip_and_update_fused, SGD_AGC._update_apart
+    fused, apart = SGD_AGC._clip_and_update_fused, SGD_AGC._clip_and_update_apart
     average, left_out = EMA.update, [False]
 
     def training_step(self: Classification, batch: dict[str, Any], batch_idx: int) -> None:
@@ -48,7 +48,7 @@ def without(steps: Collection[int], set_: Set = setattr) -> None:
 
     set_(Classification, "training_step", training_step)
     set_(SGD_AGC, "_clip_and_update_fused", unless_left_out(fused))
-    set_(SGD_AGC, "_update_apart", unless_left_out(apart))
+    set_(SGD_AGC, "_clip_and_update_apart", unless_left_out(apart))
     set_(EMA, "update", unless_left_out(average))
 
 

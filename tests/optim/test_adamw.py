@@ -26,9 +26,12 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(by_role, "FUSED_ON", ())
 
 
+@pytest.mark.parametrize(("betas", "steps"), [((0.8, 0.95), 20), ((0.0, 0.95), 2)])
 @pytest.mark.parametrize("clipping", [None, 0.05])
-def test_it_is_torchs_after_the_clipping(clipping: float | None) -> None:
-    """Within 1e-6, float32, after 20 steps; vectors and gains do not decay."""
+def test_it_is_torchs_after_the_clipping(
+    clipping: float | None, betas: tuple[float, float], steps: int
+) -> None:
+    """Within 1e-6, float32; vectors and gains do not decay."""
     ours, theirs = small_net(), small_net()
     roles = parameter_roles(theirs, "head")
     named = dict(theirs.named_parameters())
@@ -36,9 +39,9 @@ def test_it_is_torchs_after_the_clipping(clipping: float | None) -> None:
         {"params": [p for n, p in named.items() if roles[n] in DECAYED]},
         {"params": [p for n, p in named.items() if roles[n] not in DECAYED], "weight_decay": 0.0},
     ]
-    reference = torch.optim.AdamW(groups, **HYPER)
-    optimizer = adamw(ours, clipping=clipping)
-    for _ in range(20):
+    reference = torch.optim.AdamW(groups, **HYPER | {"betas": betas})
+    optimizer = adamw(ours, clipping=clipping, betas=betas)
+    for _ in range(steps):
         optimizer.step(closure_of(ours))
         closure_of(theirs)()
         if clipping is not None:

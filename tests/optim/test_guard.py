@@ -24,7 +24,7 @@ class Training:
         roles = parameter_roles(self.net, "head")
         self.updater = an_optimizer(optimizer, self.net, roles, lr=0.3, guard=guard)
         if apart:  # what is traced on XLA devices
-            self.updater._clip_and_update_fused = self.updater._update_apart
+            self.updater._clip_and_update_fused = self.updater._clip_and_update_apart
         self.sam = None if rho is None else SAM(self.updater, rho=rho, microbatches=2)
         self.ema = EMA(self.net.named_parameters(), 0.9)
 

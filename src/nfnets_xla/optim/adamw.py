@@ -9,13 +9,12 @@ nearer to this than SGD is.
 # pyright: reportUntypedFunctionDecorator=false
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nfnets_xla.optim.agc import clip_adaptively, clipped_shares, gradient
 from nfnets_xla.optim.by_role import ByRole
 from nfnets_xla.optim.guard import Guard
 
@@ -67,7 +66,7 @@ class AdamW_AGC(ByRole):
         # float32 as torch's kernels have it: exact up to 16.7 million updates.
         self.updates_1 = torch.zeros(1).to(device)
 
-    def _begin_update(self, holds: Tensor | None) -> None:
+    def _count(self, holds: Tensor | None) -> None:
         made = torch.ones_like(self.updates_1) if holds is None else 1 - holds
         self.updates_1.copy_(self.updates_1 + made)
 
@@ -96,44 +95,34 @@ class AdamW_AGC(ByRole):
             found_inf=holds,  # at 1 the kernel leaves all as it is
         )
 
-    def _update_apart(
-        self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
-    ) -> Tensor | None:
-        factors: list[Tensor] = []
-        held = None if holds is None else holds.reshape(()) > 0
-        beta1, beta2 = group["betas"]
-        # 1 - beta^t, without the cancellation; the first step, if it is left out, divides by 0.
-        least = torch.finfo(self.updates_1.dtype).tiny
-        correction1, correction2 = (
-            self._complement_of_power(beta).reshape(()).clamp(min=least) for beta in (beta1, beta2)
-        )
-        for parameter in named.values():
-            grad = gradient(parameter)
-            if group["clipping"] is not None:
-                form = {"stacked": group["stacked"], "eps": group["clipping_eps"]}
-                grad, factor = clip_adaptively(grad, parameter, group["clipping"], **form)
-                factors.append(factor)
-            state = self.state[parameter]
-            first = state["first_moment"] * beta1 + grad * (1 - beta1)
-            second = state["second_moment"] * beta2 + grad * grad * (1 - beta2)
-            update = first / correction1 / ((second / correction2).sqrt() + group["eps"])
-            if group["weight_decay"]:
-                update = update + parameter * group["weight_decay"]
-            # A 0-d parameter's update times a (1,) rate is (1,).
-            moved = parameter - (update * group["lr"]).reshape(parameter.shape)
-            if held is not None:  # results are chosen, because NaN times 0 is NaN
-                first = torch.where(held, state["first_moment"], first)
-                second = torch.where(held, state["second_moment"], second)
-                moved = torch.where(held, parameter, moved)
-            state["first_moment"].copy_(first)
-            state["second_moment"].copy_(second)
-            parameter.copy_(moved)
-        return clipped_shares(factors) if factors else None
+    def _scales(self, group: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """1 - beta^t of both, 0-d, without cancellation.
 
-    def _complement_of_power(self, beta: float) -> Tensor:
-        if beta == 0:
-            return torch.ones_like(self.updates_1)
-        return -torch.expm1(self.updates_1 * math.log(beta))
+        Not 0 before the first update: should the guard leave it out, its result is not used, but is
+        computed.
+        """
+        tiny = torch.finfo(self.updates_1.dtype).tiny
+        logs = (math.log(max(beta, tiny)) for beta in group["betas"])
+        powers = (torch.expm1(self.updates_1 * log).reshape(()) for log in logs)
+        return tuple(-power.clamp(max=-tiny) for power in powers)
+
+    def _after(
+        self,
+        parameter: Tensor,
+        grad: Tensor,
+        state: Sequence[Tensor],
+        group: Mapping[str, Any],
+        scales: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        beta1, beta2 = group["betas"]
+        first = state[0] * beta1 + grad * (1 - beta1)
+        second = state[1] * beta2 + grad * grad * (1 - beta2)
+        of_first, of_second = scales
+        update = first / of_first / ((second / of_second).sqrt() + group["eps"])
+        if group["weight_decay"]:
+            update = update + parameter * group["weight_decay"]
+        # A 0-d parameter's update times a (1,) rate is (1,).
+        return parameter - (update * group["lr"]).reshape(parameter.shape), first, second
 
     def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]], *, updates: int = 0) -> None:
         super().load_slots(slots)

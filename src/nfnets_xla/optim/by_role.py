@@ -15,7 +15,7 @@ fused kernel. Under XLA it is written out parameter by parameter, for the compil
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, ClassVar
 
@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from nfnets_xla.optim import roles as role
-from nfnets_xla.optim.agc import by_form, check_clipping, clip_together_, gradient, unit_shape
+from nfnets_xla.optim.agc import (
+    by_form,
+    check_clipping,
+    clip_adaptively,
+    clip_together_,
+    clipped_shares,
+    gradient,
+    unit_shape,
+)
 from nfnets_xla.optim.guard import Guard
 
 # (roles, decayed, clipped), experiment_nfnets.py:107-129. The classifier's bias is clipped: only
@@ -130,14 +138,16 @@ class ByRole(torch.optim.Optimizer):
         shares: list[Tensor] = []
         gradients = self._gradients()
         holds = self.guard.judge(gradients) if self.guard is not None and gradients else None
-        self._begin_update(holds)
+        self._count(holds)
         for group in self.param_groups:
             named = dict(zip(group["param_names"], group["params"], strict=True))
             # No gradient means frozen or unused. Decay and momentum alone would still move it.
             for alike in by_form({n: p for n, p in named.items() if p.grad is not None}):
                 fused = next(iter(alike.values())).device.type in FUSED_ON
-                update = self._clip_and_update_fused if fused else self._update_apart
-                share_P = update(alike, group, holds)
+                clip_and_update = (
+                    self._clip_and_update_fused if fused else self._clip_and_update_apart
+                )
+                share_P = clip_and_update(alike, group, holds)
                 if share_P is not None:
                     names += alike
                     shares.append(share_P)
@@ -149,8 +159,8 @@ class ByRole(torch.optim.Optimizer):
         params = (parameter for group in self.param_groups for parameter in group["params"])
         return [gradient(parameter) for parameter in params if parameter.grad is not None]
 
-    def _begin_update(self, holds: Tensor | None) -> None:
-        """Before the groups; `holds` is 1 if this update is left out, else 0."""
+    def _count(self, holds: Tensor | None) -> None:
+        """Once an update, before the groups; `holds` is 1 if it is left out, else 0."""
 
     def _clip_and_update_fused(
         self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
@@ -176,13 +186,41 @@ class ByRole(torch.optim.Optimizer):
     ) -> None:
         """By one of torch's fused kernels. Gradients are clipped; at `holds` nothing changes."""
 
-    @abstractmethod
-    def _update_apart(
+    def _clip_and_update_apart(
         self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
     ) -> Tensor | None:
-        """One parameter after the other, clipping included, for a compiler that fuses what it sees.
+        """One parameter after the other, for a compiler that fuses what it sees."""
+        factors: list[Tensor] = []
+        held = None if holds is None else holds.reshape(()) > 0
+        scales = self._scales(group)
+        for parameter in named.values():
+            grad = gradient(parameter)
+            if group["clipping"] is not None:
+                form = {"stacked": group["stacked"], "eps": group["clipping_eps"]}
+                grad, factor = clip_adaptively(grad, parameter, group["clipping"], **form)
+                factors.append(factor)
+            state = [self.state[parameter][slot] for slot in self.SLOTS]
+            after = self._after(parameter, grad, state, group, scales)
+            for tensor, result in zip([parameter, *state], after, strict=True):
+                # Results are chosen, because NaN times 0 is NaN.
+                tensor.copy_(result if held is None else torch.where(held, tensor, result))
+        return clipped_shares(factors) if factors else None
 
-        Returns the shares of clipped units, if there is clipping."""
+    def _scales(self, group: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """What `_after` needs and all parameters share, so that it is traced once."""
+        del group
+        return ()
+
+    @abstractmethod
+    def _after(
+        self,
+        parameter: Tensor,
+        grad: Tensor,
+        state: Sequence[Tensor],
+        group: Mapping[str, Any],
+        scales: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        """The parameter after the update, and its slots, all new; `grad` is clipped."""
 
     def units(self) -> dict[str, int]:
         """{parameter name: the number of its units}."""

@@ -6,13 +6,12 @@ optim.py:446-499 (clipping) and 256-272 (update).
 
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nfnets_xla.optim.agc import clip_adaptively, clipped_shares, gradient
 from nfnets_xla.optim.by_role import ByRole
 from nfnets_xla.optim.guard import Guard
 
@@ -78,27 +77,17 @@ class SGD_AGC(ByRole):
             found_inf=holds,  # at 1 the kernel leaves all as it is
         )
 
-    def _update_apart(
-        self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
-    ) -> Tensor | None:
-        factors: list[Tensor] = []
-        held = None if holds is None else holds.reshape(()) > 0
-        for parameter in named.values():
-            grad = gradient(parameter)
-            if group["clipping"] is not None:
-                form = {"stacked": group["stacked"], "eps": group["clipping_eps"]}
-                grad, factor = clip_adaptively(grad, parameter, group["clipping"], **form)
-                factors.append(factor)
-            if group["weight_decay"]:
-                grad = grad + parameter * group["weight_decay"]
-            buffer = self.state[parameter]["momentum"]
-            moving = buffer * group["momentum"] + grad
-            update = grad + moving * group["momentum"] if group["nesterov"] else moving
-            # A 0-d parameter's update times a (1,) rate is (1,).
-            moved = parameter - (update * group["lr"]).reshape(parameter.shape)
-            if held is not None:  # results are chosen, because NaN times 0 is NaN
-                moving = torch.where(held, buffer, moving)
-                moved = torch.where(held, parameter, moved)
-            buffer.copy_(moving)
-            parameter.copy_(moved)
-        return clipped_shares(factors) if factors else None
+    def _after(
+        self,
+        parameter: Tensor,
+        grad: Tensor,
+        state: Sequence[Tensor],
+        group: Mapping[str, Any],
+        scales: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        if group["weight_decay"]:
+            grad = grad + parameter * group["weight_decay"]
+        moving = state[0] * group["momentum"] + grad
+        update = grad + moving * group["momentum"] if group["nesterov"] else moving
+        # A 0-d parameter's update times a (1,) rate is (1,).
+        return parameter - (update * group["lr"]).reshape(parameter.shape), moving
