@@ -73,6 +73,9 @@ class Suite:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.setsid()
+            # The pool of threads that this process has compared weights with is made again at its
+            # first use after a fork, and aborts if autograd's threads are the first, two at once.
+            torch.set_num_threads(1)
             if wound is not None:
                 wound()
             sys.argv = ["nfnets-xla", *arguments, f"run_dir={run_dir}"]
