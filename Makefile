@@ -36,7 +36,7 @@ demo: install  ## Pre-train, kill, resume, fine-tune with SAM, evaluate: about 6
 test: check  ## What CI runs: lint, types, imports, then the tests that are not slow
 	$(PYTEST) -m "not slow"
 
-test-all: check  ## The same with the slow tests
+test-all: check newest  ## The same with the slow tests, and those of the newest torch
 	$(PYTEST)
 
 chaos: install  ## Kill, starve and damage runs, and compare them with undisturbed ones: 40 minutes
