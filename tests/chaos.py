@@ -255,9 +255,9 @@ def main() -> None:
         for name in scenarios:
             if name in given.only:
                 scenarios[name](suite)
+                if given.write:  # at once: what is found stays, whatever comes after
+                    write(given.write, suite.results)
     print("\n".join([*HEAD, *rows(suite.results)]))
-    if given.write:
-        write(given.write, suite.results)
     sys.exit(0 if all(result.good for result in suite.results) else 1)
 
 

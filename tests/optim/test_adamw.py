@@ -35,11 +35,12 @@ def test_it_is_torchs_after_the_clipping(
     ours, theirs = small_net(), small_net()
     roles = parameter_roles(theirs, "head")
     named = dict(theirs.named_parameters())
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for n, p in named.items() if roles[n] in DECAYED]},
         {"params": [p for n, p in named.items() if roles[n] not in DECAYED], "weight_decay": 0.0},
     ]
-    reference = torch.optim.AdamW(groups, **HYPER | {"betas": betas})
+    hyper: dict[str, Any] = {**HYPER, "betas": betas}
+    reference = torch.optim.AdamW(groups, **hyper)
     optimizer = adamw(ours, clipping=clipping, betas=betas)
     for _ in range(steps):
         optimizer.step(closure_of(ours))
