@@ -93,6 +93,7 @@ def traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # its C++ is compiled
 def test_compiled_steps_have_the_eager_numbers() -> None:
     torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
     clock = Clock()
@@ -101,6 +102,7 @@ def test_compiled_steps_have_the_eager_numbers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_compiled_run_says_so_and_ends_as_if_it_had_not_been_killed(
     tmp_path: Path, data: list[str]
 ) -> None:

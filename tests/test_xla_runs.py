@@ -165,6 +165,7 @@ def test_a_killed_run_on_four_devices_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # bfloat16 is emulated on a CPU
 def test_a_killed_run_in_bfloat16_ends_as_if_it_had_not_been(shards: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [*arguments(shards), *xla(2), "model.compute_dtype=bfloat16", "optim.epochs=1.5"]
