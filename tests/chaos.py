@@ -2,8 +2,8 @@
 
     python -m tests.chaos [--short] [--seed N] [--only NAME] [--write docs/reliability.md]
 
-Every start is a process of its own, forked from one that has done the imports and nothing else; it
-runs the command line. After each scenario three things are asked: has the run finished, does
+Every start is a process of its own, forked from this one, which has done the imports; it runs the
+command line. After each scenario three things are asked: has the run finished, does
 its ledger prove every sample exactly once, and are weights, momentum and average those of the
 undisturbed run, to the bit (across device counts: the first 50 losses, to 1e-3).
 """

@@ -15,9 +15,8 @@ from nfnets_xla.devices import GIB, smallest_fsdp
 from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards, sizes_of
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network
-from nfnets_xla.optim.choice import OPTIMIZERS
 from nfnets_xla.scaling import account
-from nfnets_xla.steps import describe_ascent, kept_copies, make_passes, make_schedule
+from nfnets_xla.steps import describe_ascent, kept_copies, make_passes, make_schedule, saved_copies
 
 FLOAT32 = 4  # bytes of each number that is kept
 
@@ -144,14 +143,13 @@ def evaluation_flops(run: Run, net: Network, steps: int, held_out: int | None) -
 
 def memory(run: Run, parameters: int, terms: Terms) -> list[Line]:
     """What is kept of the parameters, cut as `trainer.fsdp` says."""
-    averaged, copies = run.optim.ema_decay is not None, kept_copies(run.optim)
-    slots = len(OPTIMIZERS[run.optim.optimizer].SLOTS)
+    copies = kept_copies(run.optim)
     hardware, devices, cut = account.device(terms.hardware), devices_of(terms), run.trainer.fsdp
     kept = copies * FLOAT32 * parameters
     parts = smallest_fsdp(kept, hardware, devices) if cut == "auto" else int(cut)
     if devices % parts:
         raise ValueError(f"trainer.fsdp is {parts}; it must divide the {devices} devices")
-    saved = (1 + slots + averaged) * FLOAT32 * parameters
+    saved = saved_copies(run.optim) * FLOAT32 * parameters
     return [
         (
             "memory",

@@ -42,10 +42,14 @@ def make_passes(run: Run, order: Order) -> Passes:
     )
 
 
+def saved_copies(optim: OptimConfig) -> int:
+    """What a checkpoint has of the parameters' size: they, the optimizer's slots, the average."""
+    return 1 + len(OPTIMIZERS[optim.optimizer].SLOTS) + (optim.ema_decay is not None)
+
+
 def kept_copies(optim: OptimConfig) -> int:
-    """Of the parameters' size on a device: they, gradients, slots, average, and SAM's copy."""
-    slots = len(OPTIMIZERS[optim.optimizer].SLOTS)
-    return 2 + slots + (optim.ema_decay is not None) + (optim.sam_rho is not None)
+    """What a step keeps on the device: all that is saved, gradients, and SAM's copy."""
+    return saved_copies(optim) + 1 + (optim.sam_rho is not None)
 
 
 def describe_ascent(passes: Passes) -> str:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nfnets_xla.optim import SAM, SGD_AGC, Schedule, parameter_roles, scaled_peak
+from nfnets_xla import config
+from nfnets_xla.optim import SAM, SGD_AGC, Schedule, choice, parameter_roles, scaled_peak
 from nfnets_xla.optim.agc import clip_adaptively
 from tests.optim.network import SmallNet, closure_of, small_net
 
@@ -45,6 +46,10 @@ def test_a_classifier_that_is_no_linear_is_refused_by_name() -> None:
         parameter_roles(small_net(), "stem")
     with pytest.raises(ValueError, match="its last is 'head'"):
         parameter_roles(small_net(), "fc")
+
+
+def test_a_recipe_can_name_every_optimizer() -> None:
+    assert tuple(choice.OPTIMIZERS) == config.OPTIMIZERS
 
 
 # ---- SGD_AGC ----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Adaptive gradient clipping (AGC): every unit's gradient to at most a share of its weight's norm.
 
 arXiv 2102.06171, section 4.1, eq. 3; reference: deepmind-research/nfnets at f5de0ed,
-optim.py:446-499. `SGD_AGC` has it in its step; `agc_` does it before any other optimizer's.
+optim.py:446-499. by_role.py has it in its optimizers' step; `agc_` does it before any other's.
 
 Shape suffixes: P parameters, U units of all of them, one after the other.
 """

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class Guard:
-    """Asked by `SGD_AGC` before it changes anything; tensors on one device, float32."""
+    """Asked by an optimizer before it changes anything; tensors on one device, float32."""
 
     def __init__(
         self, device: torch.device, *, allowed: int, left_out: int = 0, memory: int = 1
