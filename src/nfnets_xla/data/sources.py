@@ -17,7 +17,6 @@ from nfnets_xla.data.pack import Sample, encode_image, pack_samples
 from nfnets_xla.data.scan import IMAGES
 
 Progress = Callable[[int, int], None]  # images done, of how many
-TABLES = (".csv", ".parquet")
 
 
 def pack_image_folder(
@@ -115,9 +114,8 @@ Found = dict[str, tuple[Path, Any]]  # by key: image file and label
 def _read_table(path: Path) -> Found:
     if not path.is_file() or path.suffix not in TABLES:
         raise ValueError(f"{path} is no table: give a file that ends in {' or '.join(TABLES)}")
-    rows = _csv_rows(path) if path.suffix == ".csv" else _parquet_rows(path)
     images: Found = {}
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(TABLES[path.suffix](path), start=1):
         if not row.get("path") or row.get("label") in (None, ""):
             raise ValueError(f"{path}, row {number}: it must have a path and a label")
         image = path.parent / str(row["path"])
@@ -144,6 +142,9 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     with parquet.ParquetFile(path) as file:
         for batch in file.iter_batches():
             yield from batch.to_pylist()
+
+
+TABLES = {".csv": _csv_rows, ".parquet": _parquet_rows}
 
 
 def _label(value: Any, where: str) -> Any:
