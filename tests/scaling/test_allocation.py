@@ -14,7 +14,7 @@ EVEN = {"E": 1.2, "A": 3e3, "B": 8e3, "alpha": 0.4, "beta": 0.4}
 
 def law(values: dict[str, float]) -> Parametric:
     spans = dict.fromkeys(values, (0.0, 0.0))
-    return Parametric(values, spans, (0.4, 0.6), 1.0, 0)
+    return Parametric(values, spans, (0.4, 0.6), {}, 1.0, 0)
 
 
 def grid(values: dict[str, float], noise: float = 0.0) -> tuple[np.ndarray, ...]:
@@ -112,6 +112,17 @@ def test_what_is_said_about_the_rate() -> None:
     assert said(0.7, 0.6, 0.8).startswith("not at the same rate, size faster")
     assert said(0.3, 0.2, 0.4).startswith("not at the same rate, epochs faster")
     assert said(0.5, -0.2, 1.2).startswith("not resolved")
+
+
+@pytest.mark.parametrize(("dead", "name"), [("A", "size"), ("B", "data")])
+def test_a_loss_that_does_not_go_with_one_of_them_settles_nothing(dead: str, name: str) -> None:
+    """Whatever the interval of the share is."""
+    found = allocation.parametric(*grid({**EVEN, dead: 0.0}, 0.002), draws=20)
+    optimum = found.allocation()
+    assert not optimum.resolved
+    assert optimum.same_rate().startswith(
+        f"not resolved: over the runs the loss falls with {name} by "
+    )
 
 
 def test_too_few_runs_are_refused() -> None:

@@ -97,6 +97,13 @@ def test_noise_without_a_slope_is_not_resolved() -> None:
     assert steep.says("b") == "b = 0.11 [0.11, 0.11]"
 
 
+def test_a_floor_that_is_not_there_is_not_resolved() -> None:
+    """Fitted as a logarithm, it comes out small, with an interval of positive numbers."""
+    bare = law.fit("floor", COMPUTE, planted("power", COMPUTE))
+    assert bare.says("c").startswith("c not resolved [")
+    assert law.fit("floor", COMPUTE, planted("floor", COMPUTE)).says("c") == "c = 1.4 [1.4, 1.4]"
+
+
 def test_a_prediction_warns_beyond_a_decade() -> None:
     found = law.fit("floor", COMPUTE, planted("floor", COMPUTE))
     with warnings.catch_warnings():

@@ -122,6 +122,30 @@ def test_rates_follow_the_runs(study: list[Point]) -> None:
     assert make_plan(mini_job(3e-4), [better, *tried]).trials.rates == (0.05, 0.025)
 
 
+def test_every_rate_counts_that_was_tried(study: list[Point]) -> None:
+    """One cell's best rate is an outlier, by little; the other rate of that cell says so."""
+    halves = [replace(p, run=p.run + "-half", peak_lr=0.05, loss=p.loss * 1.02) for p in study]
+    first = halves[0]
+    halves[0] = replace(first, loss=first.loss / 1.02 * 0.999)
+    assert make_plan(mini_job(3e-4), [*study, *halves]).trials.rates == (0.1, 0.05)
+
+
+def test_a_plan_far_from_its_runs_says_so(study: list[Point]) -> None:
+    with pytest.warns(Extrapolation):
+        plan = make_plan(mini_job(1), study)
+    assert plan.because["mfu"].endswith("decades beyond the runs")
+    assert "beyond" not in make_plan(mini_job(3e-4), study).because["mfu"]
+
+
+def test_runs_whose_loss_does_not_go_with_size_leave_the_division_to_the_paper(
+    study: list[Point],
+) -> None:
+    """The fit's best size would be 0: the exponent is 1, with a narrow interval."""
+    flat = [replace(p, loss=1.5 + 1e2 * p.rows**-0.4) for p in study]
+    plan = make_plan(mini_job(3e-4), flat)
+    assert plan.because["model"].startswith("paper's same rate")
+
+
 def test_runs_of_two_studies_are_refused(study: list[Point]) -> None:
     other = replace(study[0], data="e" * 64)
     with pytest.raises(ValueError, match=r"2 different values of data \(eeeeeeeeeeee, ffffffff"):

@@ -66,8 +66,11 @@ def test_a_rise_is_told_with_what_it_costs() -> None:
 
 def test_rates_that_were_never_tried_are_not_chosen() -> None:
     low, high = Cell("a", 1, 1, {0.4: 2.0}), Cell("b", 1, 2, {0.8: 2.0})
-    with pytest.raises(ValueError, match="none never rise with epochs and size"):
+    with pytest.raises(
+        ValueError, match=r"has to rise with epochs or size somewhere: try 0\.4 for b"
+    ):
         fit_rule([low, high])
+    assert two_trials(2, 4, cells=[low, high]).rates == (0.4, 0.2)
     assert fit_rule([high, Cell("a", 1, 4, {0.4: 2.0})]).rates == [0.8, 0.4]
     with pytest.raises(ValueError, match="no cells"):
         fit_rule([])

@@ -50,6 +50,7 @@ class Allocation:
     budgets: list[float]  # FLOPs, that the line goes through
     sizes: list[float]  # best MACs found at each
     notes: list[str]
+    undone_by: str = ""  # why nothing is resolved, whatever the interval says
 
     def size(self, flops: float) -> float:
         return self.coefficient * flops**self.exponent
@@ -59,10 +60,12 @@ class Allocation:
 
     @property
     def resolved(self) -> bool:
-        return self.interval[0] > 0
+        return not self.undone_by and self.interval[0] > 0
 
     def same_rate(self) -> str:
         """Whether size and epochs grow at the same rate, as the paper found."""
+        if self.undone_by:
+            return f"not resolved: {self.undone_by}"
         low, high = self.interval
         span = f"size ~ C^{self.exponent:.2f} [{low:.2f}, {high:.2f}], epochs ~ C^"
         span += f"{1 - self.exponent:.2f} [{1 - high:.2f}, {1 - low:.2f}]"
@@ -186,6 +189,7 @@ class Parametric:
     values: dict[str, float]  # E, A, B, alpha, beta
     intervals: dict[str, Interval]
     share: Interval  # of a = beta / (alpha + beta)
+    falls: dict[str, Interval]  # of size, data: by what share of the loss, over the runs
     r2: float  # of log loss
     points: int
 
@@ -197,7 +201,18 @@ class Parametric:
         )
 
     def allocation(self) -> Allocation:
-        """arXiv 2203.15556, equation 4, with C = 6 M D."""
+        """arXiv 2203.15556, equation 4, with C = 6 M D.
+
+        Where the loss hardly goes with size, or with data, an exponent of 0 makes any division
+        the best: it is not resolved then, however narrow the interval of `a` may be.
+        """
+        undone_by = "; ".join(
+            f"over the runs the loss falls with {name} by {low:.2%} to {high:.2%}"
+            for name, (low, high) in self.falls.items()
+            if low < HUBER
+        )
+        if undone_by:
+            return Allocation("parametric", math.nan, math.nan, self.share, [], [], [], undone_by)
         alpha, beta = self.values["alpha"], self.values["beta"]
         exponent = beta / (alpha + beta)
         scale = (alpha * self.values["A"] / (beta * self.values["B"])) ** (1 / (alpha + beta))
@@ -234,12 +249,15 @@ def parametric(
         drawn.append(_huber_fit(theta, log_m[some], log_d[some], log_l[some])[0])
     natural = np.array([_natural(one, units) for one in [theta, *drawn]])
     names = ("E", "A", "B", "alpha", "beta")
-    shares = natural[1:, 4:] / natural[1:, 3:].sum(axis=1, keepdims=True)
+    both = natural[1:, 3:].sum(axis=1, keepdims=True)
+    shares = np.divide(natural[1:, 4:], both, out=np.zeros_like(both), where=both > 0)
+    falls = np.array([_falls(one, log_m, log_d) for one in drawn])
     fitted = _log_loss(theta, log_m, log_d)
     return Parametric(
         dict(zip(names, natural[0].tolist(), strict=True)),
         dict(zip(names, intervals(natural[1:]), strict=True)),
         intervals(shares)[0],
+        dict(zip(("size", "data"), intervals(falls), strict=True)),
         r_squared(log_l, fitted),
         len(loss),
     )
@@ -250,6 +268,15 @@ def _log_loss(theta: Floats, log_m: Floats, log_d: Floats) -> Floats:
     return np.logaddexp(
         theta[0], np.logaddexp(theta[1] - theta[3] * log_m, theta[2] - theta[4] * log_d)
     )
+
+
+def _falls(theta: Floats, log_m: Floats, log_d: Floats) -> list[float]:
+    """By how much the size's and the data's term fall over the runs, of the loss at the middle."""
+    middle = math.exp(_log_loss(theta, np.zeros(()), np.zeros(())))
+    return [
+        math.exp(log_a) * (math.exp(-power * log_x.min()) - math.exp(-power * log_x.max())) / middle
+        for log_a, power, log_x in ((theta[1], theta[3], log_m), (theta[2], theta[4], log_d))
+    ]
 
 
 def _huber_fit(start: Floats, log_m: Floats, log_d: Floats, log_l: Floats) -> tuple[Floats, float]:

@@ -15,7 +15,7 @@ from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.scaling import account, published
 from nfnets_xla.scaling.account import above, macs_per_image
 from nfnets_xla.scaling.allocation import Allocation, parametric
-from nfnets_xla.scaling.law import Law, Prediction, fit, frontier
+from nfnets_xla.scaling.law import DECADES, Law, Prediction, decades_beyond, fit, frontier
 from nfnets_xla.scaling.rate import Trials, cells_of, two_trials
 from nfnets_xla.scaling.runs import Point, best_per_cell
 
@@ -60,7 +60,7 @@ class Plan:
 def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
     """`points` are pre-training runs of one study, on the images that are to be trained on."""
     job.check()
-    points = best_of_study(points)
+    runs, points = points, best_of_study(points)
     mfu, mfu_because = utilisation_for(job, points)
     flops = account.flops_in(job.core_hours, job.hardware, mfu=mfu)
     size, size_because = best_size(flops, points)
@@ -68,7 +68,8 @@ def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
     macs = macs_per_image(model, job.image_size, job.num_classes)
     rows = flops / account.train_flops(macs, 1)
     epochs = rows / job.images
-    trials = two_trials(macs, epochs, batch_size=job.batch_size, cells=cells_of(points))
+    cells = cells_of(run for run in runs if not run.is_finetuned)
+    trials = two_trials(macs, epochs, batch_size=job.batch_size, cells=cells)
     loss, loss_because = expected_loss(flops, points)
     return Plan(
         model=model,
@@ -82,7 +83,7 @@ def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
         loss=loss,
         because={
             "model": size_because + mismatch,
-            "mfu": mfu_because,
+            "mfu": mfu_because + far_from(points, flops),
             "rates": trials.because,
             "loss": loss_because,
         },
@@ -117,6 +118,14 @@ def utilisation_for(job: Job, points: Sequence[Point]) -> tuple[float, str]:
     return published.PAPER_MFU, "assumed: the paper's largest run"
 
 
+def far_from(points: Sequence[Point], flops: float) -> str:
+    if not points:
+        return ""
+    run = [point.flops for point in points]
+    beyond = decades_beyond(flops, (min(run), max(run)))
+    return f"; {beyond:.1f} decades beyond the runs" if beyond > DECADES else ""
+
+
 def best_size(flops: float, points: Sequence[Point]) -> tuple[float, str]:
     """Multiply-accumulates per image, and whose rule that is."""
     if not points:
@@ -146,7 +155,8 @@ def fitted_division(points: Sequence[Point]) -> Allocation | None:
     except ValueError:
         return None
     low, high = fitted.share
-    return fitted.allocation() if low > 0 and high - low < WIDEST_SHARE else None
+    division = fitted.allocation()
+    return division if division.resolved and high - low < WIDEST_SHARE else None
 
 
 def on_frontier(points: Sequence[Point]) -> list[int]:

@@ -113,8 +113,8 @@ def fit_rule(cells: Sequence[Cell]) -> Rule:
     for cell, rate in zip(cells, picked, strict=True):
         if rate not in cell.losses:
             raise ValueError(
-                f"of the rates that were tried none never rise with epochs and size: try "
-                f"{rate:g} for {cell.model} at {cell.epochs:g} epochs"
+                f"by the rates that were tried the rate has to rise with epochs or size somewhere: "
+                f"try {rate:g} for {cell.model} at {cell.epochs:g} epochs"
             )
     rises = [(a, b) for a in cells for b in cells if a.before(b) and b.best > a.best]
     return Rule(list(cells), picked, rises)
@@ -133,7 +133,9 @@ def two_trials(
 ) -> Trials:
     """For one run: the lowest best rate among runs no larger and no longer, and half of it.
 
-    Without such a run the paper's 1.6, in proportion to the batch (arXiv 2102.06171, A.1).
+    Where best rates rise from run to run, rates that never do at the least loss stand for them, if
+    such were tried. Without any run the paper's 1.6, in proportion to the batch (arXiv 2102.06171,
+    A.1).
     """
     above("macs", macs)
     above("epochs", epochs)
@@ -142,8 +144,11 @@ def two_trials(
         cell for cell in cells if cell.before(run) or (cell.macs, cell.epochs) == (macs, epochs)
     ]
     if known:
-        rule = fit_rule(known)
-        rate, cell = min(zip(rule.rates, known, strict=True), key=lambda pair: pair[0])
+        try:
+            rates = fit_rule(known).rates
+        except ValueError:
+            rates = [cell.best for cell in known]
+        rate, cell = min(zip(rates, known, strict=True), key=lambda pair: pair[0])
         because = f"{rate:g} was best for {cell.model} at {cell.epochs:g} epochs"
         return Trials((rate, rate / 2), because)
     rate = PEAK_LR * batch_size / BATCH
