@@ -19,7 +19,7 @@ PAGE, FIGURES = DOCS / "scaling.md", DOCS / "scaling"
 BEGIN, END = "<!-- written by benchmarks/scaling_study.py -->\n", "<!-- end -->\n"
 PAIRS = (("vit_mini_d3_4", "nfnet_mini_f1"), ("vit_mini_d6_4", "nfnet_mini_f3"))  # of like cost
 DRAWS = 2000  # of the bootstrap
-Grid = tuple[Mapping[str, Sequence[float]], Sequence[float]]  # rates of each model, and epochs
+Grid = Mapping[tuple[str, float], Sequence[float]]  # rates by model and epochs
 
 
 def write_report(records: Path, grid: Grid, whole: int) -> None:
@@ -63,15 +63,15 @@ def write_page(lines: Sequence[str]) -> None:
 
 
 def done(trained: Sequence[Point], grid: Grid) -> str:
-    models, epochs = grid
+    epochs = sorted({number for _, number in grid})
     lines = [" " * 16 + "".join(f"{number:>10g}" for number in epochs) + "   epochs"]
-    for model, rates in models.items():
+    for model in dict.fromkeys(model for model, _ in grid):
         cells = []
         for number in epochs:
             runs = [p for p in trained if (p.model, p.epochs) == (model, number)]
-            tried = {run.peak_lr for run in runs} & set(rates)
+            tried = {run.peak_lr for run in runs} & set(grid[model, number])
             seeds = max((sum(r.peak_lr == rate for r in runs) for rate in tried), default=0)
-            cells.append(f"{len(tried)}/{len(rates)}, {seeds}")
+            cells.append(f"{len(tried)}/{len(grid[model, number])}, {seeds}")
         lines.append(f"{model:16}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
