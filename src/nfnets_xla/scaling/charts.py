@@ -199,8 +199,8 @@ def band_of(law: Law) -> Band:
 
 
 def learning_rates(points: Sequence[Point]) -> Chart:
-    """The best of the rates tried, for each model and number of epochs."""
-    runs = pretrained(points)
+    """The best of the rates tried, for each NFNet and number of epochs."""
+    runs = nfnets(pretrained(points))
     cells = [cell for cell in cells_of(runs) if len(cell.losses) > 1]
     notes: list[str] = []
     if not cells:
@@ -211,6 +211,8 @@ def learning_rates(points: Sequence[Point]) -> Chart:
         notes.append(
             "hollow: the best rate is the lowest or highest tried, the optimum may lie beyond"
         )
+    if peers := sorted({point.model for point in pretrained(points)} - {p.model for p in runs}):
+        notes.append(f"left out: {', '.join(peers)}, whose optimizer's rates are of another scale")
     curves: list[Curve] = []
     for model in by_size(point for point in runs if any(c.model == point.model for c in cells)):
         marks: list[Mark] = []
