@@ -10,10 +10,13 @@ import pytest
 
 from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
-from nfnets_xla.record import read_record
+from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.scaling.runs import read_points
 from nfnets_xla.sweep import Cell, model_of
+from nfnets_xla.trials import next_pair, size
 from tests.runs import SMALL, start
+from tests.scaling.made_runs import header, write_diverged, write_run
 from tests.warm import Warm
 
 
@@ -137,6 +140,32 @@ def test_two_trials_start_from_the_best_before(
     first = [point for point in points if point.epochs == 0.25]
     best = min(first, key=lambda point: point.loss).peak_lr * 16
     assert lines[1].startswith(f"nfnet_mini_f0 at 0.5 epochs: {best:g} and {best / 2:g};")
+
+
+def test_a_pair_is_the_same_when_the_sweep_is_given_again(sweep: list[str], tmp_path: Path) -> None:
+    """From runs as they are left behind: unfinished and diverged ones, its own, another's."""
+    words = [*sweep, "optim.epochs=0.5", "optim.peak_lr=0.1", "model.name=nfnet_mini_f0"]
+    run = to_run(composed("pretrain", words))
+    run.run_dir = str(tmp_path / "runs")
+    paper = next_pair(run)
+    assert paper.rates == ("0.1", "0.05")
+    fields = {
+        "fingerprint": ShardIndex.load(str(run.data.shards)).fingerprint,
+        "batch_size": run.data.batch_size,
+        "image_size": run.data.image_size,
+        "macs_per_image": size(run),
+    }
+    runs = tmp_path / "runs"
+    with RecordWriter(runs / "unfinished", header(epochs=0.25, **fields)) as record:
+        record.write("train", 1, loss=1.0, images_per_second=1.0)
+    write_diverged(runs / "diverged", epochs=0.25, rate=0.05, **fields)
+    assert next_pair(run) == paper  # nothing has come to an end
+    write_run(runs / "own", loss=1.0, epochs=0.5, rate=0.003, **fields)
+    adamw = {"optim": {"optimizer": "adamw"}}
+    write_run(runs / "vit", loss=1.0, epochs=0.25, rate=0.001, **adamw, **fields)
+    assert next_pair(run) == paper
+    write_run(runs / "shorter", loss=1.0, epochs=0.25, rate=0.025, **fields)
+    assert next_pair(run).rates == ("0.4", "0.2")  # of optim.lr_batch=256, for a batch of 16
 
 
 def wait_for_step(runs: Path, process: Warm) -> None:

@@ -12,7 +12,7 @@ from nfnets_xla.config import Run
 from nfnets_xla.forecast import network
 from nfnets_xla.inputs import count_classes, open_shards
 from nfnets_xla.scaling.rate import cells_of, two_trials
-from nfnets_xla.scaling.runs import pretrained, read_points
+from nfnets_xla.scaling.runs import find_points, pretrained
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,24 @@ def size(run: Run) -> float:
 def next_pair(run: Run) -> Pair:
     """For the model and epochs of `run`, from the finished runs below its `run_dir`.
 
-    Rates of the record are those that were used; `optim.peak_lr` is that of `optim.lr_batch` rows.
+    Its own runs do not count: the same sweep, given again, asks for the same pair. Rates of the
+    record are those that were used; `optim.peak_lr` is that of `optim.lr_batch` rows.
     """
     if run.run_dir is None:
         raise ValueError("run_dir is not set; it must name the folder of the sweep's runs")
     folder = Path(run.run_dir)
-    points = read_points(folder)[0] if any(folder.rglob("run-*.jsonl")) else []
+    points = find_points(folder)[0] if folder.is_dir() else []
     index, _ = open_shards(run)
+    image_size, batch_size = run.data.image_size, run.data.batch_size
     known = [
         point
         for point in pretrained(points)
-        if (point.data, point.image_size, point.batch_size)
-        == (index.fingerprint, run.data.image_size, run.data.batch_size)
+        if (point.data, point.image_size, point.batch_size, point.optimizer, point.objective)
+        == (index.fingerprint, image_size, batch_size, run.optim.optimizer, run.optim.loss)
+        and (point.model, point.epochs) != (run.model.name, run.optim.epochs)
     ]
-    found = two_trials(
-        size(run), run.optim.epochs, batch_size=run.data.batch_size, cells=cells_of(known)
-    )
-    scale = 1.0 if run.optim.lr_batch is None else run.data.batch_size / run.optim.lr_batch
+    found = two_trials(size(run), run.optim.epochs, batch_size=batch_size, cells=cells_of(known))
+    scale = 1.0 if run.optim.lr_batch is None else batch_size / run.optim.lr_batch
     high, low = (f"{rate / scale:.6g}" for rate in found.rates)
     return Pair(run.model.name, run.optim.epochs, (high, low), found.because)
 

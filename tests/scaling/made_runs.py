@@ -11,28 +11,32 @@ IMAGES = 40_000
 BATCH = 80
 
 
-def config(model: str, epochs: float, rate: float, seed: int, init_from: str | None) -> dict:
-    data = {"batch_size": BATCH, "image_size": 32, "repeats": 1}
-    optim = {"epochs": epochs, "peak_lr": rate, "sam_rho": None if init_from is None else 0.05}
-    return {
-        "seed": seed,
-        "model": {"name": model, "init_from": init_from},
-        "data": data,
-        "optim": optim,
-    }
-
-
 def header(
     model: str = "nfnet_mini_f0",
     epochs: float = 1,
     rate: float = 0.1,
     seed: int = 0,
     init_from: str | None = None,
+    batch_size: int = BATCH,
+    image_size: int = 32,
+    optim: dict[str, Any] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     return {
         "resumed_from": 0,
-        "config": config(model, epochs, rate, seed, init_from),
+        "config": {
+            "seed": seed,
+            "model": {"name": model, "init_from": init_from},
+            "data": {"batch_size": batch_size, "image_size": image_size, "repeats": 1},
+            "optim": {
+                "epochs": epochs,
+                "peak_lr": rate,
+                "sam_rho": None if init_from is None else 0.05,
+                "loss": "softmax",
+                "optimizer": "sgd",
+                **(optim or {}),
+            },
+        },
         "fingerprint": "f" * 64,
         "num_classes": 200,
         "num_steps": round(epochs * IMAGES / BATCH),
@@ -42,6 +46,13 @@ def header(
         "num_devices": 1,
         **changes,
     }
+
+
+def write_diverged(folder: Path, **fields: Any) -> None:
+    """A run that the guard ended at step 2: one non-finite update too many."""
+    with RecordWriter(folder, header(**fields)) as record:
+        record.write("train", 1, loss=9.0, images_per_second=100.0)
+        record.write("nonfinite", 2, count=10, stopped=True, ids=[])
 
 
 def write_run(

@@ -1,11 +1,15 @@
 """The best learning rate that never rises, against a search over all choices; the two trials."""
 
+import math
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nfnets_xla.scaling.rate import Cell, fit_rule, two_trials
+from nfnets_xla.scaling.rate import Cell, cells_of, fit_rule, two_trials
+from nfnets_xla.scaling.runs import read_points
+from tests.scaling.made_runs import write_diverged, write_run
 
 RATES = (0.4, 0.8, 1.6)
 
@@ -74,6 +78,21 @@ def test_rates_that_were_never_tried_are_not_chosen() -> None:
     assert fit_rule([high, Cell("a", 1, 4, {0.4: 2.0})]).rates == [0.8, 0.4]
     with pytest.raises(ValueError, match="no cells"):
         fit_rule([])
+
+
+def test_a_rate_that_diverged_bounds_the_best_and_is_never_chosen(tmp_path: Path) -> None:
+    for rate in (0.8, 1.6):
+        write_run(tmp_path / f"{rate}", loss=2 + 0.1 / rate, rate=rate)
+    write_diverged(tmp_path / "3.2", rate=3.2)
+    write_diverged(tmp_path / "longer", rate=1.6, epochs=2)  # nothing else was tried there
+    (cell,) = cells_of(read_points(tmp_path)[0])
+    assert (cell.best, cell.bracketed) == (1.6, True)
+    assert cell.tried() == "0.8 (2.1250), 1.6 (2.0625), 3.2 (diverged)"
+    larger = Cell("b", 2 * cell.macs, 1, {1.6: 2.0, 3.2: 1.0})
+    assert fit_rule([cell, larger]).rates == [1.6, 1.6]
+    only_higher = Cell("b", 2 * cell.macs, 1, {1.6: math.inf, 3.2: 1.0})
+    with pytest.raises(ValueError, match=r"somewhere: (3\.2|1\.6) for \S+ at 1 epochs diverged"):
+        fit_rule([cell, only_higher])
 
 
 def test_a_best_rate_at_the_edge_is_not_bracketed() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.scaling import runs
-from tests.scaling.made_runs import BATCH, header, write_run
+from tests.scaling.made_runs import BATCH, header, write_diverged, write_run
 
 
 def test_a_run_is_counted_by_its_median_speed(tmp_path: Path) -> None:
@@ -68,13 +68,45 @@ def test_unfinished_runs_and_evaluations_are_left_out(tmp_path: Path) -> None:
         record.write("train", 1, images_per_second=1.0)
     with pytest.raises(ValueError, match=r"no finished training run \(unfinished: not finished\)"):
         runs.read_points(tmp_path)
-    write_run(tmp_path / "nan", loss=float("nan"))
     write_run(tmp_path / "done", loss=1.0)
     points, left_out = runs.read_points(tmp_path)
     assert [point.run for point in points] == ["done"]
-    assert left_out == ["nan: its held-out loss is not finite", "unfinished: not finished"]
+    assert left_out == ["unfinished: not finished"]
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         runs.read_points("nowhere")
+
+
+def test_a_run_that_diverged_is_a_point_of_infinite_loss(tmp_path: Path) -> None:
+    """Ended by the guard, or by itself with a loss that is not finite."""
+    write_diverged(tmp_path / "0.4", rate=0.4)
+    write_run(tmp_path / "0.8", loss=float("nan"), rate=0.8)
+    with pytest.raises(ValueError, match=r"no finished training run \(0\.4 diverged\)"):
+        runs.read_points(tmp_path)
+    write_run(tmp_path / "0.2", loss=2.0, rate=0.2)
+    points, left_out = runs.read_points(tmp_path)
+    assert not left_out
+    assert [point.diverged for point in points] == [False, True, True]
+    (best,) = runs.best_per_cell(points)
+    assert best.peak_lr == 0.2
+    assert runs.best_per_cell(points[1:]) == []
+
+
+def test_a_rate_at_which_one_seed_diverged_is_not_the_best(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", loss=1.0, rate=0.2)
+    write_diverged(tmp_path / "b", rate=0.2, seed=1)
+    write_run(tmp_path / "c", loss=2.0, rate=0.1)
+    (best,) = runs.best_per_cell(runs.read_points(tmp_path)[0])
+    assert best.peak_lr == 0.1
+
+
+def test_a_run_that_goes_on_past_the_guard_has_not_diverged(tmp_path: Path) -> None:
+    write_diverged(tmp_path / "a")
+    with RecordWriter(tmp_path / "a", header(resumed_from=1)) as record:
+        record.write("train", 500, loss=2.0, images_per_second=100.0)
+        record.write("eval", 500, weights="raw", loss=2.0, top1=0.5)
+        record.write("end", 500)
+    (point,), _ = runs.read_points(tmp_path)
+    assert (point.loss, point.diverged) == (2.0, False)
 
 
 def test_fine_tuned_runs_name_their_source(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from nfnets_xla.scaling.runs import Point
 
 @dataclass(frozen=True)
 class Cell:
-    """One model at one number of epochs: the mean held-out loss of each rate that was tried."""
+    """One model at one number of epochs: the mean held-out loss of each rate that was tried,
+    infinite where a run diverged."""
 
     model: str
     macs: float
@@ -42,9 +43,18 @@ class Cell:
         mine, others = (self.macs, self.epochs), (other.macs, other.epochs)
         return mine != others and mine[0] <= others[0] and mine[1] <= others[1]
 
+    def tried(self) -> str:
+        """`0.1 (3.41), 0.2 (diverged)`."""
+        said = {
+            rate: f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+            for rate, loss in self.losses.items()
+        }
+        return ", ".join(f"{rate:g} ({loss})" for rate, loss in said.items())
+
 
 def cells_of(points: Iterable[Point]) -> list[Cell]:
-    """Of pre-training runs of one study, by size and epochs; seeds of a rate are averaged."""
+    """Of pre-training runs of one study, by size and epochs; seeds of a rate are averaged. Where
+    all have diverged there is nothing to choose from, and no cell."""
     found: dict[tuple[str, float, float], dict[float, list[float]]] = {}
     for point in points:
         rates = found.setdefault((point.model, point.macs, point.epochs), {})
@@ -53,7 +63,8 @@ def cells_of(points: Iterable[Point]) -> list[Cell]:
         Cell(*key, {rate: statistics.fmean(losses) for rate, losses in sorted(rates.items())})
         for key, rates in found.items()
     ]
-    return sorted(cells, key=lambda cell: (cell.macs, cell.epochs))
+    some = [cell for cell in cells if math.isfinite(cell.losses[cell.best])]
+    return sorted(some, key=lambda cell: (cell.macs, cell.epochs))
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,9 @@ def fit_rule(cells: Sequence[Cell]) -> Rule:
     rates = sorted({rate for cell in cells for rate in cell.losses})
     if len(rates) == 1:
         return Rule(list(cells), rates * len(cells), [])
-    untried = 10 * sum(max(cell.losses.values()) for cell in cells)  # more than any choice costs
-    costs = np.array([[cell.losses.get(rate, untried) for rate in rates] for cell in cells])
+    finite = [{r: loss for r, loss in c.losses.items() if math.isfinite(loss)} for c in cells]
+    dear = 10 * sum(max(losses.values()) for losses in finite)  # more than any choice costs
+    costs = np.array([[losses.get(rate, dear) for rate in rates] for losses in finite])
     steps = len(rates) - 1
     lower: list[int] = []  # of each constraint x[lower] >= x[upper]
     upper: list[int] = []
@@ -110,11 +122,13 @@ def fit_rule(cells: Sequence[Cell]) -> Rule:
     assert found.x is not None  # never infeasible: all zeros are allowed
     chosen = found.x.reshape(len(cells), steps).round().sum(axis=1).astype(int)
     picked: list[float] = [rates[index] for index in chosen]
-    for cell, rate in zip(cells, picked, strict=True):
-        if rate not in cell.losses:
+    for cell, rate, losses in zip(cells, picked, finite, strict=True):
+        if rate not in losses:
+            where = f"{rate:g} for {cell.model} at {cell.epochs:g} epochs"
+            advice = f"{where} diverged" if rate in cell.losses else f"try {where}"
             raise ValueError(
-                f"by the rates that were tried the rate has to rise with epochs or size somewhere: "
-                f"try {rate:g} for {cell.model} at {cell.epochs:g} epochs"
+                "by the rates that were tried the rate has to rise with epochs or size somewhere: "
+                + advice
             )
     rises = [(a, b) for a in cells for b in cells if a.before(b) and b.best > a.best]
     return Rule(list(cells), picked, rises)

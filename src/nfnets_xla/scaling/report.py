@@ -65,8 +65,7 @@ def rates(points: Sequence[Point]) -> str:
     tried = [cell for cell in cells if len(cell.losses) > 1]
     edge = sum(not cell.bracketed for cell in tried)
     lines = [
-        f"{cell.model:20} {cell.epochs:5g} epochs: best {cell.best:g} of "
-        + ", ".join(f"{rate:g} ({loss:.4f})" for rate, loss in cell.losses.items())
+        f"{cell.model:20} {cell.epochs:5g} epochs: best {cell.best:g} of {cell.tried()}"
         for cell in tried
     ]
     lines.append(_or_why_not("rule", lambda: str(fit_rule(tried))))

@@ -7,6 +7,7 @@ record to its last line: with compilation, evaluations, checkpoints and steps th
 twice, and without the time between starts. Both are of the whole machine; `devices` says how many.
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,15 +21,17 @@ from nfnets_xla.scaling.account import core_hours, device, train_flops, utilisat
 
 @dataclass(frozen=True)
 class Point:
-    """One finished run."""
+    """One run that has come to its end, or that diverged on the way there."""
 
     run: str  # its folder, relative to where the search began
     model: str
     epochs: float
     peak_lr: float  # of the whole batch, as it was used
     seed: int
-    loss: float  # held out
-    top1: float  # held out, in [0, 1]
+    loss: float  # held out; infinite if the run diverged
+    top1: float  # held out, in [0, 1]; NaN if it diverged
+    objective: str  # which loss that is: softmax or sigmoid
+    optimizer: str
     macs: float  # of one training image, forward
     parameters: int
     image_size: int
@@ -45,6 +48,10 @@ class Point:
     steps_lost: int
     data: str  # fingerprint of the training shards
     init_from: str | None  # the run, file or public weights that it started from
+
+    @property
+    def diverged(self) -> bool:
+        return not math.isfinite(self.loss)
 
     @property
     def is_finetuned(self) -> bool:
@@ -85,11 +92,22 @@ class Point:
 
 
 def read_points(root: Path | str) -> tuple[list[Point], list[str]]:
-    """Every finished training run below `root`, in the order of their names, and what was left out.
+    """What `find_points` finds. ValueError if there is no finished run at all."""
+    points, left_out = find_points(root)
+    if all(point.diverged for point in points):
+        remark = f" ({left_out[0]})" if left_out else ""
+        remark = f" ({points[0].run} diverged)" if points else remark
+        raise ValueError(
+            f"{root} holds no finished training run{remark}: each leaves a run-1.jsonl"
+        )
+    return points, left_out
+
+
+def find_points(root: Path | str) -> tuple[list[Point], list[str]]:
+    """Every training run below `root`, in the order of their names, and what was left out.
 
     Evaluations are no training runs and are passed over. The second list has a line for each run
-    without an end or without a held-out evaluation. ValueError if there is no finished run at all,
-    or if a record is damaged.
+    without an end or without a held-out evaluation. ValueError if a record is damaged.
     """
     root = Path(root)
     if not root.is_dir():
@@ -106,21 +124,23 @@ def read_points(root: Path | str) -> tuple[list[Point], list[str]]:
             left_out.append(f"{name}: {missing}")
         else:
             points.append(read_point(record, name))
-    if not points:
-        remark = f" ({left_out[0]})" if left_out else ""
-        raise ValueError(
-            f"{root} holds no finished training run{remark}: each leaves a run-1.jsonl"
-        )
     return points, left_out
 
 
 def _missing(record: RunRecord) -> str:
+    if diverged(record):
+        return ""
     if not record.of_kind("end"):
         return "not finished"
-    evaluations = record.of_kind("eval")
-    if not evaluations:
-        return "without a held-out evaluation"
-    return "" if evaluations[-1]["loss"] is not None else "its held-out loss is not finite"
+    return "" if record.of_kind("eval") else "without a held-out evaluation"
+
+
+def diverged(record: RunRecord) -> bool:
+    """Whether the run ended because of too many non-finite updates, or in a non-finite loss."""
+    if any(row["stopped"] for row in record.of_kind("nonfinite")):
+        return True
+    evaluations = record.of_kind("eval") if record.of_kind("end") else []
+    return bool(evaluations) and last_evaluation(evaluations)["loss"] is None
 
 
 def read_point(record: RunRecord, name: str) -> Point:
@@ -128,7 +148,9 @@ def read_point(record: RunRecord, name: str) -> Point:
     config = header["config"]
     data, optim = config["data"], config["optim"]
     rows = header["num_steps"] * data["batch_size"]
-    evaluation = last_evaluation(record.of_kind("eval"))
+    held_out: Row = {"loss": math.inf, "top1": math.nan}
+    if not diverged(record):
+        held_out = last_evaluation(record.of_kind("eval"))
     speeds = [row["images_per_second"] for row in record.of_kind("train")]
     macs = header["macs_per_image"]
     return Point(
@@ -137,8 +159,10 @@ def read_point(record: RunRecord, name: str) -> Point:
         epochs=optim["epochs"],
         peak_lr=absolute_rate(config),
         seed=config["seed"],
-        loss=evaluation["loss"],
-        top1=evaluation["top1"],
+        loss=held_out["loss"],
+        top1=held_out["top1"],
+        objective=optim.get("loss", "softmax"),
+        optimizer=optim.get("optimizer", "sgd"),
         macs=macs,
         parameters=header["parameters"],
         image_size=data["image_size"],
@@ -211,6 +235,7 @@ def best_per_cell(points: Iterable[Point]) -> list[Point]:
     """Of each (model, epochs, data) the run of the learning rate with the lowest loss.
 
     Where a rate was run with several seeds, their mean decides, and the run nearest to it is taken.
+    A rate at which a seed diverged is none, nor is a cell that has no other.
     """
     cells: dict[tuple[str, float, str], dict[float, list[Point]]] = {}
     for point in points:
@@ -220,5 +245,6 @@ def best_per_cell(points: Iterable[Point]) -> list[Point]:
     for rates in cells.values():
         runs = min(rates.values(), key=lambda runs: statistics.fmean(run.loss for run in runs))
         mean = statistics.fmean(run.loss for run in runs)
-        best.append(min(runs, key=lambda run: abs(run.loss - mean)))
+        if math.isfinite(mean):
+            best.append(min(runs, key=lambda run: abs(run.loss - mean)))
     return best
