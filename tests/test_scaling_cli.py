@@ -67,6 +67,19 @@ def test_two_runs_say_why_nothing_follows(
     assert "one rate was tried for each model and number of epochs" in out
 
 
+def test_without_restarts_nothing_may_be_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "a", loss=2)
+    write_run(tmp_path / "a", loss=2)  # a second start
+    for command in (["fit"], ["figures", "--out", str(tmp_path / "out")]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["scaling", *command, str(tmp_path), "--without-restarts"])
+        assert stopped.value.code == 2
+        assert "no finished run that was never restarted" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,4 +1,4 @@
-"""`nfnets-xla scaling ...`: account, plan, fit and figures, one subcommand each. Needs no torch."""
+"""`nfnets-xla scaling ...`: plan, fit and figures, one subcommand each. Loads no torch."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -122,4 +122,6 @@ def finished(given: Any) -> list[Point]:
     kept = without_restarts(points)
     if len(kept) < len(points):
         print(f"left out: {len(points) - len(kept)} runs that were restarted")
+    if all(point.diverged for point in kept):
+        raise ValueError(f"{given.runs} holds no finished run that was never restarted")
     return kept

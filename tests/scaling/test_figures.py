@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from dataclasses import replace
 from itertools import combinations
+from math import inf, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,14 +17,17 @@ from nfnets_xla.scaling import published
 from nfnets_xla.scaling.account import core_hours, macs_per_image, train_flops
 from nfnets_xla.scaling.charts import (
     Chart,
+    Compute,
     compute_axis,
     finetuned_errors,
     learning_rates,
     losses,
+    on_frontier,
 )
 from nfnets_xla.scaling.drawing import draw, marks_of, round_values, tick_label
 from nfnets_xla.scaling.figures import write_figures
 from nfnets_xla.scaling.page import svg
+from nfnets_xla.scaling.plan import best_of_study
 from nfnets_xla.scaling.runs import Point, read_points
 from tests.scaling.made_runs import BATCH, IMAGES, write_run
 
@@ -138,6 +142,33 @@ def test_figure_2_draws_the_best_of_every_cell(points: list[Point], written: Pat
     assert [list(pair) for pair in zip(band.x, band.y, strict=True)] in lines
 
 
+def test_figure_2_leaves_out_another_loss(points: list[Point]) -> None:
+    """A sigmoid's loss is a sum over classes, and compares with no softmax's."""
+    mixed = [replace(p, objective="sigmoid") if p.model == VIT else p for p in points]
+    chart = losses(mixed, compute_axis(mixed))
+    assert [curve.name for curve in chart.panels[0].curves] == list(MODELS)
+    assert chart.notes[-1].startswith(f"left out: {VIT}, whose loss")
+
+
+def test_the_frontier_is_that_of_the_axis(points: list[Point]) -> None:
+    """A run that is cheaper in core-hours than in FLOPs beats others there only."""
+    best = best_of_study([point for point in points if point.model in MODELS])
+    counted = on_frontier(best, compute_axis(points))
+    slow = Compute("hours", lambda point: point.flops * (100 if point is counted[0] else 1), max)
+    assert counted[0] not in on_frontier(best, slow)
+
+
+def test_what_a_logarithm_cannot_show_is_left_out_and_said(points: list[Point]) -> None:
+    tuned = [point for point in points if point.is_finetuned]
+    others = [point for point in points if not point.is_finetuned]
+    odd = [replace(tuned[0], top1=1.0), replace(tuned[1], loss=inf, top1=nan), *tuned[2:]]
+    chart = finetuned_errors([*others, *odd], compute_axis(points))
+    assert len(marks_of(chart)) == len(marks_of(finetuned_errors(points, compute_axis(points)))) - 2
+    assert "left out: 1 fine-tuned runs that diverged" in chart.notes
+    assert "left out: 1 fine-tuned runs without an error" in " ".join(chart.notes)
+    draw(chart)
+
+
 def test_figure_3_draws_the_best_rates(points: list[Point], written: Path) -> None:
     """Against a count of the table by hand. Peers have another optimizer, and other rates."""
     peers = [point for point in points if point.model == VIT]
@@ -178,12 +209,14 @@ def test_compute_is_counted_unless_an_mfu_is_assumed(points: list[Point]) -> Non
     counted, assumed = compute_axis(points), compute_axis(points, "v4", 0.36)
     point = points[0]
     assert (counted.unit, counted.of(point)) == ("FLOPs", point.flops)
-    assert "21 of 21" not in counted.note
-    assert f"{len(points)} of {len(points)} runs were not on v4" in counted.note
+    (note,) = counted.notes
+    assert f"{len(points)} of {len(points)} runs were not on v4" in note
     assert assumed.of(point) == pytest.approx(core_hours(point.flops, "v4", mfu=0.36))
-    assert "by an MFU of 36%" in assumed.note
+    (note,) = assumed.notes
+    assert "by an MFU of 36%" in note
     assert assumed.of_published(train_flops(1, 1), 7.0) == 7.0
     on_v3 = compute_axis(points, "v3", 0.36)
+    assert on_v3.notes[-1] == "published core-hours: those of v4, converted by the peaks"
     assert on_v3.of_published(0.0, 1.0) == pytest.approx(137.5 / 61.5)
 
 
@@ -243,6 +276,8 @@ def test_an_empty_panel_says_so(points: list[Point]) -> None:
     assert [text.get_text() for text in axes.texts] == ["nothing to draw"]
     assert len(axes.get_xticks()) == 0
     assert "one rate was tried" in " ".join(one_rate.notes)
+    peers = learning_rates([replace(point, model="vit_mini_d3_4") for point in points])
+    assert peers.notes[0] == "no NFNets among the runs"
 
 
 def test_a_run_without_its_source_is_left_out_and_said(points: list[Point]) -> None:

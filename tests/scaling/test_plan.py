@@ -1,5 +1,6 @@
 """Plans: the paper's own runs come out of its rules; with runs, what was planted comes out."""
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -28,6 +29,8 @@ def made_point(model: str, epochs: float, rate: float = 0.1, **changes: object) 
         seed=0,
         loss=float(loss),
         top1=0.5,
+        objective="softmax",
+        optimizer="sgd",
         macs=macs,
         parameters=1,
         image_size=32,
@@ -130,6 +133,16 @@ def test_every_rate_counts_that_was_tried(study: list[Point]) -> None:
     assert make_plan(mini_job(3e-4), [*study, *halves]).trials.rates == (0.1, 0.05)
 
 
+def test_rates_of_runs_go_with_the_batch(study: list[Point]) -> None:
+    """As the paper's do with its own."""
+    same, four = (
+        make_plan(replace(mini_job(3e-4), batch_size=batch), study).trials
+        for batch in (study[0].batch_size, 4 * study[0].batch_size)
+    )
+    assert four.rates == tuple(4 * rate for rate in same.rates)
+    assert four.because == f"{same.because}, for a batch of 64; in proportion to the batch"
+
+
 def test_a_plan_far_from_its_runs_says_so(study: list[Point]) -> None:
     with pytest.warns(Extrapolation):
         plan = make_plan(mini_job(1), study)
@@ -150,6 +163,16 @@ def test_runs_of_two_studies_are_refused(study: list[Point]) -> None:
     other = replace(study[0], data="e" * 64)
     with pytest.raises(ValueError, match=r"2 different values of data \(eeeeeeeeeeee, ffffffff"):
         make_plan(mini_job(1), [*study, other])
+    sigmoid = [replace(study[0], objective="sigmoid"), study[1]]
+    with pytest.raises(ValueError, match="2 different values of objective"):
+        best_of_study(sigmoid)
+    adamw = [replace(study[0], optimizer="adamw"), study[1]]
+    with pytest.raises(ValueError, match=r"2 different values of optimizer \(adamw, sgd\)"):
+        best_of_study(adamw)
+    peer = replace(study[0], model="vit_mini_d3_4", optimizer="adamw")
+    assert best_of_study([peer, study[1]])
+    with pytest.raises(ValueError, match="all of the pre-training runs diverged"):
+        best_of_study([replace(study[0], loss=math.inf)])
     with pytest.raises(ValueError, match="2 different values of batch_size"):
         best_of_study([study[0], replace(study[1], batch_size=32)])
     with pytest.raises(ValueError, match="all of these runs are fine-tuned"):

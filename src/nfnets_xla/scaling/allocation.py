@@ -69,6 +69,8 @@ class Allocation:
         low, high = self.interval
         span = f"size ~ C^{self.exponent:.2f} [{low:.2f}, {high:.2f}], epochs ~ C^"
         span += f"{1 - self.exponent:.2f} [{1 - high:.2f}, {1 - low:.2f}]"
+        if self.way == "isoflop":
+            span += ", of the line alone"
         if not self.resolved:
             return f"not resolved: {span}"
         if low <= 0.5 <= high:

@@ -12,8 +12,8 @@ import numpy as np
 
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.scaling import account, published
-from nfnets_xla.scaling.law import Law, fit
-from nfnets_xla.scaling.plan import best_of_study, on_frontier
+from nfnets_xla.scaling.law import Law, fit, frontier
+from nfnets_xla.scaling.plan import best_of_study
 from nfnets_xla.scaling.rate import cells_of
 from nfnets_xla.scaling.runs import Point, nfnets, pretrained, source_of
 
@@ -77,7 +77,7 @@ class Compute:
     unit: str
     of: Callable[[Point], float]
     of_published: Callable[[float, float], float]  # of FLOPs and v4 core-hours
-    note: str = ""
+    notes: list[str] = field(default_factory=list[str])
 
 
 def compute_axis(
@@ -88,13 +88,17 @@ def compute_axis(
     elsewhere = [point for point in points if point.cores(hardware) is None]
     if elsewhere and mfu is None:
         note = f"compute is counted: {len(elsewhere)} of {len(points)} runs were not on {hardware}"
-        return Compute("FLOPs", lambda point: point.flops, lambda flops, _: flops, note)
-    note = f"core-hours of {len(elsewhere)} runs elsewhere: by an MFU of {mfu:.0%}" if mfu else ""
+        return Compute("FLOPs", lambda point: point.flops, lambda flops, _: flops, [note])
+    notes: list[str] = []
+    if elsewhere:
+        notes.append(f"core-hours of {len(elsewhere)} runs elsewhere: by an MFU of {mfu:.0%}")
+    if hardware != "v4":
+        notes.append("published core-hours: those of v4, converted by the peaks")
     return Compute(
         f"TPU-{hardware} core-hours" if hardware.startswith("v") else f"{hardware} core-hours",
         lambda point: point.core_hours(hardware, mfu=mfu),
         lambda _, hours: account.converted(hours, "v4", hardware),
-        note if elsewhere else "",
+        notes,
     )
 
 
@@ -104,12 +108,18 @@ def compute_axis(
 def finetuned_errors(points: Sequence[Point], compute: Compute) -> Chart:
     """Every fine-tuned run at the cost of the pre-training that it started from."""
     finetuned = [point for point in points if point.is_finetuned]
-    pairs = [(point, source_of(point, pretrained(points))) for point in finetuned]
+    ended = [point for point in finetuned if not point.diverged]
+    drawable = [point for point in ended if point.error > 0]
+    pairs = [(point, source_of(point, pretrained(points))) for point in drawable]
     known = [(point, source) for point, source in pairs if source is not None]
-    notes = [compute.note] if compute.note else []
-    if len(known) < len(pairs):
-        lost = len(pairs) - len(known)
-        notes.append(f"left out: {lost} fine-tuned runs whose pre-training is not among the runs")
+    notes = [*compute.notes]
+    for lost, why in (
+        (len(pairs) - len(known), "whose pre-training is not among the runs"),
+        (len(finetuned) - len(ended), "that diverged"),
+        (len(ended) - len(drawable), "without an error, which the axis cannot show"),
+    ):
+        if lost:
+            notes.append(f"left out: {lost} fine-tuned runs {why}")
     curves: list[Curve] = []
     for model in by_size(source for _, source in known):
         runs = [(point, source) for point, source in known if source.model == model]
@@ -161,8 +171,11 @@ def _published(name: str, flops: float, hours: float, top1: float, compute: Comp
 
 def losses(points: Sequence[Point], compute: Compute) -> Chart:
     """Of each model the runs of the best rate; the law goes through the NFNets' frontier."""
-    best = best_of_study(points)
-    notes = [compute.note] if compute.note else []
+    kept = of_the_same_loss(points)
+    best = best_of_study(kept)
+    notes = [*compute.notes]
+    if others := models_without(points, kept):
+        notes.append(f"left out: {others}, whose loss is another and compares with none here")
     curves: list[Curve] = []
     for model in by_size(best):
         runs = sorted((p for p in best if p.model == model), key=lambda point: point.epochs)
@@ -180,10 +193,26 @@ def losses(points: Sequence[Point], compute: Compute) -> Chart:
     return Chart("figure2", "Held-out loss against training compute", [panel], notes)
 
 
+def of_the_same_loss(points: Sequence[Point]) -> list[Point]:
+    """The NFNets, and the peers that were trained on their loss: softmax, say."""
+    ours = {point.objective for point in nfnets(points)}
+    return [point for point in points if not ours or point.objective in ours]
+
+
+def models_without(points: Iterable[Point], kept: Iterable[Point]) -> str:
+    return ", ".join(sorted({point.model for point in points} - {point.model for point in kept}))
+
+
+def on_frontier(best: Sequence[Point], compute: Compute) -> list[Point]:
+    """The NFNets that no cheaper one beats, on the figure's axis."""
+    ours = nfnets(best)
+    found = frontier([compute.of(point) for point in ours], [point.loss for point in ours])
+    return [ours[index] for index in found]
+
+
 def frontier_law(best: Sequence[Point], compute: Compute) -> Law:
     """ValueError for fewer than 3 NFNets on their frontier."""
-    ours = nfnets(best)
-    kept = [ours[index] for index in on_frontier(ours)]
+    kept = on_frontier(best, compute)
     return fit("power", [compute.of(point) for point in kept], [point.loss for point in kept])
 
 
@@ -200,10 +229,13 @@ def band_of(law: Law) -> Band:
 
 def learning_rates(points: Sequence[Point]) -> Chart:
     """The best of the rates tried, for each NFNet and number of epochs."""
-    runs = nfnets(pretrained(points))
+    trained = pretrained(points)
+    runs = nfnets(trained)
     cells = [cell for cell in cells_of(runs) if len(cell.losses) > 1]
     notes: list[str] = []
-    if not cells:
+    if not runs:
+        notes.append("no NFNets among the runs")
+    elif not cells:
         notes.append("one rate was tried for each model and number of epochs: nothing to compare")
     else:
         notes.append("models are drawn a little apart; rates are those of the grid")
@@ -211,16 +243,14 @@ def learning_rates(points: Sequence[Point]) -> Chart:
         notes.append(
             "hollow: the best rate is the lowest or highest tried, the optimum may lie beyond"
         )
-    if peers := sorted({point.model for point in pretrained(points)} - {p.model for p in runs}):
-        notes.append(f"left out: {', '.join(peers)}, whose optimizer's rates are of another scale")
+    if peers := models_without(trained, runs):
+        notes.append(f"left out: {peers}, whose optimizer's rates are of another scale")
     curves: list[Curve] = []
     for model in by_size(point for point in runs if any(c.model == point.model for c in cells)):
         marks: list[Mark] = []
         for cell in sorted((c for c in cells if c.model == model), key=lambda cell: cell.epochs):
-            tried = "\n".join(
-                f"rate {rate:g}: loss {loss:.4f}" for rate, loss in cell.losses.items()
-            )
-            says = f"{model}, {cell.epochs:g} epochs\n{tried}"
+            tried = cell.tried().replace(", ", "\n")
+            says = f"{model}, {cell.epochs:g} epochs, rates (losses):\n{tried}"
             marks.append(Mark(cell.epochs, cell.best, says, hollow=not cell.bracketed))
         curves.append(Curve(model, marks, role_of(model)))
     panel = Panel(

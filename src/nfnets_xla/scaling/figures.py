@@ -13,15 +13,17 @@ from pathlib import Path
 
 from nfnets_xla.scaling.charts import (
     Chart,
+    Compute,
     compute_axis,
     finetuned_errors,
     learning_rates,
     losses,
+    of_the_same_loss,
+    on_frontier,
 )
 from nfnets_xla.scaling.drawing import DPI, draw
 from nfnets_xla.scaling.page import page, svg
-from nfnets_xla.scaling.plan import best_of_study, on_frontier
-from nfnets_xla.scaling.runs import Point, nfnets, pretrained, source_of
+from nfnets_xla.scaling.runs import Point, best_per_cell, pretrained, source_of
 
 
 def write_figures(
@@ -35,7 +37,7 @@ def write_figures(
         learning_rates(points),
     ]
     drawn = [(chart, draw(chart)) for chart in charts]
-    rows = table(points)
+    rows = table(points, compute)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out must name a folder, which is made if need be")
     out.mkdir(parents=True, exist_ok=True)
@@ -56,11 +58,10 @@ def write_figures(
     return files
 
 
-def table(points: Sequence[Point]) -> list[dict[str, str]]:
+def table(points: Sequence[Point], compute: Compute) -> list[dict[str, str]]:
     """Every run. Floats are written so that reading them gives the same number."""
-    best = best_of_study(points)
-    ours = nfnets(best)
-    frontier = {ours[index].run for index in on_frontier(ours)}
+    best = best_per_cell(pretrained(points))
+    frontier = {point.run for point in on_frontier(of_the_same_loss(best), compute)}
     chosen = {point.run for point in best}
     rows: list[dict[str, str]] = []
     for point in points:

@@ -27,7 +27,7 @@ Interval = tuple[float, float]
 LEVEL = 0.95  # of every interval
 DECADES = 1.0  # beyond the data, after which a prediction warns
 DRAWS = 400
-NO_FLOOR = 1e-3  # of the lowest loss: a floor under it is not told from none
+NOTHING = 1e-3  # of the lowest loss, or compute: a floor, or a flattening, under it is none
 
 
 class Extrapolation(UserWarning):
@@ -90,12 +90,14 @@ class Law:
     seed: int
 
     def resolved(self, name: str) -> bool:
-        """Whether the parameter's interval excludes 0. Floors are fitted as logarithms, and come
-        near to 0 only."""
+        """Whether the parameter's interval excludes 0. Floors and flattenings are fitted as
+        logarithms, and come near to 0 only."""
         low, high = self.intervals[name]
         if name == "c":
             lowest = self.form.log_value(self.theta, np.log(self.x_range[1] / self.unit))
-            return low > NO_FLOOR * math.exp(lowest)
+            return low > NOTHING * math.exp(lowest)
+        if name == "d":
+            return low > NOTHING * self.x_range[0]
         return low > 0 or high < 0
 
     def says(self, name: str) -> str:

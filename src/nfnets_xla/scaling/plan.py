@@ -17,7 +17,7 @@ from nfnets_xla.scaling.account import above, macs_per_image
 from nfnets_xla.scaling.allocation import Allocation, parametric
 from nfnets_xla.scaling.law import DECADES, Law, Prediction, decades_beyond, fit, frontier
 from nfnets_xla.scaling.rate import Trials, cells_of, two_trials
-from nfnets_xla.scaling.runs import Point, best_per_cell
+from nfnets_xla.scaling.runs import Point, best_per_cell, nfnets
 
 MINI = "nfnet_mini_"
 WIDEST_SHARE = 0.5  # of an exponent's interval, from which on it says nothing about the division
@@ -68,8 +68,7 @@ def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
     macs = macs_per_image(model, job.image_size, job.num_classes)
     rows = flops / account.train_flops(macs, 1)
     epochs = rows / job.images
-    cells = cells_of(run for run in runs if not run.is_finetuned)
-    trials = two_trials(macs, epochs, batch_size=job.batch_size, cells=cells)
+    trials = rates_for(job, macs, epochs, runs)
     loss, loss_because = expected_loss(flops, points)
     return Plan(
         model=model,
@@ -92,12 +91,15 @@ def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
 
 def best_of_study(points: Sequence[Point]) -> list[Point]:
     """Of each model and number of epochs the run of the best rate. ValueError for several studies:
-    losses compare only on the same images, at the same size and batch."""
+    losses compare only on the same images, at the same size and batch, and if they are the same."""
     pretrained = [point for point in points if not point.is_finetuned]
     if points and not pretrained:
         raise ValueError("all of these runs are fine-tuned; give pre-training runs")
-    for name in ("data", "num_classes", "image_size", "batch_size"):
-        found = sorted({str(getattr(point, name))[:12] for point in pretrained})
+    if points and all(point.diverged for point in pretrained):
+        raise ValueError("all of the pre-training runs diverged: try lower rates")
+    for name in ("data", "num_classes", "image_size", "batch_size", "objective", "optimizer"):
+        compared = nfnets(pretrained) if name == "optimizer" else pretrained  # peers have their own
+        found = sorted({str(getattr(point, name))[:12] for point in compared})
         if len(found) > 1:
             raise ValueError(
                 f"the runs have {len(found)} different values of {name} ({', '.join(found)}); "
@@ -116,6 +118,20 @@ def utilisation_for(job: Job, points: Sequence[Point]) -> tuple[float, str]:
     if measured:
         return statistics.median(measured), f"median of {len(measured)} runs on {job.hardware}"
     return published.PAPER_MFU, "assumed: the paper's largest run"
+
+
+def rates_for(job: Job, macs: float, epochs: float, runs: Sequence[Point]) -> Trials:
+    """What the runs tried is in proportion to their batch, as the paper's is to its own."""
+    if not runs:
+        return two_trials(macs, epochs, batch_size=job.batch_size)
+    cells = cells_of(run for run in runs if not run.is_finetuned)
+    of_runs = runs[0].batch_size
+    found = two_trials(macs, epochs, batch_size=of_runs, cells=cells)
+    if of_runs == job.batch_size:
+        return found
+    high, low = (rate * job.batch_size / of_runs for rate in found.rates)
+    because = f"{found.because}, for a batch of {of_runs}; in proportion to the batch"
+    return Trials((high, low), because)
 
 
 def far_from(points: Sequence[Point], flops: float) -> str:
@@ -197,7 +213,7 @@ def expected_loss(flops: float, points: Sequence[Point]) -> tuple[Prediction | N
 
 
 def describe(plan: Plan, job: Job, price: float | None = None) -> str:
-    """A table of what to do, each line with whose rule it is."""
+    """A table of what to do, each choice with whose rule it is."""
     chips = account.chip_hours(job.core_hours, job.hardware)
     low, high = sorted(plan.trials.rates)
     booked = f"{job.core_hours:,.10g} core-hours = {chips:,.10g} chip-hours"
