@@ -50,7 +50,7 @@ check: install  ## Lint, formatting, types, import layers
 
 newest: install  ## Models, data and scaling on the newest torch and Python, in .venv-newest
 	$(UV) venv -q --clear --python $(NEWEST_PYTHON) $(NEWEST)
-	$(UV) pip install -q --upgrade --python $(NEWEST)/bin/python -e ".[train,scaling]" \
+	$(UV) pip install -q --upgrade --python $(NEWEST)/bin/python -e ".[train,remote,dedup,scaling]" \
 		hypothesis pyarrow pytest pytest-timeout scikit-learn
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(NEWEST)/bin/python -m pytest -m "not slow" \
 		tests/models tests/data tests/scaling

@@ -32,7 +32,9 @@ def write_report(records: Path, grid: Grid, whole: int) -> None:
         "python benchmarks/scaling_study.py: mini family, 32 px, 48,000 fractals of 200 classes, "
         "float32, CPU; x is counted FLOPs",
     )
-    said.say(f"{len(points)} of the {whole} runs are finished")
+    beside = sum(point.peak_lr not in grid[point.model, point.epochs] for point in trained)
+    others = f"; {beside} more, of rates outside the grid, are kept" if beside else ""
+    said.say(f"{len(points) - beside} of the {whole} runs are finished{others}")
     for title, text in (
         ("grid: rates finished, seeds of the best", done(trained, grid)),
         ("", report(nfnets(trained))),

@@ -84,7 +84,7 @@ def say(text: str) -> None:
 
 
 def pack_all(shards: Path) -> None:
-    """Fractals of 16 classes and scikit-learn's digits, each with a held-out part of its own."""
+    """Fractals of 8 classes and scikit-learn's digits, each with a held-out part of its own."""
     train = fractal_samples(CLASSES, PER_CLASS, size=SIZE, seed=0)
     held_out = fractal_samples(
         CLASSES, HELD_OUT_PER_CLASS, size=SIZE, seed=0, first_instance=PER_CLASS
