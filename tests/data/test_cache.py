@@ -43,6 +43,19 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     assert cache.open("c", giving(b"another")).whole() == b"another"
 
 
+def test_what_else_lies_in_the_folder_stays_and_counts_for_nothing(tmp_path: Path) -> None:
+    """As on a mount of its own, which has a folder `lost+found`."""
+    (tmp_path / "lost+found").mkdir()
+    for name in ("results.csv", "x.zip.part", "db.lock"):
+        (tmp_path / name).write_bytes(b"mine" * 10)
+    before = names(Cache(tmp_path, 0))
+    cache = open_cache(tmp_path, 10)
+    for name in "ab":
+        cache.open(name, giving(name.encode() * 10))
+    assert names(cache) == {"b"}
+    assert names(Cache(tmp_path, 0)) == before | {cache.folder.name}
+
+
 def test_what_is_read_may_be_evicted_meanwhile(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 10)
     file = cache.open("a", giving(b"a" * 10))

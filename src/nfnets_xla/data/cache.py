@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from nfnets_xla.data.storage import OpenFile, local
 
+OWN = "nfnets-xla-shards"  # within the folder that is given: nothing else there is deleted
 LOCK, PART = ".lock", ".part"
 POLL = 0.05  # seconds between looks whether others have left room
 
@@ -125,7 +126,7 @@ class Cache:
 
     def _entries(self) -> Iterator["_Entry"]:
         for path in self.folder.iterdir():
-            if path.name.endswith(LOCK):
+            if path.name.endswith(LOCK) or path.is_dir():
                 continue
             with suppress(FileNotFoundError):  # it may have been renamed or dropped by now
                 stat, on_its_way = path.stat(), path.name.endswith(PART)
@@ -140,14 +141,17 @@ class Cache:
 
 
 def open_cache(folder: str | Path, limit: float) -> Cache:
-    """Raises ValueError for a folder that cannot be made or written."""
-    path = local(folder)
+    """In a folder of its own within this one. Raises ValueError for a folder that cannot be made or
+    written."""
+    path = local(folder) / OWN
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"data.cache_dir is {folder}, which cannot be made ({error})") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(f"data.cache_dir is {folder}, which cannot be written: name another")
+        raise ValueError(
+            f"data.cache_dir is {folder}, where {OWN} cannot be written: name another folder"
+        )
     return Cache(path.resolve(), limit)
 
 
