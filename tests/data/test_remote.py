@@ -20,13 +20,14 @@ import pytest
 from fsspec.config import conf
 
 from nfnets_xla.data.batches import EvalBatches, TrainBatches
-from nfnets_xla.data.cache import Cache
+from nfnets_xla.data.cache import Cache, Fetch
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.lint import lint, stats
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.remote import Patience, RemoteFolder
 from nfnets_xla.data.shards import READS, SIDECAR_SAMPLE, ShardIndex
+from nfnets_xla.data.storage import OpenFile
 from tests.data.images import packed
 from tests.data.object_store import GCS, S3, storing
 from tests.data.remote_reader import QUICK, digest
@@ -368,6 +369,22 @@ def test_a_folder_without_an_index_says_how_to_make_one(tmp_path: Path) -> None:
         for action in (build_index, lint):
             message = one_line(lambda: action(server.url))  # noqa: B023
             assert message.startswith(f"{server.url} can be neither listed nor written: run")
+
+
+def test_a_full_disk_is_not_a_damaged_index(local: ShardIndex) -> None:
+    class Full(Cache):
+        def open(self, key: str, fetch: Fetch) -> OpenFile:
+            fetch(lambda size: Path("/dev/full"))
+            raise AssertionError(f"there was room for {key}")
+
+    with serving(path_of(local)) as server:
+        folder = RemoteFolder(server.url, Full(Path("unused"), LARGE), QUICK)
+        for name, size in ((f"{local.name(0)}.idx.npz", None), (local.name(0), 10240)):
+            file = folder.indexed(name, "key", size)
+            assert one_line(file.whole) == (
+                f"{server.url}/{name} cannot be kept ([Errno 28] No space left on device): "
+                "make room, or lower data.cache_bytes"
+            )
 
 
 def test_a_cache_must_hold_two_windows_of_every_stream(local: ShardIndex, cache: Cache) -> None:

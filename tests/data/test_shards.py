@@ -386,6 +386,18 @@ def test_a_sidecar_of_another_index_is_refused(folder: Path, index: ShardIndex) 
         assert f"index no longer matches its shards: {name}.tar.idx.npz is damaged" in message
 
 
+def test_a_sidecar_that_cannot_be_read_is_not_called_damaged(
+    folder: Path, index: ShardIndex
+) -> None:
+    """To index again would help against none of the machine's faults."""
+    path = folder / "gnu.tar.idx.npz"
+    path.unlink()
+    assert "gnu.tar.idx.npz is missing ([Errno 2]" in one_line(lambda: index.read(0, 0))
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=f"Is a directory: '{path}'"):
+        index.read(0, 0)
+
+
 def test_a_sidecar_with_a_pickle_is_not_run(folder: Path, index: ShardIndex) -> None:
     arrays: dict[str, Any] = scanned(folder, "gnu.tar")._asdict()
     arrays["keys"] = np.array([{}], dtype=object)

@@ -170,18 +170,30 @@ class RemoteFolder:
     # ---- requests -----------------------------------------------------------------------------
 
     def _download(self, name: str, size: int, room: Room, began: float | None = None) -> None:
-        path = room(size)
-
         def ask() -> None:
             self._files.get_file(self._at(name), str(path), callback=_atmost(size))
             if (came := path.stat().st_size) != size:
                 raise OSError(f"{came} bytes came instead of {size}")
 
-        self._found(name, ask, began)
+        with self._keeping(name):
+            path = room(size)
+            self._found(name, ask, began)
 
     def _fetch_small(self, name: str, room: Room, began: float | None = None) -> None:
         data = self._found(name, lambda: self._files.cat_file(self._at(name)), began)
-        room(len(data)).write_bytes(data)
+        with self._keeping(name):
+            room(len(data)).write_bytes(data)
+
+    @contextmanager
+    def _keeping(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FAULTS:
+                raise
+            raise ValueError(
+                f"{self.url}/{name} cannot be kept ({error}): make room, or lower data.cache_bytes"
+            ) from error
 
     def _found(self, name: str, ask: Callable[[], Out], began: float | None = None) -> Out:
         """For files that an index says are there."""
@@ -209,9 +221,7 @@ class RemoteFolder:
             except Exception as error:  # each of fsspec's file systems has its own
                 what = " ".join(f"{type(error).__name__} {error}".split())[:300]
                 if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-                    raise ValueError(
-                        f"{where} cannot be kept ({error}): make room, or lower data.cache_bytes"
-                    ) from error
+                    raise
                 if not _may_pass(error):
                     raise ValueError(
                         f"{where} is refused ({what}): correct the address or the credentials"

@@ -257,8 +257,8 @@ def _open_sidecar(
     name, digest = manifest.name(shard) + SIDECAR, manifest.digests_S[shard].tobytes()
     try:
         records = _read_sidecar(_sidecar(folder, manifest, shard), digest)
-    except OSError as error:
-        raise _mismatch(folder, f"{name} is damaged ({error})") from error
+    except FileNotFoundError as error:
+        raise _mismatch(folder, f"{name} is missing ({error})") from error
     if isinstance(records, str):
         raise _mismatch(folder, f"{name} is damaged ({records})")
     excluded = _excluded(exclusions, shard)

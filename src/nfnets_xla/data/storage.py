@@ -127,12 +127,16 @@ class OpenFile:
     """A file to read from at any offset; closes when the last reader lets go of it."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._path, self._descriptor = path, os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes from `offset` on: `size` of them, or fewer if the file ends before."""
-        return os.pread(self._descriptor, size, offset)
+        try:
+            return os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            error.filename = str(self._path)  # which a descriptor does not say
+            raise
 
     def whole(self) -> bytes:
         return self.read(0, self.size)
