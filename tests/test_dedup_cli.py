@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 
 from nfnets_xla.cli import main
+from nfnets_xla.data.augment import eval_view
+from nfnets_xla.data.decode import decode
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
+from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.doubles_sheet import EXCLUDED, KEPT, at_border, histogram
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import VARIANTS
@@ -63,19 +66,42 @@ def test_lists_and_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{out}/duplicates.txt: 0 of 3 samples" in said
 
 
-def test_a_model_may_compare(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[NFNet, Path]:
     torch.manual_seed(0)
     net = NFNet(VARIANTS["nfnet_mini_f0"], num_classes=10)
-    weights = tmp_path / "weights.safetensors"
-    save_weights(net, weights, describe(net, "nfnet_mini_f0", "a test"))
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    save_weights(net, path, describe(net, "nfnet_mini_f0", "a test"))
+    return net.eval(), path
+
+
+def test_a_model_may_compare(
+    folder: Path, saved: tuple[NFNet, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, weights = saved
     arguments = [folder / "one", "--against", folder / "eval", "--out", tmp_path / "out"]
     model = ["--model", "nfnet_mini_f0", "--weights", weights, "--jobs", 1, "--distance", 0.7]
     code, said = run(capsys, *arguments, *model)
     assert code == 0, said
     (line,) = (tmp_path / "out" / "duplicates.txt").read_text().splitlines()
-    assert line.startswith("one-000000/one0\teval-000000/eval0\t0.")
+    ids, distance = line.rsplit("\t", 1)
+    assert ids == "one-000000/one0\teval-000000/eval0"
+    shards = [ShardIndex.load(folder / name) for name in ("one", "eval")]
+    copy, original = (features(net, index.read(0, 0)) for index in shards)
+    expected = 1 - float(copy @ original / (copy.norm() * original.norm()))
+    assert expected > 1e-3
+    assert abs(float(distance) - expected) < 6e-4  # the list has three decimals
+
+
+@torch.inference_mode()
+def features(net: NFNet, data: bytes) -> torch.Tensor:
+    """Of a picture and its mirror image, as plainly as it can be said."""
+    size = VARIANTS["nfnet_mini_f0"].test_size
+    image_HWC = torch.from_numpy(eval_view(decode(data), size=size, margin=0)) / 255
+    image_HWC = image_HWC - torch.tensor([0.485, 0.456, 0.406])
+    image_HWC = image_HWC / torch.tensor([0.229, 0.224, 0.225])
+    both_BCHW = torch.stack([image_HWC, image_HWC.flip(1)]).permute(0, 3, 1, 2)
+    return net.forward_features(both_BCHW).mean((0, 2, 3))
 
 
 def test_mistakes_are_one_line(
