@@ -1,5 +1,6 @@
 """`nfnets-xla shards dedup` from the command line, and over two nodes of Ray."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from PIL import Image
 from nfnets_xla.cli import main
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
+from nfnets_xla.data.dedup import Settings, find
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.doubles_sheet import EXCLUDED, KEPT, at_border, histogram
+from nfnets_xla.embedding import compared
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, save_weights
@@ -102,6 +105,23 @@ def features(net: NFNet, data: bytes) -> torch.Tensor:
     image_HWC = image_HWC / torch.tensor([0.229, 0.224, 0.225])
     both_BCHW = torch.stack([image_HWC, image_HWC.flip(1)]).permute(0, 3, 1, 2)
     return net.forward_features(both_BCHW).mean((0, 2, 3))
+
+
+def test_a_comparison_leaves_no_shard_open(
+    folder: Path, saved: tuple[NFNet, Path], tmp_path: Path
+) -> None:
+    """A data set has more shards than a process may have open files."""
+
+    def opened() -> set[str]:
+        links = Path("/proc/self/fd").iterdir()
+        return {name for name in map(os.path.realpath, links) if name.startswith(f"{folder}/")}
+
+    train, against = (ShardIndex.load(folder / name) for name in ("one", "eval"))
+    matches = find([train], [against], tmp_path, Settings())
+    assert len(matches.distance_M) > 0
+    assert not opened()
+    compared(matches, "nfnet_mini_f0", str(saved[1]))
+    assert not opened()
 
 
 def test_mistakes_are_one_line(

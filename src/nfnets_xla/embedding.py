@@ -4,6 +4,7 @@ For `shards dedup --model`: instead of pixels, where copies have been altered mo
 allow. A feature is the mean of a picture's and its mirror image's, so that mirroring costs nothing.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -15,11 +16,13 @@ from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
 from nfnets_xla.data.dedup import Matches
 from nfnets_xla.data.jobs import Progress
+from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.models.registry import Network, create_network
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
 
 SIZE = 224  # pixels, of models that do not say what they are tested at
+OPENED = 64  # shards
 REMEMBERED = 4096  # features: a picture has several matches, one after another
 
 
@@ -30,10 +33,13 @@ def compared(
     net = load(name, weights)
     size = getattr(getattr(net, "variant", None), "test_size", SIZE)
 
+    @lru_cache(OPENED)  # an index keeps its file open: copies go, those of the matches stay
+    def opened(is_reference: bool, shard: int) -> ShardIndex:
+        return replace((matches.against if is_reference else matches.train)[shard])
+
     @lru_cache(REMEMBERED)
     def feature(is_reference: bool, shard: int, row: int) -> Tensor:
-        of = (matches.against if is_reference else matches.train)[shard]
-        return embedded(net, of.read(0, row), size)
+        return embedded(net, opened(is_reference, shard).read(0, row), size)
 
     distance_M = np.zeros_like(matches.distance_M)
     pairs = zip(matches.sample_M2.tolist(), matches.reference_M2.tolist(), strict=True)

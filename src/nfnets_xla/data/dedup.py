@@ -15,7 +15,7 @@ Shape suffixes: P pictures, S shards or sides, M matches, C candidates.
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -189,6 +189,7 @@ def _keep(where: Folder, shard: ShardIndex) -> tuple[int, int]:
     """Have the thumbnails of a shard: how many, and the number of samples that do not decode."""
     kept = _kept(where, shard)
     if kept is None:
+        shard = replace(shard)  # an index keeps its file open: this one goes at the end
         pictures, rows = [np.zeros((0, SIDE, SIDE), np.uint8)], []
         for row in range(shard.num_samples):
             data = shard.read(0, row)
