@@ -154,6 +154,16 @@ def test_a_rerun_scans_only_what_has_changed(folder: Path, monkeypatch: pytest.M
     assert len(scans) == 10
 
 
+def test_a_shard_that_is_replaced_by_an_older_one_is_scanned_again(tmp_path: Path) -> None:
+    """As `rsync -a` and `cp -p` do it, which keep the time of the last change."""
+    path = tmp_path / "a.tar"
+    write_tar(path, sample("x", 1))
+    assert build_index(tmp_path).labels(0, 0) == {1: 1.0}
+    write_tar(path, sample("x", 2))
+    os.utime(path, (0, 0))
+    assert build_index(tmp_path).labels(0, 0) == {2: 1.0}
+
+
 def test_shards_may_lie_in_subfolders_but_not_share_a_file_name(tmp_path: Path) -> None:
     for name in ("one/a.tar", "two/b.tar", ".hidden/c.tar"):
         (tmp_path / name).parent.mkdir()
@@ -374,7 +384,7 @@ def test_bit_rot_is_found_when_the_sample_is_read(
         file.write(bytes([byte ^ 1]))
     message = one_line(lambda: index.read(0, 2))
     assert message.startswith(f"{folder}: index no longer matches its shards: gnu.tar, key deep/")
-    assert f"bytes at offset {offset}: wrong checksum; restore the shard; run `nfnets-" in message
+    assert f"bytes at offset {offset}: wrong checksum; restore the shard, or to take it" in message
     index.read(0, 1)  # the others are good
 
 

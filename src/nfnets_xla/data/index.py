@@ -73,7 +73,7 @@ def index_shard(folder: AnyFolder, force: bool, shard: tuple[str, int]) -> Line:
 
 
 def _up_to_date(folder: AnyFolder, name: str, size: int) -> Records | None:
-    written, changed = folder.modified(name + SIDECAR), folder.modified(name)
+    written, changed = folder.modified(name + SIDECAR), folder.placed(name)
     if written is None or changed is None or written <= changed:
         return None
     try:

@@ -113,6 +113,8 @@ class RemoteFolder:
             return None
         return int(at.timestamp() * 1e6) * 1000
 
+    placed = modified  # an object store's own time
+
     def open(self, name: str) -> OpenFile:
         """A copy to read once from end to end; it goes when it is closed."""
         with tempfile.TemporaryDirectory(prefix="nfnets-xla-") as folder:

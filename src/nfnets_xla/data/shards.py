@@ -186,7 +186,8 @@ class ShardIndex:
             if not file.refresh():
                 break
         place = f"{self.name(shard)}, key {records.key(row)}, {size} bytes at offset {offset}"
-        raise _mismatch(self.folder, f"{place}: wrong checksum; restore the shard")
+        fix = "restore the shard, or to take it as it is, index it with --force"
+        raise _mismatch(self.folder, f"{place}: wrong checksum; {fix}")
 
     def records(self, shard: int) -> Records:
         """The sidecar of a shard, as it is, excluded samples included."""

@@ -51,6 +51,15 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    def placed(self, name: str) -> int | None:
+        """The same, or when it was put there, if that was later: `cp -p` and `rsync -a` keep the
+        time at which a file was written elsewhere. Also when its owner or mode was changed."""
+        try:
+            stat = (self.path / name).stat()
+        except FileNotFoundError:
+            return None
+        return max(stat.st_mtime_ns, stat.st_ctime_ns)
+
     def open(self, name: str) -> "OpenFile":
         return OpenFile(self.path / name)
 
