@@ -69,6 +69,15 @@ def test_what_is_missed_or_repeated_is_shown(
     assert int(repeated) in batch(2)["sample_U"]
 
 
+def test_an_epoch_that_comes_back_is_a_fault(tmp_path: Path) -> None:
+    """Step 15 shows samples of epoch 0, which was over: how often is not known any more."""
+    back = {**batch(14), "epoch_U": np.zeros_like(batch(14)["epoch_U"])}
+    start(tmp_path, 1, 0, ORDER.num_steps, s14=back)
+    found = audit(tmp_path)
+    assert found.shown == {0: 100, 1: 100, 2: 34}
+    assert "epoch 0: over, and shown again in steps 15" in found.faults
+
+
 def test_an_unfinished_run_has_no_sample_twice(tmp_path: Path) -> None:
     start(tmp_path, 1, 0, 4)
     assert audit(tmp_path).report()[-1] == "no sample twice"

@@ -187,19 +187,28 @@ def _left_out(run_dir: Path) -> list[int]:
 def _epochs(
     found: Audit, effective: dict[int, tuple[Path, int, int]]
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Of each epoch, how often every sample was shown. One or two are in memory at a time: no step
-    shows an epoch that is two after another's."""
+    """Of each epoch, how often every sample was shown. One or two are in memory at a time: an epoch
+    is over at the first step that shows later ones only."""
     counts: dict[int, NDArray[np.uint8]] = {}
+    late: dict[int, list[int]] = {}  # by epoch, steps that show it once more
+    first = 0  # epoch that is not over
     for step in sorted(effective):
         epochs, samples = rows_of(*effective[step])
         found.undecodable += int((samples < 0).sum())
         samples = np.where(samples < 0, -1 - samples, samples)
         for epoch in sorted(set(epochs.tolist())):
+            if epoch < first:
+                late.setdefault(epoch, []).append(step)
+                continue
             of_epoch = counts.setdefault(epoch, np.zeros(found.samples, np.uint8))
             np.add.at(of_epoch, samples[epochs == epoch], 1)
-        for epoch in [each for each in sorted(counts) if each < int(epochs.min(initial=0))]:
+        if len(epochs):
+            first = max(first, int(epochs.min()))
+        for epoch in [each for each in sorted(counts) if each < first]:
             yield epoch, counts.pop(epoch)
     yield from sorted(counts.items())
+    for epoch, steps in sorted(late.items()):
+        found.faults.append(f"epoch {epoch}: over, and shown again in steps {_first(steps)}")
 
 
 def _first(numbers: list[int]) -> str:
