@@ -130,14 +130,26 @@ def test_a_split_grows_by_adding_and_is_golden(index: ShardIndex) -> None:
     assert key_hash("00001") == 345315685528188438
 
 
+def test_a_key_that_is_everywhere_is_refused(tmp_path: Path) -> None:
+    """Its hash is above all that are looked at."""
+    key = next(key for key in map(str, range(100)) if key_hash(key) > 0.9 * 2**64)
+    image = next(iter(samples(1)))[1]
+    for number in range(90):
+        sample, out = (key, image, "png", 0), tmp_path / str(number)
+        pack_samples([sample], out, samples_per_shard=1, prefix=f"shard{number}")
+    with pytest.raises(ValueError, match="keys repeat, so that 0 samples with 0 keys would"):
+        hold_out(build_index(tmp_path), tmp_path / "out", samples=10)
+
+
 def test_keys_that_repeat_over_shards_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     for shard in range(30):
         packed(tmp_path / str(shard), 3, 3)
         folder.mkdir(exist_ok=True)
         (tmp_path / str(shard) / "shard-000000.tar").rename(folder / f"{shard}.tar")
-    with pytest.raises(ValueError, match="keys repeat, so that 30 samples would be held out inst"):
-        hold_out(build_index(folder), tmp_path / "out", samples=5)
+    for wanted in (5, 30):  # of each key there are 30
+        with pytest.raises(ValueError, match=f"that 30 samples with 1 keys .* of {wanted}: pack"):
+            hold_out(build_index(folder), tmp_path / "out", samples=wanted)
     for count in (0, 90):
         with pytest.raises(ValueError, match="hold out at least one, and leave one"):
             hold_out(build_index(folder), tmp_path / "out", samples=count)

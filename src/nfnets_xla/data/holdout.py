@@ -89,14 +89,20 @@ def choose(
     rows = np.concatenate([rows for _, rows in parts])
     of = np.repeat(np.arange(index.num_shards), [len(rows) for _, rows in parts])
     places = np.lexsort([rows, of, hashes])
-    last = hashes[places[samples - 1]]
-    count = int(np.searchsorted(hashes[places], last, side="right"))
+    found = hashes[places]
+    # Where many samples have one hash there may be fewer below the limit.
+    last = found[samples - 1] if len(found) >= samples else limit
+    count = int(np.searchsorted(found, last, side="right"))
     if smallest and count > samples:  # the last group does not fit: fewer, then
-        count = int(np.searchsorted(hashes[places], last)) or count
-    if count > samples + MAX_EXCESS * samples:
+        count = int(np.searchsorted(found, last)) or count
+    grouped = [value for by_key in smallest.values() for value in by_key.values()]
+    single = found[:count][~np.isin(found[:count], np.array(grouped, np.uint64))]
+    shared = len(single) - len(np.unique(single))
+    if len(found) < samples or max(count - samples, shared) > MAX_EXCESS * samples:
         raise ValueError(
-            f"{index.folder}: keys repeat, so that {count} samples would be held out instead of "
-            f"{samples}: pack them again with keys that are unique over all shards"
+            f"{index.folder}: keys repeat, so that {count} samples with {count - shared} keys "
+            f"would be held out instead of {samples}: pack them again with keys that are unique "
+            "over all shards"
         )
     return [(int(of[place]), int(rows[place])) for place in places[:count]]
 
