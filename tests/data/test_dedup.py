@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 from scipy.fft import dctn
 
+from nfnets_xla.cli import main
 from nfnets_xla.data import dedup
 from nfnets_xla.data.dedup import Matches, Settings, doubles, find, line
 from nfnets_xla.data.exclude import read_pairs, without
@@ -134,7 +135,9 @@ def test_a_chain_is_one_group() -> None:
     assert found == [(3, 1, 0.1), (4, 1, 0.1)]
 
 
-def test_groups_never_straddle_the_held_out_split(folder: Path, tmp_path: Path) -> None:
+def test_groups_never_straddle_the_held_out_split(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     index = ShardIndex.load(folder / "train")
     path = tmp_path / "duplicates.txt"
     same = find([index], [], folder / "out", Settings())
@@ -151,6 +154,15 @@ def test_groups_never_straddle_the_held_out_split(folder: Path, tmp_path: Path) 
     assert straddling > 20
     held = hold_out(index, tmp_path / "held", samples=9, alike=pairs)
     assert set(held) == {index.sample_id(*place) for place in choose(index, 9, alike=pairs)}
+    # A list of other shards would part them, and say nothing.
+    command = ["shards", "holdout", str(folder / "train"), str(tmp_path / "new"), "--samples", "9"]
+    for stranger in ("other-000000/a", "shard-000000/nobody"):
+        (tmp_path / "other.txt").write_text(f"{index.sample_id(0, 0)}\t{stranger}\n")
+        with pytest.raises(SystemExit):
+            main([*command, "--alike", str(tmp_path / "other.txt")])
+        said = capsys.readouterr().err
+        assert f"{tmp_path}/other.txt names '{stranger}', which is not in {folder}/train" in said
+    assert not (tmp_path / "new").exists()
     (tmp_path / "ids.txt").write_text("shard-000000/a\n")
     with pytest.raises(ValueError, match="is no list of pairs: give one of `nfnets-xla shards ded"):
         read_pairs(tmp_path / "ids.txt")
