@@ -177,6 +177,20 @@ def test_shards_may_lie_in_subfolders_but_not_share_a_file_name(tmp_path: Path) 
     assert "two/a.tar and one/a.tar have one file name: rename one of them" in message
 
 
+def test_links_to_folders_are_followed_and_none_is_read_twice(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "shards", tmp_path / "elsewhere"
+    for path in (folder / "own/a.tar", elsewhere / "deep/b.tar"):
+        path.parent.mkdir(parents=True)
+        write_tar(path, sample("x"))
+    (folder / "disk").symlink_to(elsewhere)
+    (folder / "another").symlink_to(folder / "own")  # which has a name already
+    (elsewhere / "back").symlink_to(folder)
+    (elsewhere / "deep/round").symlink_to(elsewhere)
+    index = build_index(folder)
+    assert [index.name(0), index.name(1)] == ["disk/deep/b.tar", "own/a.tar"]
+    assert ShardIndex.load(folder).read(0, 0) == b"picture"
+
+
 def test_a_manifest_is_32_bytes_a_shard_and_its_name(tmp_path: Path) -> None:
     """And a million samples are open at once, their sidecars unread."""
     lines = [Line(f"{n:06d}.tar", 1000, 7, b"d" * 16, 9, 1) for n in range(1000)]

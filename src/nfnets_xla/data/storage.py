@@ -36,13 +36,31 @@ class Folder:
     def sizes(self, ending: str = SHARD) -> dict[str, int]:
         """Bytes of every file with this ending, by name, sorted; nothing hidden."""
         found: dict[str, int] = {}
-        for top, folders, files in os.walk(self.path):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+        for top, files in self._folders():
             inside = Path(top).relative_to(self.path)
             for name in files:
                 if name.endswith(ending) and not name.startswith("."):
                     found[str(inside / name)] = os.stat(os.path.join(top, name)).st_size
         return dict(sorted(found.items()))
+
+    def _folders(self) -> Iterator[tuple[str, list[str]]]:
+        """Every folder with the names of its files. Once, by its own name rather than a link's:
+        links may lead back."""
+        known: set[str] = set()
+        starts = [str(self.path)]
+        while starts:
+            links: list[str] = []
+            for start in starts:
+                for top, folders, files in os.walk(start):
+                    folders[:] = sorted(name for name in folders if not name.startswith("."))
+                    if (real := os.path.realpath(top)) in known:
+                        folders.clear()
+                        continue
+                    known.add(real)
+                    paths = [os.path.join(top, name) for name in folders]
+                    links += filter(os.path.islink, paths)
+                    yield top, files
+            starts = links
 
     def modified(self, name: str) -> int | None:
         """When the file was last written, in nanoseconds; None if there is none."""
