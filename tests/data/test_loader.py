@@ -362,6 +362,16 @@ def test_a_shard_that_has_changed_stops_the_run(tmp_path: Path) -> None:
         evaluation(index)[0]
 
 
+def test_what_the_machine_refuses_a_worker_is_no_traceback(tmp_path: Path) -> None:
+    index = pack(tmp_path, [encoded(picture(n)) for n in range(3)])
+    sidecar = tmp_path / "shard-000000.tar.idx.npz"
+    sidecar.unlink()
+    sidecar.mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        next(iter(Batches(evaluation(index), start_step=0, stop_step=1, workers=1)))
+    assert (error.value.strerror, error.value.filename) == ("Is a directory", str(sidecar))
+
+
 def test_several_labels_have_one_shape_and_the_heaviest_first(tmp_path: Path) -> None:
     labels: list[Any] = [3, {1: 1.0, 4: 3.0}, {0: 0.5, 1: 0.25, 2: 0.25}, {2: 1.0, 3: 1.0}]
     samples = ((f"{n}", encoded(picture(n)), "png", label) for n, label in enumerate(labels))

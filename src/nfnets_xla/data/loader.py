@@ -84,8 +84,8 @@ class _Sent(NamedTuple):
     small: list[str]  # tensors that go as arrays
 
 
-def _received(sent: _Sent | ValueError) -> Batch:
-    if isinstance(sent, ValueError):
+def _received(sent: _Sent | ValueError | OSError) -> Batch:
+    if isinstance(sent, ValueError | OSError):
         raise sent
     return sent.batch | {name: torch.from_numpy(sent.batch[name]) for name in sent.small}
 
@@ -94,11 +94,12 @@ class _Sending(Dataset[Any]):
     def __init__(self, dataset: TrainBatches | EvalBatches) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, step: int) -> _Sent | ValueError:
-        """A ValueError is handed over as a value: raised here, it would come as a traceback."""
+    def __getitem__(self, step: int) -> _Sent | ValueError | OSError:
+        """What the command line says in one line is handed over as a value: raised here, it would
+        come as a traceback."""
         try:
             batch = self.dataset[step]
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return error
         tensors = [name for name, value in batch.items() if isinstance(value, torch.Tensor)]
         small = [name for name in tensors if name != "images_BHWC"]
