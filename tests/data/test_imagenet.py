@@ -112,6 +112,18 @@ def test_training_images_are_shuffled_and_the_same_twice(source: Path, tmp_path:
     assert len({next(iter(first.labels(0, row))) for row in range(6)}) > 1
 
 
+@pytest.mark.parametrize("split", ["train", "val", "val-real"])
+def test_a_split_that_is_there_is_refused_before_anything_is_read(
+    source: Path, tmp_path: Path, split: str
+) -> None:
+    (tmp_path / "out" / split).mkdir(parents=True)
+    (tmp_path / "out" / split / "a.tar").touch()
+    (source / imagenet.TRAIN).write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match=f"out/{split} holds shards .* choose an empty folder"):
+        pack_imagenet(source, tmp_path / "out")
+    assert len(list((tmp_path / "out").rglob("*.tar"))) == 1
+
+
 FAULTS: dict[str, tuple[Callable[[Path, Any], object], str]] = {
     "no archive": (lambda s, m: (s / imagenet.VAL).unlink(), "has no ILSVRC2012_img_val.tar: get"),
     "no folder": (lambda s, m: shutil.rmtree(s), "is not a folder: give the one that holds ILSVRC"),

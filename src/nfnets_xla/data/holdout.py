@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nfnets_xla.data.jobs import Progress, map_jobs
-from nfnets_xla.data.pack import Sample, pack_samples
+from nfnets_xla.data.pack import Sample, check_empty, pack_samples
 from nfnets_xla.data.records import SIDECAR, Records
 from nfnets_xla.data.remote import AnyFolder
 from nfnets_xla.data.shards import ShardIndex, short_name
 from nfnets_xla.data.sources import extension_of
+from nfnets_xla.data.storage import local
 
 IDS = "held_out.txt"
 MAX_EXCESS = 0.01  # of the split, by keys that several samples share
@@ -46,6 +47,7 @@ def hold_out(
             f"{samples} samples are to be held out of {index.num_samples}: hold out at least one, "
             "and leave one"
         )
+    check_empty(local(folder))
     chosen = choose(index, samples, alike=alike, engine=engine, jobs=jobs, on_progress=on_progress)
     ids = [index.sample_id(shard, row) for shard, row in chosen]
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nfnets_xla.data.pack import Sample, pack_samples
+from nfnets_xla.data.pack import Sample, check_empty, pack_samples
 from nfnets_xla.data.storage import Folder, OpenFile
 from nfnets_xla.data.tar import Member, read_members
 
@@ -56,6 +56,9 @@ def pack_imagenet(
     for name in (TRAIN, VAL, DEVKIT):
         if where.modified(name) is None:
             raise ValueError(f"{source} has no {name}: get it from image-net.org")
+    has_real = where.modified(REAL) is not None
+    for name in ("train", "val", "val-real")[: 2 + has_real]:
+        check_empty(out / name)
     train = where.open(TRAIN)
     by_class = _train_places(train)
     index_of = {synset: number for number, synset in enumerate(sorted(by_class))}
@@ -72,7 +75,7 @@ def pack_imagenet(
         "train": (TRAIN_IMAGES, _shuffled(train, by_class, index_of, seed)),
         "val": (VAL_IMAGES, _val(val, images, labels)),
     }
-    if where.modified(REAL) is not None:
+    if has_real:
         real = [dict.fromkeys(found, 1.0) for found in json.loads(where.read(REAL))]
         _expect(len(real), VAL_IMAGES, f"entries in {REAL}")
         splits["val-real"] = sum(map(bool, real)), _val(val, images, real)

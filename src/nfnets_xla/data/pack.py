@@ -52,6 +52,12 @@ def pack_samples(
     return sorted(Path(folder).glob("*.tar"))
 
 
+def check_empty(folder: Path) -> None:
+    """Raises ValueError for a folder that has shards already: before any long work for new ones."""
+    if any(folder.glob("*.tar")) or (folder / CLASSES).exists():
+        raise ValueError(f"{folder} holds shards or {CLASSES} already: choose an empty folder")
+
+
 def encode_image(pixels_HWC: NDArray[np.uint8], ext: str = "png", quality: int = 95) -> bytes:
     """RGB pixels, (H, W, 3) uint8, as a PNG or JPEG file; `quality` is the JPEG's, 1 to 95."""
     if pixels_HWC.dtype != np.uint8 or pixels_HWC.ndim != 3 or pixels_HWC.shape[2] != 3:
@@ -77,8 +83,7 @@ def encode_image(pixels_HWC: NDArray[np.uint8], ext: str = "png", quality: int =
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
     """A place to write files in, which at the end move into `folder`, all or none of them."""
-    if any(folder.glob("*.tar")) or (folder / CLASSES).exists():
-        raise ValueError(f"{folder} holds shards or {CLASSES} already: choose an empty folder")
+    check_empty(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     # Within the folder, and so on its file system: there, to rename is atomic.
