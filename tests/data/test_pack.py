@@ -259,6 +259,13 @@ def test_a_table_is_packed(images: Path, tmp_path: Path, ending: str) -> None:
     assert tree(tmp_path / "again").items() <= tree(tmp_path / "out").items()
 
 
+def test_a_table_that_excel_has_saved(images: Path, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "a.csv", [{"path": "images/ant/photo.0.png", "label": 5}])
+    table.write_text(table.read_text(), encoding="utf-8-sig")
+    pack_table(table, tmp_path / "out")
+    assert build_index(tmp_path / "out").labels(0, 0) == {5: 1.0}
+
+
 def test_a_parquet_list_of_labels_and_keys_of_ones_own(images: Path, tmp_path: Path) -> None:
     row = {"path": "images/ant/photo.0.png", "label": [5, 4], "key": "mine"}
     pack_table(write_table(tmp_path / "a.parquet", [row]), tmp_path / "out")

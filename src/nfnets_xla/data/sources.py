@@ -130,7 +130,7 @@ def _read_table(path: Path) -> Found:
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
         yield from csv.DictReader(file)
 
 
