@@ -385,6 +385,10 @@ def test_a_full_disk_is_not_a_damaged_index(local: ShardIndex) -> None:
                 f"{server.url}/{name} cannot be kept ([Errno 28] No space left on device): "
                 "make room, or lower data.cache_bytes"
             )
+        name, full = local.name(0), Path("/dev/full")
+        without = RemoteFolder(server.url, patience=QUICK)
+        message = one_line(lambda: without.download(name, 10240, full))
+        assert message.endswith("make room, or set TMPDIR to a folder on another disk")
 
 
 def test_a_cache_must_hold_two_windows_of_every_stream(local: ShardIndex, cache: Cache) -> None:

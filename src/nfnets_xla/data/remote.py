@@ -193,8 +193,11 @@ class RemoteFolder:
         except OSError as error:
             if error.errno not in DISK_FAULTS:
                 raise
+            other = (
+                "lower data.cache_bytes" if self.cache else "set TMPDIR to a folder on another disk"
+            )
             raise ValueError(
-                f"{self.url}/{name} cannot be kept ({error}): make room, or lower data.cache_bytes"
+                f"{self.url}/{name} cannot be kept ({error}): make room, or {other}"
             ) from error
 
     def _found(self, name: str, ask: Callable[[], Out], began: float | None = None) -> Out:
