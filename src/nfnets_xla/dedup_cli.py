@@ -6,7 +6,8 @@
 Leaves in the folder `--out`: duplicates.txt (of each sample to exclude its id, the id that it
 matches, and their distance, from 0 to 1), report.png (how many pairs there are at which distance,
 and those on either side of the threshold, to judge it by), and what was found out about each shard,
-so that the same command goes on where it was stopped, and another --distance takes seconds.
+so that the same command goes on where it was stopped, and another --distance takes seconds. What a
+--model finds is not kept: it compares anew each time.
 """
 
 from collections.abc import Sequence
