@@ -114,7 +114,12 @@ def add_pack(add: Callable[..., Any], commands: Any) -> None:
         kind.add_argument("dir", type=Path, help="folder to write, new or empty")
         kind.add_argument("--samples-per-shard", type=int, default=1000, help="at most")
         if name != "imagenet":
-            kind.add_argument("--shard-bytes", type=float, default=float("inf"), help="at most")
+            kind.add_argument(
+                "--shard-bytes",
+                type=float,
+                default=float("inf"),
+                help="of images and labels that make a shard full; its last sample goes beyond",
+            )
     purpose = "images drawn from formulas, labelled, of any number: to try things with"
     fractals = add("fractals", run_pack_fractals, purpose, kinds)
     fractals.add_argument("dir", type=Path, help="folder to write, new or empty")
