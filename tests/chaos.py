@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from nfnets_xla import checkpoint
 from nfnets_xla.record import read_record
@@ -157,7 +158,7 @@ def full_disk(suite: Suite) -> None:
             write(tensors, path)
             if calls[0] % 4 == 2:
                 os.truncate(path, path.stat().st_size // 2)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)}")
 
         checkpoint.save_file = save_file
 

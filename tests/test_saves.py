@@ -1,5 +1,6 @@
 """Checkpoints in the background, and the rules by which a run goes on from one."""
 
+import resource
 import stat
 import threading
 from pathlib import Path
@@ -57,6 +58,25 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing(tmp_path: Path) -> Non
     assert two.fault is not None
     assert "step-00000002" in two.fault
     assert checkpoint.latest(tmp_path)[0] is not None
+
+
+def test_a_full_disk_is_no_checkpoint(tmp_path: Path) -> None:
+    """Where files may not grow, safetensors raises neither OSError nor ValueError."""
+    large = {"model": {"w": torch.zeros(100_000)}}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Saves(str(tmp_path), keep=2, every_hours=None) as saves:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            saves.save(lambda: (1, large, {}))
+            saves.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        saves.save(lambda: (2, large, {}))
+        saves.wait()
+        one, two = saves.written()
+    assert "SafetensorError" in str(one.fault)
+    assert two.fault is None
+    assert checkpoint.steps(tmp_path) == [2]  # what there was of the first is gone
 
 
 def resume(tmp_path: Path, identity: dict, order: Order, said: list[str]) -> int:

@@ -88,9 +88,9 @@ class Saves:
             checkpoint.prune(
                 self.root, keep=self.keep, every_hours=self.every_hours, best=self.best
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of a full disk safetensors says in a class of its own
             fault = f"{type(error).__name__}: {error}" if size == 0 else None
-            with suppress(OSError, ValueError):
+            with suppress(Exception):
                 if size == 0:  # what there is of it may be what fills the disk
                     checkpoint.discard(self.root, step)
         seconds = time.perf_counter() - began
