@@ -6,7 +6,7 @@ import pytest
 
 from nfnets_xla import smoke as smoke_module
 from nfnets_xla.cli import main
-from nfnets_xla.record import read_record
+from nfnets_xla.record import RecordWriter, read_record
 from tests.runs import PLAIN_CPU, run, xla
 
 SMALL = ["model.name=nfnet_mini_f0", "model.compute_dtype=float32", "data.image_size=32"]
@@ -31,6 +31,20 @@ def test_repeats_are_steps_of_the_same_rows(tmp_path: Path) -> None:
     words = ["data.repeats=4", "trainer.device=cpu", f"run_dir={tmp_path}"]
     main(["throughput", *SMALL, *STEPS, *words])
     assert read_record(tmp_path).of_kind("end")[0]["step"] == 8
+
+
+@pytest.mark.parametrize("job", ["throughput", "evaluate"])
+def test_the_record_of_a_training_is_left_alone(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RecordWriter(tmp_path, {"resumed_from": 0, "num_steps": 2}) as writer:
+        writer.write("train", 1, loss=1.0)
+    given = ["model.init_from=weights", "data.eval_shards=shards"] if job == "evaluate" else STEPS
+    with pytest.raises(SystemExit) as stopped:
+        main([job, *SMALL[:1], *given, "trainer.device=cpu", f"run_dir={tmp_path}"])
+    assert stopped.value.code == 2
+    assert "holds a training run, and its record would be replaced" in capsys.readouterr().err
+    assert len(read_record(tmp_path).of_kind("train")) == 1
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.network import make_task, put_on_device
-from nfnets_xla.record import Discard, RecordWriter
+from nfnets_xla.record import Discard, RecordWriter, refuse_training
 from nfnets_xla.trainer import make_trainer
 
 Say = Callable[[str], None]
@@ -34,6 +34,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     """
     if run.data.eval_shards is None:
         raise ValueError("data.eval_shards is not set; it must name a folder of indexed shards")
+    refuse_training(run.run_dir)
     check_cache(run)
     held_out = open_index(run, run.data.eval_shards)
     net, source, num_classes = trained(run, held_out)

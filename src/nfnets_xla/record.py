@@ -77,6 +77,18 @@ def has_record(run_dir: Path) -> bool:
     return (run_dir / "run-1.jsonl").is_file()
 
 
+def refuse_training(run_dir: str | None) -> None:
+    """For jobs that train nothing: a record of theirs would replace a training's rows. Raises
+    ValueError."""
+    if run_dir is None or not has_record(Path(run_dir)):
+        return
+    if any("num_steps" in header for header in read_record(run_dir).headers):
+        raise ValueError(
+            f"run_dir is {run_dir!r}, which holds a training run, and its record would be "
+            "replaced: choose another run_dir"
+        )
+
+
 def read_record(run_dir: Path | str) -> RunRecord:
     """Join the attempts in `run_dir`.
 

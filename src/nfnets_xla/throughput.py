@@ -28,7 +28,7 @@ from nfnets_xla.display import Display, Lines, summary
 from nfnets_xla.inputs import make_order, make_train_batches
 from nfnets_xla.models.registry import count_parameters
 from nfnets_xla.network import make_model, make_task, put_on_device
-from nfnets_xla.record import Discard, RecordWriter
+from nfnets_xla.record import Discard, RecordWriter, refuse_training
 from nfnets_xla.steps import make_passes, make_schedule
 from nfnets_xla.task import Batch
 from nfnets_xla.trainer import make_monitor, make_trainer
@@ -57,6 +57,7 @@ def throughput(run: Run, display: Display | None = None) -> dict[str, Any]:
 
     An epoch is one batch here. ValueError for what no run could work with.
     """
+    refuse_training(run.run_dir)
     display = display or Lines()
     with TemporaryDirectory() as folder, ExitStack() as open_files:
         index = noise(run, Path(folder))
