@@ -11,7 +11,10 @@ import torch
 
 from nfnets_xla import checkpoint
 from nfnets_xla.cli import main
+from nfnets_xla.compose import composed, to_run
+from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
+from nfnets_xla.prepare import make_plan
 from nfnets_xla.record import read_record
 from nfnets_xla.resume import RunState, find_resume
 from nfnets_xla.saves import Saves
@@ -101,6 +104,13 @@ def test_when_a_run_goes_on(tmp_path: Path) -> None:
         ValueError, match=r"another run \(model.name: nfnet_mini_f0 -> nfnet_mini_f1"
     ):
         resume(tmp_path, other, ORDER, said)
+    begun = {**IDENTITY, "initial_weights": "d1"}
+    assert resume(tmp_path, begun, ORDER, said) == 2  # of a release that did not say
+    checkpoint.save(tmp_path, 3, FORMS, RunState(begun, ORDER, {"torch": "1"}, 5.0).at(3))
+    with pytest.raises(ValueError, match=r"another run \(initial_weights: d1 -> d2\)"):
+        resume(tmp_path, {**IDENTITY, "initial_weights": "d2"}, ORDER, said)
+    checkpoint.discard(tmp_path, 3)
+    said.clear()
     shuffled_otherwise = Order(ORDER.counts, 1, 2, 4, 2, 2)
     with pytest.raises(ValueError, match="another order of the same samples"):
         resume(tmp_path, IDENTITY, shuffled_otherwise, said)
@@ -111,6 +121,22 @@ def test_when_a_run_goes_on(tmp_path: Path) -> None:
     assert resume(tmp_path, IDENTITY, ORDER, said) == 1
     assert "step-00000002 is not a complete checkpoint: model.safetensors has" in said[0]
     assert said[0].startswith("warning: ")
+
+
+def test_a_run_is_known_by_what_it_begins_from_wherever_that_lies(
+    tmp_path: Path, data: list[str]
+) -> None:
+    def identity(begin: Path) -> dict:
+        given = [*data, *PLAIN_CPU, "run_dir=R", "optim.epochs=50", f"model.init_from={begin}"]
+        return make_plan(to_run(composed("finetune_sam_demo", given))).identity
+
+    one, other = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    checkpoint.save(one / "checkpoints", 1, FORMS, {})
+    checkpoint.save(other / "checkpoints", 1, {"model": {"w": torch.ones(6)}}, {})
+    first = identity(one)
+    assert differences(first, identity(other))[0].startswith("initial_weights: ")
+    assert identity(one / "checkpoints/step-00000001/model.safetensors") == first
+    assert identity(one.rename(tmp_path / "moved")) == first
 
 
 def test_what_the_last_start_had_no_time_for_is_done(tmp_path: Path, data: list[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nfnets_xla import checkpoint
 from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.shards import ShardIndex
@@ -48,6 +49,20 @@ def test_a_cell_is_named_after_what_is_swept() -> None:
     assert Cell(run, ["model.init_from"], "pretrain", []).folder == Path("R/nfnet_f0-epochs_1")
     assert "=" not in str(cell.folder)
     assert "," not in str(cell.folder)
+
+
+def test_two_cells_have_two_folders(
+    sweep: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for pre in ("a", "b"):
+        checkpoint.save(tmp_path / pre / "run" / "checkpoints", 1, {"model": {}}, {})
+        (tmp_path / pre / "run" / "config.json").write_text('{"model": {"name": "nfnet_mini_f0"}}')
+    cells = f"model.init_from={tmp_path / 'a' / 'run'},{tmp_path / 'b' / 'run'}"
+    with pytest.raises(SystemExit) as stopped:
+        main(["finetune_sweep", *sweep, "optim.epochs=1", cells])
+    assert stopped.value.code == 2
+    assert "whose runs would have one folder (run): rename one" in capsys.readouterr().err
+    assert not headers(tmp_path / "runs")
 
 
 @pytest.mark.slow

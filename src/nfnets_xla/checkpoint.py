@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +145,32 @@ def find(given: str | Path) -> Checkpoint | None:
     return latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)[0]
 
 
-def weights(given: str, which: str) -> tuple[dict[str, Tensor], str]:
-    """Weights of a file, or of what `find` finds; and what they came from.
+@dataclass(frozen=True)
+class Weights:
+    """Of a file, or a form of a checkpoint. Read when asked for."""
 
-    `which` is "raw" or "ema". Raises ValueError if `given` is none of these, or lacks the form.
+    source: str  # what they came from
+    file: Path
+    of: Checkpoint | None  # whose files may be copies, which go when it does
+
+    @cached_property
+    def sha256(self) -> str:
+        if self.of is not None:
+            return json.loads((self.of.folder / MANIFEST).read_bytes())[self.file.name]["sha256"]
+        with self.file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return load_checkpoint(self.file) if self.of is None else load_file(self.file)
+
+
+def find_weights(given: str, which: str) -> Weights:
+    """A file, or a form of what `find` finds: `which` is "raw" or "ema".
+
+    Raises ValueError if `given` is none of these, or lacks the form.
     """
     if Path(given).is_file():
-        return load_checkpoint(given), given
+        return Weights(given, Path(given), None)
     found = find(given)
     if found is None:
         raise ValueError(
@@ -160,7 +180,13 @@ def weights(given: str, which: str) -> tuple[dict[str, Tensor], str]:
     form = "model" if which == "raw" else "ema"
     if form not in found.forms:
         raise ValueError(f"{found} holds no {which} weights: use model.init_weights=raw")
-    return found.tensors(form), str(found)
+    return Weights(str(found), found.folder / f"{form}.safetensors", found)
+
+
+def weights(given: str, which: str) -> tuple[dict[str, Tensor], str]:
+    """Those that `find_weights` finds, and what they came from."""
+    found = find_weights(given, which)
+    return found.tensors(), found.source
 
 
 def discard(root: str | Path, step: int) -> None:

@@ -15,6 +15,7 @@ from hydra import initialize_config_dir, initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
@@ -143,14 +144,19 @@ def of_variant(model: str, setting: str) -> float:
 
 def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: Preemption) -> None:
     """One job of Hydra's multirun. What the recipe sweeps, or the person does, names its folder."""
-    from nfnets_xla.sweep import Cell, run_cell
+    from nfnets_xla.sweep import Cell, refuse_shared, run_cell
 
     given = HydraConfig.get()
-    keys = list(given.sweeper.params or [])
+    params = given.sweeper.params or {}
+    keys = [str(key) for key in params]
     asked, settings = options(name, arguments)
-    for override in OverridesParser.create().parse_overrides(settings):
-        if override.is_sweep_override() and override.key_or_group not in keys:
-            keys.append(override.key_or_group)
+    words = [*(f"{key}={values}" for key, values in params.items()), *settings]
+    for override in OverridesParser.create().parse_overrides(words):
+        if override.is_sweep_override():
+            if override.value_type != ValueType.GLOB_CHOICE_SWEEP:  # names of a group's files
+                refuse_shared(override.key_or_group, override.sweep_string_iterator())
+            if override.key_or_group not in keys:
+                keys.append(override.key_or_group)
     where = [] if asked.config_dir is None else [f"--config-dir={asked.config_dir}"]
     run_cell(Cell(to_run(config), keys, name, [*where, *given.overrides.task]), preemption)
 

@@ -202,8 +202,9 @@ class Run:
         del values["run_dir"], values["resume"], values["trainer"]
         del values["data"]["workers"], values["data"]["shards"], values["data"]["eval_shards"]
         del values["data"]["eval_batch_size"]
+        # A plan's identity adds a digest of the initial weights, and the fingerprint of the shards,
+        # in which it is which samples are excluded.
         del values["model"]["init_from"], values["model"]["pretrained"]
-        # Which samples are excluded is in the fingerprint of the shards.
         del values["data"]["exclude"], values["data"]["max_missed"]
         del values["data"]["cache_dir"], values["data"]["cache_bytes"]
         del values["model"]["stacked"], values["model"]["recompute"]

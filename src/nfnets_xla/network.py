@@ -7,7 +7,7 @@ import torch
 
 from nfnets_xla import checkpoint
 from nfnets_xla.backend import Backend, open_backend
-from nfnets_xla.checkpoint import Checkpoint
+from nfnets_xla.checkpoint import Checkpoint, Weights
 from nfnets_xla.config import Run
 from nfnets_xla.display import Say
 from nfnets_xla.inputs import sizes_of
@@ -24,8 +24,14 @@ from nfnets_xla.task import Classification, Restored
 STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/compile.txt
 
 
-def make_model(run: Run, num_classes: int, say: Say) -> Network:
-    """The network on the host, with random or given weights.
+def initial_weights(run: Run) -> Weights | None:
+    """Those of `model.init_from`. Raises ValueError if there are none."""
+    given = run.model.init_from
+    return None if given is None else checkpoint.find_weights(given, run.model.init_weights)
+
+
+def make_model(run: Run, num_classes: int, initial: Weights | None, say: Say) -> Network:
+    """The network on the host, with random, public or `initial` weights.
 
     Weights of a run or of the public with other classes keep their body and get a new head.
     """
@@ -47,10 +53,9 @@ def make_model(run: Run, num_classes: int, say: Say) -> Network:
     if run.model.head_bias:
         bias = net.get_parameter(f"{net.classifier_name}.bias")
         torch.nn.init.constant_(bias, run.model.head_bias)
-    if run.model.init_from is not None:
-        weights, path = checkpoint.weights(run.model.init_from, run.model.init_weights)
-        fresh = load_into(net, weights, source=path, allow_new_head=True)
-        say(f"weights from {path}" + (" (new classifier)" if fresh else ""))
+    if initial is not None:
+        fresh = load_into(net, initial.tensors(), source=initial.source, allow_new_head=True)
+        say(f"weights from {initial.source}" + (" (new classifier)" if fresh else ""))
     return net
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nfnets_xla.backend import Backend
-from nfnets_xla.checkpoint import Checkpoint
+from nfnets_xla.checkpoint import Checkpoint, Weights
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.order import Order
@@ -24,7 +24,7 @@ from nfnets_xla.inputs import (
     open_shards,
 )
 from nfnets_xla.models.registry import Network
-from nfnets_xla.network import make_model, make_task, put_on_device, restore
+from nfnets_xla.network import initial_weights, make_model, make_task, put_on_device, restore
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule
 from nfnets_xla.resume import find_resume, installed
@@ -44,6 +44,7 @@ class Plan:
     order: Order
     schedule: Schedule
     passes: Passes
+    initial: Weights | None  # to begin with; None: random or public ones
 
     @property
     def num_steps(self) -> int:
@@ -53,7 +54,9 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """By which a checkpoint is known to be of this run; see resume.py."""
         shards = {"shards": self.index.fingerprint, "num_classes": self.num_classes}
-        return {**self.run.identity(), **shards}
+        # Not where they lie, but which they are.
+        weights = self.run.model.pretrained if self.initial is None else self.initial.sha256
+        return {**self.run.identity(), **shards, "initial_weights": weights}
 
     @cached_property
     def checkpoints(self) -> str:
@@ -75,7 +78,10 @@ def make_plan(run: Run) -> Plan:
     num_classes = count_classes(run, index, held_out)
     order = make_order(run, index)
     schedule, passes = make_schedule(run, order), make_passes(run, order)
-    return Plan(run, Path(run.run_dir), index, held_out, num_classes, order, schedule, passes)
+    initial = initial_weights(run)
+    return Plan(
+        run, Path(run.run_dir), index, held_out, num_classes, order, schedule, passes, initial
+    )
 
 
 # ---- what it is made of, on this machine ------------------------------------------------------
@@ -100,7 +106,7 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
     """Nothing is written before all hosts have seen the folder as it was, and agree."""
     run = plan.run
     torch.manual_seed(run.seed)  # of the initial weights; nothing in the step draws from it
-    net = make_model(run, plan.num_classes, say)
+    net = make_model(run, plan.num_classes, plan.initial, say)
     backend = put_on_device(net, run)
     past = past_of(start, plan.folder)
     task = make_task(

@@ -2,7 +2,7 @@
 
 | the checkpoint is of | then |
 |---|---|
-| another recipe, model, seed, shards or classes | refused, naming every difference |
+| another recipe, model, seed, shards, classes, initial weights | refused, naming every difference |
 | another order of the same shards (of another release) | refused |
 | other streams (`data.num_streams`) | refused: they are part of the order |
 | other hosts, devices, mesh, loader workers, form of the network | taken as it is |
@@ -96,7 +96,8 @@ def find_resume(
         found = _begun_from(given, found)
     if found is None:
         return None
-    changed = differences(found.state["identity"], identity)
+    known = {"initial_weights": identity.get("initial_weights")}  # older releases did not say
+    changed = differences(known | found.state["identity"], identity)
     if changed:
         holder = found if given not in ("auto", "never") else run_dir
         raise ValueError(

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,18 @@ def model_of(run_dir: str) -> str:
     if not file.is_file():
         raise ValueError(f"{run_dir} is not a run's folder: it must hold a config.json")
     return json.loads(file.read_text(encoding="utf-8"))["model"]["name"]
+
+
+def refuse_shared(key: str, values: Iterable[str]) -> None:
+    """Raises ValueError if two values that are swept would name one folder."""
+    named: dict[str, str] = {}
+    for value in values:
+        other = named.setdefault(_word(key, value), value)
+        if other != value:
+            raise ValueError(
+                f"{key} is swept over {other} and {value}, whose runs would have one folder "
+                f"({_word(key, value)}): rename one of them, or give each a sweep of its own"
+            )
 
 
 def _lookup(values: dict[str, Any], key: str) -> Any:

@@ -27,7 +27,7 @@ from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.display import Display, Lines, summary
 from nfnets_xla.inputs import make_order, make_train_batches
 from nfnets_xla.models.registry import count_parameters
-from nfnets_xla.network import make_model, make_task, put_on_device
+from nfnets_xla.network import initial_weights, make_model, make_task, put_on_device
 from nfnets_xla.record import Discard, RecordWriter, refuse_training
 from nfnets_xla.steps import make_passes, make_schedule
 from nfnets_xla.task import Batch
@@ -65,7 +65,7 @@ def throughput(run: Run, display: Display | None = None) -> dict[str, Any]:
         schedule, passes = make_schedule(run, order), make_passes(run, order)
         num_classes = run.data.num_classes or CLASSES
         torch.manual_seed(run.seed)
-        net = make_model(run, num_classes, display.say)
+        net = make_model(run, num_classes, initial_weights(run), display.say)
         backend = put_on_device(net, run)
         compute_dtype = getattr(torch, run.model.compute_dtype)
         task = make_task(net, run, backend, compute_dtype, schedule=schedule, passes=passes)
