@@ -1,18 +1,52 @@
 """The table of hardware, and how far parameters are cut to fit into it."""
 
 import math
+from pathlib import Path
 
 import pytest
 
+from nfnets_xla import xla
 from nfnets_xla.devices import DEVICES, GIB, find_device, measured_cpu_peak, smallest_fsdp
+from tests.data.server import serving
 
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("v4-8", "v4"), ("TPU v4", "v4"), ("v5litepod-16", "v5e"), ("NVIDIA H100 80GB HBM3", "H100")],
+    [
+        ("v4-8", "v4"),
+        ("TPU v4", "v4"),
+        ("v5litepod-16", "v5e"),
+        ("v5p-8", "v5p"),
+        ("v6e-16", "v6e"),
+        ("tpu7x-8", "v7"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+    ],
 )
 def test_hardware_is_found_by_what_the_runtime_calls_it(kind: str, name: str) -> None:
     assert find_device(kind) is DEVICES[name]
+
+
+def test_a_tpu_is_called_what_its_machine_calls_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VM by its metadata server, GKE by the environment; without either it is still a TPU."""
+    tpu = pytest.importorskip("torch_xla._internal.tpu", exc_type=ImportError)
+    monkeypatch.setenv("PJRT_DEVICE", "TPU")
+    for name in ("TPU_ACCELERATOR_TYPE", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+    attributes = tmp_path / "instance" / "attributes"
+    attributes.mkdir(parents=True)
+    (attributes / "tpu-env").write_text("ACCELERATOR_TYPE: 'v5litepod-16'\nWORKER_ID: '0'\n")
+    with serving(tmp_path) as server:
+        monkeypatch.setattr(tpu, "_GCE_METADATA_ROOT_URL", server.url)
+        assert xla.device_kind() == "v5litepod-16"
+        (attributes / "tpu-env").unlink()
+        assert xla.device_kind() == "TPU"
+    assert xla.device_kind() == "TPU"
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "true")
+    assert xla.device_kind() == "TPU"
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-16")
+    assert xla.device_kind() == "v6e-16"
 
 
 def test_a_cpu_is_measured() -> None:

@@ -35,7 +35,7 @@ def make_trainer(
     trainer = Trainer(
         accelerator=backend.accelerator,
         strategy=backend.strategy,
-        devices="auto" if backend.device_kind.startswith(("TPU", "XLA")) else 1,
+        devices=1 if isinstance(backend.accelerator, str) else "auto",  # ours has all of a mesh
         max_steps=num_steps,
         max_epochs=-1,
         val_check_interval=run.trainer.eval_every or num_steps,

@@ -102,11 +102,25 @@ def num_devices() -> int:
 
 
 def device_kind() -> str:
-    """What the record calls the hardware, e.g. "TPU v4" or "XLA:CPU"."""
+    """What the record calls the hardware: "XLA:CPU", or a slice as Cloud TPU has it, "v4-8"."""
     import torch_xla.runtime as xr
 
     kind = xr.device_type() or "unknown"
-    return "XLA:CPU" if kind == "CPU" else os.environ.get("TPU_ACCELERATOR_TYPE", kind)
+    if kind == "CPU":
+        return "XLA:CPU"
+    return (_slice_type() or kind) if kind == "TPU" else kind
+
+
+def _slice_type() -> str | None:
+    """By the environment, which GKE sets, or by the metadata server of a TPU VM."""
+    if named := os.environ.get("TPU_ACCELERATOR_TYPE"):
+        return named
+    from torch_xla._internal.tpu import get_tpu_env
+
+    try:
+        return get_tpu_env().get("ACCELERATOR_TYPE")
+    except OSError:  # as all of requests' are: there is no such server here
+        return None
 
 
 _meshes: list[Any] = []  # of this process: none yet, or its one
