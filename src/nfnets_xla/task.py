@@ -191,7 +191,7 @@ class Classification(LightningModule):
         hyper_2 = hyper_2.to(self.device, non_blocking=True)  # else a GPU is waited for
         self.updater.set_lr(hyper_2[0:1])
 
-        rows = self._rows(batch)
+        rows = rows_of(batch)
         optimizer: Any = self.optimizers()
         unperturbed: list[Tensor] = []  # sums over the rows of passes at the weights themselves
 
@@ -214,14 +214,6 @@ class Classification(LightningModule):
         clipped = [] if self.updater.clipped_P is None else [self.updater.clipped_P]
         self.step_metrics_M = torch.cat([means, self.guard.numbers_G, *clipped])
         self.updater.clipped_P = self.guard.holds = None  # what is alive at the dispatch is kept
-
-    def _rows(self, batch: Batch) -> dict[str, Tensor]:
-        """The batch's tensors, all of B rows. Images are mixed now, while streams are whole."""
-        rows = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-        if "mix_ratio_B" in batch:
-            boxes = batch["mix_outside_B"], batch["mix_box_B4"]
-            rows["images_BHWC"] = mixed(batch["images_BHWC"], batch["layout"], *boxes)
-        return rows
 
     def _backward(self, rows: Batch) -> Tensor:
         """Add up the gradient of a pass, slice by slice; (loss, top-1, weight), summed over rows.
@@ -348,6 +340,18 @@ class Classification(LightningModule):
                 },
                 "images": round(weight),
             }
+
+
+def rows_of(batch: Batch) -> dict[str, Tensor]:
+    """The batch's tensors, all of B rows. Images are mixed now, while streams are whole."""
+    rows = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    if "mix_ratio_B" in batch:
+        layout, images_BHWC = batch["layout"], batch["images_BHWC"]
+        # The host's streams; of several XLA hosts the rows are those of all by now.
+        layout = layout._replace(streams=len(images_BHWC) // (layout.images * layout.views))
+        boxes = batch["mix_outside_B"], batch["mix_box_B4"]
+        rows["images_BHWC"] = mixed(images_BHWC, layout, *boxes)
+    return rows
 
 
 def _rank(logits_BK: Tensor, batch: Batch) -> Tensor:
