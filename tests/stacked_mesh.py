@@ -120,6 +120,7 @@ def main(devices: int, fsdp: int, dtype: str, forms: list[str]) -> None:
         "fallbacks": xla.counters().fallbacks,
         "shardings": spread,
         "bytes_per_device": kept,
+        "devices": xla.mesh().device_ids.tolist(),
     }
     print(json.dumps(report))
 

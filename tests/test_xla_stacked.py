@@ -46,6 +46,7 @@ def test_cut_over_a_2_by_2_mesh_it_trains_as_on_one_device() -> None:
     one = train(1, 1, "float32", "unrolled")
     four = train(4, 2, "float32", "stacked")
     np.testing.assert_allclose(four["losses"], one["losses"], rtol=1e-5)
+    assert four["devices"] == [0, 1, 2, 3]
     assert four["compilations"] == [1]
     assert four["shardings"][0].startswith("{devices=[1,2,1,1,1,2]")  # not along the stack
     share = four["bytes_per_device"][0] / one["bytes_per_device"][0]

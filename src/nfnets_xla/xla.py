@@ -142,8 +142,18 @@ def make_mesh(fsdp: int) -> None:
             f"fsdp={_meshes[0].shape()['fsdp']}: start a new process"
         )
     if not _meshes:
-        _meshes.append(spmd.Mesh(np.arange(count), (count // fsdp, fsdp), ("data", "fsdp")))
+        order = np.array(device_order())
+        _meshes.append(spmd.Mesh(order, (count // fsdp, fsdp), ("data", "fsdp")))
         spmd.set_global_mesh(_meshes[0])
+
+
+def device_order() -> list[int]:
+    """Ordinals of all devices, host by host: each host's in the order in which torch_xla hands out
+    the parts of the rows that it gives. A slice may number them otherwise ("TPU:5" on host 0)."""
+    from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
+
+    own = [int(name.rpartition(":")[2]) for name in _XLAC._xla_get_runtime_devices()]
+    return [ordinal for of_host in open_hosts().gather(own) for ordinal in of_host]
 
 
 def mesh() -> Any:
