@@ -10,6 +10,7 @@ Run by test_xla_stacked.py in a process of its own: the runtime reads its settin
 
 import json
 import sys
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class Training:
     def bytes_per_device(self) -> int:
         named = dict(self.net.named_parameters())
         forms = named, self.sgd.slots()["momentum"], self.ema.shadow
-        return sum(xla.bytes_per_device(tensors) for tensors in forms)
+        return sum(of_one_device(tensors) for tensors in forms)
 
     def state(self) -> State:
         """On the host, under the names of single blocks."""
@@ -123,6 +124,13 @@ def main(devices: int, fsdp: int, dtype: str, forms: list[str]) -> None:
         "devices": xla.mesh().device_ids.tolist(),
     }
     print(json.dumps(report))
+
+
+def of_one_device(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes that one device of the mesh holds."""
+    from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
+
+    return sum(places[0][0].nbytes for places in _XLAC._get_local_shards(list(tensors.values())))
 
 
 def sharding(net: NFNet, form: str) -> str:

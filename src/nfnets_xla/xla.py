@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,23 +103,16 @@ def num_devices() -> int:
 def device_kind() -> str:
     """What the record calls the hardware: "XLA:CPU", or a slice as Cloud TPU has it, "v4-8"."""
     import torch_xla.runtime as xr
-
-    kind = xr.device_type() or "unknown"
-    if kind == "CPU":
-        return "XLA:CPU"
-    return (_slice_type() or kind) if kind == "TPU" else kind
-
-
-def _slice_type() -> str | None:
-    """By the environment, which GKE sets, or by the metadata server of a TPU VM."""
-    if named := os.environ.get("TPU_ACCELERATOR_TYPE"):
-        return named
     from torch_xla._internal.tpu import get_tpu_env
 
-    try:
-        return get_tpu_env().get("ACCELERATOR_TYPE")
-    except OSError:  # as all of requests' are: there is no such server here
-        return None
+    kind = xr.device_type() or "unknown"
+    if kind != "TPU":
+        return "XLA:CPU" if kind == "CPU" else kind
+    try:  # GKE sets the variable; of a VM the metadata server knows
+        named = os.environ.get("TPU_ACCELERATOR_TYPE") or get_tpu_env().get("ACCELERATOR_TYPE")
+        return named or kind
+    except OSError:  # as all of requests' are: there is no such server
+        return kind
 
 
 _meshes: list[Any] = []  # of this process: none yet, or its one
@@ -142,14 +134,13 @@ def make_mesh(fsdp: int) -> None:
             f"fsdp={_meshes[0].shape()['fsdp']}: start a new process"
         )
     if not _meshes:
-        order = np.array(device_order())
-        _meshes.append(spmd.Mesh(order, (count // fsdp, fsdp), ("data", "fsdp")))
+        _meshes.append(spmd.Mesh(device_order(), (count // fsdp, fsdp), ("data", "fsdp")))
         spmd.set_global_mesh(_meshes[0])
 
 
 def device_order() -> list[int]:
-    """Ordinals of all devices, host by host: each host's in the order in which torch_xla hands out
-    the parts of the rows that it gives. A slice may number them otherwise ("TPU:5" on host 0)."""
+    """Ordinals of all devices, host by host: torch_xla cuts a host's rows in the order of its own
+    devices, which a slice may number in any way ("TPU:5" on host 0)."""
     from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
 
     own = [int(name.rpartition(":")[2]) for name in _XLAC._xla_get_runtime_devices()]
@@ -258,15 +249,6 @@ def whole(tensor: Tensor) -> Tensor:
     computed = tensor.neg().neg()  # a parameter's own sharding cannot be marked over, nor a copy's
     marked: Any = MarkShardingFunction.apply(computed, mesh(), (None,) * tensor.ndim)
     return marked
-
-
-def bytes_per_device(tensors: Mapping[str, Tensor]) -> int:
-    """Of tensors on the device: what one device of the mesh holds of them."""
-    from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
-
-    shards = _XLAC._get_local_shards(list(tensors.values()))
-    first = (places[0][0] for places in shards)
-    return sum(shard.numel() * shard.element_size() for shard in first)
 
 
 # ---- loops over depth -------------------------------------------------------------------------
@@ -404,7 +386,6 @@ def counters() -> Counters:
     executed = metric("ExecuteTime"), metric("ExecuteReplicatedTime")
     on_host = [name for name in metrics.counter_names() if name.startswith("aten::")]
     fallbacks = Counter({name: int(metrics.counter_value(name) or 0) for name in on_host})
-    transfers = metric("TransferFromDeviceTime")[0]
     gathers = sum(_compiled_to_gather)
     return Counters(
         compilations=compilations - gathers,
@@ -412,6 +393,6 @@ def counters() -> Counters:
         compile_seconds=nanoseconds / 1e9,
         executions=sum(count for count, _ in executed),
         execute_seconds=sum(time for _, time in executed) / 1e9,
-        tensors_to_host=transfers,
+        tensors_to_host=metric("TransferFromDeviceTime")[0],
         fallbacks=fallbacks,
     )
