@@ -1,5 +1,6 @@
 """Checkpoints in the background, and the rules by which a run goes on from one."""
 
+import os
 import resource
 import stat
 import threading
@@ -170,11 +171,24 @@ def test_what_the_last_start_had_no_time_for_is_done(tmp_path: Path, data: list[
 
 
 def test_the_checkpoint_commands(
-    tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    data: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    flushed, fsync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
     folder, out = tmp_path / "run", tmp_path / "f0.safetensors"
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.2"]
     main([*arguments, "optim.warmup_steps=1", "trainer.checkpoint_every=1", f"run_dir={folder}"])
+    # A machine that stops must not leave a checkpoint without the steps before it.
+    saved = flushed.index(folder / "checkpoints" / "step-00000001")
+    assert {folder / "run-1.jsonl", folder / "ledger-1.bin", folder} <= set(flushed[:saved])
     capsys.readouterr()
     main(["checkpoint", "verify", str(folder)])
     assert capsys.readouterr().out.count("verified; ema, model, momentum;") == 2

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nfnets_xla.checkpoint import Checkpoint
+from nfnets_xla.data.storage import flush_to_disk
 from nfnets_xla.missed import missed_before
 from nfnets_xla.record import Row, has_record, read_record
 
@@ -55,6 +56,15 @@ def take_history(start: Checkpoint, run_dir: Path) -> None:
             part = run_dir / f"{file.name}.part"
             shutil.copyfile(file, part)
             part.replace(run_dir / file.name)
+
+
+def flush_history(run_dir: Path) -> None:
+    """Bring it to the disk: a machine that stops must not leave a checkpoint of steps that it has
+    forgotten."""
+    for pattern in FILES:
+        for file in run_dir.glob(pattern):
+            flush_to_disk(file)
+    flush_to_disk(run_dir)
 
 
 def evaluations(run_dir: Path, step: int) -> dict[int, float]:

@@ -33,7 +33,8 @@ Int64 = NDArray[np.int64]
 
 
 class Ledger(Callback):
-    """Writes one start's file. A step is in it before the checkpoint that builds on it is."""
+    """Writes one start's file. A step is in it before the checkpoint that builds on it is, also on
+    the disk: see history.flush_history."""
 
     def __init__(
         self, run_dir: Path, attempt: int, head: dict[str, Any], hosts: Hosts = ALONE

@@ -38,9 +38,17 @@ class Saves:
     """
 
     def __init__(
-        self, root: str, *, keep: int, every_hours: float | None, writes: bool = True
+        self,
+        root: str,
+        *,
+        keep: int,
+        every_hours: float | None,
+        writes: bool = True,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
+        """`before` brings to the disk what a checkpoint builds on, before there is one."""
         self.root = root
+        self.before = before
         self.keep = keep
         self.every_hours = every_hours
         self.writes = writes
@@ -84,6 +92,7 @@ class Saves:
         began = time.perf_counter()
         size, fault = 0, None
         try:
+            self.before()
             size = checkpoint.save(self.root, step, forms, state)
             checkpoint.prune(
                 self.root, keep=self.keep, every_hours=self.every_hours, best=self.best

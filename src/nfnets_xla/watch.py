@@ -3,6 +3,7 @@
 import json
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -10,7 +11,7 @@ from lightning.pytorch import Callback
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.display import Display, Say
-from nfnets_xla.history import take_history
+from nfnets_xla.history import flush_history, take_history
 from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.ledger import Ledger, head_of
@@ -98,6 +99,7 @@ def open_keeper(
         keep=trainer.keep_checkpoints,
         every_hours=trainer.keep_every_hours,
         writes=ready.hosts.writes,
+        before=partial(flush_history, plan.folder),
     )
     state = RunState(plan.identity, plan.order, installed(), ready.past.seconds)
     return Checkpointer(
