@@ -83,6 +83,9 @@ def test_seconds_that_a_restart_threw_away(tmp_path: Path) -> None:
     """The first start dies 9 s after the checkpoint of step 5, the second before its own next."""
     clocks = [(0, [(5, 20.0), (6, 25.0), (7, 29.0)]), (5, [(6, 11.0)]), (5, [(6, 12.0)])]
     for number, (resumed_from, rows) in enumerate(clocks, start=1):
+        if number == 3:  # what it is going to replace is known before it has written anything
+            assert read_record(tmp_path).seconds_lost == 9
+            assert read_record(tmp_path, resuming_at=5).seconds_lost == 9 + 11
         lines = [{"kind": "header", "step": resumed_from, "seconds": 0.0}]
         lines[0]["resumed_from"] = resumed_from
         lines += [{"kind": "train", "step": step, "seconds": clock} for step, clock in rows]

@@ -26,16 +26,21 @@ class Past:
 
 def past_of(start: Checkpoint | None, run_dir: Path) -> Past:
     if start is None:
-        return Past()
+        return Past(lost_seconds=lost_seconds(run_dir, 0))
     folder = history(start, run_dir)
     return Past(
         start.step,
         seconds=start.state["seconds"],
-        lost_seconds=read_record(folder).seconds_lost if has_record(folder) else 0.0,
+        lost_seconds=lost_seconds(folder, start.step),
         missed=missed_before(folder, start.step),
         skipped=start.state.get("skipped", 0),
         evaluated=evaluations(folder, start.step),
     )
+
+
+def lost_seconds(run_dir: Path, step: int) -> float:
+    """By all interruptions, with the one after which this start goes on from `step`."""
+    return read_record(run_dir, step).seconds_lost if has_record(run_dir) else 0.0
 
 
 def history(start: Checkpoint, run_dir: Path) -> Path:

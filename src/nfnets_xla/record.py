@@ -89,12 +89,13 @@ def refuse_training(run_dir: str | None) -> None:
         )
 
 
-def read_record(run_dir: Path | str) -> RunRecord:
+def read_record(run_dir: Path | str, resuming_at: int | None = None) -> RunRecord:
     """Join the attempts in `run_dir`.
 
     A start that resumed from step n replaces whatever earlier starts wrote after step n. A torn
     last line (the process was killed while writing) is dropped; a torn line elsewhere is damage
-    and a ValueError, as is a folder without a record.
+    and a ValueError, as is a folder without a record. `seconds_lost` counts what a start that is
+    still to write its header, from step `resuming_at`, will replace.
     """
     folder = Path(run_dir)
     attempts = sorted(_attempts(folder))
@@ -120,6 +121,8 @@ def read_record(run_dir: Path | str) -> RunRecord:
         timed += zip(lines[1:], took, strict=True)
         known = None if seconds is None else lines[-1].get("seconds")
         seconds = None if seconds is None or known is None else seconds + known
+    if resuming_at is not None:
+        seconds_lost += sum(took for row, took in timed if row["step"] > resuming_at)
     return RunRecord(headers, [row for row, _ in timed], steps_lost, seconds, seconds_lost)
 
 
