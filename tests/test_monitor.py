@@ -4,11 +4,20 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from nfnets_xla import create_model, monitor
-from nfnets_xla.display import summary
+from nfnets_xla.backend import open_backend
+from nfnets_xla.compose import composed, to_run
+from nfnets_xla.display import Lines, summary
+from nfnets_xla.models.registry import create_network
 from nfnets_xla.monitor import Peaks, _Interval, clipped_by_block
 from nfnets_xla.optim import SGD_AGC, parameter_roles
+from nfnets_xla.optim.passes import Passes
+from nfnets_xla.record import Discard
+from nfnets_xla.task import Classification
+from nfnets_xla.trainer import make_monitor, make_trainer
+from tests.runs import PLAIN_CPU
 
 
 def test_rates_are_of_the_interval_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +40,41 @@ def test_rates_are_of_the_interval_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         "executions": 4,
         "execute_ms": 500.0,  # a step
     }
+
+
+def test_waiting_for_data_is_not_what_other_callbacks_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    class Others(Callback):
+        """Hosts that talk about a batch, and checkpoints."""
+
+        def on_train_batch_start(self, *_: Any, **__: Any) -> None:
+            nonlocal now
+            now += 2
+
+        def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+            nonlocal now
+            now += 8
+
+    run = to_run(composed("pretrain_demo", ["data.shards=S", "run_dir=R", *PLAIN_CPU]))
+    backend = open_backend(run.trainer)
+    net = create_network("nfnet_mini_f0", num_classes=3)
+    task = Classification(net, run.optim, compute_dtype=torch.float32, fetch=backend.fetch)
+    passes = Passes(images=8, views=1)
+    watched = make_monitor(run, net, backend, passes, 100, Discard(), Lines())
+    trainer = make_trainer(run, backend, [watched, Others()], num_steps=100)
+    callbacks: Any = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now)
+    for callback in callbacks:
+        callback.on_train_start(trainer, task)
+    for step in range(4):
+        now += 1  # for the data
+        for callback in callbacks:
+            callback.on_train_batch_start(trainer, task, {}, step)
+        now += 9
+        for callback in callbacks:
+            callback.on_train_batch_end(trainer, task, None, {"step": step}, step)
+    assert watched._interval.rates(Peaks(None, 1.0, 1.0), {})["data_wait_share"] == 4 / 80
 
 
 def test_a_peak_that_is_not_known_gives_no_share() -> None:

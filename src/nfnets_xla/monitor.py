@@ -93,7 +93,6 @@ class Monitor(Callback):
             self._logged.append(rates)
             assert task.step_metrics_M is not None
             self._pending = (step, rates, task.step_metrics_M)
-        self._interval.batch_asked()
 
     def write_pending(self, task: Classification) -> None:
         """Write the logged step that is still held back; before a checkpoint, or it may be lost."""
@@ -128,6 +127,8 @@ class Monitor(Callback):
                 f"top-5 {metrics['top5']:.3f}"
             )
         self._interval = _Interval(self.totals())  # an evaluation is not training time
+
+    def batch_asked(self) -> None:
         self._interval.batch_asked()
 
     def summary(self) -> dict[str, Any]:
@@ -143,6 +144,21 @@ class Monitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write_pending(task_of(pl_module))
+
+
+class Waits(Callback):
+    """The last of all callbacks: whatever the others do, from here on a step waits for its data."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.monitor.batch_asked()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.monitor.batch_asked()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from nfnets_xla.config import Run
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.display import Display
 from nfnets_xla.models.registry import Network
-from nfnets_xla.monitor import Monitor, Peaks, Trace
+from nfnets_xla.monitor import Monitor, Peaks, Trace, Waits
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.skips import Skips
@@ -42,7 +42,7 @@ def make_trainer(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *(Waits(each) for each in callbacks if isinstance(each, Monitor))],
         inference_mode=False,  # it would forbid the same graph as in training
         plugins=[LightningEnvironment()],  # else it would take torchrun's processes for its own
         logger=False,

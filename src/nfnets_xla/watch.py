@@ -83,7 +83,8 @@ def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
         hosts=hosts,
         say=display.say,
     )
-    callbacks: list[Callback] = [missed, monitor, keeper]
+    # The monitor sees a batch come before the hosts talk about it.
+    callbacks: list[Callback] = [monitor, missed, keeper]
     if run.trainer.ledger:
         ledger = Ledger(plan.folder, record.attempt, head_of(plan.order, past.step), hosts)
         callbacks.insert(0, open_files.enter_context(closing(ledger)))
