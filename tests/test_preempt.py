@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nfnets_xla import checkpoint
-from nfnets_xla.preempt import announced
+from nfnets_xla.preempt import Preemption, announced
 from nfnets_xla.record import read_record
 from tests.data.server import serving
 from tests.runs import PLAIN_CPU, RECIPE, SMALL, assert_bit_equal, final_state, losses, run, xla
@@ -129,6 +129,40 @@ def test_a_second_signal_and_the_end_of_patience(tmp_path: Path, data: list[str]
     once.signalled(signal.SIGTERM)
     assert "not saved in 1 s: ending with 75" in once.log.read_text()
     assert once.saved == twice.saved == []
+
+
+def test_only_a_second_signal_ends_what_is_being_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine says that it will go, and then sends a signal: one reason to save, not two."""
+    ended: list[tuple[str, int]] = []
+    preemption = Preemption()
+    preemption.unsaved = True
+    monkeypatch.setattr(preemption, "_end", lambda why, code=75: ended.append((why, code)))
+    preemption.ask("a notice")
+    preemption.ask("SIGTERM", signal.SIGTERM)
+    preemption.ask("the sweep is gone")
+    assert ended == []
+    preemption.ask("SIGINT", signal.SIGINT)
+    assert ended == [("SIGINT after a notice", 75)]
+
+
+def test_what_does_not_go_on_ends_as_any_command() -> None:
+    """By its signal; and a terminal has its cursor again, which a live display hides."""
+    from_there = "from nfnets_xla.preempt import Preemption; p = Preemption(); p.resumes = False; "
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        terminal, other_end = os.openpty()
+        ask = f"p.ask('{number.name}', {int(number)})"
+        done = subprocess.run(
+            [sys.executable, "-c", from_there + ask],
+            stdout=other_end,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code
+        assert done.stderr == f"nfnets-xla: {number.name}: ending with {code}\n"
+        assert b"\x1b[?25h" in os.read(terminal, 100)
+        os.close(other_end)
+        os.close(terminal)
 
 
 @slow

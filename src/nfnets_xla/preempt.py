@@ -1,9 +1,9 @@
 """Asked to stop: SIGTERM, SIGINT, or a machine's notice that it will go.
 
 The first time, the training is to save after the step in hand, and end. A thread ends the process
-at once, without saving, if nothing is new since the last checkpoint, when it is asked a second
-time, or when `grace` seconds are over. In every case the exit code is 75: a launcher is to give the
-same command again, which goes on.
+at once, without saving, if nothing is new since the last checkpoint, at a second signal, or when
+`grace` seconds are over. In every case the exit code is 75: a launcher is to give the same command
+again, which goes on. What does not go on ends as a signal ends any command: 130 or 143.
 
 Python runs signal handlers between two instructions of the main thread, and that may be in a
 compilation for minutes. The interpreter itself notes each signal in a pipe as soon as it comes
@@ -34,7 +34,9 @@ class Preemption:
         self.grace = grace
         self.reason: str | None = None  # by whom the training was asked to stop
         self.unsaved = False  # whether steps have been done since the last checkpoint
+        self.resumes = True  # whether the same command goes on from what is saved
         self.pass_on: Callable[[], None] | None = None  # to the process that does the work for us
+        self._signalled = False
         self._deadline = float("inf")
 
     def start(self) -> None:
@@ -59,18 +61,26 @@ class Preemption:
         """In another process it is another one: a launcher's plugin may send a job there."""
         return Preemption, (self.grace,)
 
-    def ask(self, reason: str) -> None:
+    def ask(self, reason: str, number: int | None = None) -> None:
+        """`number` is of the signal, if it is one. Only a second signal ends what is being saved:
+        a machine that will go says so, and then sends one."""
         if self.pass_on is not None:
             self.reason = reason
             self.pass_on()
             return
-        if self.reason is not None:
-            self._end(f"{reason} after {self.reason}")
+        before, again = self.reason, self._signalled and number is not None
+        self._signalled = self._signalled or number is not None
+        if not self.resumes and number is not None:
+            self._end(reason, 128 + number)
+        if again:
+            self._end(f"{reason} after {before}")
+        if before is not None:
+            return
         if not self.unsaved:
             self._end(f"{reason}; nothing is new since the last checkpoint")
         self._deadline = time.monotonic() + self.grace
         self.reason = reason
-        _say(f"{reason}: saving after this step; once more ends it at once")
+        _say(f"{reason}: saving after this step; a second signal ends it at once")
 
     def _watch(self) -> None:
         while True:
@@ -80,7 +90,7 @@ class Preemption:
                 self._end(f"not saved in {self.grace:g} s")
             number = os.read(self._read, 1)[0]
             if number in SIGNALS:  # others have handlers, too
-                self.ask(signal.Signals(number).name)
+                self.ask(signal.Signals(number).name, number)
 
     def _poll(self, notice: str) -> None:
         before = announced(notice)
@@ -100,9 +110,11 @@ class Preemption:
         self.ask("the sweep is gone")
         os.write(self._write, b"\0")
 
-    def _end(self, why: str) -> None:
-        _say(f"{why}: ending with {START_AGAIN}")
-        os._exit(START_AGAIN)
+    def _end(self, why: str, code: int = START_AGAIN) -> None:
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h\n")  # the cursor, which a live display has hidden
+        _say(f"{why}: ending with {code}")
+        os._exit(code)
 
 
 def announced(notice: str) -> bool:
