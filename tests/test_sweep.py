@@ -4,7 +4,9 @@ import json
 import signal
 import subprocess
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +65,29 @@ def test_two_cells_have_two_folders(
     assert stopped.value.code == 2
     assert "whose runs would have one folder (run): rename one" in capsys.readouterr().err
     assert not headers(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("job", ["evaluate", "throughput"])
+def test_a_sweep_of_what_trains_nothing_skips_what_is_done(
+    job: str, shards: Path, tmp_path: Path
+) -> None:
+    held_out = shards / "held-out"
+    given = [f"run_dir={tmp_path}", "model.init_from=W", f"data.eval_shards={held_out}"]
+    run = to_run(composed("evaluate", [*given, "data.shards=null", f"job={job}"]))
+    cell = Cell(run, ["seed"], "evaluate", [])
+    assert not cell.finished()
+    head: dict[str, Any] = {"resumed_from": 0, "config": asdict(run)}
+    if job == "evaluate":
+        head["fingerprint"] = ShardIndex.load(held_out).fingerprint
+    with RecordWriter(cell.folder, head) as record:
+        record.write("end", 0)
+    assert cell.finished()
+    other = replace(run, model=replace(run.model, init_from="others"))
+    assert not Cell(other, ["seed"], "evaluate", []).finished()
+    if job == "evaluate":
+        with RecordWriter(cell.folder, head | {"fingerprint": "of other shards"}) as record:
+            record.write("end", 0)
+        assert not cell.finished()
 
 
 @pytest.mark.slow

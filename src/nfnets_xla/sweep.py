@@ -19,7 +19,7 @@ from typing import Any
 from nfnets_xla.config import Run, differences
 from nfnets_xla.exits import START_AGAIN, CellFailed
 from nfnets_xla.history import ended
-from nfnets_xla.inputs import open_shards
+from nfnets_xla.inputs import open_index, open_shards
 from nfnets_xla.preempt import FOLLOWED, Preemption
 from nfnets_xla.record import read_record
 
@@ -51,15 +51,19 @@ class Cell:
         return [sys.executable, "-m", "nfnets_xla", self.recipe, *self.overrides, *own]
 
     def finished(self) -> bool:
-        """Whether the folder holds this very run to its end."""
+        """Whether the folder holds this very run, or evaluation, to its end."""
         if ended(self.folder) is None:
             return False
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        index, _ = open_shards(self.run)
-        fingerprint = read_record(self.folder).headers[0]["fingerprint"]
-        return fingerprint == index.fingerprint and not differences(
-            _compared(config), _compared(asdict(self.run))
-        )
+        head = read_record(self.folder).headers[-1]
+        if differences(_compared(head["config"]), _compared(asdict(self.run))):
+            return False
+        return "fingerprint" not in head or head["fingerprint"] == self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        """Of the shards that it reads."""
+        if self.run.job == "evaluate" and self.run.data.eval_shards is not None:
+            return open_index(self.run, self.run.data.eval_shards).fingerprint
+        return open_shards(self.run)[0].fingerprint
 
 
 def run_cell(cell: Cell, preemption: Preemption) -> None:
