@@ -1,22 +1,27 @@
 """Checkpoints in the background, and the rules by which a run goes on from one."""
 
+import math
 import os
 import resource
 import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from nfnets_xla import checkpoint
+from nfnets_xla.checkpoint_cli import held_out
 from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
+from nfnets_xla.history import evaluations
+from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.prepare import make_plan
-from nfnets_xla.record import read_record
+from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.resume import RunState, find_resume
 from nfnets_xla.saves import Saves
 from tests.runs import PLAIN_CPU, RECIPE, SMALL, losses, run, run_killed_at
@@ -168,6 +173,24 @@ def test_what_the_last_start_had_no_time_for_is_done(tmp_path: Path, data: list[
     assert len(again.of_kind("end")) == 1
     run(arguments, log)
     assert log.read_text().splitlines()[-1].endswith("holds this run, finished")
+
+
+def test_an_evaluation_that_was_not_finite_is_worse_than_any(tmp_path: Path) -> None:
+    """A record has null for it."""
+    with RecordWriter(tmp_path, {"resumed_from": 0}) as record:
+        for step, loss in ((2, math.nan), (4, 0.5), (6, math.inf)):
+            record.write("eval", step, weights="raw", loss=loss, top1=0.1, images=3)
+    evaluated = evaluations(tmp_path, 6)
+    assert evaluated == {2: math.inf, 4: 0.5, 6: math.inf}
+    assert "not finite, on 3 images" in held_out(tmp_path, 2, "raw")["held out"]
+    anything: Any = None
+    for known, best in ((evaluated, 4), ({2: math.inf}, None), ({}, None)):
+        saves = Saves(str(tmp_path), keep=1, every_hours=None)
+        Checkpointer(
+            saves, anything, anything, every=None, total_steps=8, state=anything, keep_best=True,
+            evaluated=known, say=print,
+        )  # fmt: skip
+        assert saves.best == best
 
 
 def test_the_checkpoint_commands(

@@ -143,6 +143,8 @@ def held_out(run_dir: Path, step: int, weights: str) -> dict[str, str]:
     row = next((r for r in rows if (r["step"], r["weights"]) == (step, weights)), None)
     if row is None:
         return {}
+    if row["loss"] is None:
+        return {"held out": f"a loss that is not finite, on {row['images']:,} images"}
     shares = f"top-1 {row['top1']:.2%}, top-5 {row['top5']:.2%}, loss {row['loss']:.4f}"
     return {"held out": f"{shares} on {row['images']:,} images"}
 

@@ -1,5 +1,6 @@
 """What earlier starts of a run have left behind, up to the step from which this one goes on."""
 
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,11 +74,15 @@ def flush_history(run_dir: Path) -> None:
 
 
 def evaluations(run_dir: Path, step: int) -> dict[int, float]:
-    """{step: held-out loss} of what was evaluated up to `step`: of the average, if there is one."""
+    """{step: held-out loss} of what was evaluated up to `step`: of the average, if there is one.
+
+    Infinite for one that was not finite, which a record has as null.
+    """
     if not step or not has_record(run_dir):
         return {}
     rows = [row for row in read_record(run_dir).of_kind("eval") if row["step"] <= step]
-    return {row["step"]: row["loss"] for row in rows}  # "ema" is written after "raw"
+    losses = {row["step"]: row["loss"] for row in rows}  # "ema" is written after "raw"
+    return {step: math.inf if loss is None else loss for step, loss in losses.items()}
 
 
 def ended(run_dir: Path) -> Row | None:

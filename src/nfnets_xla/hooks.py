@@ -44,9 +44,9 @@ class Checkpointer(Callback):
         self.saved_at: int | None = None  # the newest step that was given to `saves`
         self.durable_at: int | None = None  # and the newest that is known to be written
         self._best_loss = math.inf
-        if keep_best and evaluated:
-            self.saves.best = min(evaluated, key=lambda step: evaluated[step])
-            self._best_loss = evaluated[self.saves.best]
+        best = min(evaluated, key=lambda step: evaluated[step], default=0)
+        if keep_best and best and evaluated[best] < math.inf:
+            self.saves.best, self._best_loss = best, evaluated[best]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
