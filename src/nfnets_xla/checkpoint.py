@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,9 +196,15 @@ def discard(root: str | Path, step: int) -> None:
 
 
 def prune(
-    root: str | Path, *, keep: int, every_hours: float | None = None, best: int | None = None
+    root: str | Path,
+    *,
+    written: int,
+    keep: int,
+    every_hours: float | None = None,
+    best: int | None = None,
 ) -> None:
-    """Delete all but the newest `keep` checkpoints, and what is left of older ones.
+    """Delete all but the newest `keep` checkpoints up to the step `written`, and what is left of
+    older ones. What is newer than that did not verify, or this start would have gone on from it.
 
     Those also stay that are the first of each further `every_hours` of the run's own time (not of
     the clock, which may be set back), and the one of step `best`. The manifest goes first, so that
@@ -206,18 +212,20 @@ def prune(
     """
     folder = open_folder(root)
     files = folder.sizes("")
-    complete = [step for step in steps(root) if f"{_name(step)}/{MANIFEST}" in files]
+    found = [step for step in steps(root) if step <= written]
+    complete = [step for step in found if f"{_name(step)}/{MANIFEST}" in files]
     kept = {*complete[:keep], best}
     if every_hours is not None:
         hourly: dict[int, int] = {}
         for step in reversed(complete):
-            seconds = json.loads(folder.read(f"{_name(step)}/{STATE}")).get("seconds", 0.0)
-            hourly.setdefault(int(seconds / 3600 // every_hours), step)
+            with suppress(OSError, ValueError):  # its state cannot be read: it is no checkpoint
+                seconds = json.loads(folder.read(f"{_name(step)}/{STATE}")).get("seconds", 0.0)
+                hourly.setdefault(int(seconds / 3600 // every_hours), step)
         kept |= {step for number, step in hourly.items() if number}
     if len(complete) < keep:
         return
-    for step in steps(root):
-        if step not in kept and step < complete[0]:
+    for step in found:
+        if step not in kept and step < written:
             _remove(folder, _files(folder, step))
 
 

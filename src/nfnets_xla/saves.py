@@ -95,7 +95,11 @@ class Saves:
             self.before()
             size = checkpoint.save(self.root, step, forms, state)
             checkpoint.prune(
-                self.root, keep=self.keep, every_hours=self.every_hours, best=self.best
+                self.root,
+                written=step,
+                keep=self.keep,
+                every_hours=self.every_hours,
+                best=self.best,
             )
         except Exception as error:  # of a full disk safetensors says in a class of its own
             fault = f"{type(error).__name__}: {error}" if size == 0 else None
