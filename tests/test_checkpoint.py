@@ -10,6 +10,7 @@ import torch
 from fsspec.config import conf
 
 from nfnets_xla import checkpoint
+from nfnets_xla.checkpoint_cli import checkpoints
 from tests.data.object_store import GCS, S3, storing
 
 FORMS = {"model": {"w": torch.arange(6.0).reshape(2, 3), "gain": torch.tensor(0.5)}}
@@ -179,6 +180,8 @@ def test_an_object_store_keeps_checkpoints_as_a_disk_does(
         assert (found.step, str(found)) == (2, f"{url}/step-00000002")
         assert torch.equal(found.tensors("model")["w"], FORMS["model"]["w"])
         assert f"{url}/step-00000003 is not a complete checkpoint: model.safetensors" in skipped[0]
+        assert checkpoints(["verify", found.where]) == 0
+        assert checkpoints(["verify", f"{url}/step-00000003"]) == 1
         no_manifest(bucket / "step-00000002")
         assert checkpoint.weights(url, "raw")[1] == f"{url}/step-00000001"
         checkpoint.save(url, 3, FORMS, {})

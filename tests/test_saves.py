@@ -226,12 +226,13 @@ def test_the_checkpoint_commands(
 
     newest = folder / "checkpoints" / "step-00000002"
     (newest / "state.json").unlink()
-    with pytest.raises(SystemExit) as stopped:
-        main(["checkpoint", "verify", str(folder)])
-    assert stopped.value.code == 1
-    assert "step-00000002 is not a complete checkpoint: state.json is missing" in (
-        capsys.readouterr().out
-    )
+    for damaged in (folder, newest):
+        with pytest.raises(SystemExit) as stopped:
+            main(["checkpoint", "verify", str(damaged)])
+        assert stopped.value.code == 1
+        assert "step-00000002 is not a complete checkpoint: state.json is missing" in (
+            capsys.readouterr().out
+        )
     for command in ("show", "verify"):
         with pytest.raises(SystemExit) as stopped:
             main(["checkpoint", command, str(tmp_path / "nothing")])

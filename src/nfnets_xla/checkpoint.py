@@ -118,10 +118,20 @@ def steps(root: str | Path) -> list[int]:
 def verify(root: str | Path) -> Iterator[Checkpoint | str]:
     """Of every step in `root`, the newest first: the checkpoint, or why it is none."""
     for step in steps(root):
-        try:
-            yield _open(f"{address(root) or root}/{_name(step)}")
-        except Fault as fault:
-            yield str(fault)
+        yield verify_one(f"{address(root) or root}/{_name(step)}")
+
+
+def verify_one(where: str | Path) -> Checkpoint | str:
+    """The checkpoint, or why it is none."""
+    try:
+        return _open(where)
+    except Fault as fault:
+        return str(fault)
+
+
+def is_one(where: str | Path) -> bool:
+    """Whether this is one checkpoint, whole or not: by its name, or by what it holds."""
+    return _step(f"{Path(where).name}/") is not None or (Path(where) / MANIFEST).is_file()
 
 
 def latest(root: str | Path) -> tuple[Checkpoint | None, list[str]]:

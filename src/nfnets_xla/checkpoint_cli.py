@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nfnets_xla import checkpoint
-from nfnets_xla.checkpoint import MANIFEST, Checkpoint
-from nfnets_xla.data.storage import address
+from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.models.card import write_card
 from nfnets_xla.models.convert import TARGETS, convert_weights
 from nfnets_xla.models.nfnet import NFNet
@@ -55,13 +54,10 @@ def parser() -> Parser:
 
 def verify(given: Any) -> int:
     where, faults = given.where, 0
-    if not address(where):
-        if (Path(where) / MANIFEST).is_file():
-            print(one_line(checkpoint.load(where)))
-            return 0
-        inside = Path(where) / "checkpoints"
-        where = str(inside) if inside.is_dir() else where
-    found = list(checkpoint.verify(where))
+    inside = Path(where) / "checkpoints"
+    found = list(checkpoint.verify(str(inside) if inside.is_dir() else where))
+    if not found and checkpoint.is_one(where):
+        found = [checkpoint.verify_one(where)]
     if not found:
         raise ValueError(f"{given.where} holds no checkpoint: give a run's folder, or one of them")
     for each in found:
