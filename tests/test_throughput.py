@@ -6,6 +6,8 @@ import pytest
 
 from nfnets_xla import smoke as smoke_module
 from nfnets_xla.cli import main
+from nfnets_xla.compose import composed, execute, to_run
+from nfnets_xla.preempt import Preemption
 from nfnets_xla.record import RecordWriter, read_record
 from tests.runs import PLAIN_CPU, run, xla
 
@@ -45,6 +47,11 @@ def test_the_record_of_a_training_is_left_alone(
     assert stopped.value.code == 2
     assert "holds a training run, and its record would be replaced" in capsys.readouterr().err
     assert len(read_record(tmp_path).of_kind("train")) == 1
+    preemption = Preemption()
+    run = to_run(composed(job, [*SMALL[:1], *given, "trainer.device=cpu", f"run_dir={tmp_path}"]))
+    with pytest.raises(ValueError, match="choose another run_dir"):
+        execute(run, preemption)
+    assert not preemption.resumes  # there is nothing to go on from: Ctrl-C is 130, not 75
 
 
 @pytest.mark.slow

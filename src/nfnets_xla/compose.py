@@ -219,6 +219,7 @@ def composed(name: str, overrides: Sequence[str] = (), folder: str | None = None
 
 
 def execute(run: Run, preemption: Preemption) -> None:
+    preemption.resumes = run.job not in ("evaluate", "throughput")
     if run.job == "evaluate":
         from nfnets_xla.evaluate import evaluate
 

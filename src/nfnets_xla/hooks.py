@@ -99,12 +99,12 @@ class Checkpointer(Callback):
                 self.say(f"warning: step {done.step} could not be saved ({done.fault})")
 
     def finish(self) -> None:
-        """Wait for what is being written. Raises ValueError if the newest could not be."""
+        """Wait for what is being written. Raises Failed if the newest could not be."""
         self.saves.wait()
         newest = self.saved_at
         self.collect()
         if newest is not None and self.saved_at is None:
-            raise ValueError(
+            raise Failed(
                 f"step {newest} could not be saved in {self.saves.root}: make room there and give "
                 "the same command again, which goes on from the newest checkpoint"
             )

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nfnets_xla.exits import Failed
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.record import Discard, RecordWriter, has_record, read_record
 from nfnets_xla.task import Batch
@@ -23,7 +24,7 @@ NAMED = 3  # of the samples that a message names
 
 
 class Missed(Callback):
-    """Fires before a batch is used. Raises ValueError past the ceiling."""
+    """Fires before a batch is used. Raises Failed past the ceiling."""
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class Missed(Callback):
         )
         text = f"{total} undecodable {split} samples, now {len(missed)}: {first}{where}"
         if total > self.ceiling * of:
-            raise ValueError(
+            raise Failed(
                 f"{text}. More than data.max_missed={self.ceiling:g} of {of}: restore the shards, "
                 "list the samples in data.exclude, or raise data.max_missed"
             )
