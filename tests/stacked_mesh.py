@@ -45,7 +45,7 @@ class Training:
         self.sgd = SGD_AGC(named.items(), parameter_roles(net, "head"), lr=0.0, clipping=0.02)
         self.ema = EMA(named.items(), decay=0.9)
         if state is not None:
-            self.sgd.load_slots({"momentum": as_in(net, state["momentum"])})
+            self.sgd.load_slots({"momentum": as_in(net, state["momentum"])}, updates=0)
             self.ema.load(as_in(net, state["ema"]))
         for tensors in (named, self.sgd.slots()["momentum"], self.ema.shadow):
             xla.shard(tensors, output_axes(net))

@@ -1,5 +1,6 @@
 """AdamW: torch's after the clipping, in both forms; its count; its state taken up again."""
 
+import io
 from typing import Any
 
 import pytest
@@ -83,6 +84,29 @@ def test_a_run_goes_on_from_slots_and_the_number_of_updates() -> None:
     assert_same(net, other)
 
 
+def test_a_saved_state_dict_holds_the_number_of_updates() -> None:
+    net, other = small_net(), small_net()
+    optimizer, fresh = adamw(net), adamw(other)
+    for _ in range(3):
+        optimizer.step(closure_of(net))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(net.state_dict())
+    fresh.load_state_dict(torch.load(file))
+    for one, of in ((optimizer, net), (fresh, other)):
+        one.step(closure_of(of))
+    assert_same(net, other)
+
+
+def test_a_state_dict_without_the_number_of_updates_is_refused() -> None:
+    optimizer = adamw(small_net())
+    state = optimizer.state_dict()
+    del state["updates"]
+    with pytest.raises(ValueError, match="but no 'updates'"):
+        optimizer.load_state_dict(state)
+
+
 def assert_same(net: nn.Module, other: nn.Module) -> None:
     values: dict[str, Tensor] = dict(other.named_parameters())
     assert all(torch.equal(p, values[name]) for name, p in net.named_parameters())
@@ -105,4 +129,4 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
     optimizer = adamw(small_net())
     momentum = {"momentum": optimizer.slots()["first_moment"]}
     with pytest.raises(ValueError, match=r"keeps first_moment, second_moment was given momentum"):
-        optimizer.load_slots(momentum)
+        optimizer.load_slots(momentum, updates=0)

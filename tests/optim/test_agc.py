@@ -72,7 +72,7 @@ def test_the_fused_step_is_the_one_written_out(
         net = small_net().to(memory_format=layout)  # type: ignore[call-overload]
         optimizer = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), **PARTLY)
         start = {name: 0.01 * torch.ones(p.shape) for name, p in net.named_parameters()}
-        optimizer.load_slots({"momentum": start})
+        optimizer.load_slots({"momentum": start}, updates=0)
         shares = []
         for _ in range(20):
             optimizer.step(closure_of(net))

@@ -117,7 +117,7 @@ def test_momentum_of_another_shape_changes_nothing() -> None:
     with pytest.raises(
         ValueError, match=r"'head.bias' has shape \(2,\), the parameter here \(5,\)"
     ):
-        optimizer.load_slots({"momentum": {**buffers, "head.bias": torch.ones(2)}})
+        optimizer.load_slots({"momentum": {**buffers, "head.bias": torch.ones(2)}}, updates=0)
     assert not any(buffer.any() for buffer in optimizer.slots()["momentum"].values())
 
 

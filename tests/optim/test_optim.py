@@ -218,7 +218,7 @@ def test_momentum_survives_both_kinds_of_checkpoint() -> None:
         first.step(closure_for(net, first, x, y))
     twin.load_state_dict(net.state_dict())
     second = sgd(twin)
-    second.load_slots(first.slots())
+    second.load_slots(first.slots(), updates=1)
     third_net = copy.deepcopy(net)
     third = SAM(sgd(third_net), rho=0.0)
     third.load_state_dict(copy.deepcopy(first.state_dict()))
@@ -275,7 +275,7 @@ def test_bad_values_are_refused() -> None:
     with pytest.raises(ValueError, match="warmup_steps is 9"):
         Schedule("cosine", 1, 9, 6)(0)
     with pytest.raises(ValueError, match="momentum of another model"):
-        sgd(net).load_slots({"momentum": {}})
+        sgd(net).load_slots({"momentum": {}}, updates=0)
     with pytest.raises(ValueError, match="averages of another model"):
         EMA(net.named_parameters(), 0.9).load({})
     with pytest.raises(ValueError, match="decay is 1"):

@@ -153,7 +153,7 @@ def test_momentum_and_average_move_between_the_forms() -> None:
     for step in range(3):
         first.step(closure_for(net, step))
     stacked.load_state_dict(net.state_dict())
-    second.load_slots({"momentum": as_in(stacked, first.slots()["momentum"])})
+    second.load_slots({"momentum": as_in(stacked, first.slots()["momentum"])}, updates=1)
     for step in range(3, 6):
         second.step(closure_for(stacked, step))
     for step in range(6):

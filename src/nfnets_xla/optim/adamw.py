@@ -124,9 +124,22 @@ class AdamW_AGC(ByRole):
         # A 0-d parameter's update times a (1,) rate is (1,).
         return parameter - (update * group["lr"]).reshape(parameter.shape), first, second
 
-    def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]], *, updates: int = 0) -> None:
-        super().load_slots(slots)
+    def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]], *, updates: int) -> None:
+        super().load_slots(slots, updates=updates)
         self.updates_1 = torch.full((1,), float(updates)).to(self.updates_1.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and the number of updates: with it at 0, warm moments would be scaled up."""
+        return {**super().state_dict(), "updates": self.updates_1}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "updates" not in state_dict:
+            raise ValueError(
+                f"the state has {', '.join(state_dict) or 'nothing'}, but no 'updates', by which "
+                "the moments are scaled: give all that AdamW_AGC.state_dict() returned"
+            )
+        super().load_state_dict(state_dict)
+        self.updates_1 = state_dict["updates"].to(self.updates_1, copy=True)
 
     def device_state(self) -> dict[str, Tensor]:
         return {"updates": self.updates_1}

@@ -237,7 +237,7 @@ class ByRole(torch.optim.Optimizer):
             for slot in self.SLOTS
         }
 
-    def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]], *, updates: int = 0) -> None:
+    def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]], *, updates: int) -> None:
         """Take copies of tensors of any device; so many `updates` they have behind them.
 
         Names and shapes must agree.
