@@ -44,6 +44,17 @@ def test_fusing_leaves_the_network_as_it_is_and_shares_nothing_with_it() -> None
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
+@torch.no_grad()
+def test_a_state_dict_is_the_whole_network() -> None:
+    net, other = trained(), trained()
+    for parameter in other.parameters():
+        parameter.add_(0.1)
+    fused, fresh = fuse(net), fuse(other)
+    fresh.load_state_dict(fused.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(fresh(images), fused(images))
+
+
 def test_nothing_is_left_to_standardise() -> None:
     kinds = {type(module) for module in fuse(trained()).modules()}
     assert nn.Conv2d in kinds

@@ -88,7 +88,9 @@ class FusedBlock(nn.Module):
         if block.conv_shortcut is not None:
             self.conv_shortcut = _plain(block.conv_shortcut, GELU_GAIN * block.beta)
         self.squeeze_excite = deepcopy(block.squeeze_excite)
-        self.branch_gain = float(block.skip_gain) * 2 * ALPHA
+        # A buffer, so that a state dict is the whole network.
+        self.branch_gain: Tensor
+        self.register_buffer("branch_gain", block.skip_gain.detach() * (2 * ALPHA))
 
     def forward(self, x: Tensor) -> Tensor:
         activated = gelu(x, self.gelu)
@@ -97,7 +99,8 @@ class FusedBlock(nn.Module):
         out = self.conv0(activated)
         for conv in (self.conv1, self.conv1b, self.conv2):
             out = conv(gelu_(out, self.gelu))
-        return x.addcmul_(out, self.squeeze_excite(out), value=self.branch_gain)
+        gates_BC11 = self.squeeze_excite(out) * self.branch_gain.to(out.dtype)
+        return x.addcmul_(out, gates_BC11)
 
 
 class SameConv2d(nn.Conv2d):
