@@ -167,6 +167,19 @@ def test_one_dial_sets_what_table_1_has_by_variant() -> None:
         assert {line.split(":")[0] for line in differences(small, large)} == {"model.name"}
 
 
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        *[(name, "nfnet_f3") for name in ("F3", "dm_nfnet_f3", "nfnet_f3")],
+        ("nfnet_f3+", "nfnet_f3_plus"),
+        *[(name, name) for name in ("timm/dm_nfnet_f3", "vit_giant_14", "local-dir:F3")],
+    ],
+)
+def test_a_network_has_one_name_in_records(written: str, kept: str) -> None:
+    given = [*REQUIRED["pretrain"], "run_dir=R", f"model.name={written}"]
+    assert to_run(composed_config("pretrain", given)).model.name == kept
+
+
 def test_public_weights_stand_in_for_a_run() -> None:
     given = ["data.shards=S", "run_dir=R", "model.pretrained=dm_in1k"]
     run = to_run(composed_config("finetune_sam", given))

@@ -255,7 +255,17 @@ def to_run(config: DictConfig) -> Run:
     run = OmegaConf.to_object(typed)
     assert isinstance(run, Run)
     run.check()
+    run.model.name = one_name(run.model.name)
     return run
+
+
+def one_name(model: str) -> str:
+    """Of what people write for an NFNet (F3, dm_nfnet_f3) the name that records are read by."""
+    from nfnets_xla.models.card import SCHEME
+    from nfnets_xla.models.peers import is_peer
+    from nfnets_xla.models.registry import canonical_name
+
+    return model if is_peer(model) or model.startswith(SCHEME) else canonical_name(model)
 
 
 @in_our_words()
