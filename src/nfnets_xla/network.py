@@ -50,6 +50,12 @@ def make_model(run: Run, num_classes: int, initial: Weights | None, say: Say) ->
         name, options["pretrained"] = f"{name}.{tag}", True
         say(f"public weights {name}; its classifier is new unless it has {num_classes} classes")
     net = create_network(name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options)
+    running = [name for name, _ in net.named_buffers() if name.endswith("running_mean")]
+    if running:
+        raise ValueError(
+            f"{run.model.name} keeps running statistics ({running[0]}), which neither SAM, the "
+            "average nor an update left out would treat as weights: train one without BatchNorm"
+        )
     if run.model.head_bias:
         bias = net.get_parameter(f"{net.classifier_name}.bias")
         torch.nn.init.constant_(bias, run.model.head_bias)
