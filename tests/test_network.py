@@ -1,18 +1,25 @@
 """Which networks a run trains, and what of them is new."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nfnets_xla.compose import composed, to_run
-from nfnets_xla.network import make_model
+from nfnets_xla.models import registry
+from nfnets_xla.models.names import to_timm
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.network import initial_weights, make_model
 
 
 def made(num_classes: int, *settings: str) -> tuple[Any, list[str]]:
     given = ["data.shards=S", "run_dir=R", "optim.epochs=1", "model.compute_dtype=float32"]
     said: list[str] = []
     run = to_run(composed("pretrain", [*given, *settings]))
-    return make_model(run, num_classes, said.append), said
+    return make_model(run, num_classes, initial_weights(run), said.append), said
 
 
 def test_running_statistics_are_refused() -> None:
@@ -20,3 +27,21 @@ def test_running_statistics_are_refused() -> None:
     with pytest.raises(ValueError, match=r"timm/test_resnet keeps running statistics \(net\."):
         made(5, "model.name=timm/test_resnet", *small)
     made(5, "model.name=timm/test_vit", *small)
+
+
+def test_a_bias_is_given_to_a_new_classifier_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "VARIANTS", {"nfnet_f0": VARIANTS["nfnet_mini_f0"]})
+    public = NFNet(VARIANTS["nfnet_mini_f0"])
+    torch.nn.init.normal_(public.get_parameter("head.bias"))
+    save_file(to_timm(public), tmp_path / "public.safetensors")
+    monkeypatch.setattr(registry, "fetch_pretrained", lambda *_: tmp_path / "public.safetensors")
+    pretrained = ["model.name=nfnet_f0", "model.pretrained=dm_in1k", "model.head_bias=-10"]
+    kept, said = made(1000, *pretrained)
+    assert torch.equal(kept.head.bias, public.get_parameter("head.bias"))
+    assert said == ["public weights nfnet_f0.dm_in1k"]
+    new, said = made(5, *pretrained)
+    assert new.head.bias.tolist() == [-10] * 5
+    assert torch.equal(new.final_conv.weight, public.get_parameter("final_conv.weight"))
+    assert said == ["public weights nfnet_f0.dm_in1k (new classifier)"]

@@ -13,7 +13,13 @@ from nfnets_xla.display import Say
 from nfnets_xla.inputs import sizes_of
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
-from nfnets_xla.models.registry import Network, count_parameters, create_network
+from nfnets_xla.models.registry import (
+    Network,
+    count_parameters,
+    create_network,
+    load_pretrained,
+    split_tag,
+)
 from nfnets_xla.models.stacked import as_in, loop, stack
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.optim.passes import Passes
@@ -44,21 +50,21 @@ def make_model(run: Run, num_classes: int, initial: Weights | None, say: Say) ->
             )
         options = sizes_of(run)
     name, tag = run.model.name, run.model.pretrained
-    if tag is not None:
-        if is_peer(name):
-            raise ValueError(f"model.pretrained is {tag!r} for {name}: it is for NFNets; give null")
-        name, options["pretrained"] = f"{name}.{tag}", True
-        say(f"public weights {name}; its classifier is new unless it has {num_classes} classes")
+    if tag is not None and is_peer(name):
+        raise ValueError(f"model.pretrained is {tag!r} for {name}: it is for NFNets; give null")
     net = create_network(name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options)
     running = [name for name, _ in net.named_buffers() if name.endswith("running_mean")]
     if running:
         raise ValueError(
-            f"{run.model.name} keeps running statistics ({running[0]}), which neither SAM, the "
+            f"{name} keeps running statistics ({running[0]}), which neither SAM, the "
             "average nor an update left out would treat as weights: train one without BatchNorm"
         )
-    if run.model.head_bias:
+    if run.model.head_bias:  # before given weights, whose classifier may have learned its own
         bias = net.get_parameter(f"{net.classifier_name}.bias")
         torch.nn.init.constant_(bias, run.model.head_bias)
+    if isinstance(net, NFNet) and tag is not None:
+        fresh = load_pretrained(net, *split_tag(f"{name}.{tag}"))
+        say(f"public weights {name}.{tag}" + (" (new classifier)" if fresh else ""))
     if initial is not None:
         fresh = load_into(net, initial.tensors(), source=initial.source, allow_new_head=True)
         say(f"weights from {initial.source}" + (" (new classifier)" if fresh else ""))

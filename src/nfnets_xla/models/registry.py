@@ -121,8 +121,9 @@ def _of_card(
     return net
 
 
-def load_pretrained(net: NFNet, name: str, tag: str | None) -> None:
-    """Public weights into `net`, which keeps its own classifier if that is of another size."""
+def load_pretrained(net: NFNet, name: str, tag: str | None) -> bool:
+    """Public weights into `net`, which keeps its own classifier if that is of another size: then
+    it returns True."""
     path = fetch_pretrained(name, tag)
     state = dict(in_our_names(net, read_weights(path), str(path)))
     if net.in_chans != 3:
@@ -130,7 +131,7 @@ def load_pretrained(net: NFNet, name: str, tag: str | None) -> None:
 
         first = adapt_input_conv(net.in_chans, state["stem.0.weight"])
         state["stem.0.weight"] = first
-    load_into(net, state, source=str(path), allow_new_head=True)
+    return load_into(net, state, source=str(path), allow_new_head=True)
 
 
 def split_tag(name: str) -> tuple[str, str | None]:
