@@ -15,7 +15,7 @@ from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.optim import SGD_AGC, agc_, by_role, parameter_roles
 from nfnets_xla.optim.agc import clip_adaptively, unit_shape, unitwise_norm
 from nfnets_xla.optim.roles import CLASSIFIER_WEIGHT, STACKED
-from tests.optim.network import closure_of, small_net
+from tests.optim.network import SETTINGS, an_optimizer, closure_of, small_net
 
 HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "clipping": 0.02}
 PARTLY: dict[str, Any] = HYPER | {"clipping": 0.16}  # clips some filters of a layer and others not
@@ -100,6 +100,24 @@ def test_gradients_that_lie_otherwise_than_their_weights() -> None:
         SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), **HYPER).step()
     for one, other in zip(plain.parameters(), turned.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_state_that_lies_otherwise_than_its_weights(name: str) -> None:
+    """Saved from a network in another layout; and the network is brought into another later."""
+    net, turned = small_net(), small_net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer, fresh = (
+        an_optimizer(name, n, parameter_roles(n, "head"), lr=0.1) for n in (net, turned)
+    )
+    optimizer.step(closure_of(net))
+    turned.load_state_dict(net.state_dict())
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        optimizer.step(closure_of(net))
+        fresh.step(closure_of(turned))
+        for one, other in zip(net.parameters(), turned.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        turned.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def test_before_another_optimizer() -> None:

@@ -167,8 +167,12 @@ class ByRole(torch.optim.Optimizer):
     ) -> Tensor | None:
         """Parameters of one device and dtype, together. Clips the gradients in place."""
         params = [*named.values()]
-        # The kernel walks memory: gradient and state must lie as their parameter does.
+        # The kernel walks memory: gradient and state must lie as their parameter does, whatever
+        # layout a state was saved in, or the network was brought into since.
         grads = [_laid_out_like(p, gradient(p)) for p in params]
+        for parameter, slot in product(params, self.SLOTS):
+            state = self.state[parameter]
+            state[slot] = _laid_out_like(parameter, state[slot])
         share_P = None
         if group["clipping"] is not None:
             form = {"stacked": group["stacked"], "eps": group["clipping_eps"]}
@@ -252,7 +256,7 @@ class ByRole(torch.optim.Optimizer):
         copies = {slot: copies_like(slot, own[slot], slots[slot]) for slot in self.SLOTS}
         for name, parameter in self._named():
             for slot in self.SLOTS:
-                self.state[parameter][slot] = _laid_out_like(parameter, copies[slot][name])
+                self.state[parameter][slot] = copies[slot][name]
 
     def device_state(self) -> dict[str, Tensor]:
         """What it keeps on the device beside its slots."""
