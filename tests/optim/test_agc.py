@@ -180,7 +180,8 @@ def test_a_vision_transformer_is_clipped_by_the_same_rules() -> None:
     shares = agc_(net.named_parameters(), roles)
     assert {*shares} == {name for name in roles if name != "head.weight"}
     tokens = net.get_parameter("pos_embed")
-    assert unit_shape(tokens.shape, stacked=False) != () or float(shares["pos_embed"]) == 1
+    assert unit_shape(tokens.shape, stacked=False) == (1,)  # all tokens are one unit
+    assert float(shares["pos_embed"]) == 1
     for name in ("blocks.0.attn.qkv.weight", "patch_embed.proj.weight"):
         weight = net.get_parameter(name)
         assert weight.grad is not None
