@@ -1,5 +1,7 @@
 """What the optimizers promise their callers: roles, refusals, shared state, restored weights."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nfnets_xla import config
-from nfnets_xla.optim import SAM, SGD_AGC, Schedule, choice, parameter_roles, scaled_peak
+from nfnets_xla.optim import SAM, SGD_AGC, Guard, Schedule, choice, parameter_roles, scaled_peak
 from nfnets_xla.optim.agc import clip_adaptively
-from tests.optim.network import SmallNet, closure_of, small_net
+from tests.optim.network import SETTINGS, SmallNet, an_optimizer, closure_of, small_net
 
 
 def sgd(net: nn.Module, **options: Any) -> SGD_AGC:
@@ -119,6 +121,27 @@ def test_momentum_of_another_shape_changes_nothing() -> None:
     ):
         optimizer.load_slots({"momentum": {**buffers, "head.bias": torch.ones(2)}}, updates=0)
     assert not any(buffer.any() for buffer in optimizer.slots()["momentum"].values())
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("around", [lambda it: it, lambda it: SAM(it, rho=0.05)])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_copy_goes_on_as_the_original_does(
+    name: str, around: Callable[[Any], Any], through: Callable[[Any], Any]
+) -> None:
+    """Together with its network; by itself it has weights of its own, as torch's have."""
+    net, guard = small_net(), Guard(torch.device("cpu"), allowed=1)
+    optimizer = around(an_optimizer(name, net, parameter_roles(net, "head"), lr=0.1, guard=guard))
+    optimizer.step(closure_of(net))
+    twin, its_copy = through((net, optimizer))
+    its_copy.step(closure_of(twin))
+    assert not equal(net, twin)
+    optimizer.step(closure_of(net))
+    assert equal(net, twin)
+    base = getattr(its_copy, "base_optimizer", its_copy)
+    base.load_state_dict(optimizer.state_dict())
+    assert its_copy.state is base.state
+    assert base.guard is not guard
 
 
 # ---- SAM --------------------------------------------------------------------------------------

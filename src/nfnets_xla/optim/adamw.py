@@ -66,6 +66,9 @@ class AdamW_AGC(ByRole):
         # float32 as torch's kernels have it: exact up to 16.7 million updates.
         self.updates_1 = torch.zeros(1).to(device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "updates_1": self.updates_1}
+
     def _count(self, holds: Tensor | None) -> None:
         made = torch.ones_like(self.updates_1) if holds is None else 1 - holds
         self.updates_1.copy_(self.updates_1 + made)

@@ -117,6 +117,11 @@ class ByRole(torch.optim.Optimizer):
         self.clipped_names: list[str] = []
         self.guard = guard
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles; torch's has only what it knows of, and neither have hooks."""
+        own = ("guard", "clipped_P", "clipped_names")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
     def set_lr(self, lr: float | Tensor) -> None:
         """Learning rate of the following steps, for all groups.
 

@@ -59,10 +59,30 @@ class SAM(torch.optim.Optimizer):
         self.ascending = False
         self.microbatch = 0
         self._kept: list[tuple[Tensor, Tensor]] = []  # (parameter, its weight) while perturbed
+        self.set_rho(rho)
+        self._follow()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which torch gives no more than `param_groups` and `state`."""
+        own = (
+            "base_optimizer",
+            "adaptive",
+            "microbatches",
+            "ascending",
+            "microbatch",
+            "_kept",
+            "rho",
+        )
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._follow()
+
+    def _follow(self) -> None:
         self._share_state()
         # load_state_dict replaces both containers instead of filling them.
-        base_optimizer.register_load_state_dict_post_hook(lambda _: self._share_state())
-        self.set_rho(rho)
+        self.base_optimizer.register_load_state_dict_post_hook(lambda _: self._share_state())
 
     def _share_state(self) -> None:
         self.defaults = self.base_optimizer.defaults
