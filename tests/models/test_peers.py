@@ -61,6 +61,17 @@ def test_a_timm_model_answers_as_an_nfnet_does(name: str) -> None:
     assert net.macs(64) > net.macs(32) > 0
 
 
+def test_nothing_is_drawn_inside_of_timms_layers() -> None:
+    """FocalNet drops paths at 0.1 unless it is told otherwise."""
+    net = create_network("timm/focalnet_tiny_srf", num_classes=5).train()
+    images = torch.randn(8, 3, 32, 32)
+    assert torch.equal(net(images), net(images))
+    with pytest.raises(
+        ValueError, match=r"drop_path_rate is 0\.1 for timm/test_vit: timm's layers"
+    ):
+        create_model("timm/test_vit", drop_path_rate=0.1)
+
+
 def test_feature_maps_of_a_timm_model() -> None:
     maps = create_model("timm/test_resnet", features_only=True, out_indices=(1, 2))
     assert len(maps(torch.randn(1, 3, 64, 64))) == 2

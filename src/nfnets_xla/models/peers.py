@@ -124,6 +124,12 @@ def create_peer(
     """
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate is {drop_rate}; it must be in [0, 1)")
+    for option, rate in options.items():
+        if "drop" in option and rate:
+            raise ValueError(
+                f"{option} is {rate} for {name}: timm's layers draw their own randomness, which is "
+                "off here; leave it out, or make the network with timm.create_model"
+            )
     if name in VITS and pretrained:
         raise ValueError(f"{name} has no public weights; leave out pretrained")
     plain = name.removeprefix(TIMM)
@@ -144,6 +150,7 @@ def create_peer(
             return timm.create_model(plain, pretrained=loads, **options)
 
     peer = Peer(make, drop_rate=drop_rate)
+    _without_randomness(peer.net)
     for size in (image_size, eval_image_size):
         if size is not None and (fault := _fault_of(make, options.get("in_chans", 3), size)):
             raise ValueError(
@@ -161,6 +168,17 @@ def _fault_of(make: Callable[..., nn.Module], channels: int, size: int) -> str |
         except (AssertionError, RuntimeError, ValueError) as error:
             return str(error).strip().split("\n")[-1]
     return None
+
+
+def _without_randomness(net: nn.Module) -> None:
+    """Some of timm's networks drop paths unless they are told not to (FocalNet: 0.1)."""
+    from timm.layers.drop import DropPath
+
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
 
 
 def is_in_timm(name: str) -> bool:
