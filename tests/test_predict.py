@@ -15,6 +15,7 @@ import nfnets_xla
 from nfnets_xla import checkpoint
 from nfnets_xla.cli import main
 from nfnets_xla.models.card import read_card, write_card
+from nfnets_xla.models.names import to_timm
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, save_weights
@@ -93,6 +94,9 @@ def test_predictions_are_the_models(
     main(["predict", "nfnet_mini_f0", picture, "--weights", f"{tmp_path}/net.safetensors", *size])
     one = capsys.readouterr().out
     main(["predict", f"local-dir:{tmp_path / 'card'}", picture, *size])
+    assert capsys.readouterr().out == one
+    torch.save(to_timm(net), tmp_path / "timm.pt")  # in other names, with the classes of `net`
+    main(["predict", "nfnet_mini_f0", picture, "--weights", f"{tmp_path}/timm.pt", *size])
     assert capsys.readouterr().out == one
     transform: Any = create_transform(
         input_size=(3, 64, 64), crop_pct=64 / 96, crop_mode="squash", interpolation="bicubic",

@@ -16,7 +16,7 @@ import torch
 from nfnets_xla import checkpoint
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
-from nfnets_xla.models.names import HEAD
+from nfnets_xla.models.names import classes_in
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.registry import create_network, split_tag
 from nfnets_xla.models.weights import load_into
@@ -46,7 +46,9 @@ def load(name: str, weights: str | None, ema: bool) -> NFNet:
         net = create_network(name)
     elif weights is not None:
         state, source = checkpoint.weights(weights, "ema" if ema else "raw")
-        classes = len(state[HEAD[1]]) if HEAD[1] in state else 1000
+        classes = classes_in(state)
+        if not classes:
+            raise ValueError(f"{source} has no classifier: give weights that have one")
         net = create_network(name, num_classes=classes)
         load_into(net, state, source=source)
     else:

@@ -8,6 +8,7 @@ from timm.models.nfnet import NfCfg, NormFreeNet
 from torch import Tensor
 
 from nfnets_xla.models.names import (
+    classes_in,
     from_haiku,
     from_timm,
     haiku_names,
@@ -21,6 +22,13 @@ from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import load_into
 from tests.fixtures import deepmind
 from tests.models.networks import trained
+
+
+def test_classes_are_counted_in_anybodys_names() -> None:
+    net, headless = trained(num_classes=7), trained(num_classes=0)
+    haiku = {name: torch.from_numpy(array) for name, array in to_haiku(net).items()}
+    states = (net.state_dict(), to_timm(net), haiku, headless.state_dict())
+    assert [*map(classes_in, states)] == [7, 7, 7, 0]
 
 
 def test_haiku_parameters_survive_the_round_trip() -> None:

@@ -38,12 +38,16 @@ def test_a_new_head_is_made_only_when_allowed() -> None:
     assert torch.equal(net.state_dict()["stem.0.weight"], state["stem.0.weight"])
 
 
-def test_create_network_never_drops_a_classifier_for_another_size(tmp_path: Path) -> None:
-    save_file(mini_f0(7).state_dict(), tmp_path / "model.safetensors")
+def test_create_network_drops_a_classifier_of_another_size_only_when_allowed(
+    tmp_path: Path,
+) -> None:
+    state, file = mini_f0(7).state_dict(), tmp_path / "model.safetensors"
+    save_file(state, file)
     with pytest.raises(ValueError, match="a classifier of 7 classes, expected 5"):
-        create_network(
-            "nfnet_mini_f0", num_classes=5, checkpoint_path=tmp_path / "model.safetensors"
-        )
+        create_network("nfnet_mini_f0", num_classes=5, checkpoint_path=file)
+    net = create_network("nfnet_mini_f0", num_classes=5, checkpoint_path=file, allow_new_head=True)
+    assert net.state_dict()["head.weight"].shape[0] == 5
+    assert torch.equal(net.state_dict()["stem.0.weight"], state["stem.0.weight"])
 
 
 def test_half_a_head_is_not_taken_for_a_whole_one() -> None:

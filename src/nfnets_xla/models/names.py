@@ -122,6 +122,12 @@ def in_our_names(net: NFNet, state: Mapping[str, Tensor], source: str) -> Mappin
     return state
 
 
+def classes_in(state: Mapping[str, Tensor]) -> int:
+    """How many a state dict's classifier knows, whoever named it; 0 if it has none."""
+    biases = (HEAD[1], "head.fc.bias", "NFNet.linear.b")
+    return next((state[name].numel() for name in biases if name in state), 0)
+
+
 def _checked(names: dict[str, str], theirs: Mapping[str, object]) -> dict[str, str]:
     """`names` without a classifier that is not there. Raises ValueError for other differences."""
     present = {ours: name for ours, name in names.items() if ours not in HEAD or name in theirs}

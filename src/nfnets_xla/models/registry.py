@@ -67,17 +67,19 @@ def create_network(
     checkpoint_path: str | Path | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    allow_new_head: bool = False,
     **options: Any,
 ) -> Network:
     """The same, typed for those who train it: an NFNet, or a peer that answers to the same calls.
 
     Random weights, or public ones (`pretrained`), or those of a file (`checkpoint_path`, see
     weights.py). The file's classifier must have `num_classes`, except that 0 asks for none and
-    leaves theirs out; public weights give way to a new classifier if it is of another size. Their
-    first convolution is fitted to `in_chans` as timm does it. 1000 classes and 3 channels if they
-    are not given; of "local-dir:FOLDER" (card.py) those of its weights, which are loaded, and a new
-    classifier if they are given and of another size. Raises ValueError for an unknown name
-    (with the nearest ones), for options out of range, and for weights of another model.
+    leaves theirs out, and that with `allow_new_head` one of another size gives way to a new one, as
+    that of public weights always does. Their first convolution is fitted to `in_chans` as timm does
+    it. 1000 classes and 3 channels if they are not given; of "local-dir:FOLDER" (card.py) those of
+    its weights, which are loaded, and a new classifier if they are given and of another size.
+    Raises ValueError for an unknown name (with the nearest ones), for options out of range, and for
+    weights of another model.
     """
     if pretrained and checkpoint_path is not None:
         raise ValueError("pretrained=True and checkpoint_path are two sources of weights; give one")
@@ -97,7 +99,8 @@ def create_network(
             load_pretrained(net, plain, tag)
     if checkpoint_path is not None:
         weights = load_checkpoint(checkpoint_path)
-        load_into(net, weights, source=str(checkpoint_path), allow_new_head=num_classes == 0)
+        new_head = allow_new_head or num_classes == 0
+        load_into(net, weights, source=str(checkpoint_path), allow_new_head=new_head)
     return net
 
 
