@@ -19,6 +19,7 @@ from tests.models.networks import trained
         {},
         {"name": "nfnet_mini_f1_plus", "plus_bottleneck": "paper"},
         {"num_classes": 0, "in_chans": 5},
+        {"num_classes": 0, "global_pool": ""},
         {"gelu": "erf", "eps_mode": "add"},
     ],
 )

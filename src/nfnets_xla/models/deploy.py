@@ -50,6 +50,7 @@ class FusedNFNet(nn.Module):
     def __init__(self, net: NFNet) -> None:
         super().__init__()
         self.num_classes, self.num_features = net.num_classes, net.num_features
+        self.global_pool = net.global_pool
         self.gelu: Gelu = net.variant.gelu
         gains = [1.0] + [GELU_GAIN] * (len(net.stem) - 1)  # images are not activated
         self.stem = nn.ModuleList(map(_plain, net.stem, gains))
@@ -60,8 +61,12 @@ class FusedNFNet(nn.Module):
         self.head = deepcopy(net.head)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits `(B, K)` in float32, or pooled features `(B, F)` without a classifier."""
-        pooled_BF = at_least_float32(self.forward_features(images_BCHW)).mean(dim=(2, 3))
+        """Logits `(B, K)` in float32, or pooled features `(B, F)` without a classifier; or what
+        `net` has before pooling, if it does not pool."""
+        features_BFHW = self.forward_features(images_BCHW)
+        if self.global_pool == "":
+            return features_BFHW * GELU_GAIN
+        pooled_BF = at_least_float32(features_BFHW).mean(dim=(2, 3))
         return self.head(pooled_BF * GELU_GAIN)
 
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
