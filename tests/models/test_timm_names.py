@@ -98,6 +98,17 @@ def test_features_only_through_timm() -> None:
         assert map.shape == (1, channels, 64 // stride, 64 // stride)
 
 
+def test_a_pruned_network_trains() -> None:
+    """With masks of its own for the blocks that are left, or with given ones."""
+    net = create("xla_nfnet_mini_f0").train()
+    assert net.prune_intermediate_layers([1, 3]) == [1, 3]
+    assert net.num_blocks == len(net.stochastic_depth_rates) == 1 + 2 + 6
+    images = torch.randn(2, 3, 64, 64)
+    assert net(images).shape == (2, net.num_features, 4, 4)
+    keep = torch.ones(2, net.num_blocks)
+    assert torch.equal(net(images, keep), net.eval()(images))
+
+
 def test_recomputing_blocks_gives_the_same_gradients() -> None:
     torch.manual_seed(0)
     net = create("xla_nfnet_mini_f0", num_classes=5).train()

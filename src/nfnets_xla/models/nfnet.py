@@ -81,8 +81,7 @@ class NFBlock(nn.Module):
         activated = gelu(x_BCHW, self.gelu)
         shortcut = x_BCHW
         if self.conv_shortcut is not None:
-            pooled = same_avg_pool2d(activated, self.stride)
-            shortcut = self.conv_shortcut(pooled, self.input_gain)
+            shortcut = self.conv_shortcut(same_avg_pool2d(activated, self.stride), self.input_gain)
         out = self.conv0(activated, self.input_gain)
         for conv in (self.conv1, self.conv1b, self.conv2):
             out = conv(gelu(out, self.gelu), GELU_GAIN)
@@ -210,9 +209,8 @@ class NFNet(nn.Module):
     def forward_features(self, images_BCHW: Tensor, keep_masks_BN: Tensor | None = None) -> Tensor:
         """The last activation, `(B, F, H / 32, W / 32)` rounded up, in the images' dtype."""
         x = self._stem(images_BCHW)[1]
-        for stage, masks_BN in zip(
-            self.stages, self._stage_masks(images_BCHW, keep_masks_BN), strict=True
-        ):
+        stage_masks = self._stage_masks(images_BCHW, keep_masks_BN)
+        for stage, masks_BN in zip(self.stages, stage_masks, strict=True):
             x = stage(x, masks_BN)
         return scaled_gelu(self.final_conv(x), self.variant.gelu)
 
@@ -281,7 +279,7 @@ class NFNet(nn.Module):
         if keep_masks_BN is None:
             return [None] * len(self.stages)
         _check_shape("keep_masks_BN", keep_masks_BN, (batch, self.num_blocks))
-        return torch.split(keep_masks_BN, [*self.variant.depth], dim=1)
+        return torch.split(keep_masks_BN, [*self.variant.depth[: len(self.stages)]], dim=1)
 
     def _drop(self, pooled_BF: Tensor, keep_BF: Tensor | None) -> Tensor:
         if keep_BF is None:
@@ -340,6 +338,8 @@ class NFNet(nn.Module):
         pruned = last < len(self.stages)
         if pruned:
             self.stages = self.stages[:last]
+            self.num_blocks = sum(self.variant.depth[:last])
+            self.stochastic_depth_rates = self.stochastic_depth_rates[: self.num_blocks]
             self.final_conv = nn.Identity()
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if pruned or prune_head:
