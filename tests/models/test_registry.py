@@ -56,6 +56,14 @@ def test_a_registered_variant_is_built_by_its_name(monkeypatch: pytest.MonkeyPat
         register("Mine", VARIANTS["nfnet_f0"])
 
 
+def test_torchs_current_device_is_taken() -> None:
+    with torch.device("meta"):
+        net = create_model("nfnet_f7_plus")
+        elsewhere = create_model("nfnet_mini_f0", device="cpu")
+    assert elsewhere.get_parameter("head.weight").device.type == "cpu"
+    assert {parameter.device.type for parameter in net.parameters()} == {"meta"}
+
+
 def test_options_reach_the_model() -> None:
     net = create_network(
         "nfnet_mini_f0", num_classes=3, in_chans=5, drop_rate=0.1, drop_path_rate=0.12

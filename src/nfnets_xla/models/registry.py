@@ -40,7 +40,7 @@ def create_model(
     """Build a model by name; the other options are those of `create_network`.
 
     With `features_only` it returns a list of feature maps, those at `out_indices`: strides 2, 4, 8,
-    16 and 32. On the meta device nothing is allocated.
+    16 and 32. `device` is torch's current one if not given; on meta nothing is allocated.
 
     >>> create_model("nfnet_mini_f0", num_classes=10).num_features
     384
@@ -48,7 +48,7 @@ def create_model(
     >>> [tuple(map.shape) for map in maps(torch.zeros(1, 3, 64, 64))]
     [(1, 32, 16, 16), (1, 192, 4, 4)]
     """
-    with torch.device(device) if device is not None else torch.device("cpu"):
+    with torch.device(torch.get_default_device() if device is None else device):
         net: nn.Module = create_network(name, **options)
     if dtype is not None:
         net = net.to(dtype)
