@@ -59,6 +59,16 @@ def test_a_timm_model_answers_as_an_nfnet_does(name: str) -> None:
     assert net(images).shape == (2, 3)
     assert net.num_classes == 3
     assert net.macs(64) > net.macs(32) > 0
+    grey = create_network(name, num_classes=3, in_chans=1, image_size=64)
+    assert 0 < grey.macs(64) < net.macs(64)
+    assert create_network(name, num_classes=3, image_size=64).macs(64) == net.macs(64)
+
+
+def test_a_timm_model_runs_in_bfloat16() -> None:
+    net = create_model("timm/test_vit", num_classes=5, image_size=64, dtype=torch.bfloat16).eval()
+    logits = net(torch.randn(2, 3, 64, 64).bfloat16())
+    assert logits.dtype == torch.float32
+    assert logits.isfinite().all()
 
 
 def test_nothing_is_drawn_inside_of_timms_layers() -> None:

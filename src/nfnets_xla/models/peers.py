@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nfnets_xla.models.layers import at_least_float32
+
 TIMM = "timm/"
 
 
@@ -49,10 +51,12 @@ class Peer(nn.Module):
 
     stochastic_depth_rates: tuple[float, ...] = ()
 
-    def __init__(self, make: Callable[..., nn.Module], *, drop_rate: float = 0.0) -> None:
+    def __init__(
+        self, make: Callable[..., nn.Module], *, in_chans: int = 3, drop_rate: float = 0.0
+    ) -> None:
         """`make(size)` builds the timm model; `drop_rate` is of the pooled features."""
         super().__init__()
-        self.make = make
+        self.make, self.in_chans = make, in_chans
         self.net: Any = make()
         self.drop_rate = drop_rate
         self.num_features = int(self.net.head_hidden_size)
@@ -80,7 +84,9 @@ class Peer(nn.Module):
             pooled_BF = pooled_BF * (dropout_keep_BF.to(pooled_BF.dtype) / (1 - self.drop_rate))
         else:
             pooled_BF = nn.functional.dropout(pooled_BF, self.drop_rate, self.training)
-        return self.net.get_classifier()(pooled_BF)
+        head = self.net.get_classifier()
+        weight = next(head.parameters(), pooled_BF)
+        return at_least_float32(head(pooled_BF.to(weight.dtype)))
 
     def reset_classifier(self, num_classes: int) -> None:
         self.net.reset_classifier(num_classes)
@@ -94,10 +100,11 @@ class Peer(nn.Module):
         from torch.utils.flop_counter import FlopCounterMode
 
         with torch.device("meta"):
-            net = self.make(size)
+            net: Any = self.make(size)
+            net.reset_classifier(self.num_classes)
             counter = FlopCounterMode(display=False)
             with counter:
-                net.eval().requires_grad_(False)(torch.empty(1, 3, size, size))
+                net.eval().requires_grad_(False)(torch.empty(1, self.in_chans, size, size))
         return counter.get_total_flops()
 
     def macs(self, size: int) -> int:
@@ -149,10 +156,11 @@ def create_peer(
         except TypeError:  # a network for images of any size
             return timm.create_model(plain, pretrained=loads, **options)
 
-    peer = Peer(make, drop_rate=drop_rate)
+    in_chans = options.get("in_chans", 3)
+    peer = Peer(make, in_chans=in_chans, drop_rate=drop_rate)
     _without_randomness(peer.net)
     for size in (image_size, eval_image_size):
-        if size is not None and (fault := _fault_of(make, options.get("in_chans", 3), size)):
+        if size is not None and (fault := _fault_of(make, in_chans, size)):
             raise ValueError(
                 f"{name} for images of {image_size} px does not take {size} px ({fault}): choose "
                 "multiples of its patches for data.image_size and data.eval_image_size"
