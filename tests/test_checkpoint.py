@@ -85,10 +85,10 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     no_manifest(tmp_path / "step-00000003")
-    checkpoint.prune(tmp_path, written=4, keep=2)
+    checkpoint.prune(tmp_path, start=0, written=[1, 2, 3, 4], keep=2)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["step-00000002", "step-00000004"]
-    checkpoint.prune(tmp_path, written=4, keep=1)
+    checkpoint.prune(tmp_path, start=0, written=[1, 2, 3, 4], keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
@@ -109,9 +109,9 @@ def test_the_best_and_one_of_every_few_hours_stay(tmp_path: Path) -> None:
     """A checkpoint every 40 minutes of the run's time; one of every two hours is to stay."""
     for step in range(1, 10):
         save(tmp_path, step, seconds=2400.0 * step)
-    checkpoint.prune(tmp_path, written=9, keep=2, every_hours=2, best=5)
+    checkpoint.prune(tmp_path, start=8, written=[9], keep=2, every_hours=2, best=5)
     assert checkpoint.steps(tmp_path) == [9, 8, 6, 5, 3]  # 2 h are over at step 3, 4 h at 6
-    checkpoint.prune(tmp_path, written=9, keep=1, best=6)
+    checkpoint.prune(tmp_path, start=8, written=[9], keep=1, best=6)
     assert checkpoint.steps(tmp_path) == [9, 6]
 
 
@@ -122,11 +122,14 @@ def test_what_does_not_verify_takes_nobodys_place(tmp_path: Path) -> None:
     flipped_bit(tmp_path / "step-00000009")
     (tmp_path / "step-00000003" / "state.json").write_text('{"step": ')
     save(tmp_path, 6, seconds=21600.0)
-    checkpoint.prune(tmp_path, written=6, keep=1, every_hours=2)
+    checkpoint.prune(tmp_path, start=4, written=[6], keep=1, every_hours=2)
     assert checkpoint.steps(tmp_path) == [9, 6, 4, 2]
     found, skipped = checkpoint.latest(tmp_path)
     assert found is not None
     assert (found.step, len(skipped)) == (6, 1)
+    save(tmp_path, 10)  # past the damaged one, which is still no checkpoint
+    checkpoint.prune(tmp_path, start=4, written=[6, 10], keep=2)
+    assert checkpoint.steps(tmp_path) == [10, 6]
 
 
 def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
@@ -186,5 +189,5 @@ def test_an_object_store_keeps_checkpoints_as_a_disk_does(
         assert checkpoint.weights(url, "raw")[1] == f"{url}/step-00000001"
         checkpoint.save(url, 3, FORMS, {})
         assert checkpoint.latest(url)[0] is not None
-        checkpoint.prune(url, written=3, keep=1)
+        checkpoint.prune(url, start=0, written=[1, 2, 3], keep=1)
         assert checkpoint.steps(url) == [3]

@@ -16,13 +16,12 @@ from nfnets_xla import checkpoint
 from nfnets_xla.checkpoint_cli import held_out
 from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
-from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
 from nfnets_xla.history import evaluations
 from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.prepare import make_plan
 from nfnets_xla.record import RecordWriter, read_record
-from nfnets_xla.resume import RunState, find_resume
+from nfnets_xla.resume import Beginning, RunState, find_resume
 from nfnets_xla.saves import Saves
 from tests.runs import PLAIN_CPU, RECIPE, SMALL, losses, run, run_killed_at
 
@@ -31,6 +30,7 @@ ORDER = Order(
     np.array([3, 2, 2]), seed=0, num_streams=2, unique_per_step=4, window_shards=2, epochs=2
 )
 IDENTITY = {"seed": 1, "model": {"name": "nfnet_mini_f0"}}
+RANDOM = Beginning({"init_from": None}, lambda: None)
 
 
 def test_the_step_waits_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +88,11 @@ def test_a_full_disk_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [2]  # what there was of the first is gone
 
 
-def resume(tmp_path: Path, identity: dict, order: Order, said: list[str]) -> int:
-    versions = {"torch": "2"}
-    found = find_resume("auto", str(tmp_path), tmp_path, identity, order, versions, said.append)
+def resume(
+    tmp_path: Path, identity: dict, order: Order, said: list[str], beginning: Beginning = RANDOM
+) -> int:
+    known = identity, beginning, order, {"torch": "2"}
+    found = find_resume("auto", str(tmp_path), tmp_path, *known, said.append)
     assert found is not None
     return found.step
 
@@ -110,11 +112,16 @@ def test_when_a_run_goes_on(tmp_path: Path) -> None:
         ValueError, match=r"another run \(model.name: nfnet_mini_f0 -> nfnet_mini_f1"
     ):
         resume(tmp_path, other, ORDER, said)
-    begun = {**IDENTITY, "initial_weights": "d1"}
-    assert resume(tmp_path, begun, ORDER, said) == 2  # of a release that did not say
-    checkpoint.save(tmp_path, 3, FORMS, RunState(begun, ORDER, {"torch": "1"}, 5.0).at(3))
+    elsewhere = Beginning({"init_from": "b"}, lambda: "d2")
+    assert resume(tmp_path, IDENTITY, ORDER, said, elsewhere) == 2  # it was not recorded
+    begun = Beginning({"init_from": "a"}, lambda: "d1").state()
+    checkpoint.save(tmp_path, 3, FORMS, RunState(IDENTITY, ORDER, {"torch": "1"}, 5.0, begun).at(3))
     with pytest.raises(ValueError, match=r"another run \(initial_weights: d1 -> d2\)"):
-        resume(tmp_path, {**IDENTITY, "initial_weights": "d2"}, ORDER, said)
+        resume(tmp_path, IDENTITY, ORDER, said, elsewhere)
+    moved = Beginning({"init_from": "b"}, lambda: "d1")
+    gone = Beginning({"init_from": "a"}, lambda: pytest.fail("nobody need look at them"))
+    assert resume(tmp_path, IDENTITY, ORDER, said, moved) == 3
+    assert resume(tmp_path, IDENTITY, ORDER, said, gone) == 3
     checkpoint.discard(tmp_path, 3)
     said.clear()
     shuffled_otherwise = Order(ORDER.counts, 1, 2, 4, 2, 2)
@@ -132,17 +139,36 @@ def test_when_a_run_goes_on(tmp_path: Path) -> None:
 def test_a_run_is_known_by_what_it_begins_from_wherever_that_lies(
     tmp_path: Path, data: list[str]
 ) -> None:
-    def identity(begin: Path) -> dict:
+    def beginning(begin: Path) -> Beginning:
         given = [*data, *PLAIN_CPU, "run_dir=R", "optim.epochs=50", f"model.init_from={begin}"]
-        return make_plan(to_run(composed("finetune_sam_demo", given))).identity
+        return make_plan(to_run(composed("finetune_sam_demo", given))).beginning
 
     one, other = tmp_path / "a" / "run", tmp_path / "b" / "run"
     checkpoint.save(one / "checkpoints", 1, FORMS, {})
     checkpoint.save(other / "checkpoints", 1, {"model": {"w": torch.ones(6)}}, {})
-    first = identity(one)
-    assert differences(first, identity(other))[0].startswith("initial_weights: ")
-    assert identity(one / "checkpoints/step-00000001/model.safetensors") == first
-    assert identity(one.rename(tmp_path / "moved")) == first
+    first = beginning(one).state()
+    (difference,) = beginning(other).differs_from(first)
+    assert difference.startswith("initial_weights: ")
+    assert not beginning(one / "checkpoints/step-00000001/model.safetensors").differs_from(first)
+    assert not beginning(one.rename(tmp_path / "moved")).differs_from(first)
+    assert not beginning(one).differs_from(first)  # under its name, where nothing is any more
+
+
+def test_a_record_that_cannot_be_kept_costs_no_checkpoint(tmp_path: Path) -> None:
+    """Step 1 is saved; saved again, after a start from it, the disk is full for the record."""
+    checkpoint.save(tmp_path, 1, FORMS, {})
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with Saves(str(tmp_path), keep=1, every_hours=None, start=1, before=full) as saves:
+        saves.save(lambda: (1, FORMS, {}))
+        saves.wait()
+        (written,) = saves.written()
+    assert "No space left" in str(written.fault)
+    found, _ = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.step == 1
 
 
 def test_what_the_last_start_had_no_time_for_is_done(tmp_path: Path, data: list[str]) -> None:

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -208,13 +208,15 @@ def discard(root: str | Path, step: int) -> None:
 def prune(
     root: str | Path,
     *,
-    written: int,
+    start: int,
+    written: Sequence[int],
     keep: int,
     every_hours: float | None = None,
     best: int | None = None,
 ) -> None:
-    """Delete all but the newest `keep` checkpoints up to the step `written`, and what is left of
-    older ones. What is newer than that did not verify, or this start would have gone on from it.
+    """Delete all but the newest `keep` checkpoints of a run that went on from `start` and has since
+    `written` some, and what is left of older ones. Others that are newer than `start` did not
+    verify, or it would have gone on from them: they take nobody's place.
 
     Those also stay that are the first of each further `every_hours` of the run's own time (not of
     the clock, which may be set back), and the one of step `best`. The manifest goes first, so that
@@ -222,8 +224,9 @@ def prune(
     """
     folder = open_folder(root)
     files = folder.sizes("")
-    found = [step for step in steps(root) if step <= written]
-    complete = [step for step in found if f"{_name(step)}/{MANIFEST}" in files]
+    found = [step for step in steps(root) if step <= written[-1]]
+    good = [step for step in found if step <= start or step in written]
+    complete = [step for step in good if f"{_name(step)}/{MANIFEST}" in files]
     kept = {*complete[:keep], best}
     if every_hours is not None:
         hourly: dict[int, int] = {}
@@ -235,7 +238,7 @@ def prune(
     if len(complete) < keep:
         return
     for step in found:
-        if step not in kept and step < written:
+        if step not in kept and step < written[-1]:
             _remove(folder, _files(folder, step))
 
 

@@ -202,8 +202,8 @@ class Run:
         del values["run_dir"], values["resume"], values["trainer"]
         del values["data"]["workers"], values["data"]["shards"], values["data"]["eval_shards"]
         del values["data"]["eval_batch_size"]
-        # A plan's identity adds a digest of the initial weights, and the fingerprint of the shards,
-        # in which it is which samples are excluded.
+        # A plan's identity adds the fingerprint of the shards, in which it is which samples are
+        # excluded; of the initial weights resume.Beginning takes care.
         del values["model"]["init_from"], values["model"]["pretrained"]
         del values["data"]["exclude"], values["data"]["max_missed"]
         del values["data"]["cache_dir"], values["data"]["cache_bytes"]

@@ -1,6 +1,6 @@
 """What a run is, and then what it is made of on this machine; both before its first step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from nfnets_xla.models.registry import Network
 from nfnets_xla.network import initial_weights, make_model, make_task, put_on_device, restore
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule
-from nfnets_xla.resume import find_resume, installed
+from nfnets_xla.resume import Beginning, find_resume, installed
 from nfnets_xla.steps import make_passes, make_schedule
 from nfnets_xla.task import Classification
 
@@ -44,7 +44,6 @@ class Plan:
     order: Order
     schedule: Schedule
     passes: Passes
-    initial: Weights | None  # to begin with; None: random or public ones
 
     @property
     def num_steps(self) -> int:
@@ -54,9 +53,14 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """By which a checkpoint is known to be of this run; see resume.py."""
         shards = {"shards": self.index.fingerprint, "num_classes": self.num_classes}
-        # Not where they lie, but which they are.
-        weights = self.run.model.pretrained if self.initial is None else self.initial.sha256
-        return {**self.run.identity(), **shards, "initial_weights": weights}
+        return {**self.run.identity(), **shards}
+
+    @property
+    def beginning(self) -> Beginning:
+        model = self.run.model
+        names = ("init_from", "init_weights", "pretrained")
+        given = {name: getattr(model, name) for name in names}
+        return Beginning(given, lambda: which(self.run, initial_weights(self.run)))
 
     @cached_property
     def checkpoints(self) -> str:
@@ -64,9 +68,8 @@ class Plan:
 
     def find_start(self, say: Say) -> Checkpoint | None:
         given, versions = self.run.resume, installed()
-        return find_resume(
-            given, self.checkpoints, self.folder, self.identity, self.order, versions, say
-        )
+        known = self.identity, self.beginning, self.order, versions
+        return find_resume(given, self.checkpoints, self.folder, *known, say)
 
 
 def make_plan(run: Run) -> Plan:
@@ -78,10 +81,12 @@ def make_plan(run: Run) -> Plan:
     num_classes = count_classes(run, index, held_out)
     order = make_order(run, index)
     schedule, passes = make_schedule(run, order), make_passes(run, order)
-    initial = initial_weights(run)
-    return Plan(
-        run, Path(run.run_dir), index, held_out, num_classes, order, schedule, passes, initial
-    )
+    return Plan(run, Path(run.run_dir), index, held_out, num_classes, order, schedule, passes)
+
+
+def which(run: Run, initial: Weights | None) -> str | None:
+    """The weights that it begins with: their SHA-256, the tag of public ones, or None."""
+    return run.model.pretrained if initial is None else initial.sha256
 
 
 # ---- what it is made of, on this machine ------------------------------------------------------
@@ -92,6 +97,7 @@ class Ready:
     plan: Plan
     start: Checkpoint | None
     past: Past
+    begun_with: dict[str, Any] | None
     backend: Backend
     net: Network  # on the host, with the weights of `start`
     dataset: TrainBatches
@@ -106,7 +112,12 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
     """Nothing is written before all hosts have seen the folder as it was, and agree."""
     run = plan.run
     torch.manual_seed(run.seed)  # of the initial weights; nothing in the step draws from it
-    net = make_model(run, plan.num_classes, plan.initial, say)
+    if start is None:
+        initial = initial_weights(run)
+        begun_with = replace(plan.beginning, which=lambda: which(run, initial)).state()
+    else:  # what it began with is in its own weights by now, and may be gone
+        begun_with, initial = start.state.get("begun_with"), None
+    net = make_model(run, plan.num_classes, initial, say)
     backend = put_on_device(net, run)
     past = past_of(start, plan.folder)
     task = make_task(
@@ -127,7 +138,7 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
         num_features=net.num_features,
         hosts=backend.hosts,
     )
-    backend.hosts.agree("what they are to run", [plan.identity, past.step])
+    backend.hosts.agree("what they are to run", [plan.identity, begun_with, past.step])
     if run.trainer.compile_cache and not backend.cache_compilations(plan.folder / "compiled"):
         say(f"compile cache: off, {backend.device_kind} could not read it back")
-    return Ready(plan, start, past, backend, net, dataset, task)
+    return Ready(plan, start, past, begun_with, backend, net, dataset, task)

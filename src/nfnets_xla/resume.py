@@ -2,7 +2,8 @@
 
 | the checkpoint is of | then |
 |---|---|
-| another recipe, model, seed, shards, classes, initial weights | refused, naming every difference |
+| another recipe, model, seed, shards, classes | refused, naming every difference |
+| other initial weights, by their bytes, under another name | refused |
 | another order of the same shards (of another release) | refused |
 | other streams (`data.num_streams`) | refused: they are part of the order |
 | other hosts, devices, mesh, loader workers, form of the network | taken as it is |
@@ -41,17 +42,42 @@ class RunState:
     order: Order
     versions: dict[str, str]
     seconds_before: float  # of earlier starts, up to the checkpoint that this one goes on from
+    begun_with: dict[str, Any] | None = None  # see Beginning; None: it was not recorded
     _began: float = field(default_factory=time.monotonic)
 
     def at(self, step: int) -> dict[str, Any]:
         return {
             "identity": self.identity,
             "recipe": digest(self.identity),
+            "begun_with": self.begun_with,
             "samples": min(step * self.order.unique_per_step, self.order.total_draws),
             "next": position(self.order, step),
             "seconds": round(self.seconds_before + time.monotonic() - self._began, 3),
             "versions": self.versions,
         }
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The weights that a run begins with: what was asked for, and which they are.
+
+    Once it has begun they may be gone, or trained on. That the same was asked for is enough then;
+    only where something else is asked for, a moved folder perhaps, they are looked at.
+    """
+
+    given: dict[str, Any]
+    which: Callable[[], str | None]  # their SHA-256, or the tag of public ones; None: random
+
+    def state(self) -> dict[str, Any]:
+        return {"given": self.given, "which": self.which()}
+
+    def differs_from(self, begun_with: dict[str, Any] | None) -> list[str]:
+        """`begun_with` is such a state; of older releases there is none."""
+        if begun_with is None or begun_with["given"] == self.given:
+            return []
+        return differences(
+            {"initial_weights": begun_with["which"]}, {"initial_weights": self.which()}
+        )
 
 
 def installed() -> dict[str, str]:
@@ -76,6 +102,7 @@ def find_resume(
     root: str,
     run_dir: Path,
     identity: dict[str, Any],
+    beginning: Beginning,
     order: Order,
     versions: dict[str, str],
     say: Callable[[str], None],
@@ -96,8 +123,8 @@ def find_resume(
         found = _begun_from(given, found)
     if found is None:
         return None
-    known = {"initial_weights": identity.get("initial_weights")}  # older releases did not say
-    changed = differences(known | found.state["identity"], identity)
+    changed = differences(found.state["identity"], identity)
+    changed += beginning.differs_from(found.state.get("begun_with"))
     if changed:
         holder = found if given not in ("auto", "never") else run_dir
         raise ValueError(

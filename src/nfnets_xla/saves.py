@@ -43,14 +43,18 @@ class Saves:
         *,
         keep: int,
         every_hours: float | None,
+        start: int = 0,
         writes: bool = True,
         before: Callable[[], None] = lambda: None,
     ) -> None:
-        """`before` brings to the disk what a checkpoint builds on, before there is one."""
+        """`start` is the step of the checkpoint that the run went on from; `before` brings to the
+        disk what a checkpoint builds on, before there is one."""
         self.root = root
         self.before = before
         self.keep = keep
         self.every_hours = every_hours
+        self.start = start
+        self._steps: list[int] = []  # of the checkpoints that have been written since
         self.writes = writes
         self.best: int | None = None  # step of the checkpoint that stays whatever comes
         self._thread: threading.Thread | None = None
@@ -90,13 +94,16 @@ class Saves:
 
     def _write(self, step: int, forms: Forms, state: Mapping[str, Any], stall: float) -> None:
         began = time.perf_counter()
-        size, fault = 0, None
+        size, fault, begun = 0, None, False
         try:
             self.before()
+            begun = True
             size = checkpoint.save(self.root, step, forms, state)
+            self._steps.append(step)
             checkpoint.prune(
                 self.root,
-                written=step,
+                start=self.start,
+                written=self._steps,
                 keep=self.keep,
                 every_hours=self.every_hours,
                 best=self.best,
@@ -104,7 +111,7 @@ class Saves:
         except Exception as error:  # of a full disk safetensors says in a class of its own
             fault = f"{type(error).__name__}: {error}" if size == 0 else None
             with suppress(Exception):
-                if size == 0:  # what there is of it may be what fills the disk
+                if begun and size == 0:  # what there is of it may be what fills the disk
                     checkpoint.discard(self.root, step)
         seconds = time.perf_counter() - began
         self._written.append(Written(step, round(stall, 4), round(seconds, 4), size, fault))

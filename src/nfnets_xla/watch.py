@@ -99,10 +99,12 @@ def open_keeper(
         plan.checkpoints,
         keep=trainer.keep_checkpoints,
         every_hours=trainer.keep_every_hours,
+        start=ready.past.step,
         writes=ready.hosts.writes,
         before=partial(flush_history, plan.folder),
     )
-    state = RunState(plan.identity, plan.order, installed(), ready.past.seconds)
+    seconds, begun_with = ready.past.seconds, ready.begun_with
+    state = RunState(plan.identity, plan.order, installed(), seconds, begun_with)
     return Checkpointer(
         open_files.enter_context(saves),
         monitor,
