@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import itertools
 import re
 import sys
 import textwrap
@@ -170,18 +169,15 @@ def run_stats(given: Any) -> None:
 
 
 def run_holdout(given: Any) -> None:
-    from nfnets_xla.data.exclude import read_pairs, resolve
+    from nfnets_xla.data.exclude import read_pairs
     from nfnets_xla.data.holdout import IDS, hold_out
     from nfnets_xla.data.shards import ShardIndex
 
-    index = ShardIndex.load(given.dir)
-    pairs = read_pairs(given.alike) if given.alike else []
-    resolve(index, itertools.chain(*pairs), str(given.alike))  # all of them must be in it
     ids = hold_out(
-        index,
+        ShardIndex.load(given.dir),
         given.out,
         samples=given.samples,
-        alike=pairs,
+        alike=read_pairs(given.alike) if given.alike else (),
         engine=given.engine,
         jobs=given.jobs,
         on_progress=progress("hashed"),

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ def hold_out(
 ) -> list[str]:
     """Copy the split into `folder`, as shards and a list of ids; returns the ids.
 
-    `alike` are pairs of ids that must not be parted."""
+    `alike` are pairs of ids that must not be parted, all of samples that are there."""
     if not 0 < samples < index.num_samples:
         raise ValueError(
             f"{samples} samples are to be held out of {index.num_samples}: hold out at least one, "
@@ -82,14 +83,19 @@ def choose(
     limit = np.uint64(min(share, 1.0) * (2**64 - 2**11))
     job = partial(_hashes, index.folder, limit)
     smallest = group_hashes(alike)
+    names = {short_name(index.name(shard)) for shard in range(index.num_shards)}
+    if strangers := sorted(smallest.keys() - names):
+        refuse_unknown(index, f"{strangers[0]}/{min(smallest[strangers[0]])}")
     shards = [
         (name, index.excluded(shard), smallest.get(short_name(name), {}))
         for shard, name in enumerate(map(index.name, range(index.num_shards)))
     ]
     parts = list(map_jobs(job, shards, engine=engine, jobs=jobs, on_progress=on_progress))
-    hashes = np.concatenate([hashes for hashes, _ in parts])
-    rows = np.concatenate([rows for _, rows in parts])
-    of = np.repeat(np.arange(index.num_shards), [len(rows) for _, rows in parts])
+    for unknown in filter(None, (unknown for _, _, unknown in parts)):
+        refuse_unknown(index, unknown)
+    hashes = np.concatenate([hashes for hashes, _, _ in parts])
+    rows = np.concatenate([rows for _, rows, _ in parts])
+    of = np.repeat(np.arange(index.num_shards), [len(rows) for _, rows, _ in parts])
     places = np.lexsort([rows, of, hashes])
     found = hashes[places]
     # Where many samples have one hash there may be fewer below the limit.
@@ -137,13 +143,22 @@ def group_hashes(alike: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
 
 def _hashes(
     folder: AnyFolder, limit: np.uint64, shard: tuple[str, NDArray[np.uint32], Mapping[str, int]]
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.uint64], NDArray[np.int64], str | None]:
     """Of one shard, its excluded rows and its keys that have another's hash: the hashes up to a
-    limit, and the rows that have them."""
+    limit, the rows that have them, and the id of a key that it should have and has not."""
     name, excluded, smallest = shard
     records = Records.from_bytes(folder.read(name + SIDECAR))
     keys = [records.key(row) for row in range(records.num_samples)]
     hashes = [smallest[key] if key in smallest else key_hash(key) for key in keys]
     left = np.delete(np.array(hashes, np.uint64), excluded)
     rows = np.flatnonzero(left <= limit)
-    return left[rows], rows
+    absent = min(smallest.keys() - set(keys), default=None) if smallest else None
+    unknown = None if absent is None else f"{short_name(name)}/{absent}"
+    return left[rows], rows, unknown
+
+
+def refuse_unknown(index: ShardIndex, sample_id: str) -> NoReturn:
+    raise ValueError(
+        f"{sample_id!r} is to stay with what is like it, and is no sample of {index.folder}: give "
+        "a list that was made of these shards"
+    )

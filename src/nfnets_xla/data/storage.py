@@ -34,22 +34,23 @@ class Folder:
         return f"run `nfnets-xla shards index {self}`"
 
     def sizes(self, ending: str = SHARD) -> dict[str, int]:
-        """Bytes of every file with this ending, by name, sorted; nothing hidden."""
+        """Bytes of every file with this ending, by name, sorted; nothing hidden. Links to folders
+        are followed to shards: of a checkpoint's files what is found may be deleted."""
         found: dict[str, int] = {}
-        for top, files in self._folders():
+        for top, files in self._folders(links=ending.startswith(SHARD)):
             inside = Path(top).relative_to(self.path)
             for name in files:
                 if name.endswith(ending) and not name.startswith("."):
                     found[str(inside / name)] = os.stat(os.path.join(top, name)).st_size
         return dict(sorted(found.items()))
 
-    def _folders(self) -> Iterator[tuple[str, list[str]]]:
+    def _folders(self, *, links: bool) -> Iterator[tuple[str, list[str]]]:
         """Every folder with the names of its files. Once, by its own name rather than a link's:
         links may lead back."""
         known: set[str] = set()
         starts = [str(self.path)]
         while starts:
-            links: list[str] = []
+            linked: list[str] = []
             for start in starts:
                 for top, folders, files in os.walk(start):
                     folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -58,9 +59,9 @@ class Folder:
                         continue
                     known.add(real)
                     paths = [os.path.join(top, name) for name in folders]
-                    links += filter(os.path.islink, paths)
+                    linked += filter(os.path.islink, paths)
                     yield top, files
-            starts = links
+            starts = linked if links else []
 
     def modified(self, name: str) -> int | None:
         """When the file was last written, in nanoseconds; None if there is none."""
