@@ -134,13 +134,15 @@ def difference(theirs: Sequence[Point], ours: Sequence[Point]) -> str:
 def finetuning(points: Sequence[Point]) -> str:
     """Each pre-trained optimum, and whether a lower held-out loss goes with a lower error."""
     found: dict[tuple[str, float], list[tuple[Point, Point]]] = {}
+    names, lines, losses, errors = [], [], [], []
     for point in points:
         source = source_of(point, pretrained(points))
-        if source is not None:
+        if source is not None and (point.diverged or source.diverged):
+            lines.append(f"left out: {point.run} diverged")
+        elif source is not None:
             found.setdefault((source.model, source.epochs), []).append((source, point))
     if not found:
         return "no run is finished"
-    names, lines, losses, errors = [], [], [], []
     for (model, epochs), pairs in sorted(found.items(), key=lambda entry: entry[1][0][0].flops):
         names.append(f"{model} at {epochs:g} epochs")
         losses.append(statistics.fmean(source.loss for source, _ in pairs))

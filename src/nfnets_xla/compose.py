@@ -151,12 +151,13 @@ def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: 
     keys = [str(key) for key in params]
     asked, settings = options(name, arguments)
     words = [*(f"{key}={values}" for key, values in params.items()), *settings]
-    for override in OverridesParser.create().parse_overrides(words):
-        if override.is_sweep_override():
+    overrides = OverridesParser.create().parse_overrides(words)
+    for key, override in {each.key_or_group: each for each in overrides}.items():  # the last counts
+        if override.is_sweep_override() and key != "run_dir":
             if override.value_type != ValueType.GLOB_CHOICE_SWEEP:  # names of a group's files
-                refuse_shared(override.key_or_group, override.sweep_string_iterator())
-            if override.key_or_group not in keys:
-                keys.append(override.key_or_group)
+                refuse_shared(key, override.sweep_string_iterator())
+            if key not in keys:
+                keys.append(key)
     where = [] if asked.config_dir is None else [f"--config-dir={asked.config_dir}"]
     run_cell(Cell(to_run(config), keys, name, [*where, *given.overrides.task]), preemption)
 

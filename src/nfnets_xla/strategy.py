@@ -224,7 +224,8 @@ class SPMDStrategy(SingleDeviceStrategy):
             parameter: {key: gathered[f"{parameter}/{key}"] for key in entries}
             for parameter, entries in state["state"].items()
         }
-        return state
+        beside = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        return state | _gathered(beside)  # AdamW's count of updates
 
 
 def _to_host(module: nn.Module, optimizers: list[Optimizer]) -> None:

@@ -171,10 +171,11 @@ def _published(name: str, flops: float, hours: float, top1: float, compute: Comp
 
 def losses(points: Sequence[Point], compute: Compute) -> Chart:
     """Of each model the runs of the best rate; the law goes through the NFNets' frontier."""
-    kept = of_the_same_loss(points)
-    best = best_of_study(kept)
+    trained = pretrained(points)
+    kept = of_the_same_loss(trained)
+    best = best_of_study(kept or points)
     notes = [*compute.notes]
-    if others := models_without(points, kept):
+    if others := models_without(trained, kept):
         notes.append(f"left out: {others}, whose loss is another and compares with none here")
     curves: list[Curve] = []
     for model in by_size(best):
