@@ -58,6 +58,13 @@ def test_a_v4_core_has_the_peak_that_the_papers_core_hours_are_counted_with() ->
     assert DEVICES["v4"].peak_flops / DEVICES["v4"].cores == 137.5e12
 
 
+def test_half_a_v7_chip_is_a_device() -> None:
+    """Of 2307 TFLOP/s and 192 GiB, by Cloud TPU's documentation of TPU7x."""
+    v7 = DEVICES["v7"]
+    assert (2 * v7.peak_flops, 2 * v7.memory, v7.cores) == (2307e12, 192 * GIB, 1)
+    assert smallest_fsdp(60 * GIB, v7, 2) == 2
+
+
 def test_parameters_are_cut_as_little_as_fits() -> None:
     """In half of 32 GiB; five copies of parameters, for example."""
     v4 = DEVICES["v4"]

@@ -67,6 +67,7 @@ def test_what_costs_more_is_counted(recipe: list[str], capsys: pytest.CaptureFix
     [
         (["--chips", "3"], "data.batch_size is 16; it must be a multiple of the 3 devices"),
         (["--chips", "16", "--hardware", "v3"], "a multiple of the 32 devices of 16 v3 chips"),
+        (["--chips", "16", "--hardware", "v7"], "a multiple of the 32 devices of 16 v7 chips"),
         (["--hardware", "v9"], "hardware is 'v9'; it must be one of v2"),
         (["--mfu", "36"], "36 % is 0.36"),
         (["--chips", "4", "trainer.fsdp=3"], "trainer.fsdp is 3; it must divide the 4 devices"),

@@ -1,7 +1,7 @@
 """What an accelerator can do at most, its memory, and what its runtime has counted.
 
 Figures are the vendors' published ones, bfloat16 without sparsity. A "device" is what PyTorch
-sees as one: a chip on TPU v4, v5p and all later, a core on v2 and v3.
+sees as one: a chip on TPU v4 to v6e, a core on v2, v3 and v7.
 """
 
 import time
@@ -26,7 +26,7 @@ DEVICES = {
     "v5e": Device(197e12, 16 * GIB, 1),
     "v5p": Device(459e12, 95 * GIB, 2),
     "v6e": Device(918e12, 32 * GIB, 1),
-    "v7": Device(2307e12, 192 * GIB, 2),
+    "v7": Device(1153.5e12, 96 * GIB, 1),  # half a chip: TPU7x has no megacore
     "A100": Device(312e12, 80 * GIB, 1),
     "H100": Device(989e12, 80 * GIB, 1),
     "H200": Device(989e12, 141 * GIB, 1),

@@ -92,7 +92,7 @@ def reads(index: ShardIndex, held_out: ShardIndex | None, images: float) -> str:
 
 
 def devices_of(terms: Terms) -> int:
-    """What PyTorch sees of the chips: on v2 and v3 their cores."""
+    """What PyTorch sees of the chips: on v2, v3 and v7 their cores."""
     cores = account.cores_per_chip(terms.hardware) // account.device(terms.hardware).cores
     return terms.chips * cores
 

@@ -100,9 +100,10 @@ def test_sam_and_views() -> None:
 
 
 def test_chip_hours_and_money() -> None:
-    """A v4 chip has two cores, as a v3 chip has, and a v5e chip one."""
+    """A v4 chip has two cores, as a v3 chip and a v7 chip have, and a v5e chip one."""
     assert account.chip_hours(110e3, "v4") == 55e3
     assert account.chip_hours(210e3, "v3") == 105e3
+    assert account.chip_hours(1e3, "v7") == 500
     assert account.chip_hours(1e3, "v5e") == 1e3
     assert account.cost(110e3, "v4", price=3.0) == 165e3
 

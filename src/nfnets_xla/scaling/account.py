@@ -89,8 +89,8 @@ def core_peak(hardware: str) -> float:
 
 
 def cores_per_chip(hardware: str) -> int:
-    """Cores that are booked together: of v2 and v3 PyTorch sees each as a device of its own."""
-    return 2 if hardware in ("v2", "v3") else device(hardware).cores
+    """Cores that are booked together: of v2, v3 and v7 PyTorch sees each as a device of its own."""
+    return 2 if hardware in ("v2", "v3", "v7") else device(hardware).cores
 
 
 def core_hours(flops: float, hardware: str, *, mfu: float) -> float:
