@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
 import nfnets_xla
@@ -17,8 +18,10 @@ from nfnets_xla.cli import main
 from nfnets_xla.models.card import read_card, write_card
 from nfnets_xla.models.names import to_timm
 from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.timm_names import Sizes, timm_cfg
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, save_weights
+from nfnets_xla.predict import best
 
 CLASSES = 6
 
@@ -65,9 +68,9 @@ def test_timm_alone_loads_what_it_has(tmp_path: Path) -> None:
     assert torch.equal(ours(images), net(images))
 
 
-def test_a_card_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_card_of_a_run(tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
     net = trained("nfnet_mini_f0")
-    data = {"image_size": 32, "eval_image_size": 64, "batch_size": 8}
+    data = {"image_size": 32, "eval_image_size": 64, "eval_margin": 8, "batch_size": 8}
     identity = {"model": {"name": "nfnet_mini_f0"}, "num_classes": CLASSES, "seed": 0}
     identity |= {"data": data, "shards": "f" * 64}
     state = {"identity": identity, "seconds": 1.0}
@@ -79,6 +82,21 @@ def test_a_card_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert torch.equal(loaded(images), net(images))
     config = json.loads((tmp_path / "card" / "config.json").read_text())
     assert config["architecture"] == "xla_nfnet_mini_f0"
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'card'}", pretrained=True)
+    for seen in (loaded, theirs):  # as the run was evaluated, not as its variant is
+        found = resolve_model_data_config(seen, use_test_size=True)
+        assert tuple(found["input_size"]) == (3, 64, 64)
+        assert int(64 / found["crop_pct"]) == 64 + 8
+        assert tuple(resolve_model_data_config(seen)["input_size"]) == (3, 32, 32)
+    assert "resized to 72 px, 64 px cropped" in (tmp_path / "card" / "card.md").read_text()
+    main(["predict", f"local-dir:{tmp_path / 'card'}", picture])
+    said = capsys.readouterr().out
+    main(["predict", "nfnet_mini_f0", picture, "--weights", str(tmp_path / "run")])
+    assert capsys.readouterr().out == said
+    with Image.open(picture) as image:
+        pixels = np.array(image)
+    shown = [f"{share:6.1%}  {label}" for label, share in best(loaded, pixels, Sizes(32, 64, 8), 5)]
+    assert [line.strip() for line in said.splitlines()[1:]] == [line.strip() for line in shown]
     with pytest.raises(SystemExit):  # never over another
         main(["checkpoint", "card", str(tmp_path / "run"), str(tmp_path / "card")])
     assert "exists" in capsys.readouterr().err
@@ -132,6 +150,7 @@ def test_mistakes_are_one_line(
         assert part in error
         assert error.count("\n") == 1
     config = {"num_classes": 3, "nfnets_xla": {"model": "x", "in_chans": 3}}
+    config |= {"pretrained_cfg": timm_cfg("nfnet_f0", VARIANTS["nfnet_f0"])}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="holds no"):
         read_card(f"local-dir:{tmp_path}")

@@ -10,6 +10,7 @@ from nfnets_xla.models.card import write_card
 from nfnets_xla.models.convert import TARGETS, convert_weights
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
+from nfnets_xla.models.timm_names import Sizes
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.record import has_record, read_record
@@ -115,19 +116,20 @@ def card(given: Any) -> None:
         raise ValueError(f"{found} is of {name}: cards are of NFNets")
     net = NFNet(VARIANTS[name], num_classes=identity["num_classes"])
     load_into(net, found.tensors(form), source=str(found))
-    size, test = identity["data"]["image_size"], identity["data"]["eval_image_size"]
+    data = identity["data"]
+    sizes = Sizes.of_run(data)
     facts = {
         "parameters": f"{sum(p.numel() for p in net.parameters()):,}",
-        "cost": f"{net.macs(test) / 1e9:.3f} GMACs at {test} px",
+        "cost": f"{net.macs(sizes.test) / 1e9:.3f} GMACs at {sizes.test} px",
         "classes": identity["num_classes"],
-        "trained at": f"{size} px, {found.step:,} updates of {identity['data']['batch_size']} rows",
+        "trained at": f"{sizes.train} px, {found.step:,} updates of {data['batch_size']} rows",
         "weights": "their moving average" if form == "ema" else "of the last update",
         **held_out(Path(given.where), found.step, given.weights),
         "shards": f"fingerprint {identity['shards']}",
         "recipe": found.state.get("recipe", "")[:16],
         **found.state.get("versions", {}),
     }
-    write_card(net, name, given.folder, facts, provenance=f"{name}, update {found.step}")
+    write_card(net, name, given.folder, facts, f"{name}, update {found.step}", sizes)
     print(f"{given.folder}: {name}, {identity['num_classes']} classes, from {found}")
 
 

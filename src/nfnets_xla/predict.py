@@ -4,7 +4,8 @@
     nfnets-xla predict nfnet_f0 --weights RUN cat.jpg     # a run's, or a file's
     nfnets-xla predict local-dir:CARD cat.jpg             # of `checkpoint card`
 
-A picture is resized and cropped as for evaluation, and seen in float32.
+A picture is resized and cropped as the run did for its evaluations, or as the public weights were
+evaluated, and seen in float32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,11 +20,10 @@ from nfnets_xla.data.decode import decode
 from nfnets_xla.models.names import classes_in
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.registry import create_network, split_tag
+from nfnets_xla.models.timm_names import Sizes, sizes_of_cfg
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.shards_cli import Parser
 from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
-
-MARGIN = 32  # pixels: NF A.1
 
 
 def predict(arguments: Sequence[str]) -> None:
@@ -31,38 +31,43 @@ def predict(arguments: Sequence[str]) -> None:
     if given.top < 1 or (given.size is not None and given.size < 32):
         raise ValueError(f"--top is {given.top} and --size {given.size}; at least 1 and 32")
     pictures = [(path, _read(path)) for path in given.image]  # refuse before weights are fetched
-    net = load(given.model, given.weights, given.ema)
-    size = given.size or net.variant.test_size
+    net, sizes = load(given.model, given.weights, given.ema)
+    sizes = sizes._replace(test=given.size or sizes.test)
     names = class_names(net.num_classes)
     for path, pixels in pictures:
         print(path)
-        for label, share in best(net, pixels, size, given.top):
+        for label, share in best(net, pixels, sizes, given.top):
             print(f"  {share:6.1%}  {label}{f'  {names[label]}' if names else ''}")
 
 
-def load(name: str, weights: str | None, ema: bool) -> NFNet:
-    """The network in evaluation mode. ValueError for weights of another model, and for none."""
+def load(name: str, weights: str | None, ema: bool) -> tuple[NFNet, Sizes]:
+    """The network in evaluation mode, and its images' sizes.
+
+    ValueError for weights of another model, and for none.
+    """
+    data = None
     if name.startswith("local-dir:"):
         net = create_network(name)
     elif weights is not None:
-        state, source = checkpoint.weights(weights, "ema" if ema else "raw")
+        found = checkpoint.find_weights(weights, "ema" if ema else "raw")
+        state, data = found.tensors(), found.of and found.of.state["identity"]["data"]
         classes = classes_in(state)
         if not classes:
-            raise ValueError(f"{source} has no classifier: give weights that have one")
+            raise ValueError(f"{found.source} has no classifier: give weights that have one")
         net = create_network(name, num_classes=classes)
-        load_into(net, state, source=source)
+        load_into(net, state, source=found.source)
     else:
         _, tag = split_tag(name)
         if tag is None:
             raise ValueError(f"{name} has no weights: give --weights, or {name}.dm_in1k")
         net = create_network(name, pretrained=True)
     assert isinstance(net, NFNet)
-    return net.eval()
+    return net.eval(), Sizes.of_run(data) if data else sizes_of_cfg(net.pretrained_cfg)
 
 
-def best(net: NFNet, pixels: Any, size: int, top: int) -> Iterator[tuple[int, float]]:
+def best(net: NFNet, pixels: Any, sizes: Sizes, top: int) -> Iterator[tuple[int, float]]:
     """(class, probability), the most probable first."""
-    view_HWC = torch.from_numpy(eval_view(pixels, size=size, margin=MARGIN)).float()
+    view_HWC = torch.from_numpy(eval_view(pixels, size=sizes.test, margin=sizes.margin)).float()
     image_CHW = ((view_HWC - torch.tensor(MEAN_RGB)) / torch.tensor(STDDEV_RGB)).permute(2, 0, 1)
     with torch.inference_mode():
         shares_K = net(image_CHW[None])[0].softmax(0)
@@ -93,6 +98,6 @@ def parser() -> Parser:
     made.add_argument("image", nargs="+", help="file of a picture")
     made.add_argument("--weights", help="a run's folder, a checkpoint or a file of weights")
     made.add_argument("--ema", action="store_true", help="of a run: the moving average")
-    made.add_argument("--size", type=int, help="pixels; what the model is tested at if not given")
+    made.add_argument("--size", type=int, help="pixels; if not given, what the evaluations had")
     made.add_argument("--top", type=int, default=5, help="so many classes")
     return made

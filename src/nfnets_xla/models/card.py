@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from nfnets_xla.models.names import to_timm
 from nfnets_xla.models.nfnet import NFNet
-from nfnets_xla.models.timm_names import PREFIX, timm_cfg
+from nfnets_xla.models.timm_names import PREFIX, Sizes, sized_cfg, sizes_of_cfg, timm_cfg
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, save_tensors
 
@@ -26,15 +26,22 @@ OF_TIMM = {f"nfnet_f{number}": f"dm_nfnet_f{number}" for number in range(7)}
 
 
 def write_card(
-    net: NFNet, name: str, folder: Path, facts: Mapping[str, Any], provenance: str
+    net: NFNet,
+    name: str,
+    folder: Path,
+    facts: Mapping[str, Any],
+    provenance: str,
+    sizes: Sizes | None = None,
 ) -> None:
-    """All of it or nothing. `facts` are what a person is told. ValueError if `folder` exists."""
+    """All of it or nothing. `facts` are what a person is told, `sizes` those of the run, or the
+    variant's. ValueError if `folder` exists."""
     if folder.exists():
         raise ValueError(f"{folder} exists: name a folder that does not")
     if not folder.parent.is_dir():
         raise ValueError(f"{folder.parent} is not a folder; make it first")
     in_timm = name in OF_TIMM and not net.variant.dense_remainder
-    cfg = timm_cfg(name, net.variant)
+    sizes = sizes or Sizes(net.variant.train_size, net.variant.test_size)
+    cfg = timm_cfg(name, net.variant) | sized_cfg(sizes)
     cfg["num_classes"] = net.num_classes
     for key in ("hf_hub_id", "license"):  # those of the public weights
         cfg.pop(key, None)
@@ -55,20 +62,21 @@ def write_card(
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_tensors(tensors, made / WEIGHTS, describe(net, name, provenance))
         (made / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        (made / CARD).write_text(_page(name, architecture, facts), encoding="utf-8")
+        (made / CARD).write_text(_page(name, architecture, facts, sizes), encoding="utf-8")
         made.rename(folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def read_card(name: str) -> tuple[str, dict[str, Any], Path]:
-    """(model, options, weights) of "local-dir:FOLDER". ValueError for any other folder."""
+def read_card(name: str) -> tuple[str, dict[str, Any], Path, Sizes]:
+    """(model, options, weights, sizes) of "local-dir:FOLDER". ValueError for any other folder."""
     folder = Path(name.removeprefix(SCHEME))
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         ours = config["nfnets_xla"]
         model = ours["model"]
         options = {"num_classes": int(config["num_classes"]), "in_chans": int(ours["in_chans"])}
+        sizes = sizes_of_cfg(config["pretrained_cfg"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"it has no {CONFIG}" if isinstance(error, OSError) else f"{CONFIG}: {error}"
         raise ValueError(
@@ -76,10 +84,10 @@ def read_card(name: str) -> tuple[str, dict[str, Any], Path]:
         ) from None
     if model not in VARIANTS or not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} is of model {model!r}, and holds no {WEIGHTS}: write it anew")
-    return model, options, folder / WEIGHTS
+    return model, options, folder / WEIGHTS, sizes
 
 
-def _page(name: str, architecture: str, facts: Mapping[str, Any]) -> str:
+def _page(name: str, architecture: str, facts: Mapping[str, Any], sizes: Sizes) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"""# {name}
 
@@ -93,6 +101,7 @@ def _page(name: str, architecture: str, facts: Mapping[str, Any]) -> str:
     import timm, nfnets_xla
     net = timm.create_model("local-dir:THIS_FOLDER", pretrained=True)   # {architecture}
 
-Images: RGB, both sides resized to the test size + 32, cropped in the centre, normalised with
-ImageNet's mean and deviation; `timm.data.resolve_model_data_config(net)` has the numbers.
+Images: RGB, both sides resized to {sizes.test + sizes.margin} px, {sizes.test} px cropped in
+the centre, normalised with ImageNet's mean and deviation;
+`timm.data.resolve_model_data_config(net)` has the numbers.
 """

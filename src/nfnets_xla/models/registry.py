@@ -21,7 +21,7 @@ from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import VITS, Peer, create_peer, is_peer
 from nfnets_xla.models.pretrained import fetch_pretrained
 from nfnets_xla.models.published import HAIKU_TAG, IMAGENET, TAG, TIMM_TOP1, TRANSFERRED
-from nfnets_xla.models.timm_names import timm_cfg
+from nfnets_xla.models.timm_names import sized_cfg, timm_cfg
 from nfnets_xla.models.variants import VARIANTS, Variant
 from nfnets_xla.models.weights import load_checkpoint, load_into
 
@@ -111,7 +111,7 @@ def _of_card(
     other_weights: object,
     options: dict[str, Any],
 ) -> NFNet:
-    model, its, file = read_card(name)
+    model, its, file, sizes = read_card(name)
     if other_weights:
         raise ValueError(f"{name} has its own weights: leave out pretrained and checkpoint_path")
     if in_chans not in (None, its["in_chans"]):
@@ -119,7 +119,7 @@ def _of_card(
     classes = its["num_classes"] if num_classes is None else num_classes
     chosen: dict[str, Any] = its | {"num_classes": classes} | options
     net = NFNet(VARIANTS[model], **chosen)
-    net.pretrained_cfg = timm_cfg(model, net.variant)
+    net.pretrained_cfg = timm_cfg(model, net.variant) | sized_cfg(sizes)
     load_into(net, load_checkpoint(file), source=name, allow_new_head=True)
     return net
 

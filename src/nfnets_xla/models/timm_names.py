@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nfnets_xla.models.published import IMAGENET, TAG
 from nfnets_xla.models.variants import VARIANTS, Variant
@@ -25,6 +25,20 @@ if TYPE_CHECKING:  # torch is timm's to load
 PREFIX = "xla_"
 TIMM = "timm.models"
 MARGIN = 32  # pixels: DeepMind resizes both sides to size + 32 for evaluation
+
+
+class Sizes(NamedTuple):
+    """Of images, in pixels: how a network is trained and evaluated."""
+
+    train: int
+    test: int
+    margin: int = MARGIN  # both sides are resized to test + margin, then cropped
+
+    @classmethod
+    def of_run(cls, data: Mapping[str, Any]) -> "Sizes":
+        """By its configuration's `data`."""
+        return cls(data["image_size"], data["eval_image_size"], data["eval_margin"])
+
 
 default_cfgs: dict[str, Any] = {}  # read by timm's registry, which takes them from this module
 
@@ -78,11 +92,7 @@ def timm_cfg(name: str, variant: Variant) -> dict[str, Any]:
     return {
         **(found if name in IMAGENET else {}),
         "num_classes": 1000,
-        "input_size": (3, variant.train_size, variant.train_size),
-        "test_input_size": (3, variant.test_size, variant.test_size),
-        "pool_size": (-(-variant.train_size // 32),) * 2,
-        "crop_pct": _crop_share(variant.train_size),
-        "test_crop_pct": _crop_share(variant.test_size),
+        **sized_cfg(Sizes(variant.train_size, variant.test_size)),
         "crop_mode": "squash",
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
@@ -92,9 +102,27 @@ def timm_cfg(name: str, variant: Variant) -> dict[str, Any]:
     }
 
 
-def _crop_share(size: int) -> float:
-    """Of size + 32, which timm gets back by dividing and rounding down: hence a little less."""
-    return size / (size + MARGIN) * (1 - 1e-9)
+def sized_cfg(sizes: Sizes) -> dict[str, Any]:
+    """What of it depends on the images' sizes."""
+    return {
+        "input_size": (3, sizes.train, sizes.train),
+        "test_input_size": (3, sizes.test, sizes.test),
+        "pool_size": (-(-sizes.train // 32),) * 2,
+        "crop_pct": _crop_share(sizes.train, sizes.margin),
+        "test_crop_pct": _crop_share(sizes.test, sizes.margin),
+    }
+
+
+def sizes_of_cfg(cfg: Mapping[str, Any]) -> Sizes:
+    """The inverse of `sized_cfg`."""
+    train, test = int(cfg["input_size"][-1]), int(cfg["test_input_size"][-1])
+    return Sizes(train, test, int(test / cfg["test_crop_pct"]) - test)
+
+
+def _crop_share(size: int, margin: int) -> float:
+    """Of the resized side, which timm gets back by dividing and rounding down: hence a little
+    less."""
+    return size / (size + margin) * (1 - 1e-9)
 
 
 def _entrypoint(name: str) -> "Callable[..., nn.Module]":
