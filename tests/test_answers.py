@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from nfnets_xla.answers import Answers
@@ -16,6 +17,7 @@ from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.registry import create_network
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, save_weights
 from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
@@ -134,3 +136,14 @@ def test_the_surest_errors_come_first() -> None:
     assert answers.surest_errors(2).tolist() == [2, 3]
     assert answers.confusions()[0] == {"class": 2, "taken_for": 1, "images": 2}
     assert answers.per_class()[2] == {"class": 2, "images": 2, "top1": 0.0, "top5": 0.5}
+
+
+def test_a_peers_classes_are_those_of_its_weights(
+    held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many as it was trained with, of which the held-out labels may lack the last."""
+    name = "vit_mini_d3_4"
+    net = create_network(name, num_classes=CLASSES + 5, image_size=SIZE)
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    main([*command(tmp_path / "net.safetensors", held_out, tmp_path / "run"), f"model.name={name}"])
+    assert "net.safetensors: loss" in capsys.readouterr().out

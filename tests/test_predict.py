@@ -18,6 +18,7 @@ from nfnets_xla.cli import main
 from nfnets_xla.models.card import read_card, write_card
 from nfnets_xla.models.names import to_timm
 from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.registry import create_network
 from nfnets_xla.models.timm_names import Sizes, timm_cfg
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, save_weights
@@ -130,6 +131,32 @@ def test_predictions_are_the_models(
     assert float(lines[1].split()[0].rstrip("%")) == pytest.approx(
         100 * float(shares.max()), abs=1.0
     )
+
+
+def test_a_peer_of_a_run_says_what_it_sees(
+    tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the run's two sizes, of which the first decides its embedding of places."""
+    name = "vit_mini_d3_4"
+    net = create_network(name, num_classes=CLASSES, image_size=64, eval_image_size=48).eval()
+    identity = {"model": {"name": name}, "num_classes": CLASSES}
+    identity |= {"data": {"image_size": 64, "eval_image_size": 48, "eval_margin": 8}}
+    tensors = dict(net.state_dict())
+    checkpoint.save(tmp_path / "run", 5, {"model": tensors}, {"identity": identity})
+    main(["predict", name, picture, "--weights", str(tmp_path / "run")])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    with Image.open(picture) as image:
+        shares = best(net, np.array(image), Sizes(64, 48, 8), 5)
+    assert [int(line.split()[1]) for line in lines] == [label for label, _ in shares]
+    torch.save(tensors, tmp_path / "net.pt")
+    for words, part in (
+        ([], f"{name} has no weights here: give --weights RUN"),
+        (["--weights", f"{tmp_path}/net.pt"], f"does not say for which size of images {name} was"),
+        (["--weights", f"{tmp_path}/run", "--size", "50"], f"{name} for images of 64 px does not"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["predict", name, picture, *words])
+        assert part in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(

@@ -15,7 +15,7 @@ from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.inputs import check_cache, count_classes, make_eval_batches, open_index
 from nfnets_xla.missed import Missed
-from nfnets_xla.models.names import classes_in
+from nfnets_xla.models import registry
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network
 from nfnets_xla.models.weights import load_into
@@ -95,7 +95,7 @@ def trained(run: Run, held_out: ShardIndex) -> tuple[Network, str, int]:
         raise ValueError("model.init_from is not set; it must name the weights to evaluate")
     weights, source = checkpoint.weights(run.model.init_from, run.model.init_weights)
     if run.data.num_classes is None:
-        num_classes = max(num_classes, classes_in(weights))
+        num_classes = max(num_classes, registry.count_classes(name, weights))
     options: dict[str, Any] = {"num_classes": num_classes, **sized}
     net = create_network(name, **options)
     load_into(net, weights, source=source)

@@ -1,7 +1,7 @@
 """`nfnets-xla predict MODEL IMAGE...`: what a model says of pictures.
 
     nfnets-xla predict nfnet_f0.dm_in1k cat.jpg dog.png   # public weights
-    nfnets-xla predict nfnet_f0 --weights RUN cat.jpg     # a run's, or a file's
+    nfnets-xla predict nfnet_f0 --weights RUN cat.jpg     # a run's, or a file's; of peers, a run's
     nfnets-xla predict local-dir:CARD cat.jpg             # of `checkpoint card`
 
 A picture is resized and cropped as the run did for its evaluations, or as the public weights were
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from nfnets_xla import checkpoint
+from nfnets_xla.checkpoint import Weights
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
-from nfnets_xla.models.names import classes_in
 from nfnets_xla.models.nfnet import NFNet
-from nfnets_xla.models.registry import create_network, split_tag
+from nfnets_xla.models.peers import is_peer
+from nfnets_xla.models.registry import Network, count_classes, create_network, split_tag
 from nfnets_xla.models.timm_names import Sizes, sizes_of_cfg
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.shards_cli import Parser
@@ -31,7 +32,7 @@ def predict(arguments: Sequence[str]) -> None:
     if given.top < 1 or (given.size is not None and given.size < 32):
         raise ValueError(f"--top is {given.top} and --size {given.size}; at least 1 and 32")
     pictures = [(path, _read(path)) for path in given.image]  # refuse before weights are fetched
-    net, sizes = load(given.model, given.weights, given.ema)
+    net, sizes = load(given.model, given.weights, given.ema, given.size)
     sizes = sizes._replace(test=given.size or sizes.test)
     names = class_names(net.num_classes)
     for path, pixels in pictures:
@@ -40,32 +41,52 @@ def predict(arguments: Sequence[str]) -> None:
             print(f"  {share:6.1%}  {label}{f'  {names[label]}' if names else ''}")
 
 
-def load(name: str, weights: str | None, ema: bool) -> tuple[NFNet, Sizes]:
-    """The network in evaluation mode, and its images' sizes.
+def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[Network, Sizes]:
+    """The network in evaluation mode, and its images' sizes without `size`, which it must take.
 
     ValueError for weights of another model, and for none.
     """
-    data = None
+    sizes = None
     if name.startswith("local-dir:"):
         net = create_network(name)
     elif weights is not None:
-        found = checkpoint.find_weights(weights, "ema" if ema else "raw")
-        state, data = found.tensors(), found.of and found.of.state["identity"]["data"]
-        classes = classes_in(state)
-        if not classes:
-            raise ValueError(f"{found.source} has no classifier: give weights that have one")
-        net = create_network(name, num_classes=classes)
-        load_into(net, state, source=found.source)
+        net, sizes = of_weights(
+            name, checkpoint.find_weights(weights, "ema" if ema else "raw"), size
+        )
+    elif is_peer(name):
+        raise ValueError(f"{name} has no weights here: give --weights RUN")
     else:
         _, tag = split_tag(name)
         if tag is None:
             raise ValueError(f"{name} has no weights: give --weights, or {name}.dm_in1k")
         net = create_network(name, pretrained=True)
-    assert isinstance(net, NFNet)
-    return net.eval(), Sizes.of_run(data) if data else sizes_of_cfg(net.pretrained_cfg)
+    if sizes is None:
+        assert isinstance(net, NFNet)
+        sizes = sizes_of_cfg(net.pretrained_cfg)
+    return net.eval(), sizes
 
 
-def best(net: NFNet, pixels: Any, sizes: Sizes, top: int) -> Iterator[tuple[int, float]]:
+def of_weights(name: str, found: Weights, size: int | None) -> tuple[Network, Sizes | None]:
+    """And the sizes of the run that they are of. A peer is made for them."""
+    state = found.tensors()
+    classes = count_classes(name, state)
+    if not classes:
+        raise ValueError(f"{found.source} has no classifier: give weights that have one")
+    sizes = None if found.of is None else Sizes.of_run(found.of.state["identity"]["data"])
+    options: dict[str, Any] = {"num_classes": classes}
+    if is_peer(name):
+        if sizes is None:
+            raise ValueError(
+                f"{found.source} does not say for which size of images {name} was made: give "
+                "--weights a run's folder or a checkpoint"
+            )
+        options |= {"image_size": sizes.train, "eval_image_size": size or sizes.test}
+    net = create_network(name, **options)
+    load_into(net, state, source=found.source)
+    return net, sizes
+
+
+def best(net: Network, pixels: Any, sizes: Sizes, top: int) -> Iterator[tuple[int, float]]:
     """(class, probability), the most probable first."""
     view_HWC = torch.from_numpy(eval_view(pixels, size=sizes.test, margin=sizes.margin)).float()
     image_CHW = ((view_HWC - torch.tensor(MEAN_RGB)) / torch.tensor(STDDEV_RGB)).permute(2, 0, 1)

@@ -18,6 +18,7 @@ from nfnets_xla.models.names import (
     to_timm,
 )
 from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.registry import count_classes, create_network
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import load_into
 from tests.fixtures import deepmind
@@ -29,6 +30,9 @@ def test_classes_are_counted_in_anybodys_names() -> None:
     haiku = {name: torch.from_numpy(array) for name, array in to_haiku(net).items()}
     states = (net.state_dict(), to_timm(net), haiku, headless.state_dict())
     assert [*map(classes_in, states)] == [7, 7, 7, 0]
+    for peer in ("vit_mini_d3_4", "timm/test_resnet", "timm/test_efficientnet"):
+        assert count_classes(peer, create_network(peer, num_classes=7).state_dict()) == 7
+    assert count_classes("nfnet_mini_f0", net.state_dict()) == 7
 
 
 def test_haiku_parameters_survive_the_round_trip() -> None:

@@ -122,9 +122,11 @@ def in_our_names(net: NFNet, state: Mapping[str, Tensor], source: str) -> Mappin
     return state
 
 
-def classes_in(state: Mapping[str, Tensor]) -> int:
-    """How many a state dict's classifier knows, whoever named it; 0 if it has none."""
-    biases = (HEAD[1], "head.fc.bias", "NFNet.linear.b")
+def classes_in(state: Mapping[str, Tensor], classifier: str = "head") -> int:
+    """How many a state dict's classifier knows, whoever named it; 0 if it has none.
+
+    `classifier` is what the network calls it: NFNets "head", peers by many names."""
+    biases = (f"{classifier}.bias", "head.fc.bias", "NFNet.linear.b")
     return next((state[name].numel() for name in biases if name in state), 0)
 
 

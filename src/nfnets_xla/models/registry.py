@@ -7,16 +7,16 @@ A name may carry a tag for its weights (`nfnet_f3.dm_in1k`), `timm/<name>` is an
 import difflib
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nfnets_xla.models.card import SCHEME, read_card
 from nfnets_xla.models.formats import read_weights
-from nfnets_xla.models.names import in_our_names
+from nfnets_xla.models.names import classes_in, in_our_names
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import VITS, Peer, create_peer, is_peer
 from nfnets_xla.models.pretrained import fetch_pretrained
@@ -135,6 +135,14 @@ def load_pretrained(net: NFNet, name: str, tag: str | None) -> bool:
         first = adapt_input_conv(net.in_chans, state["stem.0.weight"])
         state["stem.0.weight"] = first
     return load_into(net, state, source=str(path), allow_new_head=True)
+
+
+def count_classes(name: str, state: Mapping[str, Tensor]) -> int:
+    """How many the classifier of a state dict of this model knows; 0 if it has none."""
+    if not is_peer(name):
+        return classes_in(state)
+    with torch.device("meta"):
+        return classes_in(state, create_network(name).classifier_name)
 
 
 def split_tag(name: str) -> tuple[str, str | None]:
