@@ -1,5 +1,6 @@
 """Which networks a run trains, and what of them is new."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nfnets_xla import network
+from nfnets_xla.backend import Backend, open_backend
 from nfnets_xla.compose import composed, to_run
+from nfnets_xla.config import TrainerConfig
 from nfnets_xla.models import registry
 from nfnets_xla.models.names import to_timm
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import VARIANTS
-from nfnets_xla.network import initial_weights, make_model
+from nfnets_xla.network import initial_weights, make_model, put_on_device
 
 
 def made(num_classes: int, *settings: str) -> tuple[Any, list[str]]:
@@ -45,3 +49,25 @@ def test_a_bias_is_given_to_a_new_classifier_alone(
     assert new.head.bias.tolist() == [-10] * 5
     assert torch.equal(new.final_conv.weight, public.get_parameter("final_conv.weight"))
     assert said == ["public weights nfnet_f0.dm_in1k (new classifier)"]
+
+
+def test_an_evaluation_asks_the_devices_for_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parameters once, and its own batch: 18 rows do not fit on 4 devices, 8 do."""
+    asked: list[int] = []
+
+    def four(trainer: TrainerConfig, kept_bytes: int) -> Backend:
+        asked.append(kept_bytes)
+        return replace(open_backend(trainer), num_devices=4)
+
+    monkeypatch.setattr(network, "open_backend", four)
+    given = ["model.name=nfnet_mini_f0", "model.init_from=W", "data.eval_shards=S"]
+    batches = ["data.batch_size=18", "data.eval_batch_size=8", "trainer.device=cpu"]
+    run = to_run(composed("evaluate", [*given, *batches]))
+    net = NFNet(VARIANTS["nfnet_mini_f0"])
+    put_on_device(net, run, trains=False)
+    assert asked == [4 * sum(p.numel() for p in net.parameters())]
+    with pytest.raises(ValueError, match=r"data\.batch_size is 18"):
+        put_on_device(net, run)
+    run.data.eval_batch_size = 18
+    with pytest.raises(ValueError, match=r"data\.eval_batch_size is 18"):
+        put_on_device(net, run, trains=False)

@@ -39,7 +39,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     check_cache(run)
     held_out = open_index(run, run.data.eval_shards)
     net, source, num_classes = trained(run, held_out)
-    backend = put_on_device(net, run)
+    backend = put_on_device(net, run, trains=False)
     task = make_task(net, run, backend, torch.float32)
     hosts = backend.hosts
     dataset = make_eval_batches(run, held_out, num_classes, hosts)

@@ -71,13 +71,15 @@ def make_model(run: Run, num_classes: int, initial: Weights | None, say: Say) ->
     return net
 
 
-def put_on_device(net: Network, run: Run) -> Backend:
+def put_on_device(net: Network, run: Run, *, trains: bool = True) -> Backend:
     """The device of the run, opened for `net`, which takes the form it is run in there.
 
-    ValueError for batches that the devices cannot share equally.
+    What only evaluates keeps the parameters alone. ValueError for batches that the devices cannot
+    share equally.
     """
-    backend = open_backend(run.trainer, 4 * kept_copies(run.optim) * count_parameters(net))
-    for key in ("batch_size", "eval_batch_size"):
+    copies = kept_copies(run.optim) if trains else 1
+    backend = open_backend(run.trainer, 4 * copies * count_parameters(net))
+    for key in ("batch_size", "eval_batch_size") if trains else ("eval_batch_size",):
         rows = getattr(run.data, key)
         if rows % backend.num_devices:
             raise ValueError(
