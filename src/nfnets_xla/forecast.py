@@ -16,7 +16,14 @@ from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shard
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network
 from nfnets_xla.scaling import account
-from nfnets_xla.steps import describe_ascent, kept_copies, make_passes, make_schedule, saved_copies
+from nfnets_xla.steps import (
+    ascent_share,
+    describe_ascent,
+    kept_copies,
+    make_passes,
+    make_schedule,
+    saved_copies,
+)
 
 FLOAT32 = 4  # bytes of each number that is kept
 
@@ -55,8 +62,8 @@ def forecast(run: Run, terms: Terms) -> list[Line]:
     parameters = sum(parameter.numel() for parameter in net.parameters())
     rows, size = order.num_steps * run.data.batch_size, run.data.image_size
     read = account.images_drawn(rows, run.data.repeats)
-    fraction = 0.0 if run.optim.sam_rho is None else passes.effective_fraction
-    training = account.train_flops(net.macs(size), rows, sam_fraction=fraction)
+    share = ascent_share(run, passes)
+    training = account.train_flops(net.macs(size), rows, sam_fraction=share)
     evaluating = evaluation_flops(run, net, order.num_steps, held_out and held_out.num_samples)
     sam = "" if run.optim.sam_rho is None else f"; SAM ascends on {describe_ascent(passes)}"
     return [

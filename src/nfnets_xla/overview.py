@@ -79,7 +79,7 @@ def overview(record: RunRecord, folder: Path, name: str) -> Overview:
         flops=train_flops(
             header["macs_per_image"],
             steps * config["data"]["batch_size"],
-            sam_fraction=ascent_share(config),
+            sam_fraction=ascent_share(header),
         ),
         seconds=record.seconds,
         lost_seconds=record.seconds_lost,

@@ -52,6 +52,11 @@ def kept_copies(optim: OptimConfig) -> int:
     return saved_copies(optim) + 1 + (optim.sam_rho is not None)
 
 
+def ascent_share(run: Run, passes: Passes) -> float:
+    """Of each batch that SAM computes twice, in whole images; 0 without SAM."""
+    return 0.0 if run.optim.sam_rho is None else passes.effective_fraction
+
+
 def describe_ascent(passes: Passes) -> str:
     """The share of a batch that the ascent really sees, in words."""
     parts = f" in each of {passes.microbatches} microbatches" if passes.microbatches > 1 else ""
@@ -61,9 +66,9 @@ def describe_ascent(passes: Passes) -> str:
     )
 
 
-def train_flops(net: Network, run: Run, ascent_fraction: float) -> tuple[float, float]:
+def train_flops(net: Network, run: Run, passes: Passes) -> tuple[float, float]:
     """Of a view's training: what it needs, and what is computed for it to save memory."""
-    fraction = 0.0 if run.optim.sam_rho is None else ascent_fraction
+    fraction = ascent_share(run, passes)
     needed = account.train_flops(net.macs(run.data.image_size), 1, sam_fraction=fraction)
     if not run.model.recompute or not isinstance(net, NFNet):
         return needed, needed

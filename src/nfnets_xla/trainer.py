@@ -92,7 +92,7 @@ def make_monitor(
         log_every=run.trainer.log_every,
         batch_size=run.data.batch_size,
         trace=trace,
-        peaks=Peaks(backend.peak_flops, *train_flops(net, run, passes.effective_fraction)),
+        peaks=Peaks(backend.peak_flops, *train_flops(net, run, passes)),
         totals=backend.report,
         lost_seconds=lost_seconds,
     )

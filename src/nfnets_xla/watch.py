@@ -24,6 +24,7 @@ from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.resume import RunState, installed
 from nfnets_xla.saves import Saves
 from nfnets_xla.skips import Skips
+from nfnets_xla.steps import ascent_share
 from nfnets_xla.task import Batch
 from nfnets_xla.trainer import make_monitor
 
@@ -140,6 +141,7 @@ def header(ready: Ready) -> dict[str, Any]:
         "parameters": count_parameters(net),
         "stacked": is_stacked(net),
         "macs_per_image": net.macs(run.data.image_size),
+        "ascent_share": ascent_share(run, plan.passes),
         "device_kind": backend.device_kind,
         "num_devices": backend.num_devices,
         "hosts": backend.hosts.count,

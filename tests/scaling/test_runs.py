@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nfnets_xla.overview import overviews
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.scaling import runs
 from tests.scaling.made_runs import BATCH, header, write_diverged, write_run
@@ -121,6 +122,17 @@ def test_fine_tuned_runs_name_their_source(tmp_path: Path) -> None:
     assert runs.source_of(points[0], points) is None
     assert [point.run for point in runs.pretrained(points)] == ["f0-1", "f0-11"]
     assert tuned.flops == 2 * points[0].flops  # SAM's second gradient
+
+
+def test_sam_costs_the_share_that_was_computed(tmp_path: Path) -> None:
+    """A fifth of 2 images of a stream is one of them; the header has it, older ones do not."""
+    optim = {"sam_rho": 0.05, "sam_ascent_fraction": 0.2}
+    write_run(tmp_path / "new", loss=1, optim=optim, ascent_share=0.5)
+    write_run(tmp_path / "old", loss=1, optim=optim)
+    write_run(tmp_path / "plain", loss=1, ascent_share=0.0)
+    (new, old, plain), _ = runs.read_points(tmp_path)
+    assert (new.flops, old.flops) == pytest.approx((1.5 * plain.flops, 1.2 * plain.flops))
+    assert [row.flops for row in overviews(tmp_path)] == [new.flops, old.flops, plain.flops]
 
 
 def test_the_best_rate_of_a_cell_is_that_of_the_lowest_mean_loss(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def read_point(record: RunRecord, name: str) -> Point:
         batch_size=data["batch_size"],
         repeats=data["repeats"],
         rows=rows,
-        flops=train_flops(macs, rows, sam_fraction=ascent_share(config)),
+        flops=train_flops(macs, rows, sam_fraction=ascent_share(header)),
         device_kind=header["device_kind"],
         devices=header["num_devices"],
         typical_seconds=rows / statistics.median(speeds) if speeds else None,
@@ -189,9 +189,13 @@ def absolute_rate(config: Row) -> float:
     return optim["peak_lr"] * (batch_size / reference if reference else 1.0)
 
 
-def ascent_share(config: Row) -> float:
-    """Of each batch that SAM computes twice; 0 without SAM."""
-    optim = config["optim"]
+def ascent_share(header: Row) -> float:
+    """Of each batch that SAM computes twice; 0 without SAM.
+
+    In whole images, as the run wrote it; records of older runs have only what was asked for."""
+    if "ascent_share" in header:
+        return header["ascent_share"]
+    optim = header["config"]["optim"]
     return 0.0 if optim["sam_rho"] is None else optim.get("sam_ascent_fraction", 1.0)
 
 
