@@ -66,11 +66,21 @@ def test_what_costs_more_is_counted(recipe: list[str], capsys: pytest.CaptureFix
     ("change", "message"),
     [
         (["--chips", "3"], "data.batch_size is 16; it must be a multiple of the 3 devices"),
-        (["--chips", "16", "--hardware", "v3"], "a multiple of the 32 devices of 16 v3 chips"),
+        (
+            ["--chips", "16", "--hardware", "v3"],
+            "devices of 16 v3 chips (--chips)",
+        ),
         (["--chips", "16", "--hardware", "v7"], "a multiple of the 32 devices of 16 v7 chips"),
         (["--hardware", "v9"], "hardware is 'v9'; it must be one of v2"),
         (["--mfu", "36"], "36 % is 0.36"),
-        (["--chips", "4", "trainer.fsdp=3"], "trainer.fsdp is 3; it must divide the 4 devices"),
+        (
+            ["--chips", "4", "trainer.fsdp=3"],
+            "it must divide the 4 devices (--chips)",
+        ),
+        (["model.name=vit_mini_d3_4", "model.drop_path_rate=0.2"], "model.drop_path_rate is 0.2"),
+        (["model.name=vit_mini_d3_4", "model.pretrained=dm_in1k"], "it is for NFNets; give null"),
+        (["model.name=vit_mini_d3_4", "model.recompute=true"], "model.recompute are not for vit"),
+        (["model.name=timm/test_resnet"], "timm/test_resnet keeps running statistics"),
         (["data.num_streams=5"], "5"),
         (["model.width=3"], "width"),
     ],

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nfnets_xla.compose import composed as composed_config
 from nfnets_xla.compose import to_run
 from nfnets_xla.config import Run, differences
-from nfnets_xla.forecast import network
-from nfnets_xla.inputs import make_order
+from nfnets_xla.inputs import make_order, untrained
 from nfnets_xla.manual import recipes
 from nfnets_xla.models import list_models
 from nfnets_xla.scaling.account import images_drawn, macs_per_image, train_flops
-from nfnets_xla.steps import make_passes, make_schedule
+from nfnets_xla.steps import ascent_share, make_passes, make_schedule
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes"
 REQUIRED = {
@@ -85,8 +85,9 @@ def derived(name: str) -> dict[str, Any] | None:
     order = make_order(run, index)
     schedule, passes = make_schedule(run, order), make_passes(run, order)
     rows = order.num_steps * run.data.batch_size
-    macs = network(run, num_classes=1000).macs(run.data.image_size)
-    fraction = 0.0 if run.optim.sam_rho is None else passes.effective_fraction
+    with torch.device("meta"):
+        macs = untrained(run, num_classes=1000).macs(run.data.image_size)
+    fraction = ascent_share(run, passes)
     return {
         "steps": order.num_steps,
         "peak_lr": schedule.peak,

@@ -174,7 +174,12 @@ def check(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
     parser.add_argument("--hardware", default=Terms.hardware, help="v4, v5e, H100 ...")
     parser.add_argument("--mfu", type=float, default=Terms.mfu, help="share of the peak reached")
-    parser.add_argument("--chips", type=int, default=Terms.chips, help="for the wall clock")
+    parser.add_argument(
+        "--chips",
+        type=int,
+        default=Terms.chips,
+        help="for the wall clock; their devices must divide the batches and have the memory",
+    )
     parser.add_argument("--price", type=float, help="of a chip-hour, in any currency")
     parser.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
     given = parser.parse_intermixed_args(arguments)

@@ -5,16 +5,14 @@ memory for its weights. The rest is arithmetic of `scaling/account.py`.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from nfnets_xla.config import Run
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.devices import GIB, smallest_fsdp
-from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards, sizes_of
-from nfnets_xla.models.peers import is_peer
-from nfnets_xla.models.registry import Network, create_network
+from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards, untrained
+from nfnets_xla.models.registry import Network
 from nfnets_xla.scaling import account
 from nfnets_xla.steps import (
     ascent_share,
@@ -58,7 +56,8 @@ def forecast(run: Run, terms: Terms) -> list[Line]:
     order = make_order(run, index)
     schedule, passes = make_schedule(run, order), make_passes(run, order)
     check_devices(run, terms)
-    net = network(run, num_classes)
+    with torch.device("meta"):
+        net = untrained(run, num_classes)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     rows, size = order.num_steps * run.data.batch_size, run.data.image_size
     read = account.images_drawn(rows, run.data.repeats)
@@ -110,7 +109,7 @@ def check_devices(run: Run, terms: Terms) -> None:
         if (rows := getattr(run.data, key)) % devices:
             raise ValueError(
                 f"data.{key} is {rows}; it must be a multiple of the {devices} devices of "
-                f"{terms.chips} {terms.hardware} chips"
+                f"{terms.chips} {terms.hardware} chips (--chips)"
             )
 
 
@@ -126,16 +125,6 @@ def price_of(flops: float, terms: Terms) -> list[Line]:
         money = account.cost(hours, terms.hardware, price=terms.price)
         lines.append(("cost", f"{money:,.2f} at {terms.price:g} a chip-hour"))
     return lines
-
-
-def network(run: Run, num_classes: int) -> Network:
-    options: dict[str, Any] = {"drop_path_rate": run.model.drop_path_rate}
-    if is_peer(run.model.name):
-        options = sizes_of(run)
-    with torch.device("meta"):
-        return create_network(
-            run.model.name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options
-        )
 
 
 def evaluation_flops(run: Run, net: Network, steps: int, held_out: int | None) -> float:
@@ -155,7 +144,7 @@ def memory(run: Run, parameters: int, terms: Terms) -> list[Line]:
     kept = copies * FLOAT32 * parameters
     parts = smallest_fsdp(kept, hardware, devices) if cut == "auto" else int(cut)
     if devices % parts:
-        raise ValueError(f"trainer.fsdp is {parts}; it must divide the {devices} devices")
+        raise ValueError(f"trainer.fsdp is {parts}; it must divide the {devices} devices (--chips)")
     saved = saved_copies(run.optim) * FLOAT32 * parameters
     return [
         (

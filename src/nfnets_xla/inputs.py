@@ -1,6 +1,8 @@
-"""What a run reads: its shards, the classes they call for, the order, and the batches."""
+"""What a run reads: its shards, the classes they call for, the order, and the batches; and the
+network that is to read them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import EvalBatches, TrainBatches
@@ -11,6 +13,8 @@ from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.storage import address
 from nfnets_xla.hosts import Hosts
+from nfnets_xla.models.peers import is_peer
+from nfnets_xla.models.registry import Network, create_network
 
 ALONE = Hosts()
 
@@ -46,6 +50,36 @@ def sizes_of(run: Run) -> dict[str, int]:
     if run.data.eval_shards is not None:
         sizes["eval_image_size"] = run.data.eval_image_size
     return sizes
+
+
+def untrained(run: Run, num_classes: int) -> Network:
+    """With random weights; ValueError for what cannot be trained. On meta it costs nothing."""
+    name, drop_path_rate = run.model.name, run.model.drop_path_rate
+    options: dict[str, Any] = {"drop_path_rate": drop_path_rate}
+    if is_peer(name):
+        if drop_path_rate:
+            raise ValueError(
+                f"model.drop_path_rate is {drop_path_rate} for {name}: timm's "
+                "layers draw their own randomness, which no restart could repeat; give 0"
+            )
+        if (tag := run.model.pretrained) is not None:
+            raise ValueError(f"model.pretrained is {tag!r} for {name}: it is for NFNets; give null")
+        check_form(run)
+        options = sizes_of(run)
+    net = create_network(name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options)
+    running = [name for name, _ in net.named_buffers() if name.endswith("running_mean")]
+    if running:
+        raise ValueError(
+            f"{name} keeps running statistics ({running[0]}), which neither SAM, the "
+            "average nor an update left out would treat as weights: train one without BatchNorm"
+        )
+    return net
+
+
+def check_form(run: Run) -> None:
+    name, stacked = run.model.name, run.model.stacked
+    if is_peer(name) and (stacked is True or run.model.recompute):
+        raise ValueError(f"model.stacked and model.recompute are not for {name}")
 
 
 def count_classes(run: Run, *indexes: ShardIndex | None) -> int:

@@ -1,8 +1,6 @@
 """The network of a run: made, given its weights, brought to the device in the form it runs, and
 there given its task."""
 
-from typing import Any
-
 import torch
 
 from nfnets_xla import checkpoint
@@ -10,13 +8,11 @@ from nfnets_xla.backend import Backend, open_backend
 from nfnets_xla.checkpoint import Checkpoint, Weights
 from nfnets_xla.config import Run
 from nfnets_xla.display import Say
-from nfnets_xla.inputs import sizes_of
+from nfnets_xla.inputs import check_form, untrained
 from nfnets_xla.models.nfnet import NFNet
-from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import (
     Network,
     count_parameters,
-    create_network,
     load_pretrained,
     split_tag,
 )
@@ -41,24 +37,8 @@ def make_model(run: Run, num_classes: int, initial: Weights | None, say: Say) ->
 
     Weights of a run or of the public with other classes keep their body and get a new head.
     """
-    options: dict[str, Any] = {"drop_path_rate": run.model.drop_path_rate}
-    if is_peer(run.model.name):
-        if run.model.drop_path_rate:
-            raise ValueError(
-                f"model.drop_path_rate is {run.model.drop_path_rate} for {run.model.name}: timm's "
-                "layers draw their own randomness, which no restart could repeat; give 0"
-            )
-        options = sizes_of(run)
+    net = untrained(run, num_classes)
     name, tag = run.model.name, run.model.pretrained
-    if tag is not None and is_peer(name):
-        raise ValueError(f"model.pretrained is {tag!r} for {name}: it is for NFNets; give null")
-    net = create_network(name, num_classes=num_classes, drop_rate=run.model.drop_rate, **options)
-    running = [name for name, _ in net.named_buffers() if name.endswith("running_mean")]
-    if running:
-        raise ValueError(
-            f"{name} keeps running statistics ({running[0]}), which neither SAM, the "
-            "average nor an update left out would treat as weights: train one without BatchNorm"
-        )
     if run.model.head_bias:  # before given weights, whose classifier may have learned its own
         bias = net.get_parameter(f"{net.classifier_name}.bias")
         torch.nn.init.constant_(bias, run.model.head_bias)
@@ -97,9 +77,8 @@ def choose_form(net: Network, run: Run, backend: Backend) -> None:
     stacked = run.model.stacked
     if backend.channels_last:  # as images come; before it is stacked, to tensors of five axes
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    check_form(run)
     if not isinstance(net, NFNet):
-        if stacked is True or run.model.recompute:
-            raise ValueError(f"model.stacked and model.recompute are not for {run.model.name}")
         return
     if stacked == "auto":
         stacked = backend.scan is not loop and max(net.variant.depth) >= STACKED_FROM
