@@ -96,7 +96,7 @@ def test_a_card_of_a_run(tmp_path: Path, picture: str, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == said
     with Image.open(picture) as image:
         pixels = np.array(image)
-    shown = [f"{share:6.1%}  {label}" for label, share in best(loaded, pixels, Sizes(32, 64, 8), 5)]
+    shown = [f"{share:6.1%}  {label}" for label, share in best(net, pixels, Sizes(32, 64, 8), 5)]
     assert [line.strip() for line in said.splitlines()[1:]] == [line.strip() for line in shown]
     with pytest.raises(SystemExit):  # never over another
         main(["checkpoint", "card", str(tmp_path / "run"), str(tmp_path / "card")])
