@@ -18,6 +18,7 @@ WORKERS = 2
 
 # What each start of the library does on a worker: the lines of `plan`, one after the other.
 LIBRARY = r"""#!/bin/bash
+[ -e "$HOME/mounted" ] || exit 2  # there is no run_dir
 echo "$*" >> "$CLOUD/runs-$WORKER"
 step=$(sed -n "$(wc -l < "$CLOUD/runs-$WORKER")p" "$CLOUD/plan")
 if [ "$step" = hang ]; then echo "$$ $PPID" > "$HOME/hung"; exec sleep 60; fi

@@ -199,15 +199,17 @@ def test_a_run_that_fails_is_not_repeated(
 
 
 def test_a_killed_loop_is_started_again(overrides: list[str], cloud: Callable[..., Cloud]) -> None:
-    """As after a reboot of a worker: no process, and nothing it ended with."""
+    """As after a reboot of a worker: no process, nothing it ended with, and no mount."""
     made = cloud("0", "0")
     for command in ("create", "wait", "install"):
         assert launch(command, overrides) == 0
     assert launch("resume", overrides) == 0
     until(lambda: all((made.home(n) / "nfnets-xla" / "exit").exists() for n in (0, 1)))
     (made.home(1) / "nfnets-xla" / "exit").unlink()
+    (made.home(1) / "mounted").unlink()
     assert launch("resume", overrides) == 0
     until(lambda: len(made.runs(1)) == 2)
+    assert made.calls()[-1] == "sudo mount -t nfs 10.0.0.2:/runs /mnt/share"
 
 
 def test_watching_survives_a_network_that_is_down(

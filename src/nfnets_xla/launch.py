@@ -22,7 +22,7 @@ from typing import Any
 
 from nfnets_xla.shards_cli import Parser
 
-SHARE = "/mnt/share"  # where install.sh mounts it
+SHARE = "/mnt/share"  # where it is mounted, by install.sh and after a reboot by run.sh
 FOLDER = "nfnets-xla"  # of a worker's home: the library, its log, the state of the run
 SCRIPTS = ("install.sh", "run.sh")
 # https://cloud.google.com/tpu/docs/queued-resources; those not named here are on the way to ACTIVE.
@@ -138,7 +138,7 @@ class Slice:
 
     def start(self) -> None:
         """On all workers, behind the shell that asks for it. Those that run already go on."""
-        command = shlex.join(["bash", "run.sh", *self.settings.run])
+        command = shlex.join(["bash", "run.sh", self.settings.share, SHARE, *self.settings.run])
         self._on_workers(
             f"cd {FOLDER} && rm -f exit && "
             f"{{ setsid nohup {command} >> run.log 2>&1 < /dev/null & }}"
