@@ -61,7 +61,7 @@ def test_no_settings_are_taken_for_a_recipe() -> None:
 def test_shipped_settings_start_a_run_that_composes(name: str, overrides: list[str]) -> None:
     with find(name) as file:
         settings = read_launch(file, overrides)
-    settings.check()
+    settings.check("watch")
     run = to_run(composed(settings.run[0], settings.run[1:]))
     assert run.run_dir == f"/mnt/share/{settings.name}"
     assert settings.accelerator_type.replace("-", "_") == name
@@ -123,6 +123,22 @@ def test_mistakes_are_refused_before_anything_is_asked_for(
     assert launch("create", [*overrides, *change]) == 2
     assert said in capsys.readouterr().err
     assert made.calls() == []
+
+
+def test_what_ends_the_cost_needs_no_wheel(
+    overrides: list[str], cloud: Callable[..., Cloud], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = cloud("wait")
+    for command in ("create", "wait", "install", "start"):
+        assert launch(command, overrides) == 0
+    until(lambda: all((made.home(number) / "waits").exists() for number in (0, 1)))
+    gone = [*overrides, "wheel=nowhere.whl", "lock=nowhere.lock", "run=[pretrain]"]
+    assert launch("status", gone) == launch("stop", gone) == 0
+    until(lambda: all((made.home(n) / "nfnets-xla" / "exit").exists() for n in (0, 1)))
+    assert launch("delete", gone) == 0
+    assert not made.home(0).exists()
+    assert launch("start", gone) == 2
+    assert "run has run_dir=None" in capsys.readouterr().err
 
 
 def test_without_gcloud_it_says_so(

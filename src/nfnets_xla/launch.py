@@ -57,14 +57,23 @@ class Launch:
     lock: str  # requirements-tpu.lock, of this machine
     run: list[str]  # arguments of nfnets-xla
 
-    def check(self) -> None:
-        """Raises ValueError for what would only show once the slice is paid for."""
+    def check(self, command: str) -> None:
+        """Raises ValueError for what would only show once the slice is paid for. What ends its cost
+        is never refused."""
+        if command in (*INSTALLING, "start"):
+            self._check_run()
+        if command in INSTALLING:
+            self._check_files()
+
+    def _check_run(self) -> None:
         run_dirs = [part.partition("=")[2] for part in self.run if part.startswith("run_dir=")]
         if not run_dirs or not run_dirs[-1].startswith(f"{SHARE}/"):
             raise ValueError(
                 f"run has run_dir={run_dirs[-1] if run_dirs else None}; it must lie under {SHARE}, "
                 "because a pre-empted worker's own disks are gone"
             )
+
+    def _check_files(self) -> None:
         for key in ("wheel", "lock"):
             if not Path(getattr(self, key)).is_file():
                 raise ValueError(
@@ -275,6 +284,7 @@ COMMANDS: dict[str, tuple[Callable[[Slice], Any], str]] = {
     "stop": (Slice.stop, "ask the run to save and to end"),
     "delete": (Slice.delete, "delete the slice; what is on the share stays"),
 }
+INSTALLING = ("create", "install", "resume", "watch")  # those that come to it, now or later
 
 
 def launch(arguments: Sequence[str], read: Callable[[Path, list[str]], Launch]) -> int:
@@ -286,7 +296,7 @@ def launch(arguments: Sequence[str], read: Callable[[Path, list[str]], Launch]) 
         return 0
     with find(given.settings) as file:
         settings = read(file, given.overrides)
-    settings.check()
+    settings.check(given.command)
     tpu = Slice(settings, given.dry_run, given.every)
     try:
         if given.command == "logs":
