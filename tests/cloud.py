@@ -89,7 +89,7 @@ def gcloud(folder: Path, arguments: list[str]) -> int:
     assert "--quiet" in arguments
     if (folder / "down").exists():
         (folder / "down").unlink()
-        print("ERROR: the network is down", file=sys.stderr)
+        print("ERROR: gcloud crashed\n  the network is down", file=sys.stderr)
         return 1
     kind, verb, *rest = arguments[2:]
     if kind == "queued-resources":

@@ -234,4 +234,7 @@ def test_watching_survives_a_network_that_is_down(
     made = cloud("0")
     (made.folder / "down").touch()
     assert launch("watch", overrides) == 0
-    assert "the network is down; trying again" in capsys.readouterr().err
+    assert "gcloud crashed the network is down; trying again\n" in capsys.readouterr().err
+    (made.folder / "down").touch()
+    assert launch("status", overrides) == 1
+    assert capsys.readouterr().err.count("\n") == 1

@@ -234,7 +234,7 @@ def two_trials(arguments: list[str], preemption: Preemption) -> None:
     compose.two_trials(given.recipe, given.overrides, preemption)
 
 
-def launch(arguments: list[str]) -> int:
+def launch(arguments: list[str]) -> None:
     from nfnets_xla.launch import launch as launched
 
     def read(file: Path, overrides: list[str]) -> Any:
@@ -242,7 +242,7 @@ def launch(arguments: list[str]) -> int:
 
         return read_launch(file, overrides)
 
-    return launched(arguments, read)
+    launched(arguments, read)
 
 
 def models(arguments: list[str]) -> None:

@@ -20,6 +20,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from nfnets_xla.exits import Failed
 from nfnets_xla.shards_cli import Parser
 
 SHARE = "/mnt/share"  # where it is mounted, by install.sh and after a reboot by run.sh
@@ -80,10 +81,6 @@ class Launch:
                     f"{key} is {getattr(self, key)!r}, and there is no such file here: see Install "
                     "in docs/cloud_tpu.md"
                 )
-
-
-class Failed(Exception):
-    """Something that is not a mistake in what was asked for: exit code 1."""
 
 
 class RunFailed(Failed):
@@ -195,7 +192,7 @@ class Slice:
                 "--dry-run to see what would be run"
             ) from None
         if ran.returncode:
-            why = f": {ran.stderr.strip()}" if ask else ""
+            why = f": {' '.join(ran.stderr.split())}" if ask else ""
             raise Failed(f"gcloud {' '.join(arguments[:2])} ended with {ran.returncode}{why}")
         return ran.stdout if ask else ""
 
@@ -287,26 +284,21 @@ COMMANDS: dict[str, tuple[Callable[[Slice], Any], str]] = {
 INSTALLING = ("create", "install", "resume", "watch")  # those that come to it, now or later
 
 
-def launch(arguments: Sequence[str], read: Callable[[Path, list[str]], Launch]) -> int:
-    """Returns the exit code. `read` makes settings of a file and of KEY=VALUE overrides."""
+def launch(arguments: Sequence[str], read: Callable[[Path, list[str]], Launch]) -> None:
+    """`read` makes settings of a file and of KEY=VALUE overrides."""
     given = parser().parse_args(arguments)
     if given.command == "example":
         with find(given.settings) as file:
             print(file.read_text(encoding="utf-8"), end="")
-        return 0
+        return
     with find(given.settings) as file:
         settings = read(file, given.overrides)
     settings.check(given.command)
     tpu = Slice(settings, given.dry_run, given.every)
-    try:
-        if given.command == "logs":
-            tpu.logs(given.worker)
-        else:
-            COMMANDS[given.command][0](tpu)
-    except Failed as error:
-        print(f"nfnets-xla: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if given.command == "logs":
+        tpu.logs(given.worker)
+    else:
+        COMMANDS[given.command][0](tpu)
 
 
 def parser() -> Parser:
