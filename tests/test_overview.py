@@ -15,10 +15,17 @@ from nfnets_xla.scaling.account import train_flops
 from tests.scaling.made_runs import header
 
 
-def made(folder: Path, *, ended: bool, seconds_ago: float = 0.0, **changes: object) -> None:
+def made(
+    folder: Path,
+    *,
+    ended: bool,
+    seconds_ago: float = 0.0,
+    step_ms: float = 100.0,
+    **changes: object,
+) -> None:
     opening = header(**changes)  # pyright: ignore[reportArgumentType]
     with RecordWriter(folder, opening) as record:
-        record.write("train", 10, loss=2.5, top1=0.1, images_per_second=100.0)
+        record.write("train", 10, loss=2.5, top1=0.1, images_per_second=100.0, step_ms=step_ms)
         record.write("eval", 10, weights="raw", loss=2.25, top1=0.25, top5=0.5)
         if ended:
             record.write("end", opening["num_steps"])
@@ -46,6 +53,26 @@ def test_each_is_told_by_its_record(runs: Path) -> None:
     assert (going.loss, going.held_out) == (2.5, (2.25, 0.25))
     rows = opening["num_steps"] * opening["config"]["data"]["batch_size"]
     assert going.flops == train_flops(opening["macs_per_image"], rows)
+
+
+def test_a_slow_run_is_not_taken_for_one_that_has_stopped(tmp_path: Path) -> None:
+    """Nothing for 150 s; a line every 25 steps."""
+
+    def status(name: str, *kinds: str, seconds_ago: float = 150.0, at: int = 0) -> str:
+        with RecordWriter(tmp_path / name, header(resumed_from=at)) as record:
+            for kind in kinds:
+                record.write(kind, 25, loss=2.5, step_ms=2500.0)
+        then = time.time() - seconds_ago
+        os.utime(tmp_path / name / f"run-{record.attempt}.jsonl", (then, then))
+        (found,) = (run for run in overviews(tmp_path) if run.name == name)
+        return found.status
+
+    assert status("slow", "train") == "running"
+    assert status("gone", "train", seconds_ago=190) == "stopped 0:03:10 ago"
+    assert status("new") == "starting"
+    assert status("never", seconds_ago=3661) == "stopped 1:01:01 ago"
+    assert status("asked to", "train", "stopped", seconds_ago=3) == "stopped 0:00:03 ago"
+    assert status("asked to", at=25) == "starting"  # again
 
 
 def test_the_table_has_all_of_them(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +106,16 @@ def test_a_list_is_for_another_command(runs: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert "gone" in printed
     assert "done" not in printed
+
+
+@pytest.mark.parametrize("words", [["--list"], ["--finished"], ["--list", "--flops", "1e30"]])
+def test_where_none_is_finished_it_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    made(tmp_path / "going", ended=False)
+    with pytest.raises(SystemExit):
+        main(["runs", str(tmp_path), *words])
+    assert f"none of the 1 training runs below {tmp_path} is finished" in capsys.readouterr().err
 
 
 def test_watching_ends_when_nothing_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

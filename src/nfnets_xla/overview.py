@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from nfnets_xla.display import clock
-from nfnets_xla.record import RunRecord, read_record
+from nfnets_xla.record import Row, RunRecord, read_record
 from nfnets_xla.scaling.account import train_flops
 from nfnets_xla.scaling.runs import absolute_rate, ascent_share, last_evaluation
 from nfnets_xla.shards_cli import Parser
 
-QUIET = 120.0  # seconds without a line, after which a run is taken to have stopped
+# Seconds without a line, after which a run is taken to have stopped: at least, and before the first
+# logged step, which comes after compiling and is written an interval late.
+QUIET, STARTING = 120.0, 3600.0
 WITHIN = 1.25  # of --flops, either way
 
 
@@ -39,6 +41,8 @@ class Overview:
     lost_seconds: float
     starts: int
     silent: float  # seconds since its record was written to
+    quiet: float  # seconds after which that means that it has stopped; 0: it says so
+    begun: bool  # its last start has logged a step
     ended: bool
     loss: float | None  # of the last logged step
     held_out: tuple[float | None, float] | None  # loss and top-1 of the last evaluation
@@ -47,8 +51,8 @@ class Overview:
     def status(self) -> str:
         if self.ended:
             return "finished"
-        if self.silent < QUIET:
-            return "running"
+        if self.silent < self.quiet:
+            return "running" if self.begun else "starting"
         return f"stopped {clock(self.silent)} ago"
 
 
@@ -85,10 +89,22 @@ def overview(record: RunRecord, folder: Path, name: str) -> Overview:
         lost_seconds=record.seconds_lost,
         starts=len(record.headers),
         silent=max(0.0, time.time() - written),
+        quiet=quiet(record.newest, config["trainer"]["log_every"]),
+        begun=any(row["kind"] == "train" for row in record.newest),
         ended=bool(record.of_kind("end")),
         loss=trained[-1].get("loss") if trained else None,
         held_out=None if evaluated is None else (evaluated["loss"], evaluated["top1"]),
     )
+
+
+def quiet(lines: Sequence[Row], log_every: int) -> float:
+    """Of a start: a line comes every so many steps, and may wait for one interval and a save."""
+    if lines[-1]["kind"] == "stopped":
+        return 0.0
+    steps = [row for row in lines if row["kind"] == "train"]
+    if not steps:
+        return STARTING
+    return max(QUIET, 3 * log_every * steps[-1]["step_ms"] / 1000)
 
 
 SHORTEST_NAME = 12  # of a run, where a terminal is narrow
@@ -160,16 +176,19 @@ def chosen(given: Any) -> list[Overview]:
     every = list(overviews(given.folder))
     if not every:
         raise ValueError(f"{given.folder} holds no training run: each leaves a run-1.jsonl")
+    asked = [run for run in every if run.ended or not (given.finished or given.list)]
+    if not asked:
+        raise ValueError(f"none of the {len(every)} training runs below {given.folder} is finished")
     found = [
         run
-        for run in every
-        if (run.ended or not (given.finished or given.list))
-        and (given.flops is None or given.flops / WITHIN <= run.flops <= given.flops * WITHIN)
+        for run in asked
+        if given.flops is None or given.flops / WITHIN <= run.flops <= given.flops * WITHIN
     ]
     if not found:
-        costs = sorted({f"{run.flops:.2e}" for run in every})
+        costs = sorted({f"{run.flops:.2e}" for run in asked})
+        kind = "training runs" if len(asked) == len(every) else "finished runs"
         raise ValueError(
-            f"none of the {len(every)} training runs below {given.folder} fits: they cost "
+            f"none of the {len(asked)} {kind} below {given.folder} fits: they cost "
             f"{', '.join(costs)} FLOPs"
         )
     return found
@@ -183,7 +202,7 @@ def watch(given: Any) -> None:
         while True:
             found = chosen(given)
             live.update(table(found, live.console.width), refresh=True)
-            if all(run.status != "running" for run in found):
+            if all(run.status not in ("running", "starting") for run in found):
                 return
             time.sleep(given.every)
 

@@ -68,6 +68,7 @@ class RunRecord:
     steps_lost: int  # computed (as far as the record shows), in no checkpoint, computed again
     seconds: float | None  # of all attempts, to the last line of each; None: an older record
     seconds_lost: float  # of them, those after a line that a later start still builds on
+    newest: list[Row]  # all lines of the last start, with its header
 
     def of_kind(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] == kind]
@@ -102,13 +103,14 @@ def read_record(run_dir: Path | str, resuming_at: int | None = None) -> RunRecor
     if not attempts:
         raise ValueError(f"{folder} holds no run-*.jsonl: it is not the folder of a run")
     headers: list[Row] = []
+    lines: list[Row] = []
     timed: list[tuple[Row, float]] = []  # rows, each with the seconds since the one before
     steps_lost, seconds_lost = 0, 0.0
     seconds: float | None = 0.0
     for _, path in attempts:
-        lines = _read_lines(path)
-        if not lines:
+        if not (read := _read_lines(path)):
             continue  # killed before its header was complete
+        lines = read
         resumed_from = int(lines[0]["resumed_from"])
         reached = max((row["step"] for row, _ in timed if row["kind"] in _PROGRESS), default=0)
         steps_lost += max(0, reached - resumed_from)
@@ -123,7 +125,8 @@ def read_record(run_dir: Path | str, resuming_at: int | None = None) -> RunRecor
         seconds = None if seconds is None or known is None else seconds + known
     if resuming_at is not None:
         seconds_lost += sum(took for row, took in timed if row["step"] > resuming_at)
-    return RunRecord(headers, [row for row, _ in timed], steps_lost, seconds, seconds_lost)
+    rows = [row for row, _ in timed]
+    return RunRecord(headers, rows, steps_lost, seconds, seconds_lost, lines)
 
 
 _PROGRESS = ("train", "samples")  # rows written for a computed step

@@ -26,6 +26,7 @@ def header(
         "resumed_from": 0,
         "config": {
             "seed": seed,
+            "trainer": {"log_every": 25},
             "model": {"name": model, "init_from": init_from},
             "data": {"batch_size": batch_size, "image_size": image_size, "repeats": 1},
             "optim": {
