@@ -68,8 +68,11 @@ def test_shipped_settings_start_a_run_that_composes(name: str, overrides: list[s
     chips = int(settings.accelerator_type.partition("-")[2]) // 2  # of two cores each
     hosts = max(1, chips // 4)
     assert f"{chips} chips ({2 * chips} cores), {hosts} host" in file.read_text()
-    # What a run of that shape must fulfil: data/order.py, and network.put_on_device.
+    # What a run of that shape must fulfil: data/order.py, data/batches.py (of ImageNet's 110 MB a
+    # shard of 1,000), and network.put_on_device.
     assert run.data.num_streams % hosts == 0
+    held = 2 * run.data.num_streams // hosts * run.data.window_shards
+    assert 110e6 * held <= run.data.cache_bytes
     assert run.data.batch_size % chips == run.data.eval_batch_size % chips == 0
 
 
