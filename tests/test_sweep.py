@@ -53,6 +53,13 @@ def test_a_cell_is_named_after_what_is_swept() -> None:
     assert "," not in str(cell.folder)
 
 
+def test_a_cell_is_given_its_folder_as_it_is() -> None:
+    given = ["data.shards=S", "optim.epochs=1", 'run_dir="my runs (1), again"']
+    cell = Cell(to_run(composed("pretrain", given)), ["seed"], "pretrain", given)
+    run = to_run(composed("pretrain", cell.command[4:]))
+    assert run.run_dir == "my runs (1), again/seed_0"
+
+
 def test_two_cells_have_two_folders(
     sweep: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

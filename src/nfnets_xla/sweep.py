@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def command(self) -> list[str]:
-        own = ["hydra.mode=RUN", f"run_dir={self.folder}"]
+        own = ["hydra.mode=RUN", f'run_dir="{self.folder}"']
         return [sys.executable, "-m", "nfnets_xla", self.recipe, *self.overrides, *own]
 
     def finished(self) -> bool:
