@@ -137,7 +137,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 
 
 def test_a_run_goes_on_from_the_gpu_to_the_cpu_and_to_xla(tmp_path: Path, data: list[str]) -> None:
-    pytest.importorskip("torch_xla", exc_type=ImportError)
+    pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
     arguments = [*RECIPE, *data, *SMALL, "optim.epochs=2", "trainer.checkpoint_every=2"]
     whole, moved, log = tmp_path / "whole", tmp_path / "moved", tmp_path / "log.txt"
     run([*arguments, *PLAIN_CPU, f"run_dir={whole}"], log)

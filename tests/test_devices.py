@@ -30,7 +30,7 @@ def test_a_tpu_is_called_what_its_machine_calls_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A VM by its metadata server, GKE by the environment; without either it is still a TPU."""
-    tpu = pytest.importorskip("torch_xla._internal.tpu", exc_type=ImportError)
+    tpu = pytest.importorskip("torch_xla._internal.tpu", exc_type=ModuleNotFoundError)
     monkeypatch.setenv("PJRT_DEVICE", "TPU")
     for name in ("TPU_ACCELERATOR_TYPE", "TPU_SKIP_MDS_QUERY"):
         monkeypatch.delenv(name, raising=False)

@@ -37,7 +37,7 @@ def test_on_the_cpu() -> None:
 @pytest.mark.timeout(7200)
 def test_on_xla() -> None:
     """A compilation of minutes for each start."""
-    pytest.importorskip("torch_xla", exc_type=ImportError)
+    pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
     ran("xla", *OPTIONS)
 
 

@@ -160,7 +160,7 @@ def test_on_devices_it_costs_no_graph_and_no_read(
     skipping: Path, tmp_path: Path, data: list[str]
 ) -> None:
     """Of a mesh that cuts parameters; the losses of the steps between are those of a CPU."""
-    pytest.importorskip("torch_xla", exc_type=ImportError)
+    pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
     devices = [*ONE, *data, *xla(2), "trainer.fsdp=2", *SKIPPING]
     folder = run("poison", devices, tmp_path / "run")
     record = read_record(folder)
@@ -188,7 +188,7 @@ def test_hosts_decide_alike(skipping: Path, tmp_path: Path, data: list[str]) -> 
 @pytest.mark.slow
 def test_on_devices_it_is_as_on_a_cpu(tmp_path: Path, data: list[str]) -> None:
     """Bit-equal to the twin; and the state before the step is saved. Stacked, accumulating."""
-    pytest.importorskip("torch_xla", exc_type=ImportError)
+    pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
     form = ["model.stacked=true", "optim.accumulation=2", *xla(2)]
     skipped = run("poison", [*ONE, *data, *form, *SKIPPING], tmp_path / "skipped")
     twin = run("without", [*ONE, *data, *form, *SKIPPING], tmp_path / "twin")

@@ -26,7 +26,7 @@ from tests.runs import (
     xla,
 )
 
-pytest.importorskip("torch_xla", exc_type=ImportError)
+pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
 
 EPOCHS = 4.75  # 475 images in 30 steps, the last with rows to spare
 MESHES = {"one": (1, 1), "2 x 2": (4, 2), "1 x 4": (4, 4), "2 x 4": (8, 4), "8": (8, 1)}

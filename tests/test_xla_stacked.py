@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("torch_xla", exc_type=ImportError)
+pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
 
 
 def in_a_process(module: str, *arguments: str) -> dict[str, Any]:

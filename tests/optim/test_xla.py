@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("torch_xla", exc_type=ImportError)
+pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
 
 
 # Absolute, float32, other summation orders. AdamW moves weights by the rate, here up to 1, however
