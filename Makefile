@@ -93,5 +93,5 @@ BENCHMARKS := $(filter-out %/scaling_study.py %/dedup.py,$(wildcard benchmarks/[
 bench: install  ## The benchmarks, each beside its peer
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-clean:  ## Delete what was built and what the demo wrote
-	rm -rf $(VENV) $(NEWEST) .tools build dist demo-run site src/*.egg-info .pytest_cache .ruff_cache mutants .coverage*
+clean:  ## Delete what was built, and the runs of the demo and the benchmarks
+	rm -rf $(VENV) $(NEWEST) .tools build dist demo-run findings-run scaling-study site src/*.egg-info .pytest_cache .ruff_cache mutants .coverage*

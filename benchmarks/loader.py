@@ -1,4 +1,4 @@
-"""Training views beside webdataset's pipeline: python benchmarks/loader.py [RESULT.json]
+"""Training views beside webdataset's pipeline: python benchmarks/loader.py
 
 Both read the same shards, decode, crop at random, flip and stack uint8 views, in one process and on
 one thread. The other one is the usual: webdataset, Pillow, torchvision, timm's RandAugment. Ours
@@ -13,10 +13,7 @@ one worker took for the batch.
 
 import io
 import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -33,6 +30,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 from webdataset.compat import WebDataset
 
+from _turns import Report
 from nfnets_xla.data.augment import _resized
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.decode import decode
@@ -49,30 +47,26 @@ OPERATIONS, MAGNITUDE = 4, 9
 # timm's with as many operations, always applied, at the same magnitude and with the same constants.
 TIMMS = f"rand-m{MAGNITUDE}-n{OPERATIONS}-p1-inc1"
 TIMMS_CONSTANTS = {"translate_const": 100, "img_mean": (128, 128, 128)}
-LIBRARIES = ["numpy", "pillow", "simplejpeg", "timm", "torch", "torchvision", "webdataset"]
+LIBRARIES = ["numpy", "pillow", "simplejpeg", "torchvision", "webdataset"]
 
 
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves shards open
+    report = Report("loader", "python benchmarks/loader.py")
+    report.say(", ".join(f"{name} {version(name)}" for name in LIBRARIES))
     with tempfile.TemporaryDirectory() as folder:
         index = make_shards(Path(folder))
         size = index.manifest.bytes_S.sum() / IMAGES
-        print(f"{IMAGES} JPEGs of 500 x 375 ({size / 1e3:.0f} kB), batch {BATCH}, {ROUNDS} rounds")
+        report.say(
+            f"{IMAGES} JPEGs of 500 x 375, {size:.0f} bytes each, to {SIZE} px, batch {BATCH}, "
+            f"{ROUNDS} rounds"
+        )
         medians = measured(contestants(index))
         waited = [wait_share(index) for _ in range(5)]
     result = {"per core-second": medians, "ratios": ratios(medians), "waited for data": waited}
-    print(json.dumps(result, indent=1))
-    if len(sys.argv) > 1:
-        about = {
-            "command": f"python {' '.join(sys.argv)}",
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-            "jpegs": f"{IMAGES} of 500 x 375, {size:.0f} bytes each, to {SIZE} px, batch {BATCH}",
-            "rounds": ROUNDS,
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in LIBRARIES},
-        }
-        Path(sys.argv[1]).write_text(json.dumps(about | result, indent=1) + "\n")
+    report.say(json.dumps(result, indent=1))
+    report.save()
 
 
 def contestants(index: ShardIndex) -> dict[str, Callable[[], int]]:

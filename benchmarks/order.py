@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import numpy as np
 
@@ -26,9 +27,21 @@ def main() -> None:
     if len(sys.argv) > 1:
         {"order": simulate, "webdataset": urls}[sys.argv[1]](int(sys.argv[2]))
         return
-    print(f"{SHARDS * PER_SHARD:.0e} samples in {SHARDS:,} shards, batch {BATCH}")
-    for job, hosts in (("order", 16), ("order", 1), ("webdataset", 1)):
-        subprocess.run([sys.executable, __file__, job, str(hosts)], check=True)
+    jobs = [("order", "16"), ("order", "1"), ("webdataset", "1")]
+    said = [
+        subprocess.run(
+            [sys.executable, __file__, *job], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
+        for job in jobs
+    ]
+    from _turns import Report  # with torch, which would count in what a job begins with
+
+    report = Report("order", "python benchmarks/order.py")
+    report.say(f"numpy {version('numpy')}, webdataset {version('webdataset')}\n")
+    report.say(f"{SHARDS * PER_SHARD:.0e} samples in {SHARDS:,} shards, batch {BATCH}")
+    for lines in said:
+        report.say(lines.rstrip())
+    report.save()
 
 
 def simulate(hosts: int) -> None:

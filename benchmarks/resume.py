@@ -20,6 +20,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,27 @@ def main() -> None:
         job, folder, start, stop, workers = sys.argv[1:]
         show(job, Path(folder), int(start), int(stop), int(workers))
         return
+    from _turns import Report  # with torch, which the processes that are measured do without
+
+    report = Report("resume", "python benchmarks/resume.py")
+    report.say(f"numpy {version('numpy')}, webdataset {version('webdataset')}\n")
     with tempfile.TemporaryDirectory() as folder:
         make_shards(Path(folder))
-        print(f"{SAMPLES:,} samples of {IMAGE:,} bytes in shards of {PER_SHARD}, batch {BATCH}")
-        print("\nseconds to the batch at      " + "".join(f"{place:>8.0%}" for place in PLACES))
+        report.say(
+            f"{SAMPLES:,} samples of {IMAGE:,} bytes in shards of {PER_SHARD}, batch {BATCH}"
+        )
+        report.say(
+            "\nseconds to the batch at      " + "".join(f"{place:>8.0%}" for place in PLACES)
+        )
         for job in ("ours", "skipping"):
             seconds = [first_batch(job, folder, int(place * SAMPLES / BATCH)) for place in PLACES]
-            print(f"{TITLES[job]:29}" + "".join(f"{each:8.2f}" for each in seconds))
-        print("\nof an epoch, killed half-way   workers   not shown   more than once")
+            report.say(f"{TITLES[job]:29}" + "".join(f"{each:8.2f}" for each in seconds))
+        report.say("\nof an epoch, killed half-way   workers   not shown   more than once")
         for job, then in (("ours", 2), ("skipping", 1), ("skipping", 2), ("again", 2)):
             missing, repeated = killed(job, folder, then)
             shares = f"{missing / SAMPLES:12.1%}{repeated / SAMPLES:17.1%}"
-            print(f"{TITLES[job]:29}{'1, then ' + str(then):>11}{shares}")
+            report.say(f"{TITLES[job]:29}{'1, then ' + str(then):>11}{shares}")
+    report.save()
 
 
 TITLES = {
