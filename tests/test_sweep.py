@@ -91,6 +91,8 @@ def test_a_sweep_of_what_trains_nothing_skips_what_is_done(
     assert cell.finished()
     other = replace(run, model=replace(run.model, init_from="others"))
     assert not Cell(other, ["seed"], "evaluate", []).finished()
+    eager = replace(run, trainer=replace(run.trainer, compile="false"))
+    assert Cell(eager, ["seed"], "evaluate", []).finished() == (job == "evaluate")
     if job == "evaluate":
         with RecordWriter(cell.folder, head | {"fingerprint": "of other shards"}) as record:
             record.write("end", 0)

@@ -123,4 +123,7 @@ def _word(key: str, value: Any) -> str:
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration decides the numbers, and where they come from."""
-    return {key: config[key] for key in config.keys() - {"run_dir", "resume", "trainer"}}
+    elsewhere = {"run_dir", "resume"}
+    if config["job"] != "throughput":  # whose numbers are of the device
+        elsewhere.add("trainer")
+    return {key: config[key] for key in config.keys() - elsewhere}
