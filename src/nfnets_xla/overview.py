@@ -104,7 +104,7 @@ def quiet(lines: Sequence[Row], log_every: int) -> float:
     steps = [row for row in lines if row["kind"] == "train"]
     if not steps:
         return STARTING
-    return max(QUIET, 3 * log_every * steps[-1]["step_ms"] / 1000)
+    return max(QUIET, 3 * log_every * steps[-1].get("step_ms", 0) / 1000)
 
 
 SHORTEST_NAME = 12  # of a run, where a terminal is narrow

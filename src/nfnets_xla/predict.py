@@ -1,7 +1,7 @@
 """`nfnets-xla predict MODEL IMAGE...`: what a model says of pictures.
 
     nfnets-xla predict nfnet_f0.dm_in1k cat.jpg dog.png   # public weights
-    nfnets-xla predict nfnet_f0 --weights RUN cat.jpg     # a run's, or a file's; of peers, a run's
+    nfnets-xla predict nfnet_f0 --weights RUN cat.jpg     # a run's; or a file's
     nfnets-xla predict local-dir:CARD cat.jpg             # of `checkpoint card`
 
 A picture is resized and cropped as the run did for its evaluations, or as the public weights were

@@ -8,9 +8,10 @@ and with half of it. Small models and few epochs come first, since the others st
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from nfnets_xla.config import Run
-from nfnets_xla.forecast import network
-from nfnets_xla.inputs import count_classes, open_shards
+from nfnets_xla.inputs import count_classes, open_shards, untrained
 from nfnets_xla.scaling.rate import cells_of, two_trials
 from nfnets_xla.scaling.runs import find_points, pretrained
 
@@ -30,7 +31,8 @@ class Pair:
 
 def size(run: Run) -> float:
     """Multiply-accumulates of one training image."""
-    return network(run, _classes(run)).macs(run.data.image_size)
+    with torch.device("meta"):
+        return untrained(run, _classes(run)).macs(run.data.image_size)
 
 
 def next_pair(run: Run) -> Pair:

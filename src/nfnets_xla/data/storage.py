@@ -41,7 +41,12 @@ class Folder:
             inside = Path(top).relative_to(self.path)
             for name in files:
                 if name.endswith(ending) and not name.startswith("."):
-                    found[str(inside / name)] = os.stat(os.path.join(top, name)).st_size
+                    path = os.path.join(top, name)
+                    try:
+                        found[str(inside / name)] = os.stat(path).st_size
+                    except FileNotFoundError:  # deleted since, unless it is a link to nothing
+                        if os.path.lexists(path):
+                            raise
         return dict(sorted(found.items()))
 
     def _folders(self, *, links: bool) -> Iterator[tuple[str, list[str]]]:
