@@ -169,6 +169,7 @@ def test_mistakes_are_one_line(
         (["nfnet_f0", str(tmp_path / "absent.jpg")], "absent.jpg"),
         ([f"local-dir:{tmp_path}", picture], "checkpoint card` wrote: it has no config.json"),
         (["nfnet_f0", picture, "--top", "0"], "--top is 0"),
+        (["local-dir:X", picture, "--weights", "R"], "its own weights: leave out --weights R"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["predict", *words])

@@ -143,8 +143,9 @@ def test_fine_tuning_starts_from_the_pre_trained_body(tmp_path: Path, data: list
 def test_a_timm_model_trains_and_is_evaluated_as_an_nfnet_is(
     tmp_path: Path, data: list[str]
 ) -> None:
-    """SAM, clipping, averaging and keyed dropout for a ViT; the same run twice is the same."""
-    sizes = ["data.image_size=32", "data.eval_image_size=32", "optim.epochs=0.5"]
+    """SAM, clipping, averaging and keyed dropout for a ViT; the same run twice is the same. It is
+    evaluated at another size than it was made for."""
+    sizes = ["data.image_size=32", "data.eval_image_size=48", "optim.epochs=0.5"]
     peer = ["model.name=timm/test_vit", "model.drop_path_rate=0", *sizes]
     for name in ("one", "two"):
         run(

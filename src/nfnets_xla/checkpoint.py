@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nfnets_xla.data.remote import AnyFolder, RemoteFolder, open_folder
 from nfnets_xla.data.storage import address
+from nfnets_xla.models.timm_names import Sizes
 from nfnets_xla.models.weights import load_checkpoint
 
 MANIFEST = "manifest.json"
@@ -169,6 +170,11 @@ class Weights:
             return json.loads((self.of.folder / MANIFEST).read_bytes())[self.file.name]["sha256"]
         with self.file.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """Of the images of the run that they are of; a file does not say."""
+        return None if self.of is None else Sizes.of_run(self.of.state["identity"]["data"])
 
     def tensors(self) -> dict[str, Tensor]:
         return load_checkpoint(self.file) if self.of is None else load_file(self.file)

@@ -86,20 +86,24 @@ def trained(run: Run, held_out: ShardIndex) -> tuple[Network, str, int]:
     """
     num_classes = count_classes(run, held_out)
     name, tag = run.model.name, run.model.pretrained
-    sized = {"image_size": run.data.eval_image_size} if is_peer(name) else {}
     if tag is not None and not is_peer(name):
         net = create_network(f"{name}.{tag}", pretrained=True)
         check_head(net.num_classes, num_classes, f"{name}.{tag}")
         return net, f"{name}.{tag}", net.num_classes
     if run.model.init_from is None:
         raise ValueError("model.init_from is not set; it must name the weights to evaluate")
-    weights, source = checkpoint.weights(run.model.init_from, run.model.init_weights)
+    found = checkpoint.find_weights(run.model.init_from, run.model.init_weights)
+    weights = found.tensors()
     if run.data.num_classes is None:
         num_classes = max(num_classes, registry.count_classes(name, weights))
-    options: dict[str, Any] = {"num_classes": num_classes, **sized}
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if is_peer(name):  # a ViT is made for the size that its weights were trained at, where known
+        evaluated = run.data.eval_image_size
+        trained_at = evaluated if found.sizes is None else found.sizes.train
+        options |= {"image_size": trained_at, "eval_image_size": evaluated}
     net = create_network(name, **options)
-    load_into(net, weights, source=source)
-    return net, source, num_classes
+    load_into(net, weights, source=found.source)
+    return net, found.source, num_classes
 
 
 def check_head(has: int, needed: int, source: str) -> None:

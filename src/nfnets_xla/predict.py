@@ -48,6 +48,8 @@ def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[N
     """
     sizes = None
     if name.startswith("local-dir:"):
+        if weights is not None:
+            raise ValueError(f"{name} has its own weights: leave out --weights {weights}")
         net = create_network(name)
     elif weights is not None:
         net, sizes = of_weights(
@@ -72,7 +74,7 @@ def of_weights(name: str, found: Weights, size: int | None) -> tuple[Network, Si
     classes = count_classes(name, state)
     if not classes:
         raise ValueError(f"{found.source} has no classifier: give weights that have one")
-    sizes = None if found.of is None else Sizes.of_run(found.of.state["identity"]["data"])
+    sizes = found.sizes
     options: dict[str, Any] = {"num_classes": classes}
     if is_peer(name):
         if sizes is None:

@@ -56,6 +56,13 @@ def test_a_state_dict_is_the_whole_network() -> None:
     assert torch.equal(fresh(images), fused(images))
 
 
+def test_a_network_without_its_end_is_refused() -> None:
+    net = trained()
+    net.prune_intermediate_layers([2])
+    with pytest.raises(ValueError, match="ends after 2 stages: fuse the whole network"):
+        fuse(net)
+
+
 def test_nothing_is_left_to_standardise() -> None:
     kinds = {type(module) for module in fuse(trained()).modules()}
     assert nn.Conv2d in kinds

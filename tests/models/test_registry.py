@@ -20,6 +20,7 @@ from nfnets_xla.models.registry import (
     register,
 )
 from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.models.weights import save_weights
 
 
 def test_the_family_is_complete_and_in_natural_order() -> None:
@@ -104,6 +105,17 @@ def test_nothing_is_allocated_on_the_meta_device() -> None:
     net = create_model("nfnet_f7_plus", device="meta", dtype=torch.bfloat16)
     assert {parameter.device.type for parameter in net.parameters()} == {"meta"}
     assert {parameter.dtype for parameter in net.parameters()} == {torch.bfloat16}
+
+
+def test_weights_for_the_meta_device_are_refused(tmp_path: Path) -> None:
+    """Torch copies them to nowhere without a word."""
+    net = create_network("nfnet_mini_f0", num_classes=3)
+    save_weights(net, tmp_path / "net.safetensors", {})
+    options = {"num_classes": 3, "checkpoint_path": tmp_path / "net.safetensors"}
+    with pytest.raises(ValueError, match="on the meta device"):
+        create_model("nfnet_mini_f0", device="meta", **options)
+    with torch.device("meta"), pytest.raises(ValueError, match="nfnet_f0 cannot be loaded"):
+        create_model("nfnet_f0", pretrained=True)  # nothing is fetched
 
 
 def test_feature_maps_are_those_asked_for_and_the_rest_is_dropped() -> None:

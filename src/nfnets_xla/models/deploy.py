@@ -35,8 +35,14 @@ from nfnets_xla.models.variants import ALPHA
 def fuse(net: NFNet) -> "FusedNFNet":
     """A copy of `net`, in either form, for inference, in channels_last: the same logits to 1e-4.
 
-    Device and dtypes are kept; `net` is left as it is.
+    Device and dtypes are kept; `net` is left as it is. ValueError for one whose last stages were
+    dropped (`prune_intermediate_layers`).
     """
+    if not isinstance(net.final_conv, WSConv2d):
+        raise ValueError(
+            f"the network ends after {len(net.stages)} stages: fuse the whole network, "
+            "before prune_intermediate_layers"
+        )
     if is_stacked(net):
         net = unstack(deepcopy(net))
     fused = FusedNFNet(net).requires_grad_(False).eval()

@@ -23,7 +23,7 @@ from nfnets_xla.models.pretrained import fetch_pretrained
 from nfnets_xla.models.published import HAIKU_TAG, IMAGENET, TAG, TIMM_TOP1, TRANSFERRED
 from nfnets_xla.models.timm_names import sized_cfg, timm_cfg
 from nfnets_xla.models.variants import VARIANTS, Variant
-from nfnets_xla.models.weights import load_checkpoint, load_into
+from nfnets_xla.models.weights import check_holds, load_checkpoint, load_into
 
 Network = NFNet | Peer
 
@@ -127,6 +127,7 @@ def _of_card(
 def load_pretrained(net: NFNet, name: str, tag: str | None) -> bool:
     """Public weights into `net`, which keeps its own classifier if that is of another size: then
     it returns True."""
+    check_holds(net, name)  # before anything is fetched
     path = fetch_pretrained(name, tag)
     state = dict(in_our_names(net, read_weights(path), str(path)))
     if net.in_chans != 3:

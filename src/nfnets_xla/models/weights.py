@@ -37,6 +37,7 @@ def load_into(
     what messages call the weights. Raises ValueError, changing nothing, if the weights are of
     another model or not all finite.
     """
+    check_holds(net, source)
     if isinstance(net, NFNet):
         state = in_our_names(net, state, source)
     expected = net.state_dict()
@@ -66,6 +67,15 @@ def load_into(
             )
     net.load_state_dict({**expected, **wanted})
     return bool(expected.keys() & skipped)
+
+
+def check_holds(net: NFNet | Peer, source: str) -> None:
+    """ValueError for a network on the meta device, where copying weights is silently nothing."""
+    if any(parameter.is_meta for parameter in net.parameters()):
+        raise ValueError(
+            f"the network is on the meta device, which keeps no values, so that {source} cannot be "
+            "loaded: make it on another device, or with to_empty(device=...) first"
+        )
 
 
 def save_weights(net: nn.Module, path: Path, about: Mapping[str, str]) -> None:
