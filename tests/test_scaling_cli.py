@@ -41,7 +41,8 @@ def test_a_plan_by_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert f"of {IMAGES:,} images" in out
     assert "fitted here: size ~ C^0.5" in out
-    assert "try 0.1 and 0.05   (0.1 was best for nfnet_mini_f" in out
+    assert "try 0.1 and 0.05 (optim.lr_batch=null; 0.32 and 0.16 for each 256 rows)" in out
+    assert "(0.1 was best for nfnet_mini_f" in out
     assert "warning" not in out
     main(["scaling", "plan", "--core-hours", "1", "--runs", str(runs)])
     assert "decades beyond the fitted runs" in capsys.readouterr().out

@@ -42,12 +42,14 @@ def parser() -> Parser:
 
     defaults = Job(core_hours=1)
     plan = add("plan", run_plan, "say what to train with so many core-hours")
-    plan.add_argument("--core-hours", type=float, required=True, help="of one trial")
+    plan.add_argument(
+        "--core-hours", type=float, required=True, help="of one trial: two rates cost twice"
+    )
     add_hardware(plan, "to train on")
     plan.add_argument("--cores", type=int, default=defaults.cores, help="for the wall clock")
     plan.add_argument("--mfu", type=float, help="share of the peak; default: the runs' or 0.36")
     plan.add_argument("--price", type=float, help="of a chip-hour")
-    plan.add_argument("--images", type=int, help="of the training set; default: the runs' or JFT's")
+    plan.add_argument("--images", type=int, help="of the training set; default: the runs' or 4e9")
     plan.add_argument("--batch-size", type=int, help="default: the runs' or 4096")
     plan.add_argument("--runs", type=Path, help="folder of runs to fit; else the paper's rules")
     fit = add("fit", run_fit, "fit laws to a folder of runs")

@@ -1,11 +1,14 @@
 """Plans: the paper's own runs come out of its rules; with runs, what was planted comes out."""
 
 import math
+import re
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from nfnets_xla.scaling import published
 from nfnets_xla.scaling.account import macs_per_image, train_flops
@@ -13,6 +16,7 @@ from nfnets_xla.scaling.law import Extrapolation
 from nfnets_xla.scaling.plan import Job, best_of_study, describe, make_plan
 from nfnets_xla.scaling.runs import Point
 
+CONF = Path(__file__).parents[2] / "conf"
 IMAGES = 50_000
 MODELS = tuple(f"nfnet_mini_f{n}" for n in (0, 1, 3, 5, 7))
 
@@ -77,8 +81,27 @@ def test_one_epoch_at_five_thousand_core_hours() -> None:
     assert plan.wall_hours == pytest.approx(5000 / 1024)
     text = describe(plan, Job(5000, cores=1024), price=3.0)
     assert "5,000 core-hours = 2,500 chip-hours = 7,500 at 3 a chip-hour of v4" in text
-    assert "try 1.6 and 0.8   (best at few epochs in the paper)" in text
+    assert (
+        "try 1.6 and 0.8 (optim.lr_batch=null; 0.1 and 0.05 for each 256 rows)"
+        "   (best at few epochs in the paper)"
+    ) in text
     assert "unknown   (no runs were given, and the paper prints no losses)" in text
+
+
+def test_rates_are_said_as_a_recipe_takes_them() -> None:
+    """The recipe's optim.peak_lr is of optim.lr_batch rows; a plan's rate is of the whole batch."""
+    optim = yaml.safe_load((CONF / "optim" / "pretrain.yaml").read_text())
+    job = Job(5000, batch_size=1024)
+    (line,) = [line for line in describe(make_plan(job), job).splitlines() if "peak_lr" in line]
+    whole, each, rows = re.findall(r"try (\S+) .*; (\S+) and .* each (\d+) rows", line)[0]
+    assert int(rows) == optim["lr_batch"]
+    assert float(each) * job.batch_size / optim["lr_batch"] == pytest.approx(float(whole))
+
+
+def test_senseless_epochs_are_said() -> None:
+    few, many = Job(5000, images=1_281_167), Job(5000)
+    assert "far too many of so few images" in describe(make_plan(few), few)
+    assert "far too many" not in describe(make_plan(many), many)
 
 
 def test_size_and_epochs_grow_at_the_same_rate() -> None:

@@ -22,6 +22,8 @@ from nfnets_xla.scaling.runs import Point, best_per_cell, nfnets
 MINI = "nfnet_mini_"
 WIDEST_SHARE = 0.5  # of an exponent's interval, from which on it says nothing about the division
 LARGEST_MISMATCH = 2.0  # between the size asked for and the nearest model, before it is mentioned
+MOST_EPOCHS = 100  # from which on a plan asks whether it is meant; the papers have 8 of JFT
+LR_BATCH = 256  # optim.lr_batch of the recipe pretrain: rows that its optim.peak_lr is for
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,9 @@ def describe(plan: Plan, job: Job, price: float | None = None) -> str:
     """A table of what to do, each choice with whose rule it is."""
     chips = account.chip_hours(job.core_hours, job.hardware)
     low, high = sorted(plan.trials.rates)
+    share = LR_BATCH / job.batch_size
+    of_rows = f"{high * share:.4g} and {low * share:.4g} for each {LR_BATCH} rows"
+    senseless = "; far too many of so few images: give fewer core-hours"
     booked = f"{job.core_hours:,.10g} core-hours = {chips:,.10g} chip-hours"
     if price is not None:
         cost = account.cost(job.core_hours, job.hardware, price=price)
@@ -224,9 +229,17 @@ def describe(plan: Plan, job: Job, price: float | None = None) -> str:
         ("budget", f"{booked} of {job.hardware}", ""),
         ("compute", f"{plan.flops:.3g} FLOPs at {plan.mfu:.0%} of the peak", plan.because["mfu"]),
         ("model", f"{plan.model}, {plan.macs / 1e9:.4g} GMACs an image", plan.because["model"]),
-        ("epochs", f"{plan.epochs:.3g} of {job.images:,} images", "spends the budget"),
+        (
+            "epochs",
+            f"{plan.epochs:.3g} of {job.images:,} images",
+            "spends the budget" + senseless * (plan.epochs > MOST_EPOCHS),
+        ),
         ("steps", f"{plan.steps:,} of {job.batch_size} images", ""),
-        ("peak_lr", f"try {high:.4g} and {low:.4g}", plan.because["rates"]),
+        (
+            "peak_lr",
+            f"try {high:.4g} and {low:.4g} (optim.lr_batch=null; {of_rows})",
+            plan.because["rates"],
+        ),
         ("wall clock", f"{plan.wall_hours:,.1f} hours a trial on {job.cores} cores", "no restarts"),
         ("loss", "unknown" if plan.loss is None else str(plan.loss), plan.because["loss"]),
     ]
