@@ -10,6 +10,7 @@ from PIL import Image
 from nfnets_xla.cli import main
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import ALPHA, VARIANTS
+from nfnets_xla.models.weights import save_weights
 from nfnets_xla.propagation import BlockSignal, open_branches, signals
 
 
@@ -60,3 +61,14 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stopped:
         main(["signal", "nfnet_mini_f0", "--out", str(out), "--batch", "0"])
     assert stopped.value.code == 2
+
+
+def test_the_command_takes_weights_of_any_number_of_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for classes in (3, 0):
+        file = tmp_path / f"{classes}.safetensors"
+        save_weights(NFNet(VARIANTS["nfnet_mini_f0"], num_classes=classes), file, {})
+        command = ["signal", "nfnet_mini_f0", "--checkpoint", str(file), "--batch", "1"]
+        main([*command, "--size", "32", "--out", str(tmp_path / "signal.png")])
+        assert capsys.readouterr().out.count("stages.") == 12
