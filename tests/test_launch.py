@@ -101,8 +101,9 @@ def test_a_dry_run_prints_commands_and_runs_none(
         "--runtime-version=tpu-ubuntu2204-base",
         "--spot",
     ]
-    launch("create", [*overrides, "spot=false", "--dry-run"])
-    assert "--spot" not in capsys.readouterr().out
+    for words in (["spot=false", "--dry-run"], ["--dry-run", "spot=false"]):  # in any order
+        launch("create", [*overrides, *words])
+        assert "--spot" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,8 @@ class Launch:
         for key in ("wheel", "lock"):
             if not Path(getattr(self, key)).is_file():
                 raise ValueError(
-                    f"{key} is {getattr(self, key)!r}, and there is no such file here: see Install "
-                    "in docs/cloud_tpu.md"
+                    f"{key} is {getattr(self, key)!r}, and there is no such file here: see "
+                    "What is needed first in docs/cloud_tpu.md"
                 )
 
 
@@ -286,7 +286,7 @@ INSTALLING = ("create", "install", "resume", "watch")  # those that come to it, 
 
 def launch(arguments: Sequence[str], read: Callable[[Path, list[str]], Launch]) -> None:
     """`read` makes settings of a file and of KEY=VALUE overrides."""
-    given = parser().parse_args(arguments)
+    given = parse(arguments)
     if given.command == "example":
         with find(given.settings) as file:
             print(file.read_text(encoding="utf-8"), end="")
@@ -301,15 +301,21 @@ def launch(arguments: Sequence[str], read: Callable[[Path, list[str]], Launch]) 
         COMMANDS[given.command][0](tpu)
 
 
-def parser() -> Parser:
+def parse(arguments: Sequence[str]) -> Any:
+    top, commands = parsers()
+    if arguments and arguments[0] in commands:  # KEY=VALUE may come after options, too
+        return commands[arguments[0]].parse_intermixed_args(list(arguments[1:]))
+    return top.parse_args(arguments)
+
+
+def parsers() -> tuple[Parser, dict[str, Parser]]:
     top = Parser(prog="nfnets-xla launch", description="A run on Cloud TPU, through gcloud.")
-    commands = top.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=Parser
-    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     purposes = {name: purpose for name, (_, purpose) in COMMANDS.items()}
     purposes |= {"logs": "follow the run's log", "example": "print the settings, to copy"}
     for name, purpose in purposes.items():
         command = commands.add_parser(name, help=purpose, description=purpose)
+        command.set_defaults(command=name)
         command.add_argument("settings", help=f"a YAML file, or one of {', '.join(shipped())}")
         if name == "example":
             continue
@@ -320,7 +326,7 @@ def parser() -> Parser:
         command.add_argument("--every", type=float, default=60, help="seconds between questions")
         if name == "logs":
             command.add_argument("--worker", type=int, default=0, help="whose")
-    return top
+    return top, commands.choices
 
 
 def shipped() -> list[str]:
