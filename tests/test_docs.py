@@ -113,6 +113,9 @@ def understand(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(argparse.ArgumentParser, method, only_parse)
         with pytest.raises(Understood):
             main([name, *rest])
+    if name == "check":  # composes what it checks
+        settings = [word for word in rest[1:] if "=" in word and not word.startswith("-")]
+        understand([rest[0], "run_dir=null", *settings, *["..."] * shortened], monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,8 @@ def test_a_command_that_is_wrong_would_be_noticed(monkeypatch: pytest.MonkeyPatc
     for wrong in ("pretrain data.shard=S", "pretrain optim.epochs=x", "pretrain --gpu"):
         with pytest.raises(ValueError, match=r"no setting|must be a number|no option"):
             understand(wrong.split(), monkeypatch)
+    with pytest.raises(ValueError, match=r"optim\.epochs not set"):
+        understand(["check", "pretrain", "data.shards=S", "--price", "3.2"], monkeypatch)
     for wrong in ("shards idx DIR", "runs", "scaling plan --hours 3", "convrt A B"):
         with pytest.raises(SystemExit):
             understand(wrong.split(), monkeypatch)

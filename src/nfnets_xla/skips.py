@@ -62,6 +62,7 @@ class Skips:
             f"step {self.frozen_at}: loss or gradient is not finite, and optim.max_skipped="
             f"{self.ceiling} such steps may be left out. Saved is step {self.frozen_at - 1}, from "
             "which the same command comes to the same. Look at the step's samples (their ids are "
-            f"in the record; nfnets-xla shards show DIR --step {self.frozen_at}), then raise "
+            "in the record; nfnets-xla shards show DIR --recipe RECIPE --rows 100 --step "
+            f"{self.frozen_at}, with the run's own settings, draws 800 views), then raise "
             "optim.max_skipped to go on without it, or begin another run with a smaller rate"
         )
