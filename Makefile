@@ -65,7 +65,7 @@ $(GATES): requirements-gates.lock $(INSTALLED)
 	$(UV) pip install -q --require-hashes --python $(BIN)/python -r requirements-gates.lock
 	touch $@
 
-mutants: $(GATES)  ## Break the order, SGD, SAM and the laws in small ways; tests must notice
+mutants: $(GATES)  ## Break the order, SGD, AdamW, by_role, SAM and laws in small ways; tests must notice
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2 $(MUTANTS)
 	$(BIN)/mutmut export-cicd-stats
 	@cat mutants/mutmut-cicd-stats.json
