@@ -11,7 +11,7 @@ from nfnets_xla.data.exclude import without
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
-from nfnets_xla.data.storage import address
+from nfnets_xla.data.storage import address, is_below
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network
@@ -22,9 +22,22 @@ ALONE = Hosts()
 def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:
     if run.data.shards is None:
         raise ValueError("data.shards is not set; it must name a folder of indexed shards")
-    held_out = None if run.data.eval_shards is None else open_index(run, run.data.eval_shards)
+    held_out = None
+    if run.data.eval_shards is not None:
+        check_apart(run.data.shards, run.data.eval_shards)
+        held_out = open_index(run, run.data.eval_shards)
     index = open_index(run, run.data.shards)
     return index if run.data.exclude is None else without(index, run.data.exclude), held_out
+
+
+def check_apart(shards: str, eval_shards: str) -> None:
+    """Raises ValueError for one folder in the other, whose index takes its shards in: the copies
+    of held-out samples would be trained on, under ids that no list names."""
+    if is_below(eval_shards, shards) or is_below(shards, eval_shards):
+        raise ValueError(
+            f"data.shards is {shards} and data.eval_shards {eval_shards}: one lies in the other, "
+            "whose index takes it in; move it beside that, and index both again"
+        )
 
 
 def open_index(run: Run, shards: str) -> ShardIndex:

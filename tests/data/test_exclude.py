@@ -12,6 +12,7 @@ from nfnets_xla.data.index import build_index
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.inputs import check_apart
 from tests.data.images import packed, samples
 
 
@@ -125,6 +126,24 @@ def test_the_split_is_the_smallest_hashes_however_it_is_packed(
         assert not {left.sample_id(*place) for place in choose(left, 6)} & set(ids)
 
 
+def test_the_copies_are_no_shards_of_the_folder_they_come_from(tmp_path: Path) -> None:
+    """An index takes in every shard below its folder: they would be trained on."""
+    packed(tmp_path / "all" / "part", 25, 10)
+    index, link = build_index(tmp_path / "all"), tmp_path / "link"
+    link.symlink_to(tmp_path / "all")
+    for folder in (tmp_path / "all" / "val", link / "val", tmp_path / "all", tmp_path):
+        with pytest.raises(ValueError, match=r"lie in each other, .* choose a folder beside it"):
+            hold_out(index, folder, samples=6)
+        assert not (folder / "held_out.txt").exists()
+    for one, other in ((tmp_path, link / "val"), ("s3://b/all", "s3://b/all/val")):
+        for shards, eval_shards in ((one, other), (other, one)):
+            with pytest.raises(ValueError, match=r"data\.eval_shards .* one lies in the other"):
+                check_apart(str(shards), str(eval_shards))
+    check_apart(str(tmp_path / "all"), str(tmp_path / "all2"))
+    check_apart("s3://b/all", "s3://b/all2")
+    check_apart("s3://b/all", str(tmp_path / "all"))
+
+
 def test_a_split_grows_by_adding_and_is_golden(index: ShardIndex) -> None:
     chosen = [index.sample_id(*place).partition("/")[2] for place in choose(index, 9)]
     fewer = [index.sample_id(*place).partition("/")[2] for place in choose(index, 4)]
@@ -137,10 +156,10 @@ def test_a_key_that_is_everywhere_is_refused(tmp_path: Path) -> None:
     key = next(key for key in map(str, range(100)) if key_hash(key) > 0.9 * 2**64)
     image = next(iter(samples(1)))[1]
     for number in range(90):
-        sample, out = (key, image, "png", 0), tmp_path / str(number)
+        sample, out = (key, image, "png", 0), tmp_path / "shards" / str(number)
         pack_samples([sample], out, samples_per_shard=1, prefix=f"shard{number}")
     with pytest.raises(ValueError, match="keys repeat, so that 0 samples with 0 keys would"):
-        hold_out(build_index(tmp_path), tmp_path / "out", samples=10)
+        hold_out(build_index(tmp_path / "shards"), tmp_path / "out", samples=10)
 
 
 def test_keys_that_repeat_over_shards_are_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from nfnets_xla.data.records import SIDECAR, Records
 from nfnets_xla.data.remote import AnyFolder
 from nfnets_xla.data.shards import ShardIndex, short_name
 from nfnets_xla.data.sources import extension_of
-from nfnets_xla.data.storage import local
+from nfnets_xla.data.storage import is_below, local
 
 IDS = "held_out.txt"
 MAX_EXCESS = 0.01  # of the split, by keys that several samples share
@@ -49,6 +49,11 @@ def hold_out(
             "and leave one"
         )
     check_empty(local(folder))
+    if is_below(Path(folder) / IDS, index.folder) or is_below(index.folder, folder):
+        raise ValueError(
+            f"{folder} and {index.folder}, of which samples are to be held out, lie in each other, "
+            "and an index takes in the shards of all folders below: choose a folder beside it"
+        )
     chosen = choose(index, samples, alike=alike, engine=engine, jobs=jobs, on_progress=on_progress)
     ids = [index.sample_id(shard, row) for shard, row in chosen]
 

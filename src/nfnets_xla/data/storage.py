@@ -149,6 +149,13 @@ def address(where: object) -> str | None:
     return f"{parts[1]}://{parts[2]}" if parts else None
 
 
+def is_below(where: object, folder: object) -> bool:
+    """Whether `where` lies in `folder` or a folder of it. Shards there are the folder's too."""
+    if address(where) or address(folder):
+        return (address(where) or "").startswith(f"{address(folder)}/")
+    return Path(str(folder)).resolve() in Path(str(where)).resolve().parents
+
+
 def local(where: str | Path) -> Path:
     """Raises ValueError for an address."""
     if address(where):
