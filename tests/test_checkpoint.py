@@ -11,6 +11,7 @@ from fsspec.config import conf
 
 from nfnets_xla import checkpoint
 from nfnets_xla.checkpoint_cli import checkpoints
+from nfnets_xla.data.storage import Folder
 from tests.data.object_store import GCS, S3, storing
 
 FORMS = {"model": {"w": torch.arange(6.0).reshape(2, 3), "gain": torch.tensor(0.5)}}
@@ -92,6 +93,30 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
+def test_what_is_left_of_old_ones_goes_where_there_are_just_enough(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    no_manifest(tmp_path / "step-00000001")
+    checkpoint.prune(tmp_path, start=0, written=[1, 2, 3], keep=2)
+    assert checkpoint.steps(tmp_path) == [3, 2]
+
+
+def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a deletion is interrupted, no half of a checkpoint looks like a whole one."""
+    gone, remove = [], Folder.remove
+
+    def noted(folder: Folder, name: str) -> None:
+        gone.append(name)
+        remove(folder, name)
+
+    for step in (1, 2):
+        save(tmp_path, step)
+    monkeypatch.setattr(Folder, "remove", noted)
+    checkpoint.prune(tmp_path, start=0, written=[1, 2], keep=1)
+    assert gone[0] == "step-00000001/manifest.json"
+    assert len(gone) == 3
+
+
 def test_weights_are_found_from_a_file_a_checkpoint_or_a_run(tmp_path: Path) -> None:
     folder = save(tmp_path / "checkpoints", 3)
     file = folder / "model.safetensors"
@@ -113,6 +138,20 @@ def test_the_best_and_one_of_every_few_hours_stay(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [9, 8, 6, 5, 3]  # 2 h are over at step 3, 4 h at 6
     checkpoint.prune(tmp_path, start=8, written=[9], keep=1, best=6)
     assert checkpoint.steps(tmp_path) == [9, 6]
+
+
+def test_a_state_that_cannot_be_read_now_costs_no_checkpoint(tmp_path: Path) -> None:
+    """A folder in its place is an OSError, as a failing disk is."""
+    for step in range(1, 7):
+        save(tmp_path, step, seconds=3600.0 * step)
+    state = (tmp_path / "step-00000002" / "state.json").rename(tmp_path / "aside")
+    (tmp_path / "step-00000002" / "state.json").mkdir()
+    checkpoint.prune(tmp_path, start=5, written=[6], keep=1, every_hours=2)
+    assert checkpoint.steps(tmp_path) == [6, 4, 3, 2]  # 3 in the place of 2
+    (tmp_path / "step-00000002" / "state.json").rmdir()
+    state.rename(tmp_path / "step-00000002" / "state.json")
+    checkpoint.prune(tmp_path, start=5, written=[6], keep=1, every_hours=2)
+    assert checkpoint.steps(tmp_path) == [6, 4, 2]
 
 
 def test_what_does_not_verify_takes_nobodys_place(tmp_path: Path) -> None:
@@ -145,9 +184,33 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
 def test_a_newer_format_is_not_misread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as later:
         later.setattr(checkpoint, "FORMAT", 2)
-        folder = save(tmp_path, 1)
-    with pytest.raises(ValueError, match="format 2, of a newer release; this one reads 1"):
-        checkpoint.load(folder)
+        folder = save(tmp_path, 2)
+    save(tmp_path, 1)
+    attempts: list[Callable[[], object]] = [
+        lambda: checkpoint.load(folder),
+        lambda: checkpoint.latest(tmp_path),  # a run would go on from an earlier one
+        lambda: save(tmp_path, 2),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ValueError, match="step-00000002 has format 2, of a newer release; "):
+            attempt()
+    assert json.loads((folder / "state.json").read_text())["format"] == 2
+
+
+def test_a_complete_one_is_left_as_it_is(tmp_path: Path) -> None:
+    size = checkpoint.save(tmp_path, 1, FORMS, {})
+    assert checkpoint.save(tmp_path, 1, {"model": {"w": torch.zeros(99)}}, {}) == size
+    left = checkpoint.load(tmp_path / "step-00000001").tensors("model")
+    assert torch.equal(left["w"], FORMS["model"]["w"])
+
+
+def test_a_manifest_without_the_state_is_none(tmp_path: Path) -> None:
+    manifest = save(tmp_path, 1) / "manifest.json"
+    files = json.loads(manifest.read_text())
+    del files["state.json"]
+    manifest.write_text(json.dumps(files))
+    with pytest.raises(ValueError, match=r"does not name state\.json"):
+        checkpoint.load(manifest.parent)
 
 
 def test_files_are_the_users_own(tmp_path: Path) -> None:

@@ -73,18 +73,31 @@ def save(
     """Write `root/step-<step>`; `forms` are host tensors. Returns its bytes.
 
     It is on the disk, or at the address, when this returns. An unfinished or damaged folder of the
-    same step is replaced; a complete one is left as it is.
+    same step is replaced; a complete one is left as it is. What cannot be finished is deleted.
     """
     if not address(root):
         Path(root).mkdir(parents=True, exist_ok=True)
     folder, name = open_folder(root), _name(step)
     left = _files(folder, step)
     if f"{name}/{MANIFEST}" in left:
-        try:
-            return _bytes(load(f"{root}/{name}"))
-        except ValueError:
-            pass
+        found = verify_one(f"{root}/{name}")
+        if isinstance(found, Checkpoint):
+            return _bytes(found)
     _remove(folder, left)
+    try:
+        return _write(folder, name, forms, {**state, "step": step, "format": FORMAT})
+    except Exception:
+        with suppress(Exception):  # what there is of it may be what fills the disk
+            _remove(folder, _files(folder, step))
+        raise
+
+
+def _write(
+    folder: AnyFolder,
+    name: str,
+    forms: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+) -> int:
     manifest: dict[str, dict[str, Any]] = {}
     for form, tensors in forms.items():
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -93,7 +106,7 @@ def save(
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             manifest[f"{form}.safetensors"] = {"bytes": path.stat().st_size, "sha256": digest}
-    data = _json({**state, "step": step, "format": FORMAT})
+    data = _json(state)
     folder.write(f"{name}/{STATE}", data)
     manifest[STATE] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     folder.write(f"{name}/{MANIFEST}", _json(manifest))
@@ -102,10 +115,10 @@ def save(
 
 def load(where: str | Path) -> Checkpoint:
     """Verify and open one checkpoint. Raises ValueError naming what does not verify."""
-    try:
-        return _open(where)
-    except Fault as fault:
-        raise ValueError(str(fault)) from None
+    found = verify_one(where)
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
 
 
 def steps(root: str | Path) -> list[int]:
@@ -123,7 +136,8 @@ def verify(root: str | Path) -> Iterator[Checkpoint | str]:
 
 
 def verify_one(where: str | Path) -> Checkpoint | str:
-    """The checkpoint, or why it is none."""
+    """The checkpoint, or why it is none. Raises ValueError for one of a newer release, which is
+    whole, and which nobody may go past, replace or delete."""
     try:
         return _open(where)
     except Fault as fault:
@@ -136,7 +150,8 @@ def is_one(where: str | Path) -> bool:
 
 
 def latest(root: str | Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint in `root` that verifies, and why each newer one does not."""
+    """The newest checkpoint in `root` that verifies, and why each newer one does not. Raises
+    ValueError if one of these is of a newer release."""
     skipped: list[str] = []
     for found in verify(root):
         if isinstance(found, Checkpoint):
@@ -205,12 +220,6 @@ def weights(given: str, which: str) -> tuple[dict[str, Tensor], str]:
     return found.tensors(), found.source
 
 
-def discard(root: str | Path, step: int) -> None:
-    """Delete what there is of a step."""
-    folder = open_folder(root)
-    _remove(folder, _files(folder, step))
-
-
 def prune(
     root: str | Path,
     *,
@@ -235,12 +244,7 @@ def prune(
     complete = [step for step in good if f"{_name(step)}/{MANIFEST}" in files]
     kept = {*complete[:keep], best}
     if every_hours is not None:
-        hourly: dict[int, int] = {}
-        for step in reversed(complete):
-            with suppress(OSError, ValueError):  # its state cannot be read: it is no checkpoint
-                seconds = json.loads(folder.read(f"{_name(step)}/{STATE}")).get("seconds", 0.0)
-                hourly.setdefault(int(seconds / 3600 // every_hours), step)
-        kept |= {step for number, step in hourly.items() if number}
+        kept |= _hourly(folder, complete, every_hours)
     if len(complete) < keep:
         return
     for step in found:
@@ -248,11 +252,34 @@ def prune(
             _remove(folder, _files(folder, step))
 
 
+def _hourly(folder: AnyFolder, steps: list[int], every_hours: float) -> set[int]:
+    """The first of each further `every_hours`, and those of which it cannot be read now when they
+    were: a disk or a bucket that fails once must not cost what is kept for good."""
+    first: dict[int, int] = {}
+    unknown: set[int] = set()
+    for step in sorted(steps):
+        try:
+            data = folder.read(f"{_name(step)}/{STATE}")
+        except FileNotFoundError:
+            continue  # it is no checkpoint
+        except (OSError, ValueError):  # the latter of an address
+            unknown.add(step)
+            continue
+        with suppress(ValueError):  # torn: it is none either
+            seconds = json.loads(data).get("seconds", 0.0)
+            first.setdefault(int(seconds / 3600 // every_hours), step)
+    return unknown | {step for number, step in first.items() if number}
+
+
 # ---- files ------------------------------------------------------------------------------------
 
 
 class Fault(Exception):
     """Why a folder is not a checkpoint."""
+
+
+class Newer(Exception):
+    """What is whole, and to be read by a newer release."""
 
 
 def _open(where: str | Path) -> Checkpoint:
@@ -271,6 +298,10 @@ def _open(where: str | Path) -> Checkpoint:
         return found
     except Fault as fault:
         raise Fault(f"{where} is not a complete checkpoint: {fault}; use an earlier one") from None
+    except Newer as newer:
+        raise ValueError(
+            f"{where} {newer}: give the command to that release, or choose another folder"
+        ) from None
 
 
 def _name(step: int) -> str:
@@ -312,7 +343,8 @@ def _manifest(data: bytes) -> dict[str, dict[str, Any]]:
 
 
 def _verified(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint. Raises Fault for what is not one."""
+    """The state of a checkpoint. Raises Fault for what is not one, Newer for one of another
+    release."""
     try:
         manifest = _manifest((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -332,7 +364,7 @@ def _verified(folder: Path) -> dict[str, Any]:
         raise Fault(f"its manifest.json does not name {STATE}")
     state = json.loads((folder / STATE).read_bytes())
     if state.get("format", 1) > FORMAT:
-        raise Fault(f"it has format {state['format']}, of a newer release; this one reads {FORMAT}")
+        raise Newer(f"has format {state['format']}, of a newer release; this one reads {FORMAT}")
     return state
 
 

@@ -8,7 +8,6 @@ that goes well; it is said, and the next one is tried.
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,10 +93,9 @@ class Saves:
 
     def _write(self, step: int, forms: Forms, state: Mapping[str, Any], stall: float) -> None:
         began = time.perf_counter()
-        size, fault, begun = 0, None, False
+        size, fault = 0, None
         try:
             self.before()
-            begun = True
             size = checkpoint.save(self.root, step, forms, state)
             self._steps.append(step)
             checkpoint.prune(
@@ -110,8 +108,5 @@ class Saves:
             )
         except Exception as error:  # of a full disk safetensors says in a class of its own
             fault = f"{type(error).__name__}: {error}" if size == 0 else None
-            with suppress(Exception):
-                if begun and size == 0:  # what there is of it may be what fills the disk
-                    checkpoint.discard(self.root, step)
         seconds = time.perf_counter() - began
         self._written.append(Written(step, round(stall, 4), round(seconds, 4), size, fault))
