@@ -1,8 +1,10 @@
 """Every kind of picture becomes RGB, as Pillow has it; everything else becomes a ValueError."""
 
 import io
+import resource
 import warnings
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,11 @@ import pytest
 from PIL import Image
 
 from nfnets_xla.data import decode as module
+from nfnets_xla.data.batches import EvalBatches
 from nfnets_xla.data.decode import decode
+from nfnets_xla.data.index import build_index
+from nfnets_xla.data.loader import Batches
+from nfnets_xla.data.pack import pack_samples
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
 
@@ -181,3 +187,21 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     bomb = data[:last] + data[last:-2] * 200 + data[-2:]
     with pytest.raises(ValueError, match=r"20\d scans are more than 200"):
         decode(bomb)
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_sample(tmp_path: Path) -> None:
+    """Taken for one, a run would go on with other numbers."""
+    image = encoded(Image.new("1", (9000, 9000)), "PNG")
+    pack_samples([("big", image, "png", 0)], tmp_path, samples_per_shard=1)
+    dataset = EvalBatches(
+        build_index(tmp_path), num_classes=1, batch_size=1, image_size=8, margin=0
+    )
+    batches = iter(Batches(dataset, start_step=0, stop_step=1, workers=0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**25, hard))
+    try:
+        with pytest.raises(OSError, match="no memory is left to make a batch"):
+            next(batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -43,6 +43,8 @@ def decode(data: bytes) -> Pixels:
             if pixels is not None:
                 return pixels
         return _by_pillow(data)
+    except MemoryError:  # the machine's fault: another time it would decode
+        raise
     except Exception as error:  # on hostile bytes Pillow raises nearly anything
         what = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{len(data)} bytes do not decode as an image: {what}") from error

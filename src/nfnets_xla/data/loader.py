@@ -6,6 +6,7 @@
 Workers only change how soon a batch is there: which step holds what is the data set's to say.
 """
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from nfnets_xla.data.ahead import PREFETCH
 from nfnets_xla.data.batches import Batch, EvalBatches, TrainBatches
+
+NO_MEMORY = "no memory is left to make a batch: lower data.workers, or use a machine with more"
 
 
 class Batches:
@@ -101,6 +104,8 @@ class _Sending(Dataset[Any]):
             batch = self.dataset[step]
         except (ValueError, OSError) as error:
             return error
+        except MemoryError:
+            return OSError(errno.ENOMEM, NO_MEMORY)
         tensors = [name for name, value in batch.items() if isinstance(value, torch.Tensor)]
         small = [name for name in tensors if name != "images_BHWC"]
         return _Sent(batch | {name: batch[name].numpy() for name in small}, small)
