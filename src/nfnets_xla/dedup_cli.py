@@ -100,9 +100,10 @@ def write_lists(
     for folder, lines in texts.items():
         Folder(out).write(names[folder], "".join(lines).encode())
         of = sum(shard.num_samples for shard in matches.train if str(shard.folder) == folder)
+        exclude = f" data.exclude={out / names[folder]}" if lines else ""
         print(
             f"{out / names[folder]}: {len(lines):,} of {of:,} samples; train with "
-            f"data.shards={folder} data.exclude={out / names[folder]}"
+            f"data.shards={folder}{exclude}"
         )
     if matches.undecodable:
         print(f"{matches.undecodable:,} samples do not decode, and were left out")

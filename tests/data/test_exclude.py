@@ -89,6 +89,7 @@ def test_lists_that_do_not_fit_are_refused(index: ShardIndex, tmp_path: Path) ->
         path = listed(tmp_path, ["shard-000000/00001", bad or "x"])
         assert f"{path} names {bad or 'x'!r}, which is not in {index.folder}" in refused(path)
     assert "excludes every sample" in refused(listed(tmp_path, [s[0] for s in everything(index)]))
+    assert "list.txt names no samples" in refused(listed(tmp_path, [""]))
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
     assert "is not a text file of sample ids" in refused(tmp_path / "a.txt")
     (tmp_path / "a.npz").write_bytes(b"rubbish")
@@ -124,6 +125,16 @@ def test_the_split_is_the_smallest_hashes_however_it_is_packed(
         assert not {sample[0] for sample in everything(left)} & set(ids)
         # What is held out of the rest is not what was held out before.
         assert not {left.sample_id(*place) for place in choose(left, 6)} & set(ids)
+
+
+def test_the_list_is_there_before_the_shards(index: ShardIndex, tmp_path: Path) -> None:
+    """Which without it would be trained on. Here no sample can be copied."""
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(ValueError, match="wrong checksum"):
+        hold_out(index, tmp_path / "out", samples=6)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["held_out.txt"]
+    assert len((tmp_path / "out" / "held_out.txt").read_text().splitlines()) == 6
 
 
 def test_the_copies_are_no_shards_of_the_folder_they_come_from(tmp_path: Path) -> None:

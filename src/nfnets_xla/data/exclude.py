@@ -59,7 +59,7 @@ def _read_fields(path: Path) -> list[list[str]]:
 
 
 def resolve(index: ShardIndex, ids: Iterable[str], source: str = "the list") -> Exclusions:
-    """Rows of the samples. Raises ValueError for an id that is not in the index."""
+    """Rows of the samples. Raises ValueError for an id that is not in the index, and for none."""
     numbers = {short_name(index.name(shard)): shard for shard in range(index.num_shards)}
     keys: dict[int, list[str]] = {}
     for sample_id in ids:
@@ -67,6 +67,8 @@ def resolve(index: ShardIndex, ids: Iterable[str], source: str = "the list") -> 
         if not slash or shard not in numbers:
             raise ValueError(_unknown(sample_id, source, index))
         keys.setdefault(numbers[shard], []).append(key)
+    if not keys:
+        raise ValueError(f"{source} names no samples: make it again, or exclude nothing")
     rows: dict[int, NDArray[np.uint32]] = {}
     for shard in sorted(keys):
         row_of = rows_by_key(index.records(shard))

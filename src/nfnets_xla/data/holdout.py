@@ -23,7 +23,7 @@ from nfnets_xla.data.records import SIDECAR, Records
 from nfnets_xla.data.remote import AnyFolder
 from nfnets_xla.data.shards import ShardIndex, short_name
 from nfnets_xla.data.sources import extension_of
-from nfnets_xla.data.storage import is_below, local
+from nfnets_xla.data.storage import Folder, is_below, local
 
 IDS = "held_out.txt"
 MAX_EXCESS = 0.01  # of the split, by keys that several samples share
@@ -63,8 +63,10 @@ def hold_out(
             # Numbered: keys may repeat over shards. The n-th line of the list says which it was.
             yield f"{number:08d}", data, extension_of(data), index.labels(shard, row)
 
+    # The list first: without it, or with a part of it, shards that are there would be trained on.
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Folder(folder).write(IDS, "".join(f"{sample_id}\n" for sample_id in ids).encode())
     pack_samples(copies(), folder, samples_per_shard=samples_per_shard, prefix="held-out")
-    (Path(folder) / IDS).write_text("".join(f"{sample_id}\n" for sample_id in ids))
     return ids
 
 
