@@ -134,9 +134,9 @@ def test_the_best_and_one_of_every_few_hours_stay(tmp_path: Path) -> None:
     """A checkpoint every 40 minutes of the run's time; one of every two hours is to stay."""
     for step in range(1, 10):
         save(tmp_path, step, seconds=2400.0 * step)
-    checkpoint.prune(tmp_path, start=8, written=[9], keep=2, every_hours=2, best=5)
+    checkpoint.prune(tmp_path, start=8, written=[9], keep=2, every_hours=2, best=[5, None])
     assert checkpoint.steps(tmp_path) == [9, 8, 6, 5, 3]  # 2 h are over at step 3, 4 h at 6
-    checkpoint.prune(tmp_path, start=8, written=[9], keep=1, best=6)
+    checkpoint.prune(tmp_path, start=8, written=[9], keep=1, best=[6])
     assert checkpoint.steps(tmp_path) == [9, 6]
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import shutil
 import stat
 import threading
 from pathlib import Path
@@ -17,8 +18,7 @@ from nfnets_xla.checkpoint_cli import held_out
 from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.order import Order
-from nfnets_xla.history import evaluations
-from nfnets_xla.hooks import Checkpointer
+from nfnets_xla.history import best_of, evaluations
 from nfnets_xla.prepare import make_plan
 from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.resume import Beginning, RunState, find_resume
@@ -34,25 +34,53 @@ RANDOM = Beginning({"init_from": None}, lambda: None)
 
 
 def test_the_step_waits_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the next checkpoint for the one before, so that one copy is in memory, not two."""
-    slow, write = threading.Event(), checkpoint.save
+    """And the next copy for the checkpoint before, so that one is in memory, not two."""
+    go_on, write = {1: threading.Event(), 2: threading.Event()}, checkpoint.save
 
-    def slow_save(*arguments: object) -> int:
-        slow.wait()
-        return write(*arguments)  # pyright: ignore[reportArgumentType]
+    def held(root: str, step: int, *others: Any) -> int:
+        go_on[step].wait()
+        return write(root, step, *others)
 
-    monkeypatch.setattr(checkpoint, "save", slow_save)
+    def second() -> tuple[int, Any, Any]:
+        assert checkpoint.steps(tmp_path) == [1]
+        return 2, FORMS, {}
+
+    monkeypatch.setattr(checkpoint, "save", held)
     with Saves(str(tmp_path), keep=2, every_hours=None) as saves:
         saves.save(lambda: (1, FORMS, {}))
         assert saves.written() == []
-        threading.Timer(0.3, slow.set).start()
-        saves.save(lambda: (2, FORMS, {}))
-        saves.wait()
-        first, second = saves.written()
-    assert [first.step, second.step] == checkpoint.steps(tmp_path)[::-1]
-    assert first.stall_seconds < 0.1 < second.stall_seconds
-    assert first.write_seconds > 0.25
-    assert first.bytes == second.bytes > 24
+        threading.Timer(0.1, go_on[1].set).start()
+        saves.save(second)
+        threading.Timer(0.1, go_on[2].set).start()
+    one, two = saves.written()  # the context has waited for the second
+    assert [one.step, two.step] == [1, 2]
+    assert one.bytes == two.bytes > 24
+
+
+def test_the_best_stays_until_a_better_one_is_written(tmp_path: Path) -> None:
+    """A file lies where the folder of step 2 should be."""
+    (tmp_path / "step-00000002").write_text("in the way")
+    left = []
+    with Saves(str(tmp_path), keep=1, every_hours=None) as saves:
+        for step, better in ((1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (6, 5)):
+            saves.better = better
+            saves.save(lambda: (step, FORMS, {}))  # noqa: B023 (called at once)
+            saves.wait()
+            left.append(checkpoint.steps(tmp_path))
+    assert left == [[1], [1], [3, 1], [4], [5, 4], [6, 5]]
+
+
+def test_a_prune_that_fails_is_no_lost_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "prune", fails)
+    with Saves(str(tmp_path), keep=1, every_hours=None) as saves:
+        saves.save(lambda: (1, FORMS, {}))
+    assert saves.written()[0].fault is None
+    assert checkpoint.steps(tmp_path) == [1]
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
@@ -122,7 +150,7 @@ def test_when_a_run_goes_on(tmp_path: Path) -> None:
     gone = Beginning({"init_from": "a"}, lambda: pytest.fail("nobody need look at them"))
     assert resume(tmp_path, IDENTITY, ORDER, said, moved) == 3
     assert resume(tmp_path, IDENTITY, ORDER, said, gone) == 3
-    checkpoint.discard(tmp_path, 3)
+    shutil.rmtree(tmp_path / "step-00000003")
     said.clear()
     shuffled_otherwise = Order(ORDER.counts, 1, 2, 4, 2, 2)
     with pytest.raises(ValueError, match="another order of the same samples"):
@@ -134,6 +162,15 @@ def test_when_a_run_goes_on(tmp_path: Path) -> None:
     assert resume(tmp_path, IDENTITY, ORDER, said) == 1
     assert "step-00000002 is not a complete checkpoint: model.safetensors has" in said[0]
     assert said[0].startswith("warning: ")
+
+
+def test_a_folder_that_is_behind_where_it_is_to_begin_is_refused(tmp_path: Path) -> None:
+    state = RunState(IDENTITY, ORDER, {}, seconds_before=0.0)
+    for name, step in (("a", 3), ("b", 2)):
+        checkpoint.save(tmp_path / name / "checkpoints", step, FORMS, state.at(step))
+    own, known = tmp_path / "b", (IDENTITY, RANDOM, ORDER, {})
+    with pytest.raises(ValueError, match=r"run_dir already holds .*step-00000002: nothing is"):
+        find_resume(str(tmp_path / "a"), str(own / "checkpoints"), own, *known, print)
 
 
 def test_a_run_is_known_by_what_it_begins_from_wherever_that_lies(
@@ -186,7 +223,8 @@ def test_what_the_last_start_had_no_time_for_is_done(tmp_path: Path, data: list[
     best = min(evaluated, key=lambda step: evaluated[step])
     assert sorted({best, 4}, reverse=True) == checkpoint.steps(folder / "checkpoints")
     assert [row["step"] for row in record.of_kind("train")] == [1, 2, 3, 4]
-    assert all(row["stall_seconds"] < 5 for row in record.of_kind("checkpoint"))
+    saved = checkpoint.load(folder / "checkpoints" / "step-00000004").state["best"]
+    assert saved == {"step": 2, "loss": evaluated[2]}  # the evaluation of 4 comes after
 
     end = folder / f"run-{len(record.headers)}.jsonl"
     lines = end.read_text().splitlines(keepends=True)
@@ -209,14 +247,25 @@ def test_an_evaluation_that_was_not_finite_is_worse_than_any(tmp_path: Path) -> 
     evaluated = evaluations(tmp_path, 6)
     assert evaluated == {2: math.inf, 4: 0.5, 6: math.inf}
     assert "not finite, on 3 images" in held_out(tmp_path, 2, "raw")["held out"]
-    anything: Any = None
-    for known, best in ((evaluated, 4), ({2: math.inf}, None), ({}, None)):
-        saves = Saves(str(tmp_path), keep=1, every_hours=None)
-        Checkpointer(
-            saves, anything, anything, every=None, total_steps=8, state=anything, keep_best=True,
-            evaluated=known, say=print,
-        )  # fmt: skip
-        assert saves.best == best
+    start = checkpoint.load(save_at(tmp_path, 6, {}))
+    assert best_of(start, evaluated) == (4, 0.5)  # of an older release
+    assert best_of(start, {2: math.inf}) is None
+    assert best_of(start, {}) is None
+
+
+def save_at(root: Path, step: int, state: dict[str, Any]) -> Path:
+    checkpoint.save(root, step, FORMS, state)
+    return root / f"step-{step:08d}"
+
+
+def test_a_checkpoint_says_which_is_the_best(tmp_path: Path) -> None:
+    """Not one that could not be written (4); and wherever the record is (nowhere, the last)."""
+    start = checkpoint.load(save_at(tmp_path, 6, {"best": {"step": 2, "loss": 0.7}}))
+    assert best_of(start, {2: 0.7, 4: 0.5}) == (2, 0.7)
+    assert best_of(start, {2: 0.7, 6: 0.6}) == (6, 0.6)
+    assert best_of(start, {}) == (2, 0.7)
+    none = checkpoint.load(save_at(tmp_path, 3, {"best": None}))
+    assert best_of(none, {2: 0.7}) is None
 
 
 def test_the_checkpoint_commands(

@@ -227,22 +227,22 @@ def prune(
     written: Sequence[int],
     keep: int,
     every_hours: float | None = None,
-    best: int | None = None,
+    best: Sequence[int | None] = (),
 ) -> None:
     """Delete all but the newest `keep` checkpoints of a run that went on from `start` and has since
     `written` some, and what is left of older ones. Others that are newer than `start` did not
     verify, or it would have gone on from them: they take nobody's place.
 
     Those also stay that are the first of each further `every_hours` of the run's own time (not of
-    the clock, which may be set back), and the one of step `best`. The manifest goes first, so that
-    an interrupted deletion never leaves half a checkpoint that looks like a whole one.
+    the clock, which may be set back), and those of the steps `best`. The manifest goes first, so
+    that an interrupted deletion never leaves half a checkpoint that looks like a whole one.
     """
     folder = open_folder(root)
     files = folder.sizes("")
     found = [step for step in steps(root) if step <= written[-1]]
     good = [step for step in found if step <= start or step in written]
     complete = [step for step in good if f"{_name(step)}/{MANIFEST}" in files]
-    kept = {*complete[:keep], best}
+    kept = {*complete[:keep], *best}
     if every_hours is not None:
         kept |= _hourly(folder, complete, every_hours)
     if len(complete) < keep:
@@ -294,7 +294,7 @@ def _open(where: str | Path) -> Checkpoint:
             _copy(RemoteFolder(url), copies)
             found = Checkpoint(url, copies, _verified(copies))
             on_failure.pop_all()
-        weakref.finalize(found, shutil.rmtree, copies)
+        weakref.finalize(found, shutil.rmtree, copies, ignore_errors=True)
         return found
     except Fault as fault:
         raise Fault(f"{where} is not a complete checkpoint: {fault}; use an earlier one") from None

@@ -23,20 +23,38 @@ class Past:
     missed: int = 0  # samples that could not be decoded
     skipped: int = 0  # updates that were left out; see skips.py
     evaluated: dict[int, float] = field(default_factory=dict)  # held-out losses by step
+    best: tuple[int, float] | None = None  # step and held-out loss of the best checkpoint
 
 
 def past_of(start: Checkpoint | None, run_dir: Path) -> Past:
     if start is None:
         return Past(lost_seconds=lost_seconds(run_dir, 0))
     folder = history(start, run_dir)
+    evaluated = evaluations(folder, start.step)
     return Past(
         start.step,
         seconds=start.state["seconds"],
         lost_seconds=lost_seconds(folder, start.step),
         missed=missed_before(folder, start.step),
         skipped=start.state.get("skipped", 0),
-        evaluated=evaluations(folder, start.step),
+        evaluated=evaluated,
+        best=best_of(start, evaluated),
     )
+
+
+def best_of(start: Checkpoint, evaluated: dict[int, float]) -> tuple[int, float] | None:
+    """Step and held-out loss of the best checkpoint up to `start`, if any has a finite loss.
+
+    A checkpoint says which it was when it was written; if it is itself evaluated, it is so after.
+    Of older releases, and without `keep_best`, it says nothing: any that was evaluated, then.
+    """
+    known = evaluated
+    if "best" in start.state:
+        best = start.state["best"]
+        known = {start.step: evaluated.get(start.step, math.inf)}
+        known |= {best["step"]: best["loss"]} if best else {}
+    finite = {step: loss for step, loss in known.items() if loss < math.inf}
+    return min(finite.items(), key=lambda item: item[1], default=None)
 
 
 def lost_seconds(run_dir: Path, step: int) -> float:

@@ -29,10 +29,10 @@ class Checkpointer(Callback):
         total_steps: int,
         state: Callable[[int], dict[str, Any]],
         keep_best: bool,
-        evaluated: dict[int, float],
+        best: tuple[int, float] | None,
         say: Callable[[str], None],
     ) -> None:
-        """`state` is of a step; `evaluated` are earlier starts' held-out losses by step."""
+        """`state` is of a step; `best` is of earlier starts: a step and its held-out loss."""
         self.saves = saves
         self.monitor = monitor
         self.skips = skips
@@ -43,10 +43,10 @@ class Checkpointer(Callback):
         self.say = say
         self.saved_at: int | None = None  # the newest step that was given to `saves`
         self.durable_at: int | None = None  # and the newest that is known to be written
-        self._best_loss = math.inf
-        best = min(evaluated, key=lambda step: evaluated[step], default=0)
-        if keep_best and best and evaluated[best] < math.inf:
-            self.saves.best, self._best_loss = best, evaluated[best]
+        self._losses: dict[int | None, float] = {}  # held-out ones, by step
+        if keep_best and best is not None:
+            self.saves.best = self.saves.better = best[0]
+            self._losses[best[0]] = best[1]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -60,9 +60,10 @@ class Checkpointer(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         task = task_of(pl_module)
         *_, metrics = task.evaluation.values()  # of the average, if there is one
-        if self.keep_best and metrics["loss"] < self._best_loss:
-            self._best_loss = metrics["loss"]
-            self.saves.best = trainer.global_step
+        # On all hosts alike, though only one knows of a better one that could not be written.
+        if self.keep_best and metrics["loss"] < self._losses.get(self.saves.better, math.inf):
+            self._losses[trainer.global_step] = metrics["loss"]
+            self.saves.better = trainer.global_step
             if self.saved_at != trainer.global_step:
                 self.save(task, trainer.global_step)
 
@@ -83,7 +84,15 @@ class Checkpointer(Callback):
         if self.skips.frozen_at is not None:
             step = self.skips.frozen_at - 1
         self.saved_at = step
-        return step, forms, self.state(step) | {"skipped": self.skips.count}
+        state = self.state(step) | {"skipped": self.skips.count}
+        if self.keep_best:
+            state["best"] = self._best_with(step)
+        return step, forms, state
+
+    def _best_with(self, step: int) -> dict[str, Any] | None:
+        """Of the checkpoints that are written, and of `step`, which is about to be."""
+        best = step if step == self.saves.better else self.saves.best
+        return None if best is None else {"step": best, "loss": self._losses[best]}
 
     def collect(self) -> None:
         """Record what has been written."""

@@ -55,7 +55,9 @@ class Saves:
         self.start = start
         self._steps: list[int] = []  # of the checkpoints that have been written since
         self.writes = writes
-        self.best: int | None = None  # step of the checkpoint that stays whatever comes
+        # Steps of checkpoints that stay whatever comes; the first once the second is written.
+        self.best: int | None = None
+        self.better: int | None = None
         self._thread: threading.Thread | None = None
         self._written: list[Written] = []
 
@@ -70,6 +72,8 @@ class Saves:
         state; this returns when it has."""
         began = time.perf_counter()
         self.wait()
+        if self.better in self._steps:
+            self.best = self.better
         step, forms, state = copy()
         if not self.writes:
             return
@@ -98,13 +102,15 @@ class Saves:
             self.before()
             size = checkpoint.save(self.root, step, forms, state)
             self._steps.append(step)
+            if step == self.better:
+                self.best = step
             checkpoint.prune(
                 self.root,
                 start=self.start,
                 written=self._steps,
                 keep=self.keep,
                 every_hours=self.every_hours,
-                best=self.best,
+                best=(self.best, self.better),
             )
         except Exception as error:  # of a full disk safetensors says in a class of its own
             fault = f"{type(error).__name__}: {error}" if size == 0 else None

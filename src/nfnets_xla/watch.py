@@ -114,7 +114,7 @@ def open_keeper(
         total_steps=plan.num_steps,
         state=state.at,
         keep_best=trainer.keep_best,
-        evaluated=ready.past.evaluated,
+        best=ready.past.best,
         say=say,
     )
 
