@@ -1,12 +1,15 @@
 """A checkpoint exists if and only if its manifest verifies."""
 
+import gc
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from fsspec import filesystem
 from fsspec.config import conf
 
 from nfnets_xla import checkpoint
@@ -254,3 +257,22 @@ def test_an_object_store_keeps_checkpoints_as_a_disk_does(
         assert checkpoint.latest(url)[0] is not None
         checkpoint.prune(url, start=0, written=[1, 2, 3], keep=1)
         assert checkpoint.steps(url) == [3]
+
+
+def test_copies_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of what does not verify at once, the others when they are read or dropped."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    url = "memory://copies/run"
+    for step in (1, 2):
+        checkpoint.save(url, step, FORMS, {})
+    filesystem("memory").pipe_file(f"{url}/step-00000002/state.json", b"{}")
+    found, skipped = checkpoint.latest(url)
+    assert found is not None
+    assert (found.step, len(skipped), len(list(tmp_path.iterdir()))) == (1, 1, 1)
+    found.release()
+    assert (found.step, list(tmp_path.iterdir())) == (1, [])
+    found, _ = checkpoint.latest(url)
+    assert len(list(tmp_path.iterdir())) == 1
+    del found
+    gc.collect()
+    assert not list(tmp_path.iterdir())

@@ -66,6 +66,11 @@ class Checkpoint:
             )
         return load_file(self.folder / f"{form}.safetensors")
 
+    def release(self) -> None:
+        """Delete its files if they are copies; a process that is killed later would leave them."""
+        if address(self.where):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
 
 def save(
     root: str | Path, step: int, forms: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]

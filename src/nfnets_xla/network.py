@@ -119,5 +119,6 @@ def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
     ema = None if run.optim.ema_decay is None else resume.tensors("ema")
     kept = [form for form in resume.forms if form not in ("model", "ema")]
     slots = {form: as_in(net, resume.tensors(form)) for form in kept}
+    resume.release()
     skipped = int(resume.state.get("skipped", 0))
     return Restored(slots, ema and as_in(net, ema), resume.step - skipped, skipped)
