@@ -173,6 +173,23 @@ def test_a_folder_that_is_behind_where_it_is_to_begin_is_refused(tmp_path: Path)
         find_resume(str(tmp_path / "a"), str(own / "checkpoints"), own, *known, print)
 
 
+def test_a_run_that_was_saved_does_not_begin_anew(tmp_path: Path) -> None:
+    """Where its checkpoints are not mounted, or all damaged; one that never was saved does."""
+    root, known = str(tmp_path / "checkpoints"), (IDENTITY, RANDOM, ORDER, {"torch": "1"})
+    with RecordWriter(tmp_path, {"resumed_from": 0}) as record:
+        record.write("train", 1, loss=1.0)
+        assert find_resume("auto", root, tmp_path, *known, print) is None
+        record.write("checkpoint", 2)
+    saved = rf"{tmp_path} holds a run that was saved up to step 2, and {root} has no whole"
+    with pytest.raises(ValueError, match=saved):
+        find_resume("auto", root, tmp_path, *known, print)
+    checkpoint.save(root, 2, FORMS, RunState(IDENTITY, ORDER, {"torch": "1"}, 0.0).at(2))
+    assert find_resume("auto", root, tmp_path, *known, print) is not None
+    (tmp_path / "checkpoints" / "step-00000002" / "state.json").unlink()
+    with pytest.raises(ValueError, match=saved):
+        find_resume("auto", root, tmp_path, *known, print)
+
+
 def test_a_run_is_known_by_what_it_begins_from_wherever_that_lies(
     tmp_path: Path, data: list[str]
 ) -> None:

@@ -9,6 +9,7 @@
 | other hosts, devices, mesh, loader workers, form of the network | taken as it is |
 | other versions of the libraries | taken, and said: the bits may differ |
 
+Where the record tells of checkpoints and there is none, or only damaged ones, nothing begins anew.
 With `resume=never` a folder that holds a run is refused. With `resume=PATH` a folder without one
 begins from that checkpoint, and takes the history behind it along; the same command goes on with
 the folder's own checkpoints once it has some.
@@ -28,7 +29,7 @@ from nfnets_xla import checkpoint
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
-from nfnets_xla.record import has_record
+from nfnets_xla.record import has_record, read_record
 
 # Recorded with a run: what its numbers and pixels may depend on.
 VERSIONS = ("nfnets_xla", "torch", "lightning", "numpy", "pillow", "simplejpeg")
@@ -122,6 +123,7 @@ def find_resume(
     if given not in ("auto", "never"):
         found = _begun_from(given, found)
     if found is None:
+        _refuse_to_begin_anew(root, run_dir)
         return None
     changed = differences(found.state["identity"], identity)
     changed += beginning.differs_from(found.state.get("begun_with"))
@@ -141,6 +143,22 @@ def find_resume(
         say(f"warning: {found} was written under other versions ({'; '.join(newer)})")
     say(f"resuming from {found}")
     return found
+
+
+def _refuse_to_begin_anew(root: str, run_dir: Path) -> None:
+    """Where a run has been saved, steps are not to be computed again without a word: a disk may not
+    be mounted."""
+    if not has_record(run_dir):
+        return
+    record = read_record(run_dir)
+    saved = [header["resumed_from"] for header in record.headers[-1:]]
+    saved += [row["step"] for row in record.of_kind("checkpoint")]
+    if last := max(saved, default=0):
+        raise ValueError(
+            f"{run_dir} holds a run that was saved up to step {last}, and {root} has no whole "
+            "checkpoint: give the trainer.checkpoint_dir that has it, or resume=PATH of a copy; or "
+            "another run_dir, to begin anew"
+        )
 
 
 def _begun_from(given: str, own: Checkpoint | None) -> Checkpoint:
