@@ -10,6 +10,7 @@ import pytest
 from nfnets_xla.cli import main
 from nfnets_xla.data.order import Order
 from nfnets_xla.ledger import Ledger, audit, read_ledger
+from nfnets_xla.record import RecordWriter
 from tests.runs import PLAIN_CPU, RECIPE, SMALL, run, run_killed_at
 
 COUNTS = np.array([30, 25, 45])
@@ -37,12 +38,19 @@ def start(folder: Path, attempt: int, resumed_from: int, stop: int, **changes: A
     return folder / f"ledger-{attempt}.bin"
 
 
+def record(folder: Path, **rows: int) -> None:
+    with RecordWriter(folder, {"resumed_from": 0}) as written:
+        for kind, step in rows.items():
+            written.write(kind, step, stopped=True)
+
+
 def test_three_starts_and_a_torn_end(tmp_path: Path) -> None:
     torn = start(tmp_path, 1, 0, 9)
     torn.write_bytes(torn.read_bytes()[:-5])
     start(tmp_path, 2, 5, 7, s6=batch(6, missed=3))
     start(tmp_path, 10, 6, ORDER.num_steps, s6=batch(6, missed=3))
     (tmp_path / "ledger-11.bin").write_bytes(b'{"resu')
+    record(tmp_path, end=ORDER.num_steps)
     found = audit(tmp_path)
     assert found.faults == []
     assert (found.starts, found.reached, found.steps) == (4, 16, 16)
@@ -80,8 +88,24 @@ def test_an_epoch_that_comes_back_is_a_fault(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_has_no_sample_twice(tmp_path: Path) -> None:
     start(tmp_path, 1, 0, 4)
+    record(tmp_path, checkpoint=4)
     assert audit(tmp_path).report()[-1] == "no sample twice"
     assert audit(tmp_path).shown == {0: 64}
+
+
+def test_steps_whose_effect_is_not_known_prove_nothing(tmp_path: Path) -> None:
+    """Killed after the last step and before its checkpoint, whose numbers tell of a freeze."""
+    start(tmp_path, 1, 0, ORDER.num_steps)
+    record(tmp_path, checkpoint=10)
+    assert audit(tmp_path).report()[-1].startswith("no sample twice; certain up to step 10, ")
+    (tmp_path / "run-1.jsonl").unlink()
+    record(tmp_path, nonfinite=13, checkpoint=12)
+    found = audit(tmp_path)
+    assert (found.reached, found.stopped, found.faults) == (12, 13, [])
+    assert found.report()[-1] == "no sample twice"
+    (tmp_path / "run-1.jsonl").unlink()
+    record(tmp_path, checkpoint=ORDER.num_steps)
+    assert audit(tmp_path).report()[-1] == "every sample exactly once"
 
 
 def test_damage_is_not_a_torn_end(tmp_path: Path) -> None:

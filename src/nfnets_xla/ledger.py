@@ -113,6 +113,8 @@ class Audit:
     samples: int  # of an epoch
     draws: int  # of the run
     reached: int = 0  # steps 1 to this are there, each once
+    certain: int = 0  # and up to this a checkpoint, or the run's end, is on record
+    stopped: int | None = None  # the step at which the device froze, if the run ended so
     again: int = 0  # steps computed again after a restart: of no effect
     undecodable: int = 0
     skipped: list[int] = field(default_factory=list)  # steps whose update was left out
@@ -135,7 +137,17 @@ class Audit:
                 f"steps {_first(self.skipped)} were left out (loss or gradient not finite): "
                 f"{self.without_effect} of the samples changed nothing; the record names them"
             )
+        if self.stopped:
+            lines.append(
+                f"step {self.stopped} (loss or gradient not finite) was one too many: what was "
+                "shown from there on changed nothing, and does not count"
+            )
         verdict = "every sample exactly once" if self.reached == self.steps else "no sample twice"
+        if self.certain < self.reached:
+            verdict = (
+                f"no sample twice; certain up to step {self.certain}, the newest that is known "
+                "to be saved: what comes after it may yet be computed again"
+            )
         return [*lines, *(self.faults or [verdict])]
 
 
@@ -158,8 +170,10 @@ def audit(run_dir: Path) -> Audit:
     if sizes is None:
         raise ValueError(f"{run_dir} holds no ledger-*.bin: train with trainer.ledger=true")
     found = Audit(len(paths), sizes["steps"], sizes["samples"], sizes["draws"], again=again)
+    _read_verdicts(found, run_dir)
+    if found.stopped:
+        effective = {step: at for step, at in effective.items() if step < found.stopped}
     found.reached = max(effective, default=0)
-    found.skipped = _left_out(run_dir)
     found.without_effect = sum(
         len(rows_of(*effective[step])[0]) for step in found.skipped if step in effective
     )
@@ -179,10 +193,19 @@ def audit(run_dir: Path) -> Audit:
     return found
 
 
-def _left_out(run_dir: Path) -> list[int]:
+def _read_verdicts(found: Audit, run_dir: Path) -> None:
+    """What the record says of the steps, that their frames do not: they come too early."""
     if not has_record(run_dir):
-        return []
-    return [r["step"] for r in read_record(run_dir).of_kind("nonfinite") if not r["stopped"]]
+        return
+    record = read_record(run_dir)
+    saved = [header["resumed_from"] for header in record.headers[-1:]]
+    saved += [row["step"] for kind in ("checkpoint", "end") for row in record.of_kind(kind)]
+    found.certain = max(saved, default=0)
+    for row in record.of_kind("nonfinite"):
+        if row["stopped"]:
+            found.stopped = row["step"]
+        else:
+            found.skipped.append(row["step"])
 
 
 def _epochs(
