@@ -19,6 +19,10 @@ from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.order import Order
 from nfnets_xla.history import best_of, evaluations
+
+
+from nfnets_xla.history import evaluations, take_history
+from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.prepare import make_plan
 from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.resume import Beginning, RunState, find_resume
@@ -188,6 +192,42 @@ def test_a_run_that_was_saved_does_not_begin_anew(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000002" / "state.json").unlink()
     with pytest.raises(ValueError, match=saved):
         find_resume("auto", root, tmp_path, *known, print)
+
+
+def test_where_a_run_that_began_from_another_goes_on(tmp_path: Path) -> None:
+    """From its own checkpoints once it has some; before that, where its history is told."""
+    source, branch = tmp_path / "source", tmp_path / "branch"
+    root, known = str(branch / "checkpoints"), (IDENTITY, RANDOM, ORDER, {"torch": "1"})
+    state, given = RunState(IDENTITY, ORDER, {"torch": "1"}, 0.0), str(source)
+    said: list[str] = []
+    checkpoint.save(source / "checkpoints", 2, FORMS, state.at(2))
+    start = checkpoint.find(source)
+    assert start is not None
+
+    def step() -> int:
+        found = find_resume(given, root, branch, *known, said.append)
+        return -1 if found is None else found.step
+
+    with RecordWriter(branch, {"resumed_from": 0}) as record:  # a start that died early
+        record.write("train", 1, loss=1.0)
+        with pytest.raises(ValueError, match="another start, which lacks the steps up to 2"):
+            step()
+        record.write("train", 2, loss=1.0)
+        assert step() == 2  # nothing is beside the checkpoint
+    with RecordWriter(source, {"resumed_from": 0}) as record:
+        record.write("train", 1, loss=3.0)
+        record.write("train", 2, loss=2.0)
+        with pytest.raises(ValueError, match="another start"):
+            step()
+        (branch / "run-1.jsonl").unlink()
+        take_history(start, branch)
+        record.write("train", 3, loss=1.0)
+    assert step() == 2
+    checkpoint.save(root, 3, FORMS, state.at(3))
+    assert step() == 3
+    shutil.rmtree(source)
+    assert step() == 3
+    assert "no checkpoint any more; taken is" in said[-2]
 
 
 def test_a_run_is_known_by_what_it_begins_from_wherever_that_lies(

@@ -121,7 +121,7 @@ def find_resume(
             f"{run_dir} holds a run, and resume is never: choose another run_dir, or resume=auto"
         )
     if given not in ("auto", "never"):
-        found = _begun_from(given, found)
+        found = _begun_from(given, found, run_dir, say)
     if found is None:
         _refuse_to_begin_anew(root, run_dir)
         return None
@@ -161,15 +161,30 @@ def _refuse_to_begin_anew(root: str, run_dir: Path) -> None:
         )
 
 
-def _begun_from(given: str, own: Checkpoint | None) -> Checkpoint:
+def _begun_from(
+    given: str, own: Checkpoint | None, run_dir: Path, say: Callable[[str], None]
+) -> Checkpoint:
     """The checkpoint at `given`; or the folder's own newest, which was begun from it."""
-    start = checkpoint.find(given)
+    try:
+        start = checkpoint.find(given)
+    except ValueError:  # at an address, or damaged
+        if own is None:
+            raise
+        start = None
     if start is None:
-        raise ValueError(
-            f"resume is {given!r}, where there is no checkpoint: give one, the folder of a run, "
-            "auto or never"
-        )
+        if own is None:
+            raise ValueError(
+                f"resume is {given!r}, where there is no checkpoint: give one, the folder of a "
+                "run, auto or never"
+            )
+        say(f"warning: resume is {given!r}, where there is no checkpoint any more; taken is {own}")
+        return own
     if own is None:
+        if not _tells_of(run_dir, start):
+            raise ValueError(
+                f"resume is {given!r}, and {run_dir} holds the record of another start, which "
+                f"lacks the steps up to {start.step}: choose another run_dir"
+            )
         return start
     beside = Path(own.where).parent == Path(start.where).parent
     if own.step < start.step or (beside and own.step > start.step):
@@ -178,3 +193,17 @@ def _begun_from(given: str, own: Checkpoint | None) -> Checkpoint:
             "another run_dir, or resume=auto"
         )
     return own
+
+
+def _tells_of(run_dir: Path, start: Checkpoint) -> bool:
+    """Whether a record in `run_dir`, if there is one, is of the steps up to `start`: it is the
+    record beside it, as far as it went when it was copied; where there is none, it reaches it."""
+    if not has_record(run_dir):
+        return True
+    beside = Path(start.where).parent.parent
+    if has_record(beside):
+        one, other = ((each / "run-1.jsonl").read_bytes() for each in (beside, run_dir))
+        return one.startswith(other) or other.startswith(one)
+    record = read_record(run_dir)
+    reached = [header["resumed_from"] for header in record.headers]
+    return max(reached + [row["step"] for row in record.rows], default=0) >= start.step
