@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from nfnets_xla import checkpoint
-from nfnets_xla.exits import START_AGAIN
+from nfnets_xla.exits import START_AGAIN, Interrupted
 from nfnets_xla.hosts import Hosts, open_hosts
 from nfnets_xla.record import read_record
 from tests.runs import (
@@ -116,6 +117,18 @@ def test_a_launcher_that_forgot_something(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(ValueError, match="WORLD_SIZE is 2 and MASTER_ADDR, MASTER_PORT not set"):
         open_hosts()
+
+
+def test_hosts_that_do_not_find_each_other_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host 0 cannot be where the others look for it: another process has its port."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        meeting = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}
+        for name, value in (meeting | {"MASTER_PORT": str(taken.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(Interrupted, match="host 0 of 2 lost another one"):
+            open_hosts()
 
 
 def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data: list[str]) -> None:

@@ -58,7 +58,7 @@ class Hosts:
         underway: deque[tuple[list[Tensor], Tensor, Any]] = deque()
         for bucket in buckets([tensor.detach() for tensor in tensors]):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            work = self._heard(lambda flat=flat: dist.all_reduce(flat, async_op=True))
+            work = self.heard(lambda flat=flat: dist.all_reduce(flat, async_op=True))
             underway.append((bucket, flat, work))
             if len(underway) > 1:
                 self._take_over(*underway.popleft())
@@ -66,7 +66,7 @@ class Hosts:
             self._take_over(*message)
 
     def _take_over(self, bucket: list[Tensor], flat: Tensor, work: Any) -> None:
-        self._heard(work.wait)
+        self.heard(work.wait)
         totals = flat.split([tensor.numel() for tensor in bucket])
         torch._foreach_copy_(bucket, [t.view_as(x) for t, x in zip(totals, bucket, strict=True)])
 
@@ -101,7 +101,8 @@ class Hosts:
                     "All must run the same command, and see the same shards and run_dir"
                 )
 
-    def _heard(self, exchange: Callable[[], Any]) -> Any:
+    def heard(self, exchange: Callable[[], Any]) -> Any:
+        """What an exchange gives; Interrupted if it fails."""
         try:
             return exchange()
         except RuntimeError as error:
@@ -126,7 +127,8 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def open_hosts() -> Hosts:
-    """By what a launcher set; one host without it. Waits for the others to come."""
+    """By what a launcher set; one host without it. Waits for the others to come, as long as the
+    methods of Hosts do."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return Hosts()
@@ -137,5 +139,7 @@ def open_hosts() -> Hosts:
             "or set all four"
         )
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        expected = Hosts(int(os.environ["RANK"]), count)
+        expected.heard(lambda: dist.init_process_group(backend))
     return Hosts(dist.get_rank(), dist.get_world_size())

@@ -162,9 +162,10 @@ def open_hosts() -> Hosts:
         return Hosts()
     import torch_xla.distributed.xla_backend  # noqa: F401  # knows init_method "xla://"
 
+    hosts = Hosts(xr.process_index(), xr.process_count())
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", init_method="xla://")
-    return Hosts(xr.process_index(), xr.process_count())
+        hosts.heard(lambda: torch.distributed.init_process_group("gloo", "xla://"))
+    return hosts
 
 
 def cache_compilations(folder: Path) -> bool:
