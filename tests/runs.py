@@ -1,9 +1,12 @@
 """Runs of the command line in processes of their own, on real shards, and what they left."""
 
+import json
 import os
-import signal
+import random
 import socket
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -50,10 +53,13 @@ def start(arguments: list[str], log: Path, module: str = "nfnets_xla", **variabl
 
 
 def as_hosts(count: int) -> list[dict[str, str]]:
-    """What a launcher tells each host."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    """What a launcher tells each host. The port is one that no process is given without asking for
+    it: nobody takes it before the hosts do."""
+    while True:
+        port = random.randint(20_000, 30_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("", port))
+            break
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return [{"RANK": str(number), "LOCAL_RANK": str(number), **common} for number in range(count)]
 
@@ -70,16 +76,29 @@ def run(arguments: list[str], log: Path, **variables: str) -> None:
 def run_killed_at(
     arguments: list[str], run_dir: Path, step: int, log: Path, kind: str = "samples"
 ) -> None:
-    """SIGKILL the run as soon as its record shows a row of this kind at `step` or later."""
-    process = start(arguments, log)
-    while process.poll() is None:
-        started = (run_dir / "run-1.jsonl").exists()
-        if started and any(row["step"] >= step for row in read_record(run_dir).of_kind(kind)):
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return
+    """SIGKILL the run as soon as this start's record shows such a row at `step` or later."""
+    print(f"to be killed: {kind} {step} of {run_dir}")  # which may have been drawn
+    (process,) = reach(lambda: [start(arguments, log)], run_dir, step, log, kind)
+    process.kill()
+    process.wait()
+
+
+def reach(
+    begin: Callable[[], list[Warm]], run_dir: Path, step: int, log: Path, kind: str
+) -> list[Warm]:
+    """Processes whose own record shows a row of this kind at `step` or later, or that they have
+    gone on from there; what earlier starts have left does not count."""
+    before = set(run_dir.glob("run-*.jsonl"))
+    processes = begin()
+    while True:
+        for path in set(run_dir.glob("run-*.jsonl")) - before:
+            lines = path.read_text().split("\n")[:-1]  # the last is torn, or nothing
+            rows = [row for row in map(json.loads, lines) if row["kind"] in ("header", kind)]
+            if any(row["step"] >= step for row in rows):
+                return processes
+        ended = any(process.poll() is not None for process in processes)
+        assert not ended, f"ended before {kind} {step}: {log.read_text()}"
         time.sleep(0.02)
-    raise AssertionError(f"the run ended before step {step}: {log.read_text()}")
 
 
 def samples(run_dir: Path) -> list[list[tuple[int, str]]]:

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from tests.runs import (
     as_hosts,
     final_state,
     losses,
+    reach,
     run,
     samples,
     start,
@@ -140,8 +140,7 @@ def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data:
     run([*arguments, f"run_dir={whole}"], log)
 
     arguments.append(f"run_dir={hosts}")
-    two = start_hosts(arguments, log, 2)
-    wait_for_checkpoint(hosts, 1, two, log)
+    two = started(arguments, hosts, log, 2, 1)
     two[1].terminate()
     assert [process.wait() for process in two] == [START_AGAIN] * 2, log.read_text()
     (stop,) = read_record(hosts).of_kind("stopped")
@@ -149,13 +148,11 @@ def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data:
     assert checkpoint.steps(hosts / "checkpoints")[0] == stop["step"]
     assert log.read_text().count(f"stopped after step {stop['step']}, which is saved") == 2
 
-    one = start_hosts(arguments, log, 1)
-    wait_for_checkpoint(hosts, 4, one, log)
+    one = started(arguments, hosts, log, 1, 4)
     one[0].kill()
     one[0].wait()
 
-    four = start_hosts(arguments, log, 4)
-    wait_for_checkpoint(hosts, 6, four, log)
+    four = started(arguments, hosts, log, 4, 6)
     four[2].kill()
     four[2].wait()
     assert [four[number].wait() for number in (0, 1, 3)] == [START_AGAIN] * 3, log.read_text()
@@ -205,8 +202,6 @@ def test_hosts_that_do_not_belong_together(tmp_path: Path, data: list[str]) -> N
     assert "1 streams must divide among them" in log.read_text()
 
 
-def wait_for_checkpoint(run_dir: Path, step: int, processes: list[Warm], log: Path) -> None:
-    folder = run_dir / "checkpoints"
-    while not any(read.step >= step for read in [checkpoint.latest(folder)[0]] if read):
-        assert all(process.poll() is None for process in processes), log.read_text()
-        time.sleep(0.05)
+def started(arguments: list[str], run_dir: Path, log: Path, count: int, step: int) -> list[Warm]:
+    """Hosts that have saved `step`, or gone on from it."""
+    return reach(lambda: start_hosts(arguments, log, count), run_dir, step, log, "checkpoint")
