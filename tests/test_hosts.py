@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -175,6 +176,27 @@ def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data:
     for name, tensor in final_state(whole).items():
         difference = (state[name] - tensor).norm() / tensor.norm().clamp(min=1e-3)
         assert difference < 10 * TOLERANCE, name
+
+
+def test_hosts_that_see_different_checkpoints(tmp_path: Path, data: list[str]) -> None:
+    """One has looked before the newest was whole: they start again. Or it sees another folder."""
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.25", "optim.warmup_steps=1"]
+    arguments += ["trainer.checkpoint_every=1", f"run_dir={tmp_path / 'r'}"]
+    log, there = tmp_path / "log.txt", tmp_path / "there"
+    run(arguments, log)
+    (tmp_path / "r" / "run-1.jsonl").unlink()  # it has not said that it has finished
+    shutil.copytree(tmp_path / "r" / "checkpoints", there)
+    elsewhere = [*arguments, f"trainer.checkpoint_dir={there}"]
+    (there / "step-00000002" / "manifest.json").unlink()
+    for code, said in (
+        (START_AGAIN, "different steps (2, 1)"),
+        (2, "checkpoints that they see"),
+    ):
+        variables = as_hosts(2)
+        one, other = start(arguments, log, **variables[0]), start(elsewhere, log, **variables[1])
+        assert [one.wait(), other.wait()] == [code, code], log.read_text()
+        assert log.read_text().count(said) == 2
+        shutil.rmtree(there / "step-00000002", ignore_errors=True)
 
 
 def test_hosts_that_do_not_belong_together(tmp_path: Path, data: list[str]) -> None:

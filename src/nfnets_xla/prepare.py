@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nfnets_xla import checkpoint
 from nfnets_xla.backend import Backend
 from nfnets_xla.checkpoint import Checkpoint, Weights
 from nfnets_xla.config import Run
@@ -14,6 +15,7 @@ from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.display import Say
+from nfnets_xla.exits import Interrupted
 from nfnets_xla.history import Past, past_of
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.inputs import (
@@ -138,7 +140,21 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
         num_features=net.num_features,
         hosts=backend.hosts,
     )
-    backend.hosts.agree("what they are to run", [plan.identity, begun_with, past.step])
+    agree(plan, backend.hosts, past.step, begun_with)
     if run.trainer.compile_cache and not backend.cache_compilations(plan.folder / "compiled"):
         say(f"compile cache: off, {backend.device_kind} could not read it back")
     return Ready(plan, start, past, begun_with, backend, net, dataset, task)
+
+
+def agree(plan: Plan, hosts: Hosts, step: int, begun_with: dict[str, Any] | None) -> None:
+    """Raises ValueError on every host if they are not of one run in one folder. A host may have
+    looked into it while host 0's last start still wrote: they see alike by now, and start again."""
+    hosts.agree("what they are to run", plan.identity)
+    begun_at = hosts.gather(step)
+    if len(set(begun_at)) > 1:
+        hosts.agree("the checkpoints that they see", checkpoint.steps(plan.checkpoints))
+        raise Interrupted(
+            f"hosts would go on from different steps ({', '.join(map(str, begun_at))}), since a "
+            "checkpoint was still being written: start all of them again"
+        )
+    hosts.agree("the weights that they began with", begun_with)

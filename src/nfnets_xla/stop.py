@@ -60,6 +60,7 @@ class Stop(Callback):
         if self.keeper.saved_at != step:
             self.keeper.save(module, step)
         self.keeper.finish()
+        self.hosts.total(0)  # none may be started again while host 0 still writes
         self.preemption.unsaved = False
         self.keeper.monitor.record.write("stopped", step, reason=asked[0])
         raise Interrupted(f"stopped after step {step}, which is saved ({asked[0]})")
