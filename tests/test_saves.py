@@ -184,12 +184,17 @@ def test_a_run_that_was_saved_does_not_begin_anew(tmp_path: Path) -> None:
         record.write("train", 1, loss=1.0)
         assert find_resume("auto", root, tmp_path, *known, print) is None
         record.write("checkpoint", 2)
-    saved = rf"{tmp_path} holds a run that was saved up to step 2, and {root} has no whole"
+    saved = rf"{tmp_path} holds a run that was saved up to step 2, and {root} lacks it"
     with pytest.raises(ValueError, match=saved):
         find_resume("auto", root, tmp_path, *known, print)
     checkpoint.save(root, 2, FORMS, RunState(IDENTITY, ORDER, {"torch": "1"}, 0.0).at(2))
     assert find_resume("auto", root, tmp_path, *known, print) is not None
-    (tmp_path / "checkpoints" / "step-00000002" / "state.json").unlink()
+    checkpoint.save(root, 1, FORMS, RunState(IDENTITY, ORDER, {"torch": "1"}, 0.0).at(1))
+    checkpoint.discard(root, 2)
+    said: list[str] = []
+    assert find_resume("auto", root, tmp_path, *known, said.append) is not None
+    assert said[0].endswith("lacks it: steps after 1 are computed again")
+    (tmp_path / "checkpoints" / "step-00000001" / "state.json").unlink()
     with pytest.raises(ValueError, match=saved):
         find_resume("auto", root, tmp_path, *known, print)
 

@@ -122,8 +122,8 @@ def find_resume(
         )
     if given not in ("auto", "never"):
         found = _begun_from(given, found, run_dir, say)
+    _look_for_newer(found, root, run_dir, say)
     if found is None:
-        _refuse_to_begin_anew(root, run_dir)
         return None
     changed = differences(found.state["identity"], identity)
     changed += beginning.differs_from(found.state.get("begun_with"))
@@ -145,20 +145,25 @@ def find_resume(
     return found
 
 
-def _refuse_to_begin_anew(root: str, run_dir: Path) -> None:
-    """Where a run has been saved, steps are not to be computed again without a word: a disk may not
-    be mounted."""
+def _look_for_newer(
+    found: Checkpoint | None, root: str, run_dir: Path, say: Callable[[str], None]
+) -> None:
+    """A run that was saved does not begin anew without a word: a disk may not be mounted."""
     if not has_record(run_dir):
         return
     record = read_record(run_dir)
     saved = [header["resumed_from"] for header in record.headers[-1:]]
     saved += [row["step"] for row in record.of_kind("checkpoint")]
-    if last := max(saved, default=0):
+    last = max(saved, default=0)
+    if last <= (0 if found is None else found.step):
+        return
+    gone = f"{run_dir} holds a run that was saved up to step {last}, and {root} lacks it"
+    if found is None:
         raise ValueError(
-            f"{run_dir} holds a run that was saved up to step {last}, and {root} has no whole "
-            "checkpoint: give the trainer.checkpoint_dir that has it, or resume=PATH of a copy; or "
-            "another run_dir, to begin anew"
+            f"{gone}: give the trainer.checkpoint_dir that has its checkpoints, or resume=PATH of "
+            "a copy; or another run_dir, to begin anew"
         )
+    say(f"warning: {gone}: steps after {found.step} are computed again")
 
 
 def _begun_from(
