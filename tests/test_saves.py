@@ -18,11 +18,7 @@ from nfnets_xla.checkpoint_cli import held_out
 from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.order import Order
-from nfnets_xla.history import best_of, evaluations
-
-
-from nfnets_xla.history import evaluations, take_history
-from nfnets_xla.hooks import Checkpointer
+from nfnets_xla.history import best_of, evaluations, take_history
 from nfnets_xla.prepare import make_plan
 from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.resume import Beginning, RunState, find_resume
