@@ -218,43 +218,83 @@ def pickled(thing: Any, protocol: int = 4) -> bytes:
 
 
 RECONSTRUCT, ARGUMENTS, STATE = np.arange(3.0).__reduce__()  # type: ignore[misc]
-HOSTILE: dict[str, Callable[[], bytes]] = {
-    "eval": lambda: pickled(Calls(eval, "1")),
-    "getattr": lambda: pickled(Calls(getattr, "", "upper")),
-    "numpy's own loader": lambda: pickled(Calls(np.load, "x")),
-    "another class for _reconstruct": lambda: pickled(Calls(RECONSTRUCT, np.matrix, (0,), b"b")),
-    "altering what builds arrays": lambda: b"\x80\x02cnumpy.core.multiarray\nscalar\n}b.",
-    "too little data": lambda: pickled(
-        Calls(RECONSTRUCT, *ARGUMENTS, state=(1, (10**6,), np.dtype("f4"), False, b"1234"))
+HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {  # and what the refusal says
+    "eval": (lambda: pickled(Calls(eval, "open('ran', 'w')")), "asks for builtins.eval,"),
+    "getattr": (lambda: pickled(Calls(getattr, "", "upper")), "asks for builtins.getattr,"),
+    "numpy's own loader": (lambda: pickled(Calls(np.load, "x")), "asks for numpy.load,"),
+    "another class for _reconstruct": (
+        lambda: pickled(Calls(RECONSTRUCT, np.matrix, (0,), b"b")),
+        "asks for numpy.matrix,",
     ),
-    "an absurd shape": lambda: pickled(
-        Calls(RECONSTRUCT, *ARGUMENTS, state=(1, (10**9, 10**9), np.dtype("f4"), False, b""))
+    "altering what builds arrays": (
+        lambda: b"\x80\x02cnumpy.core.multiarray\nscalar\n}b.",
+        "tries to alter what builds its arrays",
     ),
-    "objects": lambda: pickled(np.array([1, "a"], dtype=object)),
-    "integers": lambda: pickled(np.arange(3)),
-    "no array": lambda: pickled("text"),
-    "no mapping": lambda: pickle.dumps([1, 2]),
-    "a tuple as a key": lambda: pickle.dumps({(1, 2): {}}),
-    "dill's door": lambda: b"\x80\x04\x8c\x0adill._dill\x8c\x0a_load_type\x93\x8c\x04dict\x85R.",
-    "a table of 16 GB": lambda: b"\x80\x04}r\xff\xff\xff\x7f.",
-    "bytes that are not there": lambda: b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.",
-    "a frame that is not there": lambda: b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"}.",
-    "an object by its class": lambda: b"\x80\x02(cos\nsystem\no.",
-    "the old instruction": lambda: b"\x80\x02(S'ls'\nios\nsystem\n.",
-    "an extension": lambda: b"\x80\x02\x82\x01.",
-    "an outside name": lambda: b"\x80\x02Px\n.",
-    "nested tuples as a key": lambda: b"\x80\x04})" + b"\x85" * 200_000 + b"Ns.",
-    "nested lists": lambda: b"\x80\x04" + b"]" * 200_000 + b"a" * 199_999 + b".",
-    "cut short": lambda: pickled(np.arange(9, dtype=np.float32))[:-20],
-    "nothing in it": lambda: b"\x80\x04.",
+    "too little data": (
+        lambda: pickled(
+            Calls(RECONSTRUCT, *ARGUMENTS, state=(1, (10**6,), np.dtype("f4"), False, b"1234"))
+        ),
+        "an array of shape (1000000,) with other data",
+    ),
+    "an absurd shape": (
+        lambda: pickled(
+            Calls(RECONSTRUCT, *ARGUMENTS, state=(1, (10**9, 10**9), np.dtype("f4"), False, b""))
+        ),
+        "an array of shape (1000000000, 1000000000) with other data",
+    ),
+    "objects": (lambda: pickled(np.array([1, "a"], dtype=object)), "of type 'O8', not of floats"),
+    "integers": (lambda: pickled(np.arange(3)), "of type 'i8', not of floats"),
+    "no array": (lambda: pickled("text"), "'m' holds something that is not a float array"),
+    "no mapping": (lambda: pickle.dumps([1, 2]), "does not hold a mapping of modules"),
+    "a tuple as a key": (lambda: pickle.dumps({(1, 2): {}}), "a key that is not a string"),
+    "dill's door": (
+        lambda: b"\x80\x04\x8c\x0adill._dill\x8c\x0a_load_type\x93\x8c\x04dict\x85R.",
+        "asks for dill._dill._load_type,",
+    ),
+    "a table of 16 GB": (
+        lambda: b"\x80\x04}r\xff\xff\xff\x7f.",
+        "does not hold a mapping of modules",
+    ),
+    "bytes that are not there": (
+        lambda: b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.",
+        "is broken (",
+    ),
+    "a frame that is not there": (
+        lambda: b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"}.",
+        "does not hold a mapping of modules",
+    ),
+    "an object by its class": (
+        lambda: b"\x80\x02(cos\nsystem\nS'touch ran'\no.",
+        "asks for os.system,",
+    ),
+    "the old instruction": (lambda: b"\x80\x02(S'touch ran'\nios\nsystem\n.", "is broken ("),
+    "an extension": (lambda: b"\x80\x02\x82\x01.", "is broken ("),
+    "an outside name": (lambda: b"\x80\x02Px\n.", "is broken ("),
+    "nested tuples as a key": (
+        lambda: b"\x80\x04})" + b"\x85" * 200_000 + b"Ns.",
+        "a key that is not a string",
+    ),
+    "nested lists": (
+        lambda: b"\x80\x04" + b"]" * 200_000 + b"a" * 199_999 + b".",
+        "does not hold a mapping of modules",
+    ),
+    "cut short": (lambda: pickled(np.arange(9, dtype=np.float32))[:-20], "is broken ("),
+    "nothing in it": (lambda: b"\x80\x04.", "is broken ("),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_pickles_are_refused(tmp_path: Path, kind: str) -> None:
+def test_hostile_pickles_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where those that run anything leave a file
     path = tmp_path / "F0_haiku.npz"
-    path.write_bytes(HOSTILE[kind]())
-    assert str(path) in one_line(path)
+    make, message = HOSTILE[kind]
+    path.write_bytes(make())
+    refusal = one_line(path)
+    assert str(path) in refusal
+    assert message in refusal
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def npy(shape: tuple[int, ...], data: bytes) -> bytes:
