@@ -4,6 +4,7 @@ import io
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -13,6 +14,14 @@ from nfnets_xla.overview import cells, overviews, table
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.scaling.account import train_flops
 from tests.scaling.made_runs import header
+
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def clock_that_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(time=lambda: NOW, sleep=time.sleep)
+    monkeypatch.setattr("nfnets_xla.overview.time", clock)
 
 
 def made(
@@ -29,7 +38,7 @@ def made(
         record.write("eval", 10, weights="raw", loss=2.25, top1=0.25, top5=0.5)
         if ended:
             record.write("end", opening["num_steps"])
-    then = time.time() - seconds_ago
+    then = NOW - seconds_ago
     os.utime(folder / "run-1.jsonl", (then, then))
 
 
@@ -62,7 +71,7 @@ def test_a_slow_run_is_not_taken_for_one_that_has_stopped(tmp_path: Path) -> Non
         with RecordWriter(tmp_path / name, header(resumed_from=at)) as record:
             for kind in kinds:
                 record.write(kind, 25, loss=2.5, step_ms=2500.0)
-        then = time.time() - seconds_ago
+        then = NOW - seconds_ago
         os.utime(tmp_path / name / f"run-{record.attempt}.jsonl", (then, then))
         (found,) = (run for run in overviews(tmp_path) if run.name == name)
         return found.status
