@@ -3,9 +3,11 @@
 import os
 import random
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,9 +124,17 @@ def test_room_that_a_killed_process_reserved_is_taken_back(tmp_path: Path) -> No
     assert names(cache) == {"b", "c", "d"}
 
 
-def test_room_that_a_living_one_reserved_is_waited_for(tmp_path: Path) -> None:
+def test_room_that_a_living_one_reserved_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = Cache(tmp_path, 20)
-    begun, go_on = threading.Event(), threading.Event()
+    begun, waits, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def sleep(seconds: float) -> None:
+        waits.set()
+        time.sleep(seconds)
+
+    monkeypatch.setattr("nfnets_xla.data.cache.time", SimpleNamespace(sleep=sleep))
 
     def slow(room: Room) -> None:
         part = room(15)
@@ -137,7 +147,8 @@ def test_room_that_a_living_one_reserved_is_waited_for(tmp_path: Path) -> None:
         begun.wait()
         cache.bring("a", never)  # does not wait for it
         second = threads.submit(cache.open, "b", giving(b"b" * 10))
-        assert not second.done()
+        while not waits.wait(0.01):
+            assert not second.done()
         assert "b" not in names(cache)
         go_on.set()
         assert first.result().whole() == b"a" * 15
