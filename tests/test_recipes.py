@@ -65,8 +65,9 @@ def test_a_recipe_resolves_to_what_it_did(name: str) -> None:
 def test_a_recipe_opens_with_its_header(name: str) -> None:
     text = (Path(__file__).parents[1] / "recipes" / f"{name}.yaml").read_text()
     header = "".join(line for line in text.splitlines(True) if line.startswith("#"))
-    for part in (f"nfnets-xla {name}", "Hardware:", "Expect", "Last measured:"):
-        assert part in header or part.replace("Hardware:", "Expect") in header
+    hardware = [] if name == "evaluate" else ["Hardware:"]  # whatever the weights fit on
+    for part in (f"nfnets-xla {name}", *hardware, "Expect", "Last measured:"):
+        assert part in header
 
 
 SCHEDULES = GOLDEN.parent / "schedules.json"
