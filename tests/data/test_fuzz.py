@@ -3,7 +3,6 @@
 Mutations are seeded. 1,000 of each kind run by default and 10,000 with the slow tests.
 """
 
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from tests.data.tars import FORMATS, opened, pairs, sample, tar_bytes
 
 FEW, MANY = 1_000, 10_000
 NUMBERS = [FEW, pytest.param(MANY, marks=pytest.mark.slow)]
-SECONDS = 5  # for one input of a few KiB; a hang has no end
 
 
 def mutated(data: bytes, number: int) -> bytes:
@@ -91,10 +89,8 @@ def test_a_damaged_tar_is_refused_or_read_as_tarfile_reads_it(tmp_path: Path, nu
     compared = more = 0
     for seed in range(number):
         data = mutated(shards[list(FORMATS)[seed % 3]], seed)
-        start = time.monotonic()
         file = opened(path, repaired(data) if seed % 2 else data)
         scan = scan_shard(file)
-        assert time.monotonic() - start < SECONDS
         if scan.faults:
             continue
         records, there = scan.records, pairs(path)
@@ -184,14 +180,12 @@ def test_a_damaged_image_is_a_value_error_or_a_picture(number: int) -> None:
     originals = pictures()
     for seed in range(number):
         data = mutated(originals[seed % len(originals)], seed)
-        start = time.monotonic()
         with suppress(ValueError):  # of one line, as tests/data/test_decode.py has it
             image = decode(data)
             decoded += 1
             assert image.dtype == np.uint8
             assert image.ndim == 3
             assert image.shape[2] == 3
-        assert time.monotonic() - start < SECONDS
     assert decoded > number / 50
 
 

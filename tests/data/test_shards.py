@@ -7,7 +7,6 @@ import pickle
 import re
 import sys
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,10 +198,8 @@ def test_a_manifest_is_32_bytes_a_shard_and_its_name(tmp_path: Path) -> None:
     (tmp_path / "index.npz").write_bytes(manifest_bytes(manifest))
     for line in lines:
         (tmp_path / line.name).write_bytes(b"7 bytes")
-        (tmp_path / (line.name + ".idx.npz")).touch()
-    start = time.perf_counter()
+        (tmp_path / (line.name + ".idx.npz")).touch()  # empty: who reads it fails
     index = ShardIndex.load(tmp_path)
-    assert time.perf_counter() - start < 1
     assert index.num_samples == 1_000_000
     assert index.name(999) == "000999.tar"
 
