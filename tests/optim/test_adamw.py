@@ -20,13 +20,14 @@ def adamw(net: nn.Module, **options: Any) -> AdamW_AGC:
     return AdamW_AGC(net.named_parameters(), parameter_roles(net, "head"), **given)
 
 
-@pytest.fixture(params=["fused", "apart"], autouse=True)
+@pytest.fixture(params=["fused", "apart"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU or a GPU, and as it is traced on XLA devices."""
     if request.param == "apart":
         monkeypatch.setattr(by_role, "FUSED_ON", ())
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(("betas", "steps"), [((0.8, 0.95), 20), ((0.0, 0.95), 2)])
 @pytest.mark.parametrize("clipping", [None, 0.05])
 def test_it_is_torchs_after_the_clipping(
@@ -56,6 +57,7 @@ def test_it_is_torchs_after_the_clipping(
             torch.testing.assert_close(moment, reference.state[named[name]][key], rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("form")
 def test_only_updates_that_were_made_are_counted() -> None:
     """Else the first after one that was left out would be too small."""
     net, twin = small_net(), small_net()
@@ -71,6 +73,7 @@ def test_only_updates_that_were_made_are_counted() -> None:
     assert_same(net, twin)
 
 
+@pytest.mark.usefixtures("form")
 def test_a_run_goes_on_from_slots_and_the_number_of_updates() -> None:
     net, other = small_net(), small_net()
     optimizer = adamw(net)
@@ -84,6 +87,7 @@ def test_a_run_goes_on_from_slots_and_the_number_of_updates() -> None:
     assert_same(net, other)
 
 
+@pytest.mark.usefixtures("form")
 def test_a_saved_state_dict_holds_the_number_of_updates() -> None:
     net, other = small_net(), small_net()
     optimizer, fresh = adamw(net), adamw(other)
@@ -97,6 +101,21 @@ def test_a_saved_state_dict_holds_the_number_of_updates() -> None:
     for one, of in ((optimizer, net), (fresh, other)):
         one.step(closure_of(of))
     assert_same(net, other)
+
+
+def test_two_optimizers_of_one_state_count_for_themselves() -> None:
+    net = small_net()
+    one, two = adamw(net), adamw(small_net())
+    two.load_state_dict(one.state_dict())
+    one.step(closure_of(net))
+    assert (float(one.updates_1), float(two.updates_1)) == (1, 0)
+
+
+def test_its_defaults_are_torchs() -> None:
+    net = small_net()
+    ours = AdamW_AGC(net.named_parameters(), parameter_roles(net, "head"), lr=0.1).defaults
+    theirs = torch.optim.AdamW(net.parameters()).defaults
+    assert all(ours[name] == theirs[name] for name in ("betas", "eps", "weight_decay"))
 
 
 def test_a_state_dict_without_the_number_of_updates_is_refused() -> None:
