@@ -1,6 +1,7 @@
 """Clipping of many gradients at once, on its own and in the step: causes, effects, and timm's."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import stack
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.optim import SGD_AGC, agc_, by_role, parameter_roles
-from nfnets_xla.optim.agc import clip_adaptively, unit_shape, unitwise_norm
-from nfnets_xla.optim.roles import CLASSIFIER_WEIGHT, STACKED
+from nfnets_xla.optim.agc import clip_adaptively, clip_factor, unit_shape, unitwise_norm
+from nfnets_xla.optim.roles import CLASSIFIER_WEIGHT, STACKED, VECTOR
 from tests.optim.network import SETTINGS, an_optimizer, closure_of, small_net
 
 HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "clipping": 0.02}
@@ -131,6 +132,39 @@ def test_before_another_optimizer() -> None:
     torch.optim.AdamW(net.parameters()).step()
 
 
+def vector(value: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """With a gradient of ones."""
+    parameter = nn.Parameter(torch.full((3,), value, dtype=dtype))
+    parameter.grad = torch.ones_like(parameter)
+    return parameter
+
+
+@pytest.mark.parametrize("fused_on", [by_role.FUSED_ON, ()])
+def test_zeros_are_clipped_as_if_eps_were_their_norm(
+    fused_on: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_role, "FUSED_ON", fused_on)
+    alone, stepped = vector(0.0), vector(0.0)
+    agc_([("w", alone)], {"w": VECTOR}, clipping=0.5, eps=0.2)
+    assert alone.grad is not None
+    assert float(alone.grad.norm()) == pytest.approx(0.5 * 0.2)
+    hyper: dict[str, Any] = {"lr": 1.0, "momentum": 0.0, "clipping": 0.5, "clipping_eps": 0.2}
+    SGD_AGC([("w", stepped)], {"w": VECTOR}, **hyper).step()
+    assert float(stepped.detach().norm()) == pytest.approx(0.5 * 0.2)
+
+
+def test_a_gradient_of_nearly_nothing_counts_as_deepminds_floor() -> None:
+    """1e-6: a bound of 1e-7 is a tenth of it, whatever less the gradient is."""
+    factor = clip_factor(torch.tensor(5e-7), torch.tensor(0.0), 1e-4, 1e-3)
+    assert float(factor) == pytest.approx(0.1)
+
+
+def test_parameters_of_two_types_are_each_clipped_in_their_own() -> None:
+    named = [(str(dtype), vector(1.0, dtype)) for dtype in (torch.float32, torch.float64)]
+    shares = agc_(named, dict.fromkeys(dict(named), VECTOR))
+    assert [str(share.dtype) for share in shares.values()] == [*shares]
+
+
 def test_parameters_without_gradient_are_left_out() -> None:
     net = with_gradients(small_net())
     net.stem.requires_grad_(False)
@@ -148,8 +182,9 @@ def test_parameters_without_gradient_are_left_out() -> None:
 def test_mistakes_are_refused() -> None:
     net = with_gradients(small_net())
     roles = parameter_roles(net, "head")
-    with pytest.raises(ValueError, match="clipping is 0; it must be greater than 0"):
-        agc_(net.named_parameters(), roles, clipping=0)
+    for clipping in (0, math.inf):
+        with pytest.raises(ValueError, match=f"clipping is {clipping}; it must be greater than 0"):
+            agc_(net.named_parameters(), roles, clipping=clipping)
     del roles["gain"]
     with pytest.raises(ValueError, match="'gain' has no role"):
         agc_(net.named_parameters(), roles)
