@@ -40,6 +40,7 @@ def test_every_rate_is_big_visions(shape: str, cooldown: int) -> None:
     assert rates[0] == 0
     assert rates[WARMUP] == PEAK
     assert rates[WARMUP // 2] == PEAK / 2
+    assert Schedule(shape, PEAK, 0, TOTAL)(0) == PEAK  # type: ignore[arg-type]
     if shape == "rsqrt":
         assert rates[WARMUP + 3 * TIMESCALE] == (PEAK / 2 * (25 / 40 if cooldown else 1))
     if cooldown:
