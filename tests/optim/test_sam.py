@@ -172,6 +172,38 @@ def test_a_signal_between_the_passes_saves_the_weights_and_changes_nothing() -> 
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("gradient", "count", "dtype"), [(1e-6, 4, torch.float32), (1e3, 10_000, torch.float16)]
+)
+def test_an_ascent_is_of_length_rho_however_small_or_large_the_gradient(
+    gradient: float, count: int, dtype: torch.dtype
+) -> None:
+    """Of half precision the norm, 1e5, is beyond what that type holds."""
+    weight = nn.Parameter(torch.zeros(count, dtype=dtype))
+    seen: list[Tensor] = []
+
+    def closure() -> None:
+        weight.grad = torch.full_like(weight, gradient)
+        seen.append(weight.detach().double())
+
+    SAM(torch.optim.SGD([weight], lr=0.0), rho=0.5).step(closure)
+    assert float(seen[1].norm()) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_outside_a_step_it_says_neither_ascent_nor_microbatch() -> None:
+    net = small_net()
+    sam = SAM(sgd(net), rho=0.05, microbatches=2)
+    sam.step(closure_of(net))
+    assert (sam.ascending, sam.microbatch) == (False, 0)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sam.step(interrupted)
+    assert not sam.ascending
+
+
 def test_no_microbatch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"microbatches is 0; it must be 1"):
         SAM(sgd(small_net()), rho=0.05, microbatches=0)
