@@ -1,10 +1,12 @@
-"""Once per epoch, whatever the hosts and restarts: by brute force over many shapes of data."""
+"""The order as a reference deals it, by brute force over many shapes of data; and its shape.
+
+That it is once per epoch, whatever the hosts and restarts, is in test_order_properties.py.
+"""
 
 import doctest
 import itertools
 import pickle
 import tracemalloc
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -70,19 +72,6 @@ def assert_same(one: StepRows, other: StepRows) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_sample_once_per_epoch(shape: Shape) -> None:
-    counts, *_, epochs = shape
-    order = make(shape)
-    everything = {(shard, row) for shard, count in enumerate(counts) for row in range(count)}
-    for epoch in range(int(epochs)):
-        assert Counter(shown(order, epoch)) == Counter(everything)
-    fraction = Counter(shown(order, int(epochs)))
-    assert fraction.keys() <= everything
-    assert max(fraction.values(), default=1) == 1
-    assert len(shown(order)) == order.total_draws == round(epochs * sum(counts))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_order_dealt_by_hand(shape: Shape) -> None:
     counts, streams, unique, window, epochs = shape
     for seed in (0, 2**32 - 1):
@@ -93,18 +82,6 @@ def test_equals_the_order_dealt_by_hand(shape: Shape) -> None:
             columns = [rows.shard.tolist(), rows.row.tolist(), rows.epoch.tolist()]
             assert list(zip(*columns, strict=True)) == [card for card, _ in cards]
             assert rows.weight.tolist() == [weight for _, weight in cards]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_any_number_of_hosts_reads_the_same_batches(shape: Shape) -> None:
-    whole = all_steps(make(shape))
-    streams = shape[1]
-    for hosts in [h for h in range(1, streams + 1) if streams % h == 0]:
-        owned = [range(h * streams // hosts, (h + 1) * streams // hosts) for h in range(hosts)]
-        orders = [make(shape) for _ in owned]  # each host has its own, with its own caches
-        for number, rows in enumerate(whole):
-            parts = [o.step(number, mine) for o, mine in zip(orders, owned, strict=True)]
-            assert_same(rows, StepRows(*map(np.concatenate, zip(*parts, strict=True))))
 
 
 @pytest.mark.parametrize("shape", AWKWARD, ids=str)
@@ -174,19 +151,33 @@ def test_a_window_is_mixed_and_is_all_that_a_stream_reads_from_at_a_time() -> No
             assert places[-1] - places[0] < 5 * 25
 
 
-@pytest.mark.parametrize("shape", AWKWARD[1:4], ids=str)
-def test_going_forward_nothing_is_shuffled_twice(
-    shape: Shape, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[tuple[int, ...]] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Keys of the permutations that are made."""
+    keys: list[tuple[int, ...]] = []
     permutation = module._permutation
     monkeypatch.setattr(
         module,
         "_permutation",
-        lambda length, *key: (made.append(key), permutation(length, *key))[1],
+        lambda length, *key: (keys.append(key), permutation(length, *key))[1],
     )
+    return keys
+
+
+@pytest.mark.parametrize("shape", AWKWARD[1:4], ids=str)
+def test_going_forward_nothing_is_shuffled_twice(shape: Shape, made: list[tuple[int, ...]]) -> None:
     all_steps(make(shape))
     assert len(made) == len(set(made))
+
+
+def test_after_the_first_a_step_shuffles_one_window_at_most(made: list[tuple[int, ...]]) -> None:
+    """Though all eight streams change windows at one step, as shards are of one size."""
+    order = make(([25] * 64, 8, 8, 2, 1.0))
+    order.step(0)
+    for step in range(1, order.num_steps):
+        made.clear()
+        order.step(step)
+        assert sum(key[0] == module.WINDOW for key in made) <= 1
 
 
 def test_memory_is_shards_and_windows_not_samples() -> None:
@@ -215,8 +206,9 @@ def test_sequential_shows_each_sample_once_and_fills_up_with_weight_0(unique: in
     assert rows.weight.tolist() == [1] * 8 + [0] * (len(rows.row) - 8)
     assert rows.shard.tolist() == [0, 0, 0, 1, 2, 2, 2, 2] + [2] * (len(rows.row) - 8)
     assert rows.row.tolist() == [0, 1, 2, 0, 0, 1, 2, 3] + [3] * (len(rows.row) - 8)
-    with pytest.raises(ValueError, match="the steps are 0 to"):
-        order.step(order.num_steps)
+    for outside in (-1, order.num_steps):
+        with pytest.raises(ValueError, match=f"step is {outside}; the steps are 0 to"):
+            order.step(outside)
 
 
 @pytest.mark.parametrize(
