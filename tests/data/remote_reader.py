@@ -11,7 +11,8 @@ from nfnets_xla.data.cache import Cache
 from nfnets_xla.data.remote import Patience, RemoteFolder
 from nfnets_xla.data.shards import ShardIndex
 
-QUICK = Patience(total=60, first_wait=0.01, timeout=0.5)
+QUICK = Patience(total=60, first_wait=0.01, timeout=30)
+STALLING = QUICK._replace(timeout=0.5)  # each stall takes as long
 
 
 def digest(index: ShardIndex, first: int = 0) -> str:

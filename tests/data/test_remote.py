@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -30,7 +32,7 @@ from nfnets_xla.data.shards import READS, SIDECAR_SAMPLE, ShardIndex
 from nfnets_xla.data.storage import OpenFile
 from tests.data.images import packed
 from tests.data.object_store import GCS, S3, storing
-from tests.data.remote_reader import QUICK, digest
+from tests.data.remote_reader import QUICK, STALLING, digest
 from tests.data.server import Fault, Server, every_other, serving
 from tests.data.test_loader import assert_same
 from tests.data.test_shards import one_line
@@ -127,7 +129,7 @@ def test_every_batch_is_right_though_half_of_the_answers_fail(
     """In a cache that holds the windows in use and the next ones, and not a byte more."""
     small = Cache(cache.folder, windows(local))
     with serving(path_of(local), every_other) as server, watched(small) as seen:
-        index = served(server, small)
+        index = served(server, small, STALLING)
         assert index.fingerprint == local.fingerprint
         remote, at_home = train(index), train(local)
         for step in range(len(at_home)):
@@ -207,7 +209,7 @@ def copies(cache: Cache, index: ShardIndex) -> list[Path]:
 
 def test_without_a_cache_samples_come_by_ranges(local: ShardIndex) -> None:
     with serving(path_of(local), every_other) as server:
-        index = served(server)
+        index = served(server, patience=STALLING)
         for shard, row in ((0, 0), (3, 2), (3, 3), (19, 4)):
             assert index.read(shard, row) == local.read(shard, row)
             assert index.sample_id(shard, row) == local.sample_id(shard, row)
@@ -330,28 +332,38 @@ def test_a_server_that_does_not_recover_ends_the_run_with_its_last_word(
 
 
 def test_who_waited_while_another_tried_in_vain_does_not_begin_anew(
-    local: ShardIndex, cache: Cache
+    local: ShardIndex, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five threads want the shard at once; one after the other has its lock.
 
-    Who began a moment after the first has a moment left, and asks once more in it.
+    By a clock that stands but for the waits between attempts. The first fails when all have asked.
     """
-    patience = Patience(total=2, first_wait=0.1, timeout=5)
-    with serving(path_of(local), lambda name, _: 503 if name == local.name(0) else None) as server:
+    looks, waited = count(1), [0.0]
+    all_asked = threading.Event()
+
+    def monotonic() -> float:
+        if next(looks) == 5:  # each thread's first look
+            all_asked.set()
+        return waited[0]
+
+    def sleep(seconds: float) -> None:
+        waited[0] += seconds
+
+    def fails(name: str, _: int) -> Fault:
+        return 503 if name == local.name(0) and all_asked.wait(30) else None
+
+    patience = Patience(total=2, first_wait=0.1, timeout=60)
+    with serving(path_of(local), fails) as server:
         index = served(server, cache, patience)
         index.records(0)
-        together = threading.Barrier(5)
-
-        def read() -> None:
-            together.wait()
-            index.read(0, 0)
-
+        clock = SimpleNamespace(monotonic=monotonic, sleep=sleep)
+        monkeypatch.setattr("nfnets_xla.data.remote.time", clock)
         with ThreadPoolExecutor(5) as pool:
-            tried = [pool.submit(read) for _ in range(5)]
+            tried = [pool.submit(index.read, 0, 0) for _ in range(5)]
         counts = [int(re.findall(r"of (\d+) attempts", str(each.exception()))[0]) for each in tried]
         *others, first = sorted(counts)
         assert first > 3  # as each of the others would, if it began anew
-        assert max(others) <= 2
+        assert others == [1] * 4
 
 
 def test_a_refusal_is_not_asked_for_again(local: ShardIndex, cache: Cache) -> None:
