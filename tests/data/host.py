@@ -1,10 +1,11 @@
 """One host of several, as a process of its own: writes what it makes of every global batch.
 
-python -m tests.data.host SHARDS OUT HOST HOSTS FIRST_STEP
+python -m tests.data.host SHARDS OUT HOST HOSTS FIRST_STEP STEP_TO_WAIT_AT
 """
 
 import hashlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -53,9 +54,11 @@ def rows(dataset: TrainBatches, batch: Batch) -> list[list]:
 
 def main() -> None:
     shards, out = Path(sys.argv[1]), Path(sys.argv[2])
-    host, hosts, first = map(int, sys.argv[3:])
+    host, hosts, first, wait_at = map(int, sys.argv[3:])
     dataset = batches(ShardIndex.load(shards), host, hosts)
     for step in range(first, len(dataset)):
+        if step == wait_at:
+            signal.pause()
         path = out / f"{step:04d}-{host}-of-{hosts}.json"
         path.with_suffix(".part").write_text(json.dumps(rows(dataset, dataset[step])))
         path.with_suffix(".part").replace(path)
