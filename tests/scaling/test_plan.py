@@ -14,6 +14,7 @@ from nfnets_xla.scaling import published
 from nfnets_xla.scaling.account import macs_per_image, train_flops
 from nfnets_xla.scaling.law import Extrapolation
 from nfnets_xla.scaling.plan import Job, best_of_study, describe, make_plan
+from nfnets_xla.scaling.report import report
 from nfnets_xla.scaling.runs import Point
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -192,6 +193,12 @@ def test_runs_of_two_studies_are_refused(study: list[Point]) -> None:
     adamw = [replace(study[0], optimizer="adamw"), study[1]]
     with pytest.raises(ValueError, match=r"2 different values of optimizer \(adamw, sgd\)"):
         best_of_study(adamw)
+    sam = [replace(study[0], flops=1.2 * study[0].flops), study[1]]
+    with pytest.raises(ValueError, match=r"2 different values of passes \(1.0, 1.2\)"):
+        best_of_study(sam)
+    repeated = [replace(study[0], repeats=4), study[1]]
+    with pytest.raises(ValueError, match=r"2 different values of repeats \(1, 4\)"):
+        best_of_study(repeated)
     peer = replace(study[0], model="vit_mini_d3_4", optimizer="adamw")
     assert best_of_study([peer, study[1]])
     with pytest.raises(ValueError, match="all of the pre-training runs diverged"):
@@ -200,6 +207,19 @@ def test_runs_of_two_studies_are_refused(study: list[Point]) -> None:
         best_of_study([study[0], replace(study[1], batch_size=32)])
     with pytest.raises(ValueError, match="all of these runs are fine-tuned"):
         best_of_study([replace(study[0], init_from="x")])
+
+
+def test_other_runs_of_a_study_count_for_nothing(study: list[Point]) -> None:
+    """A folder also holds fine-tuned runs and peers, whose rates and losses are others."""
+    few = study[:4]
+    tuned = [replace(p, run="t" + p.run, peak_lr=0.01, init_from=p.run) for p in few]
+    peers = [replace(p, model="vit_mini_d3_4", peak_lr=1e-3, optimizer="adamw") for p in few]
+    job = mini_job(3e-5)
+    assert make_plan(job, [*peers, *tuned, *few]) == make_plan(job, few)
+    assert report([*peers, *tuned, *few]) == report(few)
+    for of in (lambda points: make_plan(job, points), report):
+        with pytest.raises(ValueError, match=r"none of these 8 runs \(nfnet_mini_f0, .*vit_mini"):
+            of([*tuned, *peers])
 
 
 def test_impossible_jobs_are_refused() -> None:

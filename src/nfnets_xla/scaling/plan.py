@@ -17,7 +17,7 @@ from nfnets_xla.scaling.account import above, macs_per_image
 from nfnets_xla.scaling.allocation import Allocation, parametric
 from nfnets_xla.scaling.law import DECADES, Law, Prediction, decades_beyond, fit, frontier
 from nfnets_xla.scaling.rate import Trials, cells_of, two_trials
-from nfnets_xla.scaling.runs import Point, best_per_cell, nfnets
+from nfnets_xla.scaling.runs import Point, best_per_cell, fitted_to, nfnets
 
 MINI = "nfnet_mini_"
 WIDEST_SHARE = 0.5  # of an exponent's interval, from which on it says nothing about the division
@@ -60,9 +60,11 @@ class Plan:
 
 
 def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
-    """`points` are pre-training runs of one study, on the images that are to be trained on."""
+    """`points` are runs of one study, on the images that are to be trained on; only those of NFNets
+    in pre-training count. ValueError if points are given and none of them is."""
     job.check()
-    runs, points = points, best_of_study(points)
+    runs = fitted_to(points) if points else []
+    points = best_of_study(runs)
     mfu, mfu_because = utilisation_for(job, points)
     flops = account.flops_in(job.core_hours, job.hardware, mfu=mfu)
     size, size_because = best_size(flops, points)
@@ -93,14 +95,17 @@ def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
 
 def best_of_study(points: Sequence[Point]) -> list[Point]:
     """Of each model and number of epochs the run of the best rate. ValueError for several studies:
-    losses compare only on the same images, at the same size and batch, and if they are the same."""
+    losses compare only on the same images, at the same size and batch, and if they are the same.
+    NFNets have to share their recipe too, as far as points tell it: else SAM looks like a seed."""
     pretrained = [point for point in points if not point.is_finetuned]
     if points and not pretrained:
         raise ValueError("all of these runs are fine-tuned; give pre-training runs")
     if points and all(point.diverged for point in pretrained):
         raise ValueError("all of the pre-training runs diverged: try lower rates")
-    for name in ("data", "num_classes", "image_size", "batch_size", "objective", "optimizer"):
-        compared = nfnets(pretrained) if name == "optimizer" else pretrained  # peers have their own
+    of_all = ("data", "num_classes", "image_size", "batch_size", "objective")
+    of_nfnets = ("optimizer", "repeats", "passes")  # peers have their own
+    for name in (*of_all, *of_nfnets):
+        compared = nfnets(pretrained) if name in of_nfnets else pretrained
         found = sorted({str(getattr(point, name))[:12] for point in compared})
         if len(found) > 1:
             raise ValueError(
@@ -126,7 +131,7 @@ def rates_for(job: Job, macs: float, epochs: float, runs: Sequence[Point]) -> Tr
     """What the runs tried is in proportion to their batch, as the paper's is to its own."""
     if not runs:
         return two_trials(macs, epochs, batch_size=job.batch_size)
-    cells = cells_of(run for run in runs if not run.is_finetuned)
+    cells = cells_of(runs)
     of_runs = runs[0].batch_size
     found = two_trials(macs, epochs, batch_size=of_runs, cells=cells)
     if of_runs == job.batch_size:

@@ -6,11 +6,14 @@ from nfnets_xla.scaling.allocation import frontier_sizes, isoflop, parametric
 from nfnets_xla.scaling.law import fit
 from nfnets_xla.scaling.plan import best_of_study, on_frontier
 from nfnets_xla.scaling.rate import cells_of, fit_rule
-from nfnets_xla.scaling.runs import Point
+from nfnets_xla.scaling.runs import Point, fitted_to
 
 
 def report(points: Sequence[Point]) -> str:
-    """Points, laws, division of compute, learning rates. What the runs do not allow is said."""
+    """Points, laws, division of compute, learning rates. What the runs do not allow is said.
+
+    Only runs of NFNets in pre-training count. ValueError if there are none."""
+    points = fitted_to(points)
     best = best_of_study(points)
     parts = [("runs", table(best)), ("loss against compute, on the frontier", laws(best))]
     parts += [("size against epochs", divisions(best)), ("learning rate", rates(points))]
@@ -59,7 +62,7 @@ def divisions(best: Sequence[Point]) -> str:
 
 
 def rates(points: Sequence[Point]) -> str:
-    cells = cells_of(point for point in points if not point.is_finetuned)
+    cells = cells_of(points)
     if all(len(cell.losses) == 1 for cell in cells):
         return "one rate was tried for each model and number of epochs: nothing to compare"
     tried = [cell for cell in cells if len(cell.losses) > 1]

@@ -62,6 +62,11 @@ class Point:
         """Top-1 error on held-out images, in [0, 1]."""
         return 1 - self.top1
 
+    @property
+    def passes(self) -> float:
+        """Over each image: 1, or what SAM makes of it, up to 2."""
+        return round(self.flops / train_flops(self.macs, self.rows), 6)
+
     def cores(self, hardware: str) -> int | None:
         """Cores that it ran on, if they were of `hardware`; else None."""
         if find_device(self.device_kind) is not device(hardware):
@@ -215,6 +220,19 @@ def pretrained(points: Iterable[Point]) -> list[Point]:
 def nfnets(points: Iterable[Point]) -> list[Point]:
     """Without peers: a law is of one family, whose members differ in size alone."""
     return [point for point in points if point.model in VARIANTS]
+
+
+def fitted_to(points: Iterable[Point]) -> list[Point]:
+    """What laws and plans are of: pre-training runs of NFNets. ValueError if there are none."""
+    points = list(points)
+    kept = nfnets(pretrained(points))
+    if not kept:
+        models = ", ".join(sorted({point.model for point in points}))
+        raise ValueError(
+            f"none of these {len(points)} runs ({models}) is of an NFNet in pre-training; laws and "
+            "plans need such runs"
+        )
+    return kept
 
 
 def without_restarts(points: Iterable[Point]) -> list[Point]:
