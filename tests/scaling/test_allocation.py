@@ -79,6 +79,7 @@ def test_iso_flop_parabolas_find_the_exponent(values: dict[str, float], expected
     found = allocation.isoflop(macs, rows, fitted.loss(macs, rows), budgets=budgets.tolist())
     assert found.exponent == pytest.approx(expected, abs=0.02)
     assert len(found.budgets) == 5
+    assert [found.size(budget) for budget in budgets] == pytest.approx(found.sizes, rel=0.15)
     assert found.sizes == pytest.approx([optimum.size(budget) for budget in budgets], rel=0.15)
 
 
@@ -87,6 +88,68 @@ def test_iso_flop_reads_between_the_runs_of_a_size() -> None:
     found = allocation.isoflop(*grid(EVEN))
     assert found.exponent == pytest.approx(0.5, abs=0.08)
     assert found.interval[0] < 0.5 < found.interval[1]
+    assert len(found.budgets) + len(found.notes) == 8
+    assert not [note for note in found.notes if "only" in note]
+    assert found.same_rate().endswith("of the line alone: too narrow for a verdict")
+
+
+def test_iso_flop_takes_equal_runs_at_their_mean() -> None:
+    """Whatever their order: seeds of one size and length."""
+    macs, rows, loss = grid(EVEN)
+    twice = [np.concatenate([axis, axis]) for axis in (macs, rows)]
+    losses = [np.concatenate([loss * up, loss / up]) for up in (1.03, 1 / 1.03)]
+    one, other = (allocation.isoflop(*twice, both) for both in losses)
+    assert one.sizes == pytest.approx(other.sizes) == allocation.isoflop(macs, rows, loss).sizes
+
+
+def test_iso_flop_reads_no_more_budgets_than_were_run() -> None:
+    """Sizes twice as large, for half as long: all of them at the same four budgets."""
+    macs, budgets = (
+        axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 1e9, 5), np.geomspace(1e17, 1e18, 4))
+    )
+    fitted = law(EVEN)
+    more = (np.array([1e7] * 9), np.geomspace(1e11, 1e12, 9))
+    macs = np.concatenate([macs, more[0]])
+    rows = np.concatenate([budgets / 6 / macs[:20], more[1]])
+    found = allocation.isoflop(macs, rows, fitted.loss(macs, rows))
+    assert len(found.budgets) + len(found.notes) == 4
+
+
+def test_iso_flop_needs_three_budgets() -> None:
+    macs = np.array([1e7, 1e7, 1e8, 1e8, 1e9, 1e9])
+    rows = np.array([1e10, 1e11, 1e10, 1e9, 1e9, 1e10])  # the sizes share 6e18 FLOPs alone
+    with pytest.raises(ValueError, match="1 different points; an isoFLOP line over budgets that"):
+        allocation.isoflop(macs, rows, np.full(6, 2.0))
+    with pytest.raises(ValueError, match="1 different points; an isoFLOP line over budgets needs"):
+        allocation.isoflop(*grid(EVEN), budgets=[1e17] * 3)
+
+
+def test_a_hump_has_no_best_size() -> None:
+    macs, rows = (
+        axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 1e12, 6))
+    )
+    loss = 3 - 0.1 * np.log10(macs / 1e8) ** 2 - 0.01 * np.log10(rows)
+    with pytest.raises(ValueError, match="at 0 budgets"):
+        allocation.isoflop(macs, rows, loss)
+
+
+def test_the_frontier_is_a_line_in_size_and_compute() -> None:
+    """Which rows would not give; and a run that a cheaper one beats is not on it."""
+    flops = np.geomspace(1e16, 1e20, 5)
+    macs = 2 * flops**0.25
+    rows = flops / 6 / macs
+    found = allocation.frontier_sizes([*macs, 1e9], [*rows, 1e12], [5, 4, 3, 2, 1.5, 9])
+    assert found.exponent == pytest.approx(0.25)
+    assert found.size(1e18) == pytest.approx(2 * 1e18**0.25)
+    with pytest.raises(ValueError, match="1 different points; a line through the frontier needs"):
+        allocation.frontier_sizes([1, 2, 4], [1, 2, 4], [1, 2, 3])
+
+
+def test_the_falls_are_shares_of_the_loss_at_the_middle() -> None:
+    exact = allocation.parametric(*grid(EVEN), draws=5)
+    middle = float(law(EVEN).loss(10**8.5, 1e9))
+    share = EVEN["A"] * (1e7**-0.4 - 1e10**-0.4) / middle
+    assert exact.falls["size"] == pytest.approx((share, share), rel=0.01)
 
 
 def test_the_frontier_grows_with_the_planted_rate() -> None:
@@ -130,6 +193,8 @@ def test_too_few_runs_are_refused() -> None:
         ValueError, match=r"2 different points; L\(M, D\) over sizes needs at least"
     ):
         allocation.parametric([1, 2] * 4, range(1, 9), range(1, 9))
+    with pytest.raises(ValueError, match="5 different points; L"):
+        allocation.parametric([1, 2, 3, 4, 5], [5, 4, 1, 2, 3], [5, 4, 3, 2, 1])
     with pytest.raises(ValueError, match="macs, rows and loss are 2, 3, 2 values"):
         allocation.parametric([1, 2], [1, 2, 3], [1, 2])
     macs, rows, loss = grid(EVEN)

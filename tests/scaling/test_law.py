@@ -203,3 +203,18 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         law.fit("power", [1, 2, 3], [3, 2])
     with pytest.raises(ValueError, match="compute is 0; it must be greater than 0"):
         law.fit("power", [1, 2, 3], [3, 2, 1.5]).predict(0)
+
+
+def test_a_loss_without_a_logarithm_is_refused() -> None:
+    with pytest.raises(ValueError, match="loss has a value of inf"):
+        law.fit("power", [1, 2, 3], [3, 2, np.inf])
+
+
+def test_what_is_resolved_is_so_against_the_ends_of_the_runs() -> None:
+    """A floor against the lowest loss, a flattening against the smallest compute."""
+    flat = law.fit("saturating", COMPUTE, planted("saturating", COMPUTE), draws=20)
+    assert flat.resolved("d")
+    low = 100 * (COMPUTE / 1e15) ** -0.5 + 0.01
+    assert law.fit("floor", COMPUTE, low, draws=20).resolved("c")
+    with pytest.warns(law.Extrapolation):  # 1.3 decades beyond
+        law.fit("power", COMPUTE, low, draws=20).predict(2e20)

@@ -70,7 +70,7 @@ class Allocation:
         span = f"size ~ C^{self.exponent:.2f} [{low:.2f}, {high:.2f}], epochs ~ C^"
         span += f"{1 - self.exponent:.2f} [{1 - high:.2f}, {1 - low:.2f}]"
         if self.way == "isoflop":
-            span += ", of the line alone"
+            return f"{span}, of the line alone: too narrow for a verdict"
         if not self.resolved:
             return f"not resolved: {span}"
         if low <= 0.5 <= high:
@@ -109,25 +109,30 @@ def isoflop(
 ) -> Allocation:
     """Parabolas of log loss over log M at equal budgets, (n,) each, and the line of their vertices.
 
-    Each size's runs are joined in log C and log loss and read at the `budgets`, in FLOPs; without
-    them, at as many as a size has runs, spread over where three sizes overlap. A budget counts if
-    three sizes span it, and its parabola has its lowest point among them. The interval is of the
-    line through the vertices alone, each being taken as found. ValueError for fewer than 3 such.
+    Each size's runs are joined in log C and log loss, equal runs at their mean, and read at the
+    `budgets`, in FLOPs; without them, at as many as a size has runs, but no more than the runs have
+    budgets of their own where three sizes overlap, spread over that. A budget counts if three sizes
+    span it, and its parabola has its lowest point among them. The interval is of the line through
+    the vertices alone, each being taken as found, and too narrow. ValueError for fewer than 3 such.
     """
     macs, rows, loss = _three(macs, rows, loss)
     curves: list[tuple[float, Floats, Floats]] = []
     for size in np.unique(macs):
-        of = np.flatnonzero(macs == size)
-        of = of[np.argsort(rows[of])]
-        log_c = np.log(FLOPS_PER_ROW_MAC * macs[of] * rows[of])
-        curves.append((math.log(size), log_c, np.log(loss[of])))
+        of = macs == size
+        lengths, places, counts = np.unique(rows[of], return_inverse=True, return_counts=True)
+        log_loss: Floats = np.bincount(places, np.log(loss[of])) / counts
+        curves.append((math.log(size), np.log(FLOPS_PER_ROW_MAC * size * lengths), log_loss))
     enough(len(curves), 3, "an isoFLOP parabola over sizes")
     if budgets is None:
-        starts = sorted(float(log_c[0]) for _, log_c, _ in curves)
-        ends = sorted(float(log_c[-1]) for _, log_c, _ in curves)
-        count = max(len(log_c) for _, log_c, _ in curves)
-        last = max(ends[-3], starts[2])
-        budgets = [math.exp(log_c) for log_c in np.linspace(starts[2], last, count)]
+        first = sorted(float(log_c[0]) for _, log_c, _ in curves)[2]
+        last = sorted(float(log_c[-1]) for _, log_c, _ in curves)[-3]
+        of_runs: Floats = np.unique(np.concatenate([log_c for _, log_c, _ in curves]).round(6))
+        shared = int(np.sum((of_runs > first - 1e-5) & (of_runs < last + 1e-5)))
+        enough(shared, 3, "an isoFLOP line over budgets that three sizes share")
+        count = min(shared, max(len(log_c) for _, log_c, _ in curves))
+        budgets = np.exp(np.linspace(first, last, count)).tolist()
+    else:
+        enough(len({*budgets}), 3, "an isoFLOP line over budgets")
     kept: list[float] = []
     sizes: list[float] = []
     notes: list[str] = []
