@@ -69,6 +69,8 @@ def test_only_updates_that_were_made_are_counted() -> None:
         guarded.step()
         if not bad:
             plain.step(closure_of(twin))
+    guarded.zero_grad()
+    guarded.step()  # without gradients: none either
     assert guarded.updates_1.tolist() == [2]
     assert_same(net, twin)
 

@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import stack
@@ -177,6 +178,18 @@ def test_parameters_without_gradient_are_left_out() -> None:
     assert "stem.weight" not in optimizer.clipped_names
     assert optimizer.clipped_P is not None
     assert len(optimizer.clipped_P) == len(optimizer.clipped_names)
+
+
+def test_nothing_made_under_a_fake_mode_is_used_outside() -> None:
+    def clip() -> None:
+        net = torch.nn.Linear(5, 7)
+        net(torch.ones(2, 5)).sum().backward()
+        agc_(net.named_parameters(), parameter_roles(net, classifier=None))
+
+    for _ in range(2):
+        with FakeTensorMode():
+            clip()
+        clip()
 
 
 def test_mistakes_are_refused() -> None:

@@ -50,6 +50,22 @@ def test_a_classifier_that_is_no_linear_is_refused_by_name() -> None:
         parameter_roles(small_net(), "fc")
 
 
+def test_flattened_weights_have_no_role() -> None:
+    """Each shard of a filter bank would pass for one unit."""
+    net = small_net()
+    net.grouped.weight = nn.Parameter(net.grouped.weight.detach().flatten()[:99])
+    with pytest.raises(ValueError, match=r"'grouped.weight' of a Conv2d has shape \(99,\)"):
+        parameter_roles(net, "head")
+    with pytest.raises(ValueError, match=r"of a Linear has shape .* it is sharded or flattened"):
+        parameter_roles(nn.Sequential(flat_linear()), None)
+
+
+def flat_linear() -> nn.Linear:
+    linear = nn.Linear(2, 3)
+    linear.weight = nn.Parameter(torch.zeros(6))
+    return linear
+
+
 def test_a_recipe_can_name_every_optimizer() -> None:
     assert tuple(choice.OPTIMIZERS) == config.OPTIMIZERS
 
@@ -145,6 +161,46 @@ def test_a_copy_goes_on_as_the_original_does(
 
 
 # ---- SAM --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("around", [lambda o: o, lambda o: SAM(o, rho=0.1)])
+def test_no_group_can_be_added(around: Callable[..., torch.optim.Optimizer]) -> None:
+    """It would have no role and no slots. A torch.optim.SGD takes one, in SAM too."""
+    extra = {"params": [("extra", nn.Parameter(torch.zeros(2)))]}
+    with pytest.raises(ValueError, match="groups of SGD_AGC follow from its parameters' roles"):
+        around(copy.deepcopy(sgd(small_net()))).add_param_group(extra)
+    plain = around(torch.optim.SGD(small_net().parameters(), lr=0.1))
+    plain.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    assert len(plain.param_groups) == 2
+
+
+def test_a_state_dict_of_another_optimizer_is_refused() -> None:
+    net = small_net()
+    theirs = torch.optim.SGD(net.parameters(), lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="the state has no 'clipping', which SGD_AGC needs"):
+        sgd(net).load_state_dict(theirs)
+    without = sgd(net).state_dict()
+    without["state"] = {}
+    with pytest.raises(ValueError, match="the state has no 'momentum', which SGD_AGC needs"):
+        sgd(net).load_state_dict(without)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("around", [lambda o: o, lambda o: SAM(o, rho=0.1)])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of its hooks around a step
+def test_what_contains_a_step_can_be_compiled(
+    name: str, around: Callable[..., torch.optim.Optimizer]
+) -> None:
+    nets = small_net(), small_net()
+    for net, backend in zip(nets, (None, "eager"), strict=True):
+        step = around(an_optimizer(name, net, parameter_roles(net, "head"), lr=0.1)).step
+        closure = closure_of(net)
+        update: Callable[..., Any] = lambda step=step, closure=closure: step(closure)  # noqa: E731
+        if backend:
+            update = torch.compile(update, backend=backend)
+        for _ in range(2):
+            update()
+    assert equal(*nets)
 
 
 def test_both_objects_keep_one_state_whichever_loads_it() -> None:

@@ -27,7 +27,8 @@ class AdamW_AGC(ByRole):
         w = w - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     which is `torch.optim.AdamW` after the clipping. t counts the updates that were made: one that
-    the guard leaves out is none.
+    the guard leaves out is none, nor is a step without gradients. There is one t for all, where
+    torch's is each parameter's own: one that is unfrozen late moves about 3 times as far at first.
     """
 
     SLOTS = ("first_moment", "second_moment")

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from nfnets_xla.optim import roles as role
 
@@ -113,9 +114,16 @@ def clip_together_(
     return torch.segment_reduce(clipped_U, "mean", lengths=lengths_P, unsafe=True)
 
 
-@lru_cache(maxsize=64)
 def _on(device: torch.device, *numbers: int) -> Tensor:
-    """Uploaded once, since a GPU waits for numbers from the host."""
+    """Uploaded once, since a GPU waits for numbers from the host; but what is made under a mode,
+    such as FakeTensorMode, is of no use outside it, nor the reverse."""
+    if _len_torch_dispatch_stack():
+        return torch.tensor(numbers, device=device)
+    return _uploaded(device, *numbers)
+
+
+@lru_cache(maxsize=64)
+def _uploaded(device: torch.device, *numbers: int) -> Tensor:
     return torch.tensor(numbers, device=device)
 
 

@@ -132,9 +132,22 @@ class ByRole(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = lr
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """For the groups it is made with. ValueError afterwards."""
+        if hasattr(self, "clipped_names"):
+            raise ValueError(
+                f"the groups of {type(self).__name__} follow from its parameters' roles, and none "
+                "can be added: make a new optimizer with all parameters, frozen ones too"
+            )
+        super().add_param_group(param_group)
+
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. A `closure` is called first, with gradients enabled; returns its result."""
+        """One update. A `closure` is called first, with gradients enabled; returns its result.
+
+        torch.compile leaves it as it is, and compiles what is around it.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -143,7 +156,8 @@ class ByRole(torch.optim.Optimizer):
         shares: list[Tensor] = []
         gradients = self._gradients()
         holds = self.guard.judge(gradients) if self.guard is not None and gradients else None
-        self._count(holds)
+        if gradients:
+            self._count(holds)
         for group in self.param_groups:
             named = dict(zip(group["param_names"], group["params"], strict=True))
             # No gradient means frozen or unused. Decay and momentum alone would still move it.
@@ -262,6 +276,21 @@ class ByRole(torch.optim.Optimizer):
         for name, parameter in self._named():
             for slot in self.SLOTS:
                 self.state[parameter][slot] = copies[slot][name]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's. ValueError for the state of an optimizer that keeps or needs less."""
+        needed = self.param_groups[0].keys() - {"param_names"}
+        for group in state_dict["param_groups"]:
+            missing = sorted(needed - group.keys())
+            for parameter in group["params"]:
+                kept = state_dict["state"].get(parameter, {})
+                missing += [slot for slot in self.SLOTS if slot not in kept]
+            if missing:
+                raise ValueError(
+                    f"the state has no {missing[0]!r}, which {type(self).__name__} needs: it is of "
+                    f"another optimizer; give what {type(self).__name__}.state_dict() returned"
+                )
+        super().load_state_dict(state_dict)
 
     def device_state(self) -> dict[str, Tensor]:
         """What it keeps on the device beside its slots."""

@@ -28,7 +28,7 @@ def parameter_roles(module: nn.Module, classifier: str | None) -> dict[str, str]
     `classifier` names the nn.Linear, e.g. "head", whose weight is exempt from clipping; None if
     there is none. What lies in a submodule with a true `is_stack` has one axis more than its role
     says, e.g. "stacked conv". Raises ValueError for a classifier that is not an nn.Linear of this
-    module, and for a parameter that fits no role.
+    module, and for a parameter that fits no role, as shards of weights do.
     """
     if classifier is not None:
         _check_classifier(module, classifier)
@@ -63,6 +63,14 @@ def _check_classifier(module: nn.Module, classifier: str) -> None:
 def _role(module: nn.Module, name: str, shape: torch.Size, classifier: str | None) -> str:
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
+    axes = {nn.Conv2d: 4, nn.Linear: 2}
+    for layer, needed in axes.items():
+        if isinstance(owner, layer) and leaf == "weight" and len(shape) < needed:
+            raise ValueError(
+                f"parameter {name!r} of a {type(owner).__name__} has shape {tuple(shape)}, where "
+                f"{needed} axes are needed to tell its units: it is sharded or flattened, e.g. by "
+                "FSDP; take the roles of the whole network, and leave its parameters whole"
+            )
     if owner_name == classifier and leaf in ("weight", "bias"):
         return CLASSIFIER_WEIGHT if leaf == "weight" else CLASSIFIER_BIAS
     if isinstance(owner, nn.Conv2d) and leaf == "weight":

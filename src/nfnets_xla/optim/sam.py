@@ -89,6 +89,13 @@ class SAM(torch.optim.Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """To the wrapped optimizer, which may refuse it."""
+        if hasattr(self, "base_optimizer"):
+            self.base_optimizer.add_param_group(param_group)
+        else:
+            super().add_param_group(param_group)
+
     def set_rho(self, rho: float | Tensor) -> None:
         """A float, or a `(1,)` tensor of the parameters' dtype and device (as `SGD_AGC.set_lr`).
 
@@ -97,6 +104,7 @@ class SAM(torch.optim.Optimizer):
         like = self.param_groups[0]["params"][0]
         self.rho: float | Tensor = checked_hyperparameter("rho", rho, like)
 
+    @torch._disable_dynamo  # as ByRole's
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Call `closure` twice per microbatch, update once; returns the first, unperturbed result.
