@@ -98,7 +98,7 @@ def test_iso_flop_takes_equal_runs_at_their_mean() -> None:
     macs, rows, loss = grid(EVEN)
     twice = [np.concatenate([axis, axis]) for axis in (macs, rows)]
     losses = [np.concatenate([loss * up, loss / up]) for up in (1.03, 1 / 1.03)]
-    one, other = (allocation.isoflop(*twice, both) for both in losses)
+    one, other = (allocation.isoflop(twice[0], twice[1], both) for both in losses)
     assert one.sizes == pytest.approx(other.sizes) == allocation.isoflop(macs, rows, loss).sizes
 
 
