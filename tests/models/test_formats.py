@@ -142,6 +142,15 @@ def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
         assert torch.equal(read_weights(tmp_path / number)["a"], state["a"])
 
 
+def test_what_torchs_wrappers_put_before_names_is_taken_off(tmp_path: Path) -> None:
+    """DistributedDataParallel and torch.compile, and one in the other; not if some names lack it."""
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        torch.save({f"{prefix}a.b": torch.zeros(2), f"{prefix}c": torch.ones(1)}, tmp_path / "x")
+        assert read_weights(tmp_path / "x").keys() == {"a.b", "c"}
+    torch.save({"module.a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "x")
+    assert read_weights(tmp_path / "x").keys() == {"module.a", "b"}
+
+
 def test_a_state_dict_inside_a_training_scripts_file_is_found(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": {"a": torch.zeros(2)}}, tmp_path / "x.pth")
     assert read_weights(tmp_path / "x.pth").keys() == {"a"}

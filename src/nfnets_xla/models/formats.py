@@ -5,7 +5,8 @@
     .npz of float arrays                 flattened Haiku names
     pickle (haiku_pickle.py)             DeepMind's F*_haiku.npz, which are no .npz
 
-What a file holds keeps its names here; names.py turns them into ours.
+What a file holds keeps its names here, less what torch's wrappers put before all of them; names.py
+turns them into ours.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -30,11 +31,20 @@ SAFETENSORS, TORCH, NPZ, PICKLE = "safetensors", "torch", "npz", "pickle"
 MAX_HEADER = 100_000_000  # bytes; as the safetensors library has it
 # How torch.save's older form begins: protocol 2, then a number of ten bytes.
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
 WRAPPERS = ("state_dict", "model")  # under which training scripts keep their weights
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """{name: tensor} as the file has it, on the CPU. Raises ValueError for anything else."""
+    state = _read(path)
+    for prefix in (*PREFIXES, *PREFIXES):  # one may be around the other, either way
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     form = recognise(path)
     if form == SAFETENSORS:
         return _read_safetensors(path)
