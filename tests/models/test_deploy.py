@@ -78,6 +78,30 @@ def test_a_fused_network_runs_in_bfloat16() -> None:
     torch.testing.assert_close(logits, net.float()(images), atol=0.02, rtol=0.1)
 
 
+@torch.no_grad()
+def test_under_autocast_logits_are_float32_too() -> None:
+    images = torch.randn(2, 3, 32, 32)
+    net = trained().eval()
+    for one in (net, fuse(net)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert one.forward_features(images).dtype == torch.bfloat16
+            logits = one(images)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, net(images), atol=4e-2, rtol=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*quantization.* is deprecated")
+def test_a_fused_network_quantises_dynamically() -> None:
+    """By torch's own class, of which its squeeze-excites' layers are; the head stays as it is."""
+    net = trained().eval()
+    quantised = torch.ao.quantization.quantize_dynamic(fuse(net), {nn.Linear}, dtype=torch.qint8)
+    kinds = [type(layer) for block in quantised.blocks for layer in block.squeeze_excite.children()]
+    assert {*kinds} == {torch.ao.nn.quantized.dynamic.Linear}
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(quantised(images), net(images), atol=4e-2, rtol=0.1)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace is for one size
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch's load

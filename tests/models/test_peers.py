@@ -1,5 +1,8 @@
 """Other networks by the same door: timm's, and the ViTs of the paper with their published sizes."""
 
+import io
+import pickle
+
 import pytest
 import torch
 
@@ -68,7 +71,33 @@ def test_a_timm_model_runs_in_bfloat16() -> None:
     net = create_model("timm/test_vit", num_classes=5, image_size=64, dtype=torch.bfloat16).eval()
     logits = net(torch.randn(2, 3, 64, 64).bfloat16())
     assert logits.dtype == torch.float32
+    net = create_network("timm/test_vit", num_classes=5, image_size=64).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.randn(2, 3, 64, 64)).dtype == torch.float32
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "vit_mini_d3_4"])
+def test_a_peer_can_be_pickled(name: str) -> None:
+    net = create_network(name, num_classes=5).eval()
+    size = 32 if name in VITS else 160
+    images = torch.randn(1, 3, size, size)
+    copy = pickle.loads(pickle.dumps(net))
+    assert torch.equal(copy(images), net(images))
+    assert copy.macs(64) == net.macs(64)
+    torch.save(net, io.BytesIO())
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("resnetv2_50x1_bit", "Conv2d"), ("deit_tiny_distilled_patch16_224", "tuple")],
+)
+def test_other_classifiers_are_refused(name: str, head: str) -> None:
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=f"{name} is a {head}, not one nn."),
+    ):
+        create_network(f"timm/{name}", num_classes=5)
 
 
 def test_nothing_is_drawn_inside_of_timms_layers() -> None:

@@ -91,6 +91,10 @@ def test_one_parameter_per_role_and_the_same_counts() -> None:
     assert len(list(net.parameters())) - len(list(stacked.parameters())) == (4 + 1) * 17
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in stacked.parameters())
     assert net.macs(32) == stacked.macs(32)
+    assert {name.replace("tail", "1") for name in stacked.no_weight_decay()} <= (
+        net.no_weight_decay()
+    )
+    assert "stages.2.tail.conv0.gain" in stacked.no_weight_decay()
     assert net.no_weight_decay() == {
         name
         for name, value in per_block(dict(stacked.named_parameters())).items()
@@ -183,6 +187,20 @@ def test_in_training_mode_it_draws_its_own_masks() -> None:
         torch.manual_seed(3)
         results.append(one(images, None, dropout))
     assert torch.equal(*results)
+
+
+def test_its_gains_outlive_smaller_dtypes_and_the_meta_device() -> None:
+    """They are in no state dict."""
+    plain, net = network().eval(), stack(network()).eval()
+    images = inputs(net)[0]
+    state = net.state_dict()
+    net.bfloat16().float()
+    net.load_state_dict(state)
+    assert torch.equal(net(images), plain(images))
+    with torch.device("meta"):
+        empty = stack(NFNet(VARIANTS[NAME], num_classes=10)).eval()
+    empty.to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(empty(images), plain(images))
 
 
 def test_stacking_twice_is_refused() -> None:

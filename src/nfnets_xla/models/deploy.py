@@ -3,7 +3,8 @@
     fused = nfnets_xla.fuse(net)     # the same logits, from plain convolutions
 
 What is left are ordinary convolutions and linear layers, GELU, and one multiply-add per block, so
-that it exports and quantises like any other network. Nothing of it can be trained.
+that it exports and quantises like any other network; the head stays in float32. Nothing of it can
+be trained.
 
 Shape suffixes as in nfnet.py.
 """
@@ -25,6 +26,7 @@ from nfnets_xla.models.layers import (
     same_avg_pool2d,
     same_conv2d,
     same_padding,
+    without_autocast,
 )
 from nfnets_xla.models.nfnet import NFBlock, NFNet
 from nfnets_xla.models.stacked import is_stacked, unstack
@@ -73,7 +75,7 @@ class FusedNFNet(nn.Module):
         if self.global_pool == "":
             return features_BFHW * GELU_GAIN
         pooled_BF = at_least_float32(features_BFHW).mean(dim=(2, 3))
-        return self.head(pooled_BF * GELU_GAIN)
+        return without_autocast(self.head, pooled_BF * GELU_GAIN)
 
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
         """`(B, F, H / 32, W / 32)` rounded up: the last activation without its gain."""
@@ -99,6 +101,8 @@ class FusedBlock(nn.Module):
         if block.conv_shortcut is not None:
             self.conv_shortcut = _plain(block.conv_shortcut, GELU_GAIN * block.beta)
         self.squeeze_excite = deepcopy(block.squeeze_excite)
+        for name, linear in block.squeeze_excite.named_children():
+            setattr(self.squeeze_excite, name, _plain_linear(linear))
         # A buffer, so that a state dict is the whole network.
         self.branch_gain: Tensor
         self.register_buffer("branch_gain", block.skip_gain.detach() * (2 * ALPHA))
@@ -124,6 +128,15 @@ class SameConv2d(nn.Conv2d):
 def gelu_(x: Tensor, form: Gelu) -> Tensor:
     """In place: at large batches writing to fresh memory costs more than the activation does."""
     return torch.ops.aten.gelu_(x, approximate="tanh" if form == "tanh" else "none")
+
+
+def _plain_linear(linear: nn.Module) -> nn.Linear:
+    """Of torch's own class, by which quantisation knows it. Here inputs have the weights' dtype."""
+    assert isinstance(linear, nn.Linear)
+    with torch.device("meta"):
+        plain = nn.Linear(linear.in_features, linear.out_features)
+    plain.weight, plain.bias = deepcopy(linear.weight), deepcopy(linear.bias)
+    return plain
 
 
 def _plain(conv: nn.Module, input_gain: float = 1.0) -> nn.Conv2d:

@@ -53,6 +53,15 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def without_autocast(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`, which autocast would compute in a smaller dtype than `x` has."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return layer(x)
+    with torch.autocast(device, enabled=False):
+        return layer(x)
+
+
 class Linear(nn.Linear):
     """nn.Linear that computes in its input's dtype, whatever its own, as WSConv2d does."""
 

@@ -31,6 +31,7 @@ from nfnets_xla.models.layers import (
     gelu,
     same_avg_pool2d,
     scaled_gelu,
+    without_autocast,
 )
 from nfnets_xla.models.variants import (
     ALPHA,
@@ -225,7 +226,7 @@ class NFNet(nn.Module):
         if self.global_pool == "":
             return features_BFHW
         pooled_BF = self._drop(at_least_float32(features_BFHW).mean(dim=(2, 3)), dropout_keep_BF)
-        return pooled_BF if pre_logits else self.head(pooled_BF)
+        return pooled_BF if pre_logits else without_autocast(self.head, pooled_BF)
 
     def forward_intermediates(
         self,
@@ -298,13 +299,12 @@ class NFNet(nn.Module):
         if num_classes and not global_pool:
             raise ValueError(f"global_pool is '' with {num_classes} classes: a head needs 'avg'")
         self.num_classes, self.global_pool = num_classes, global_pool
-        if num_classes == 0:
-            self.head = nn.Identity()
-            return
-        head = Linear(self.num_features, num_classes)
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.zeros_(head.bias)
-        self.head = head.to(next(self.parameters()))  # device and dtype
+        self.head = nn.Identity()
+        if num_classes:
+            head = Linear(self.num_features, num_classes)
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
+            self.head = head.to(next(self.parameters()))  # device and dtype
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -353,7 +353,7 @@ class NFNet(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Gains and biases, as DeepMind has it (experiment_nfnets.py:107-111)."""
-        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+        return {name for name, _ in self.named_parameters() if name.endswith(("gain", "bias"))}
 
     # ---- cost ---------------------------------------------------------------------------------
 

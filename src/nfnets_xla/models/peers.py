@@ -11,12 +11,13 @@ Shape suffixes: B batch, C channels, H W pixels, N residual blocks (none here), 
 # torch types its own signatures in part.
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nfnets_xla.models.layers import at_least_float32
+from nfnets_xla.models.layers import at_least_float32, without_autocast
 
 TIMM = "timm/"
 
@@ -52,12 +53,18 @@ class Peer(nn.Module):
     stochastic_depth_rates: tuple[float, ...] = ()
 
     def __init__(
-        self, make: Callable[..., nn.Module], *, in_chans: int = 3, drop_rate: float = 0.0
+        self,
+        make: Callable[..., nn.Module],
+        *,
+        pretrained: bool = False,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
     ) -> None:
-        """`make(size)` builds the timm model; `drop_rate` is of the pooled features."""
+        """`make(size=..., pretrained=...)` builds the timm model; `drop_rate` is of the pooled
+        features."""
         super().__init__()
         self.make, self.in_chans = make, in_chans
-        self.net: Any = make()
+        self.net: Any = make(pretrained=pretrained)
         self.drop_rate = drop_rate
         self.num_features = int(self.net.head_hidden_size)
         self.num_classes = int(self.net.num_classes)
@@ -86,7 +93,7 @@ class Peer(nn.Module):
             pooled_BF = nn.functional.dropout(pooled_BF, self.drop_rate, self.training)
         head = self.net.get_classifier()
         weight = next(head.parameters(), pooled_BF)
-        return at_least_float32(head(pooled_BF.to(weight.dtype)))
+        return at_least_float32(without_autocast(head, pooled_BF.to(weight.dtype)))
 
     def reset_classifier(self, num_classes: int) -> None:
         self.net.reset_classifier(num_classes)
@@ -100,7 +107,7 @@ class Peer(nn.Module):
         from torch.utils.flop_counter import FlopCounterMode
 
         with torch.device("meta"):
-            net: Any = self.make(size)
+            net: Any = self.make(size=size)
             net.reset_classifier(self.num_classes)
             counter = FlopCounterMode(display=False)
             with counter:
@@ -142,22 +149,14 @@ def create_peer(
     plain = name.removeprefix(TIMM)
     if name not in VITS and not is_in_timm(plain):
         raise ValueError(f"timm has no model {plain!r}; see timm.list_models()")
-    wanted = [pretrained]  # by the first network made, not by those made to be counted
-
-    def make(size: int | None = image_size) -> nn.Module:
-        loads = wanted.pop() if wanted else False
-        if name in VITS:
-            return _vit(VITS[name], size, options)
-        import timm
-
-        sized: dict[str, Any] = {} if size is None else {"img_size": size, "dynamic_img_size": True}
-        try:
-            return timm.create_model(plain, pretrained=loads, **options, **sized)
-        except TypeError:  # a network for images of any size
-            return timm.create_model(plain, pretrained=loads, **options)
-
+    make = partial(_make, name, options, size=image_size)
     in_chans = options.get("in_chans", 3)
-    peer = Peer(make, in_chans=in_chans, drop_rate=drop_rate)
+    peer = Peer(make, pretrained=pretrained, in_chans=in_chans, drop_rate=drop_rate)
+    if not isinstance(head := peer.net.get_classifier(), nn.Linear | nn.Identity):
+        raise ValueError(
+            f"the classifier of {name} is a {type(head).__name__}, not one nn.Linear: networks of "
+            "two heads, or with a convolution for one, are no peers here; choose another"
+        )
     _without_randomness(peer.net)
     for size in (image_size, eval_image_size):
         if size is not None and (fault := _fault_of(make, in_chans, size)):
@@ -166,6 +165,20 @@ def create_peer(
                 "multiples of its patches for data.image_size and data.eval_image_size"
             )
     return peer
+
+
+def _make(
+    name: str, options: dict[str, Any], *, size: int | None, pretrained: bool = False
+) -> nn.Module:
+    if name in VITS:
+        return _vit(VITS[name], size, options)
+    import timm
+
+    model = partial(timm.create_model, name.removeprefix(TIMM), pretrained=pretrained, **options)
+    try:
+        return model() if size is None else model(img_size=size, dynamic_img_size=True)
+    except TypeError:  # a network for images of any size
+        return model()
 
 
 def _fault_of(make: Callable[..., nn.Module], channels: int, size: int) -> str | None:

@@ -13,7 +13,7 @@ Shape suffixes: as in nfnet.py, and D blocks of a tail.
 # torch types its own signatures in part.
 
 import re
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -79,13 +79,18 @@ class StackedBlocks(NFBlock):
             value = torch.stack([part.detach() for part in parts])
             _set_parameter(self, name, value, requires_grad=parts[0].requires_grad)
         self.betas = [block.beta for block in blocks]
-        gains_D = torch.tensor(
-            [GELU_GAIN * beta for beta in self.betas],
-            dtype=self.skip_gain.dtype,
-            device=self.skip_gain.device,
-        )
         del self.input_gain
-        self.register_buffer("input_gain", gains_D, persistent=False)
+        self.register_buffer("input_gain", self._gains_D(), persistent=False)
+
+    def _gains_D(self) -> Tensor:
+        gains, like = [GELU_GAIN * beta for beta in self.betas], self.skip_gain
+        return torch.tensor(gains, dtype=like.dtype, device=like.device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "StackedBlocks":
+        """Made anew: a smaller dtype would have rounded them, and `to_empty` lost them."""
+        super()._apply(fn, recurse)
+        self.input_gain = self._gains_D()
+        return self
 
     def blocks(self, variant: Variant) -> list[NFBlock]:
         """Each block by itself, with copies of its parameters."""
