@@ -88,6 +88,7 @@ def test_under_autocast_logits_are_float32_too() -> None:
             logits = one(images)
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, net(images), atol=4e-2, rtol=0.1)
+    assert trained().to("meta")(images.to("meta")).dtype == torch.float32  # which has no autocast
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_what_torchs_wrappers_put_before_names_is_taken_off(tmp_path: Path) -> None:
-    """DistributedDataParallel and torch.compile, and one in the other; not if some names lack it."""
+    """DistributedDataParallel and torch.compile, one in the other; not if some names lack it."""
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         torch.save({f"{prefix}a.b": torch.zeros(2), f"{prefix}c": torch.ones(1)}, tmp_path / "x")
         assert read_weights(tmp_path / "x").keys() == {"a.b", "c"}

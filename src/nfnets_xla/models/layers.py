@@ -56,7 +56,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def without_autocast(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`, which autocast would compute in a smaller dtype than `x` has."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if x.is_meta or not torch.is_autocast_enabled(device):  # meta has no autocast to ask for
         return layer(x)
     with torch.autocast(device, enabled=False):
         return layer(x)
