@@ -18,8 +18,9 @@ from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.doubles_sheet import EXCLUDED, KEPT, at_border, histogram
-from nfnets_xla.embedding import compared
+from nfnets_xla.embedding import compared, embedded, load
 from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.registry import create_network
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, save_weights
 from tests.data.copied import COPIES, jpeg, picture
@@ -107,6 +108,15 @@ def features(net: NFNet, data: bytes) -> torch.Tensor:
     return net.forward_features(both_BCHW).mean((0, 2, 3))
 
 
+def test_a_timm_model_sees_pictures_of_its_own_size(tmp_path: Path) -> None:
+    """160 px for this ViT, which takes no other; and a mistake ends the command before the work."""
+    net = create_network("timm/test_vit", num_classes=0)
+    save_weights(net, tmp_path / "vit.safetensors", {})
+    model = load("timm/test_vit", str(tmp_path / "vit.safetensors"))
+    assert model.size == 160
+    assert float(embedded(model, jpeg(picture(0))).norm()) == pytest.approx(1)
+
+
 def test_a_comparison_leaves_no_shard_open(
     folder: Path, saved: tuple[NFNet, Path], tmp_path: Path
 ) -> None:
@@ -120,7 +130,7 @@ def test_a_comparison_leaves_no_shard_open(
     matches = find([train], [against], tmp_path, Settings())
     assert len(matches.distance_M) > 0
     assert not opened()
-    compared(matches, "nfnet_mini_f0", str(saved[1]))
+    compared(matches, load("nfnet_mini_f0", str(saved[1])))
     assert not opened()
 
 

@@ -11,6 +11,7 @@ so that the same command goes on where it was stopped, and another --distance ta
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from nfnets_xla.data.dedup import FARTHEST, Double, Matches, Settings, doubles, find, line
@@ -35,6 +36,11 @@ def dedup(arguments: Sequence[str]) -> None:
     most = default if given.distance is None else given.distance
     if not 0 <= most <= FARTHEST:
         raise ValueError(f"--distance is {most}; it must be 0 to {FARTHEST}")
+    compared = None
+    if given.model is not None:  # before hours of work that it might end
+        from nfnets_xla import embedding
+
+        compared = partial(embedding.compared, model=embedding.load(given.model, given.weights))
     settings = Settings(given.crop, given.bits, compare=given.model is None)
     matches = find(
         [ShardIndex.load(folder) for folder in given.dir],
@@ -45,10 +51,8 @@ def dedup(arguments: Sequence[str]) -> None:
         jobs=given.jobs,
         on_progress=progress,
     )
-    if given.model is not None:
-        from nfnets_xla.embedding import compared
-
-        matches = compared(matches, given.model, given.weights, progress("compared"))
+    if compared is not None:
+        matches = compared(matches, on_progress=progress("compared"))
     found = doubles(matches, most)
     write_lists(matches, found, names, Path(given.out))
     draw_report(matches, most, Path(given.out) / "report.png")

@@ -4,8 +4,10 @@ For `shards dedup --model`: instead of pixels, where copies have been altered mo
 allow. A feature is the mean of a picture's and its mirror image's, so that mirroring costs nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from nfnets_xla.data.decode import decode
 from nfnets_xla.data.dedup import Matches
 from nfnets_xla.data.jobs import Progress
 from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.registry import Network, create_network
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
@@ -26,12 +29,17 @@ OPENED = 64  # shards
 REMEMBERED = 4096  # features: a picture has several matches, one after another
 
 
-def compared(
-    matches: Matches, name: str, weights: str | None, on_progress: Progress | None = None
-) -> Matches:
+class Model(NamedTuple):
+    """A network without its head, and the pictures that it takes."""
+
+    net: Network
+    size: int
+    mean_rgb: Sequence[float] = MEAN_RGB
+    stddev_rgb: Sequence[float] = STDDEV_RGB
+
+
+def compared(matches: Matches, model: Model, on_progress: Progress | None = None) -> Matches:
     """The matches with distances of features."""
-    net = load(name, weights)
-    size = getattr(getattr(net, "variant", None), "test_size", SIZE)
 
     @lru_cache(OPENED)  # an index keeps its file open: copies go, those of the matches stay
     def opened(is_reference: bool, shard: int) -> ShardIndex:
@@ -39,7 +47,7 @@ def compared(
 
     @lru_cache(REMEMBERED)
     def feature(is_reference: bool, shard: int, row: int) -> Tensor:
-        return embedded(net, opened(is_reference, shard).read(0, row), size)
+        return embedded(model, opened(is_reference, shard).read(0, row))
 
     distance_M = np.zeros_like(matches.distance_M)
     pairs = zip(matches.sample_M2.tolist(), matches.reference_M2.tolist(), strict=True)
@@ -50,8 +58,10 @@ def compared(
     return matches._replace(distance_M=distance_M)
 
 
-def load(name: str, weights: str | None) -> Network:
-    """The network without its head. ValueError for weights of another model, and for none."""
+def load(name: str, weights: str | None) -> Model:
+    """ValueError for weights of another model, and for none.
+
+    A timm model takes the size that it is made for, and with timm's weights timm's colours."""
     if weights is None:
         own = name.startswith("local-dir:")
         net = create_network(name, pretrained=not own, num_classes=0)
@@ -59,13 +69,22 @@ def load(name: str, weights: str | None) -> Network:
         state, source = checkpoint.weights(weights, "raw")
         net = create_network(name, num_classes=0)
         load_into(net, state, source=source, allow_new_head=True)
-    return net.eval()
+    net.eval()
+    if isinstance(net, NFNet):
+        return Model(net, net.variant.test_size)
+    cfg = net.net.pretrained_cfg
+    model = Model(net, cfg.get("input_size", (3, SIZE, SIZE))[-1])
+    if weights is not None:
+        return model
+    mean_rgb, stddev_rgb = ([255 * part for part in cfg[name]] for name in ("mean", "std"))
+    return model._replace(mean_rgb=mean_rgb, stddev_rgb=stddev_rgb)
 
 
 @torch.inference_mode()
-def embedded(net: Network, data: bytes, size: int) -> Tensor:
+def embedded(model: Model, data: bytes) -> Tensor:
     """Of length 1."""
-    view_HWC = torch.from_numpy(eval_view(decode(data), size=size, margin=0)).float()
-    image_CHW = ((view_HWC - torch.tensor(MEAN_RGB)) / torch.tensor(STDDEV_RGB)).permute(2, 0, 1)
-    features_2F = net(torch.stack([image_CHW, image_CHW.flip(2)])).flatten(1)
+    view_HWC = torch.from_numpy(eval_view(decode(data), size=model.size, margin=0)).float()
+    mean_C, stddev_C = torch.tensor(model.mean_rgb), torch.tensor(model.stddev_rgb)
+    image_CHW = ((view_HWC - mean_C) / stddev_C).permute(2, 0, 1)
+    features_2F = model.net(torch.stack([image_CHW, image_CHW.flip(2)])).flatten(1)
     return torch.nn.functional.normalize(features_2F.mean(0), dim=0)
