@@ -130,7 +130,7 @@ def isoflop(
         shared = int(np.sum((of_runs > first - 1e-5) & (of_runs < last + 1e-5)))
         enough(shared, 3, "an isoFLOP line over budgets that three sizes share")
         count = min(shared, max(len(log_c) for _, log_c, _ in curves))
-        budgets = np.exp(np.linspace(first, last, count)).tolist()
+        budgets = [math.exp(log_c) for log_c in np.linspace(first, last, count)]
     else:
         enough(len({*budgets}), 3, "an isoFLOP line over budgets")
     kept: list[float] = []
