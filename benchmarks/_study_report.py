@@ -35,12 +35,11 @@ def write_report(records: Path, grid: Grid, tuning_grid: Grid, whole: int) -> No
         "float32, CPU; x is counted FLOPs",
     )
     tuned = finetuned(points)
-    beside = sum(point.peak_lr not in grid[point.model, point.epochs] for point in trained)
-    beside += sum(
-        run.peak_lr not in tuning_grid[source.model, source.epochs] for source, run in tuned
-    )
-    others = f"; {beside} more, of rates outside the grid, are kept" if beside else ""
-    said.say(f"{len(points) - beside} of the {whole} runs are finished{others}")
+    wanted = counted([(cell_of(run), run) for run in trained], grid)
+    wanted += counted([(cell_of(source), run) for source, run in tuned], tuning_grid)
+    beside = len(points) - wanted
+    others = f"; {beside} more, at other rates, are kept" if beside else ""
+    said.say(f"{wanted} of the {whole} runs are finished{others}")
     for title, text in (
         ("grid: rates finished, seeds of the best", done(trained, grid)),
         ("", report(nfnets(trained))),
@@ -58,6 +57,22 @@ def write_report(records: Path, grid: Grid, tuning_grid: Grid, whole: int) -> No
             file.unlink()
     (FIGURES / "points.csv").rename(records / "points.csv")
     write_page(said.lines)
+
+
+def cell_of(point: Point) -> tuple[str, float]:
+    return point.model, point.epochs
+
+
+def counted(runs: Sequence[tuple[tuple[str, float], Point]], grid: Grid) -> int:
+    """How many are of the study: the first seed at each rate, and all at the best of these."""
+    total = 0
+    for cell, rates in grid.items():
+        tried = [run for of, run in runs if of == cell and run.peak_lr in rates]
+        first = [run for run in tried if run.seed == FIRST_SEED]
+        best = min(first, key=lambda run: run.loss).peak_lr if first else None
+        total += len(first)
+        total += sum(run.seed != FIRST_SEED and run.peak_lr == best for run in tried)
+    return total
 
 
 def write_page(lines: Sequence[str]) -> None:
