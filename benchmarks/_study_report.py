@@ -68,11 +68,21 @@ def counted(runs: Sequence[tuple[tuple[str, float], Point]], grid: Grid) -> int:
     total = 0
     for cell, rates in grid.items():
         tried = [run for of, run in runs if of == cell and run.peak_lr in rates]
-        first = [run for run in tried if run.seed == FIRST_SEED]
-        best = min(first, key=lambda run: run.loss).peak_lr if first else None
+        first = of_first_seed(tried)
+        best = best_rate(first) if first else None
         total += len(first)
         total += sum(run.seed != FIRST_SEED and run.peak_lr == best for run in tried)
     return total
+
+
+def of_first_seed(runs: Sequence[Point]) -> dict[float, Point]:
+    """By their rates, the lowest first."""
+    first = (run for run in runs if run.seed == FIRST_SEED)
+    return {run.peak_lr: run for run in sorted(first, key=lambda run: run.peak_lr)}
+
+
+def best_rate(tried: Mapping[float, Point]) -> float:
+    return min(tried, key=lambda rate: tried[rate].loss)
 
 
 def write_page(lines: Sequence[str]) -> None:
@@ -162,14 +172,19 @@ def finetuning(tuned: Sequence[tuple[Point, Point]]) -> str:
     """Each pre-trained optimum, and whether a lower held-out loss goes with a lower error."""
     found: dict[tuple[str, float], list[tuple[Point, Point]]] = {}
     for source, point in tuned:
-        found.setdefault((source.model, source.epochs), []).append((source, point))
+        found.setdefault(cell_of(source), []).append((source, point))
     if not found:
         return "no run is finished"
     names, lines, losses, errors = [], [], [], []
     for (model, epochs), runs in sorted(found.items(), key=lambda entry: entry[1][0][0].flops):
-        tried = {run.peak_lr: run for _, run in sorted(runs, key=by_rate) if run.seed == FIRST_SEED}
-        rate = min(tried, key=lambda rate: tried[rate].loss)
+        tried = of_first_seed([run for _, run in runs])
+        rate = best_rate(tried)
         best = [(source, run) for source, run in runs if run.peak_lr == rate]
+        gone = [run for source, run in best if run.diverged or source.diverged]
+        lines += [f"left out: {run.run} diverged" for run in gone]
+        best = [(source, run) for source, run in best if run not in gone]
+        if not best:
+            continue
         names.append(f"{model} at {epochs:g} epochs")
         losses.append(statistics.fmean(source.loss for source, _ in best))
         errors.append(statistics.fmean(run.error for _, run in best))
@@ -181,6 +196,8 @@ def finetuning(tuned: Sequence[tuple[Point, Point]]) -> str:
             f"{names[-1]:30} {best[0][0].flops:9.2e} FLOPs, held-out loss {losses[-1]:.3f}: "
             f"error {errors[-1]:5.1%} ({each}), best {rate:g} of {rates}"
         )
+    if not names:
+        return "\n".join(lines)
     by_loss, by_error = names[int(np.argmin(losses))], names[int(np.argmin(errors))]
     verdict = "has also" if by_loss == by_error else f"has not (that is {by_error})"
     lines.append(f"the lowest held-out loss, of {by_loss}, {verdict} the lowest error")
@@ -188,10 +205,6 @@ def finetuning(tuned: Sequence[tuple[Point, Point]]) -> str:
     ours = [number for number, name in enumerate(names) if not name.startswith("vit")]
     lines.append("of the NFNets, " + correlation(np.array(losses)[ours], np.array(errors)[ours]))
     return "\n".join(lines)
-
-
-def by_rate(pair: tuple[Point, Point]) -> float:
-    return pair[1].peak_lr
 
 
 def correlation(losses: np.ndarray, errors: np.ndarray) -> str:
