@@ -2,13 +2,21 @@
 
 import io
 import tarfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from nfnets_xla.data.scan import IMAGES
-from nfnets_xla.data.storage import OpenFile
+import numpy as np
+import pytest
+from webdataset.writer import TarWriter
+
+from nfnets_xla.data.records import Records
+from nfnets_xla.data.scan import IMAGES, scan_shard
+from nfnets_xla.data.storage import Folder, OpenFile
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+PACKED = 7  # samples of each shard that `make_folder` writes
 
 Member = tuple[str, bytes]
 
@@ -53,3 +61,42 @@ def pairs(path: Path) -> dict[str, tuple[bytes, bytes]]:
             elif extension.lower() in ("cls", "txt", "json"):
                 texts.setdefault(key, file.read())
     return {key: (images[key], texts[key]) for key in images.keys() & texts.keys()}
+
+
+def make_folder(folder: Path) -> Path:
+    """Shards in every tar format and of webdataset's writer, with long names and odd labels."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number, (name, format) in enumerate(FORMATS.items()):
+        members: list[Member] = [("__meta__", b"skipped")]
+        for row in range(PACKED):
+            key = f"{name}/row{row}"
+            if name != "ustar":
+                key = f"{'deep/' * 30}{'long' * 40}é{row}"  # no ustar header holds such a name
+            image, label = rng.bytes(int(rng.integers(0, 3000))), number * PACKED + row
+            text = [
+                (".cls", f"{label}\n"),
+                (".txt", f" {label}"),
+                (".json", f'{{"label":{label}}}'),
+            ]
+            extension, value = text[row % 3]
+            members += [(key + ".JPEG", image), (key + extension, value.encode())]
+            members += [(key + ".seg.png", b"another member")]
+        write_tar(folder / f"{name}.tar", members, format)
+    with TarWriter(str(folder / "wds.tar"), encoder=False, mtime=0.5) as writer:
+        for row in range(PACKED):
+            writer.write({"__key__": f"w{row}", "jpg": rng.bytes(100), "cls": b"%d" % row})
+    return folder
+
+
+def scanned(folder: Path, name: str) -> Records:
+    records = scan_shard(Folder(folder).open(name)).records
+    assert records is not None
+    return records
+
+
+def one_line(action: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (callers compare the message)
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from nfnets_xla.data.cache import Cache, Fetch, Room, open_cache
-from tests.data.test_shards import one_line
+from tests.data.tars import one_line
 
 
 def giving(data: bytes) -> Fetch:

@@ -1,0 +1,100 @@
+"""The scaled weight-standardised convolution against its twin, its floor, and its derivatives."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nfnets_xla.models.layers import EpsMode, WSConv2d
+from tests.reference.ws_conv import ws_conv_same
+
+
+@pytest.mark.parametrize("size", [7, 8])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "groups"),
+    [(3, 1, 2), (3, 2, 1), (1, 1, 1), (3, 2, 4), (2, 1, 1), (5, 2, 1), (1, 2, 1)],
+)
+def test_convolution_equals_its_numpy_twin(
+    size: int, kernel: int, stride: int, groups: int
+) -> None:
+    torch.manual_seed(0)
+    conv = WSConv2d(8, 12, kernel, stride=stride, groups=groups)
+    torch.nn.init.normal_(conv.gain)
+    torch.nn.init.normal_(conv.bias)  # pyright: ignore[reportArgumentType]
+    x = torch.randn(2, 8, size, size + 1)
+    weight, gain, bias = (p.detach().numpy() for p in (conv.weight, conv.gain, conv.bias))  # type: ignore[union-attr]
+    expected = ws_conv_same(x.numpy(), weight, gain, bias, stride=stride, groups=groups)
+    np.testing.assert_allclose(conv(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_timms_eps_is_added_to_the_variance() -> None:
+    """Its formula, on weights whose variance is that eps: half of what the floor leaves."""
+    conv = WSConv2d(8, 6, 3, eps_mode="add").double()
+    with torch.no_grad():
+        centred = conv.weight - conv.weight.mean(dim=(1, 2, 3), keepdim=True)
+        std = conv.weight.std(dim=(1, 2, 3), correction=0, keepdim=True)
+        conv.weight.copy_(centred / std * 1e-5**0.5)
+    expected = conv.weight / (2e-5 * 72) ** 0.5
+    torch.testing.assert_close(conv.standardised_weight(), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_small_variance_meets_a_floor_not_an_addend() -> None:
+    """The twin covers the formula; here variance * fan-in is 1e-6, under the floor of 1e-4."""
+    conv = WSConv2d(8, 6, 3, groups=2).double()
+    fan_in = conv.weight[0].numel()
+    with torch.no_grad():
+        centred = conv.weight - conv.weight.mean(dim=(1, 2, 3), keepdim=True)
+        std = conv.weight.std(dim=(1, 2, 3), correction=0, keepdim=True)
+        conv.weight.copy_(centred / std * (1e-6 / fan_in) ** 0.5 + 0.3)
+    expected = (conv.weight - 0.3) * 100  # 1 / sqrt(1e-4)
+    torch.testing.assert_close(conv.standardised_weight(), expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("variance_times_fan_in", [1.0, 1e-6])
+def test_gradients_of_the_convolution_are_right(variance_times_fan_in: float) -> None:
+    """In float64 against finite differences, on either side of the floor."""
+    torch.manual_seed(0)
+    conv = WSConv2d(4, 6, 3, stride=2, groups=2).double()
+    with torch.no_grad():
+        conv.weight *= variance_times_fan_in**0.5
+    values = dict(conv.named_parameters())
+
+    def convolve(x: Tensor, *parameters: Tensor) -> Tensor:
+        named = dict(zip(values, parameters, strict=True))
+        return torch.func.functional_call(conv, named, (x,))
+
+    x = torch.randn(1, 4, 4, 5, dtype=torch.float64, requires_grad=True)
+    # The step shrinks with the weights, so that it never carries one across the floor.
+    eps = 1e-6 * variance_times_fan_in**0.5
+    assert torch.autograd.gradcheck(convolve, (x, *values.values()), eps=eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("eps_mode", ["floor", "add"])
+def test_gradients_per_sample_and_second_derivatives_are_right(eps_mode: EpsMode) -> None:
+    """What a derivative written by hand must not break: torch.func, and being differentiated."""
+    torch.manual_seed(0)
+    conv = WSConv2d(4, 6, 3, eps_mode=eps_mode).double()
+    values: dict[str, Tensor] = dict(conv.named_parameters())
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+
+    def loss(values: dict[str, Tensor], x_CHW: Tensor) -> Tensor:
+        return torch.func.functional_call(conv, values, (x_CHW[None],)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+    for number, x_CHW in enumerate(x):
+        one = torch.autograd.grad(loss(values, x_CHW), list(values.values()))
+        for name, gradient in zip(values, one, strict=True):
+            torch.testing.assert_close(per_sample[name][number], gradient)
+
+    def convolve(*parameters: Tensor) -> Tensor:
+        named = dict(zip(values, parameters, strict=True))
+        return torch.func.functional_call(conv, named, (x[:1],))
+
+    assert torch.autograd.gradgradcheck(convolve, tuple(values.values()))
+
+
+def test_standardised_weight_has_mean_0_and_fan_in_variance() -> None:
+    conv = WSConv2d(16, 8, 3)
+    weight = conv.standardised_weight().flatten(1)
+    torch.testing.assert_close(weight.mean(1), torch.zeros(8), atol=1e-6, rtol=0)
+    torch.testing.assert_close(weight.var(1, correction=0), torch.full((8,), 1 / (16 * 9)))
