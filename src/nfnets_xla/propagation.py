@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from nfnets_xla.models.layers import SqueezeExcite
 from nfnets_xla.models.nfnet import NFBlock, NFNet
-from nfnets_xla.models.registry import count_classes, create_model
+from nfnets_xla.models.registry import count_classes, create_network
 from nfnets_xla.models.variants import ALPHA, betas
-from nfnets_xla.models.weights import load_checkpoint
+from nfnets_xla.models.weights import load_checkpoint, load_into
 from nfnets_xla.shards_cli import Parser
 
 
@@ -141,13 +141,14 @@ def signal(arguments: Sequence[str]) -> None:
     if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'nfnets_xla[scaling]'")
     torch.manual_seed(given.seed)
-    classes = None  # those of the weights
-    if given.checkpoint is not None:
-        classes = count_classes(given.name, load_checkpoint(given.checkpoint))
-    net = create_model(given.name, checkpoint_path=given.checkpoint, num_classes=classes)
-    title = f"{given.name}, {given.checkpoint or 'new weights, skip gains 1'}, Gaussian noise"
     if given.checkpoint is None:
+        net = create_network(given.name)
         open_branches(net)
+    else:
+        weights = load_checkpoint(given.checkpoint)
+        net = create_network(given.name, num_classes=count_classes(given.name, weights))
+        load_into(net, weights, source=given.checkpoint)
+    title = f"{given.name}, {given.checkpoint or 'new weights, skip gains 1'}, Gaussian noise"
     size = given.size or getattr(getattr(net, "variant", None), "train_size", 224)
     found = signals(net, torch.randn(given.batch, 3, size, size))
     print(table(found))

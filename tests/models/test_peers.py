@@ -9,6 +9,7 @@ import torch
 from nfnets_xla import create_model
 from nfnets_xla.models.peers import VITS, Peer, create_peer
 from nfnets_xla.models.registry import count_parameters, create_network
+from nfnets_xla.models.weights import load_into
 from nfnets_xla.scaling.account import macs_per_image
 
 # Millions of parameters of the encoder, and GFLOPs (2 per multiply-accumulate) at 224, 384 and 518
@@ -132,3 +133,26 @@ def test_a_size_that_only_an_evaluation_would_meet_is_refused_at_once() -> None:
         with pytest.raises(ValueError, match=r"of 224 px does not take 256 px .* multiples of its"):
             create_peer("sovit_400m_14", image_size=224, eval_image_size=256)
     assert create_peer("timm/test_resnet", image_size=64, eval_image_size=75, in_chans=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "patch"), [("vit_mini_d3_4", 4), ("timm/test_vit", 16), ("timm/test_vit3", 16)]
+)
+def test_a_vit_takes_weights_that_were_trained_at_another_size(name: str, patch: int) -> None:
+    """With and without a class token. What it is then is what timm makes of images of that size."""
+    torch.manual_seed(0)
+    before = create_peer(name, image_size=8 * patch, num_classes=5).eval()
+    torch.nn.init.normal_(before.net.pos_embed)
+    after = create_peer(name, image_size=10 * patch, num_classes=5).eval()
+    state = before.state_dict()
+    assert not load_into(after, state, source="there")
+    assert after.net.pos_embed.shape[1] - before.net.pos_embed.shape[1] == 100 - 64
+    images = torch.randn(2, 3, 10 * patch, 10 * patch)
+    torch.testing.assert_close(after(images), before(images))
+    assert not torch.equal(after(images), before(images + 0.1))
+    assert torch.equal(state["net.pos_embed"], before.net.pos_embed)  # theirs is left alone
+
+    # Images that were not square, and another width, are refused as before.
+    for wrong in (state["net.pos_embed"][:, :-3], state["net.pos_embed"][..., :-1]):
+        with pytest.raises(ValueError, match=r"of another model: 'net.pos_embed' is"):
+            load_into(after, state | {"net.pos_embed": wrong}, source="there")

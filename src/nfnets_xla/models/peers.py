@@ -10,8 +10,9 @@ Shape suffixes: B batch, C channels, H W pixels, N residual blocks (none here), 
 # pyright: reportUnknownMemberType=false
 # torch types its own signatures in part.
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from nfnets_xla.models.layers import at_least_float32, without_autocast
 
 TIMM = "timm/"
+POSITIONS = "net.pos_embed"  # (1, tokens, F), in a ViT's state dict
 
 
 class Encoder(NamedTuple):
@@ -98,6 +100,27 @@ class Peer(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         self.net.reset_classifier(num_classes)
         self.num_classes = num_classes
+
+    def at_our_size(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state` with a ViT's learned positions, of square images, brought to the grid of ours.
+
+        Interpolated by their places (arXiv 2010.11929, section 3.2), bicubic, by timm. Others' come
+        as they are.
+        """
+        from timm.layers import pos_embed
+        from timm.models.vision_transformer import VisionTransformer
+
+        state, ours = dict(state), self.net
+        theirs = state.get(POSITIONS)
+        if not isinstance(self.net, VisionTransformer) or ours.pos_embed is None or theirs is None:
+            return state
+        prefix = 0 if ours.no_embed_class else ours.num_prefix_tokens
+        tokens = theirs.shape[1] - prefix if theirs.ndim == 3 else 0
+        if tokens > 0 and isqrt(tokens) ** 2 == tokens:
+            grid = list(ours.patch_embed.grid_size)
+            resample: Any = pos_embed.resample_abs_pos_embed  # pyright: ignore[reportUnknownVariableType]
+            state[POSITIONS] = resample(theirs, grid, num_prefix_tokens=prefix)
+        return state
 
     def flops(self, size: int) -> int:
         """Floating-point operations of one `size` x `size` image, forward; twice the `macs`.

@@ -32,14 +32,13 @@ def load_into(
 ) -> bool:
     """Copy `state` into `net`; every name and shape must agree. Returns whether the head is new.
 
-    DeepMind's and timm's names become ours first. With `allow_new_head` a classifier of another
-    size (or none, on either side) is left out, and `net` keeps its own: fine-tuning. `source` is
-    what messages call the weights. Raises ValueError, changing nothing, if the weights are of
-    another model or not all finite.
+    DeepMind's and timm's names become ours first, and a ViT's positions those of `net`'s image
+    size. With `allow_new_head` a classifier of another size (or none, on either side) is left out,
+    and `net` keeps its own: fine-tuning. `source` is what messages call the weights. Raises
+    ValueError, changing nothing, if the weights are of another model or not all finite.
     """
     check_holds(net, source)
-    if isinstance(net, NFNet):
-        state = in_our_names(net, state, source)
+    state = in_our_names(net, state, source) if isinstance(net, NFNet) else net.at_our_size(state)
     expected = net.state_dict()
     _check_body(state, expected, source)
     head = {f"{net.classifier_name}.{leaf}" for leaf in ("weight", "bias")}
