@@ -206,8 +206,10 @@ def test_sequential_shows_each_sample_once_and_fills_up_with_weight_0(unique: in
     assert rows.weight.tolist() == [1] * 8 + [0] * (len(rows.row) - 8)
     assert rows.shard.tolist() == [0, 0, 0, 1, 2, 2, 2, 2] + [2] * (len(rows.row) - 8)
     assert rows.row.tolist() == [0, 1, 2, 0, 0, 1, 2, 3] + [3] * (len(rows.row) - 8)
+    assert rows.weight.dtype == np.float32
     for outside in (-1, order.num_steps):
-        with pytest.raises(ValueError, match=f"step is {outside}; the steps are 0 to"):
+        message = f"step is {outside}; the steps are 0 to {order.num_steps - 1}$"
+        with pytest.raises(ValueError, match=message):
             order.step(outside)
 
 
@@ -249,6 +251,14 @@ def test_steps_outside_the_run_are_refused(number: int) -> None:
         Order(np.array([5, 5]), 0, 2, 4, 2, 1.0).step(number)
 
 
+@pytest.mark.parametrize(("host", "hosts"), [(0, 0), (0, 3), (-1, 2), (2, 2), (3, 2)])
+def test_hosts_that_cannot_share_the_streams_are_refused(host: int, hosts: int) -> None:
+    order = Order(np.array([5, 5]), 0, 4, 4, 2, 1.0)
+    assert [order.streams_of(host, 2) for host in range(2)] == [range(2), range(2, 4)]
+    with pytest.raises(ValueError, match=f"host {host} of {hosts}: .* and 4 streams must divide"):
+        order.streams_of(host, hosts)
+
+
 def test_a_sequential_order_needs_samples_and_a_batch() -> None:
     with pytest.raises(ValueError, match="there are no samples"):
         SequentialOrder(np.array([0]), 2)
@@ -283,3 +293,6 @@ def test_evaluation_knows_the_next_shards() -> None:
     order = SequentialOrder(np.array([4] * 9), unique_per_step=6)
     assert order.shards_ahead(0) == [0, 1, 2, 3, 4, 5]
     assert order.shards_ahead(order.num_steps - 1) == [7, 8]
+    order = SequentialOrder(np.array([4] * 9), unique_per_step=5)  # one sample of another shard:
+    assert order.shards_ahead(0) == [0, 1, 2, 3, 4, 5]  # the last of the step
+    assert order.shards_ahead(3) == [3, 4, 5, 6, 7, 8]  # the first

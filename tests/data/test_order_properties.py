@@ -6,6 +6,7 @@ in another sequence, from another process.
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,21 @@ def test_streams_run_on_and_never_drift_apart(order: Order) -> None:
         rows = order.step(step)
         shown += np.bincount(rows.stream[rows.weight > 0], minlength=order.num_streams)
         assert shown.max() - shown.min() <= 1
+
+
+@given(orders())
+def test_what_is_fetched_ahead_is_read_and_is_no_more_than_two_windows_a_stream(
+    order: Order,
+) -> None:
+    """In one epoch of shards that are no shorter than a step, so that a step meets two at most."""
+    order = replace(order, counts=order.counts + 5, epochs=1.0)
+    steps = [order.step(step) for step in range(order.num_steps)]
+    for stream in range(order.num_streams):
+        shown = [set(r.shard[(r.stream == stream) & (r.weight > 0)].tolist()) for r in steps]
+        for step, now in enumerate(shown):
+            ahead = order.shards_ahead(step, range(stream, stream + 1))
+            assert len(ahead) == len(set(ahead)) <= 2 * order.window_shards
+            assert now <= set(ahead) <= set().union(*shown)
 
 
 # ---- how well it shuffles -----------------------------------------------------------------------

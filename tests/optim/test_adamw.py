@@ -139,6 +139,7 @@ def assert_same(net: nn.Module, other: nn.Module) -> None:
         ({"betas": (1.0, 0.9)}, r"beta1 is 1\.0; it must be in \[0, 1\)"),
         ({"betas": (0.9, -0.1)}, r"beta2 is -0\.1; it must be in \[0, 1\)"),
         ({"eps": 0.0}, r"eps is 0\.0; it must be greater than 0"),
+        ({"eps": float("inf")}, r"eps is inf; it must be greater than 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:

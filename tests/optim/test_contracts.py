@@ -102,7 +102,9 @@ def test_a_float32_one_element_rate_gives_the_floats_bits() -> None:
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": torch.tensor(0.1)}, r"lr is a tensor of shape \(\)"),
         ({"lr": torch.tensor([0.1], dtype=torch.float64)}, r"torch\.float64"),
+        ({"lr": float("inf")}, "lr is inf"),
         ({"weight_decay": -1.0}, r"weight_decay is -1\.0"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf"),
         ({"clipping_eps": 0.0}, r"eps is 0\.0"),
     ],
 )
@@ -137,6 +139,33 @@ def test_momentum_of_another_shape_changes_nothing() -> None:
     ):
         optimizer.load_slots({"momentum": {**buffers, "head.bias": torch.ones(2)}}, updates=0)
     assert not any(buffer.any() for buffer in optimizer.slots()["momentum"].values())
+
+
+def test_state_comes_in_the_parameters_dtype_and_of_these_parameters_only() -> None:
+    optimizer = sgd(small_net())
+    own = optimizer.slots()["momentum"]
+    optimizer.load_slots({"momentum": {name: b.double() + 1 for name, b in own.items()}}, updates=0)
+    now = optimizer.slots()["momentum"]
+    assert all(torch.equal(now[name], own[name] + 1) for name in own)  # of dtype float32 both
+    for given, message in (
+        ({**own, "more": own["gain"]}, "that of 'more' has no parameter here"),
+        ({name: b for name, b in own.items() if name != "gain"}, "that of 'gain' is missing here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_slots({"momentum": given}, updates=0)
+
+
+def test_a_state_dict_without_names_is_taken() -> None:
+    """Names are for messages; torch before 2.6 had none."""
+    state = sgd(small_net(), lr=0.25).state_dict()
+    for group in state["param_groups"]:
+        del group["param_names"]
+    net = small_net()
+    optimizer = sgd(net)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    optimizer.step(closure_of(net))
+    assert optimizer.clipped_names[0] in dict(net.named_parameters())
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
