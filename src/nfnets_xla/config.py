@@ -5,6 +5,7 @@ everything past the command line sees these dataclasses and no other form of con
 plain (not frozen), because OmegaConf merges into them.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from operator import attrgetter
 from typing import Any
@@ -198,19 +199,35 @@ class Run:
         The device, the loader's workers, where the shards lie, how often something is written and
         the form in which the network is run are not part of it.
         """
-        values = asdict(self)
-        del values["run_dir"], values["resume"], values["trainer"]
-        del values["data"]["workers"], values["data"]["shards"], values["data"]["eval_shards"]
-        del values["data"]["eval_batch_size"]
-        # A plan's identity adds the fingerprint of the shards, in which it is which samples are
-        # excluded; of the initial weights resume.Beginning takes care.
-        del values["model"]["init_from"], values["model"]["pretrained"]
-        del values["data"]["exclude"], values["data"]["max_missed"]
-        del values["data"]["cache_dir"], values["data"]["cache_bytes"]
-        del values["model"]["stacked"], values["model"]["recompute"]
-        del values["optim"]["accumulation"]
-        del values["optim"]["max_skipped"]  # says whether a run goes on, not how
-        return values
+        return identity_of(asdict(self))
+
+
+# Of no effect on the numbers, or known by something else: the samples, excluded ones too, by the
+# shards' fingerprint in a plan's identity, initial weights by resume.Beginning. `max_skipped` says
+# whether a run goes on, not how.
+_NOT_IDENTITY = {
+    "model": ("init_from", "pretrained", "stacked", "recompute"),
+    "data": (
+        "workers",
+        "shards",
+        "eval_shards",
+        "eval_batch_size",
+        "exclude",
+        "max_missed",
+        "cache_dir",
+        "cache_bytes",
+    ),
+    "optim": ("accumulation", "max_skipped"),
+}
+
+
+def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`Run.identity` of a configuration as a record holds it; of another release, what it has."""
+    parts = {key: config[key] for key in config.keys() - {"run_dir", "resume", "trainer"}}
+    for part, names in _NOT_IDENTITY.items():
+        if part in parts:
+            parts[part] = {key: v for key, v in parts[part].items() if key not in names}
+    return parts
 
 
 def setting_names(of: type[Any] = Run, prefix: str = "") -> list[str]:

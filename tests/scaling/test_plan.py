@@ -199,6 +199,11 @@ def test_runs_of_two_studies_are_refused(study: list[Point]) -> None:
     repeated = [replace(study[0], repeats=4), study[1]]
     with pytest.raises(ValueError, match=r"2 different values of repeats \(1, 4\)"):
         best_of_study(repeated)
+    decayed = [replace(study[n], settings={"optim.weight_decay": n}) for n in (0, 1)]
+    with pytest.raises(ValueError, match=r"f0-0.5-0.1 and .* differ in optim.weight_decay \(0, 1"):
+        best_of_study([decayed[0], replace(decayed[1], epochs=0.5)])
+    assert len(best_of_study(decayed)) == 2  # of two cells
+    assert best_of_study([decayed[0], replace(study[0], seed=1)])  # an older record does not say
     peer = replace(study[0], model="vit_mini_d3_4", optimizer="adamw")
     assert best_of_study([peer, study[1]])
     with pytest.raises(ValueError, match="all of the pre-training runs diverged"):

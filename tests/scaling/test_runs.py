@@ -100,6 +100,18 @@ def test_a_rate_at_which_one_seed_diverged_is_not_the_best(tmp_path: Path) -> No
     assert best.peak_lr == 0.1
 
 
+def test_rates_and_seeds_of_a_cell_differ_in_nothing_else(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", loss=1.0, optim={"weight_decay": 2e-5})
+    write_run(tmp_path / "b", loss=1.1, optim={"weight_decay": 2e-5}, rate=0.2, seed=1)
+    write_run(tmp_path / "c", loss=1.2)  # of a release that did not say
+    runs.check_cells(runs.read_points(tmp_path)[0])
+    write_run(tmp_path / "d", loss=0.9, optim={"weight_decay": 0.0}, epochs=2)
+    runs.check_cells(runs.read_points(tmp_path)[0])
+    write_run(tmp_path / "e", loss=0.9, optim={"weight_decay": 0.0})
+    with pytest.raises(ValueError, match=r"a and e .* differ in optim.weight_decay \(2e-05, 0.0"):
+        runs.check_cells(runs.read_points(tmp_path)[0])
+
+
 def test_a_run_that_goes_on_past_the_guard_has_not_diverged(tmp_path: Path) -> None:
     write_diverged(tmp_path / "a")
     with RecordWriter(tmp_path / "a", header(resumed_from=1)) as record:

@@ -9,10 +9,12 @@ twice, and without the time between starts. Both are of the whole machine; `devi
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from nfnets_xla.config import identity_of
 from nfnets_xla.devices import find_device
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.record import Row, RunRecord, read_record
@@ -48,6 +50,7 @@ class Point:
     steps_lost: int
     data: str  # fingerprint of the training shards
     init_from: str | None  # the run, file or public weights that it started from
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)  # `settings_of`
 
     @property
     def diverged(self) -> bool:
@@ -184,7 +187,22 @@ def read_point(record: RunRecord, name: str) -> Point:
         steps_lost=record.steps_lost,
         data=header["fingerprint"],
         init_from=config["model"]["init_from"] or config["model"].get("pretrained"),
+        settings=settings_of(config),
     )
+
+
+def settings_of(config: Row) -> dict[str, Any]:
+    """What rates and seeds of one cell have in common, by dotted name. The order's form is no part
+    of it, nor is what a point has a field for."""
+    others = {"seed", "model.name", "optim.peak_lr", "optim.lr_batch", "data.num_classes"}
+    others |= {"data.num_streams", "data.window_shards"}
+    found: dict[str, Any] = {}
+    for part, value in identity_of(config).items():
+        if isinstance(value, dict):
+            found |= {f"{part}.{name}": of for name, of in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        else:
+            found[part] = value
+    return {name: value for name, value in found.items() if name not in others}
 
 
 def absolute_rate(config: Row) -> float:
@@ -251,6 +269,25 @@ def source_of(point: Point, points: Iterable[Point]) -> Point | None:
     path = Path(point.init_from).as_posix()
     named = [other for other in points if f"/{path}".endswith(f"/{other.run}")]
     return max(named, key=lambda other: len(other.run), default=None)
+
+
+def check_cells(points: Iterable[Point]) -> None:
+    """ValueError if runs that pass for rates and seeds of one cell differ in anything else.
+
+    What only one of two records knows of, as they are of different releases, is not compared.
+    """
+    firsts: dict[tuple[str, float, str], Point] = {}
+    for point in points:
+        first = firsts.setdefault((point.model, point.epochs, point.data), point)
+        mine, others = point.settings, first.settings
+        differing = sorted(n for n in mine.keys() & others.keys() if mine[n] != others[n])
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{first.run} and {point.run} have the same model and epochs, and differ in {name} "
+                f"({others[name]}, {mine[name]}), so that they are no rates or seeds of one cell: "
+                "give the folder of one study"
+            )
 
 
 def best_per_cell(points: Iterable[Point]) -> list[Point]:
