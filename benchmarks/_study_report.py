@@ -44,7 +44,10 @@ def write_report(records: Path, grid: Grid, tuning_grid: Grid, whole: int) -> No
         ("grid: rates finished, seeds of the best", done(trained, grid)),
         ("", report(nfnets(trained))),
         ("ConvNet and ViT of like cost, equal epochs, each at its best rate", pairs(trained)),
-        ("fine-tuning with SAM on 480 digits", finetuning(tuned)),
+        (
+            "480 digits with SAM: errors; best is the rate of seed 0's lowest loss",
+            finetuning(tuned),
+        ),
         ("speed, in one thread beside other work", speeds(trained)),
     ):
         said.say()

@@ -61,6 +61,11 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stopped:
         main(["signal", "nfnet_mini_f0", "--out", str(out), "--batch", "0"])
     assert stopped.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(["signal", "local-dir:X", "--out", str(out), "--checkpoint", "R"])
+    assert stopped.value.code == 2
+    assert "its own weights: leave out --checkpoint R" in capsys.readouterr().err
 
 
 def test_the_command_takes_weights_of_any_number_of_classes(

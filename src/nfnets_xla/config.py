@@ -223,7 +223,7 @@ _NOT_IDENTITY = {
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """`Run.identity` of a configuration as a record holds it; of another release, what it has."""
-    parts = {key: config[key] for key in config.keys() - {"run_dir", "resume", "trainer"}}
+    parts = {key: v for key, v in config.items() if key not in ("run_dir", "resume", "trainer")}
     for part, names in _NOT_IDENTITY.items():
         if part in parts:
             parts[part] = {key: v for key, v in parts[part].items() if key not in names}

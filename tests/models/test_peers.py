@@ -136,7 +136,13 @@ def test_a_size_that_only_an_evaluation_would_meet_is_refused_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "patch"), [("vit_mini_d3_4", 4), ("timm/test_vit", 16), ("timm/test_vit3", 16)]
+    ("name", "patch"),
+    [
+        ("vit_mini_d3_4", 4),
+        ("timm/test_vit", 16),
+        ("timm/test_vit3", 16),
+        ("timm/eva02_tiny_patch14_224", 14),
+    ],
 )
 def test_a_vit_takes_weights_that_were_trained_at_another_size(name: str, patch: int) -> None:
     """With and without a class token. What it is then is what timm makes of images of that size."""

@@ -218,3 +218,39 @@ def test_what_is_resolved_is_so_against_the_ends_of_the_runs() -> None:
     assert law.fit("floor", COMPUTE, low, draws=20).resolved("c")
     with pytest.warns(law.Extrapolation):  # 1.3 decades beyond
         law.fit("power", COMPUTE, low, draws=20).predict(2e20)
+    bare = law.fit("saturating", COMPUTE, planted("floor", COMPUTE), draws=20)
+    assert not bare.resolved("d")
+    for form, name, there in (("floor", "c", True), ("power", "c", False)):
+        small = law.fit("floor", COMPUTE, 1e-4 * planted(form, COMPUTE), draws=20)
+        assert small.resolved(name) is there  # in losses of any unit
+
+
+# ---- its parts ----------------------------------------------------------------------------------
+
+
+def test_an_interval_is_the_middle_95_percent_of_a_column() -> None:
+    drawn = np.linspace([0.0, 1.0], [1.0, 3.0], 1001)
+    assert np.array(law.intervals(drawn)) == pytest.approx(np.array([[0.025, 0.975], [1.05, 2.95]]))
+    _, found = noisy_power(7, 200)
+    curves = np.exp(
+        [found.form.log_value(theta, np.log(2e17 / found.unit)) for theta in found.draws]
+    )
+    _, low, high = found.curve(2e17)
+    assert (low, high) == pytest.approx(tuple(np.quantile(curves, [0.025, 0.975])))
+
+
+def test_residuals_are_drawn_with_signs_of_their_own() -> None:
+    drawn = law.residuals(np.arange(1.0, 7), 2, 4000, np.random.default_rng(0))
+    signs = np.sign(drawn)
+    assert abs(signs.mean()) < 0.03
+    assert abs(np.corrcoef(signs.T) - np.eye(6)).max() < 0.08
+
+
+def test_the_ends_of_what_is_taken() -> None:
+    _, found = noisy_power(8, 20)
+    assert found.predict(1e20).decades_beyond == 1  # and no warning
+    with pytest.raises(ValueError, match="compute has a value of 0; it must be one row"):
+        law.fit("power", [0, 1, 2], [3, 2, 1])
+    with pytest.raises(ValueError, match=r"loss has shape \(1, 3\); it must be one row"):
+        law.fit("power", [1, 2, 3], [[3, 2, 1]])
+    assert np.isnan(law.r_squared(np.ones(3), np.ones(3)))

@@ -103,7 +103,7 @@ def test_a_rate_at_which_one_seed_diverged_is_not_the_best(tmp_path: Path) -> No
 def test_rates_and_seeds_of_a_cell_differ_in_nothing_else(tmp_path: Path) -> None:
     write_run(tmp_path / "a", loss=1.0, optim={"weight_decay": 2e-5})
     write_run(tmp_path / "b", loss=1.1, optim={"weight_decay": 2e-5}, rate=0.2, seed=1)
-    write_run(tmp_path / "c", loss=1.2)  # of a release that did not say
+    write_run(tmp_path / "0", loss=1.2)  # of a release that did not say
     runs.check_cells(runs.read_points(tmp_path)[0])
     write_run(tmp_path / "d", loss=0.9, optim={"weight_decay": 0.0}, epochs=2)
     runs.check_cells(runs.read_points(tmp_path)[0])

@@ -104,22 +104,20 @@ class Peer(nn.Module):
     def at_our_size(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`state` with a ViT's learned positions, of square images, brought to the grid of ours.
 
-        Interpolated by their places (arXiv 2010.11929, section 3.2), bicubic, by timm. Others' come
-        as they are.
+        Interpolated by their places (arXiv 2010.11929, section 3.2), bicubic, by timm. What has
+        other positions than `pos_embed`, or none, comes as it is.
         """
         from timm.layers import pos_embed
-        from timm.models.vision_transformer import VisionTransformer
 
-        state, ours = dict(state), self.net
-        theirs = state.get(POSITIONS)
-        if not isinstance(self.net, VisionTransformer) or ours.pos_embed is None or theirs is None:
+        state, theirs, net = dict(state), state.get(POSITIONS), self.net
+        grid = getattr(getattr(net, "patch_embed", None), "grid_size", None)
+        prefix = getattr(net, "num_prefix_tokens", None)
+        if theirs is None or theirs.ndim != 3 or grid is None or prefix is None:
             return state
-        prefix = 0 if ours.no_embed_class else ours.num_prefix_tokens
-        tokens = theirs.shape[1] - prefix if theirs.ndim == 3 else 0
-        if tokens > 0 and isqrt(tokens) ** 2 == tokens:
-            grid = list(ours.patch_embed.grid_size)
+        prefix = 0 if getattr(net, "no_embed_class", False) else prefix
+        if (tokens := theirs.shape[1] - prefix) > 0 and isqrt(tokens) ** 2 == tokens:
             resample: Any = pos_embed.resample_abs_pos_embed  # pyright: ignore[reportUnknownVariableType]
-            state[POSITIONS] = resample(theirs, grid, num_prefix_tokens=prefix)
+            state[POSITIONS] = resample(theirs, list(grid), num_prefix_tokens=prefix)
         return state
 
     def flops(self, size: int) -> int:

@@ -50,7 +50,7 @@ class Point:
     steps_lost: int
     data: str  # fingerprint of the training shards
     init_from: str | None  # the run, file or public weights that it started from
-    settings: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)  # `settings_of`
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, hash=False)
 
     @property
     def diverged(self) -> bool:
@@ -192,8 +192,8 @@ def read_point(record: RunRecord, name: str) -> Point:
 
 
 def settings_of(config: Row) -> dict[str, Any]:
-    """What rates and seeds of one cell have in common, by dotted name. The order's form is no part
-    of it, nor is what a point has a field for."""
+    """What rates and seeds of one cell have in common, by dotted name; the order's form may differ,
+    and the number of classes is counted."""
     others = {"seed", "model.name", "optim.peak_lr", "optim.lr_batch", "data.num_classes"}
     others |= {"data.num_streams", "data.window_shards"}
     found: dict[str, Any] = {}
@@ -274,20 +274,20 @@ def source_of(point: Point, points: Iterable[Point]) -> Point | None:
 def check_cells(points: Iterable[Point]) -> None:
     """ValueError if runs that pass for rates and seeds of one cell differ in anything else.
 
-    What only one of two records knows of, as they are of different releases, is not compared.
+    What a record does not know of, being of another release, is not compared. Nor are held-out
+    images, which no record names.
     """
-    firsts: dict[tuple[str, float, str], Point] = {}
+    known: dict[tuple[str, float, str], dict[str, tuple[Any, str]]] = {}  # name: (value, whose)
     for point in points:
-        first = firsts.setdefault((point.model, point.epochs, point.data), point)
-        mine, others = point.settings, first.settings
-        differing = sorted(n for n in mine.keys() & others.keys() if mine[n] != others[n])
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"{first.run} and {point.run} have the same model and epochs, and differ in {name} "
-                f"({others[name]}, {mine[name]}), so that they are no rates or seeds of one cell: "
-                "give the folder of one study"
-            )
+        cell = known.setdefault((point.model, point.epochs, point.data), {})
+        for name, value in sorted(point.settings.items()):
+            first, whose = cell.setdefault(name, (value, point.run))
+            if first != value:
+                raise ValueError(
+                    f"{whose} and {point.run} have the same model and epochs, and differ in {name} "
+                    f"({first}, {value}), so that they are no rates or seeds of one cell: give the "
+                    "folder of one study"
+                )
 
 
 def best_per_cell(points: Iterable[Point]) -> list[Point]:
