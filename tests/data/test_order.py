@@ -112,6 +112,7 @@ def test_rows_are_stream_major_and_only_the_last_step_has_some_to_spare(shape: S
         assert (rows.row < np.array(counts)[rows.shard]).all()  # also those of weight 0
         spare = max(0, (number + 1) * unique - order.total_draws)
         assert int((rows.weight == 0).sum()) == spare
+        assert rows.weight.dtype == np.float32  # as the loss is
         assert spare == 0 or number == order.num_steps - 1
 
 
