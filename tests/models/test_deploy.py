@@ -93,6 +93,7 @@ def test_under_autocast_logits_are_float32_too() -> None:
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.*quantization.* is deprecated")
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")  # 2.15's
 def test_a_fused_network_quantises_dynamically() -> None:
     """By torch's own class, of which its squeeze-excites' layers are; the head stays as it is."""
     net = trained().eval()
