@@ -16,6 +16,19 @@ from tests.data.images import encoded
 SAMPLES, CLASSES = 29, 5
 STREAMS, UNIQUE, REPEATS = 2, 6, 3
 RATES = (0.0, 0.5, 0.9)
+OPTIONS: dict[str, Any] = {
+    "num_classes": CLASSES,
+    "image_size": 16,
+    "repeats": REPEATS,
+    "flip": True,
+    "min_crop_area": 0.2,
+    "randaugment_ops": 2,
+    "randaugment_magnitude": None,
+    "mix": False,
+    "drop_path_rates": RATES,
+    "dropout_features": 11,
+    "dropout_rate": 0.25,
+}
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -36,20 +49,7 @@ def pack(folder: Path, images: list[bytes]) -> ShardIndex:
 
 def train(index: ShardIndex, *, epochs: float = 1.5, seed: int = 0, **changes: Any) -> TrainBatches:
     order = Order(index.counts, seed, STREAMS, UNIQUE, window_shards=2, epochs=epochs)
-    options: dict[str, Any] = {
-        "num_classes": CLASSES,
-        "image_size": 16,
-        "repeats": REPEATS,
-        "flip": True,
-        "min_crop_area": 0.2,
-        "randaugment_ops": 2,
-        "randaugment_magnitude": None,
-        "mix": False,
-        "drop_path_rates": RATES,
-        "dropout_features": 11,
-        "dropout_rate": 0.25,
-    }
-    return TrainBatches(index, order, seed=seed, **(options | changes))
+    return TrainBatches(index, order, seed=seed, **(OPTIONS | changes))
 
 
 def assert_same(one: Batch, other: Batch) -> None:

@@ -17,8 +17,7 @@ from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.data.shards import ShardIndex
 from tests.data.images import packed
 from tests.data.loading import (
-    CLASSES,
-    RATES,
+    OPTIONS,
     SAMPLES,
     STREAMS,
     UNIQUE,
@@ -130,22 +129,7 @@ def test_a_label_outside_the_classes_is_named(index: ShardIndex) -> None:
 def test_an_order_of_other_shards_is_refused(index: ShardIndex) -> None:
     order = Order(index.counts + 1, 0, STREAMS, UNIQUE, window_shards=2, epochs=1)
     with pytest.raises(ValueError, match="the order is of 33 samples and the index of 29"):
-        TrainBatches(
-            index,
-            order,
-            num_classes=CLASSES,
-            seed=0,
-            image_size=16,
-            repeats=1,
-            flip=True,
-            min_crop_area=0.1,
-            randaugment_ops=2,
-            randaugment_magnitude=None,
-            mix=False,
-            drop_path_rates=RATES,
-            dropout_features=1,
-            dropout_rate=0.0,
-        )
+        TrainBatches(index, order, seed=0, **OPTIONS)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 9)])
