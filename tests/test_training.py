@@ -11,6 +11,7 @@ import pytest
 from nfnets_xla.cli import main
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
+from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.ledger import audit
 from nfnets_xla.record import read_record
 from tests.conftest import IMAGES
@@ -154,7 +155,10 @@ def test_a_timm_model_trains_and_is_evaluated_as_an_nfnet_is(
         )
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     record = read_record(tmp_path / "one")
-    assert record.headers[0]["macs_per_image"] > 0
+    first = record.headers[0]
+    assert first["macs_per_image"] > 0
+    for key, given in (("fingerprint", data[0]), ("held_out", data[1])):
+        assert first[key] == ShardIndex.load(given.partition("=")[2]).fingerprint
     last = {row["weights"]: row for row in record.of_kind("eval")[-2:]}
     arguments = ["evaluate_demo", *SMALL[:6], *sizes[:2], f"model.init_from={tmp_path / 'one'}"]
     arguments += ["model.name=timm/test_vit", data[1], *PLAIN_CPU, f"run_dir={tmp_path / 'eval'}"]

@@ -136,6 +136,7 @@ def header(ready: Ready) -> dict[str, Any]:
         "resumed_from": ready.past.step,
         "config": asdict(run),
         "fingerprint": plan.index.fingerprint,
+        "held_out": None if plan.held_out is None else plan.held_out.fingerprint,
         "num_classes": plan.num_classes,
         "num_steps": plan.num_steps,
         "parameters": count_parameters(net),

@@ -107,6 +107,10 @@ def test_rates_and_seeds_of_a_cell_differ_in_nothing_else(tmp_path: Path) -> Non
     runs.check_cells(runs.read_points(tmp_path)[0])
     write_run(tmp_path / "d", loss=0.9, optim={"weight_decay": 0.0}, epochs=2)
     runs.check_cells(runs.read_points(tmp_path)[0])
+    write_run(tmp_path / "f", loss=0.9, epochs=4, held_out="0" * 64)
+    write_run(tmp_path / "g", loss=0.9, epochs=4, held_out="1" * 64)
+    with pytest.raises(ValueError, match=r"f and g .* the held-out shards \(0{12}, 1{12}\)"):
+        runs.check_cells(runs.read_points(tmp_path)[0])
     write_run(tmp_path / "e", loss=0.9, optim={"weight_decay": 0.0})
     with pytest.raises(ValueError, match=r"a and e .* differ in optim.weight_decay \(2e-05, 0.0"):
         runs.check_cells(runs.read_points(tmp_path)[0])

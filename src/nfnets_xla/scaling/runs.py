@@ -187,17 +187,19 @@ def read_point(record: RunRecord, name: str) -> Point:
         steps_lost=record.steps_lost,
         data=header["fingerprint"],
         init_from=config["model"]["init_from"] or config["model"].get("pretrained"),
-        settings=settings_of(config),
+        settings=settings_of(header),
     )
 
 
-def settings_of(config: Row) -> dict[str, Any]:
+def settings_of(header: Row) -> dict[str, Any]:
     """What rates and seeds of one cell have in common, by dotted name; the order's form may differ,
     and the number of classes is counted."""
     others = {"seed", "model.name", "optim.peak_lr", "optim.lr_batch", "data.num_classes"}
     others |= {"data.num_streams", "data.window_shards"}
     found: dict[str, Any] = {}
-    for part, value in identity_of(config).items():
+    if "held_out" in header:
+        found["the held-out shards"] = str(header["held_out"])[:12]  # of their fingerprint
+    for part, value in identity_of(header["config"]).items():
         if isinstance(value, dict):
             found |= {f"{part}.{name}": of for name, of in value.items()}  # pyright: ignore[reportUnknownVariableType]
         else:
@@ -274,8 +276,7 @@ def source_of(point: Point, points: Iterable[Point]) -> Point | None:
 def check_cells(points: Iterable[Point]) -> None:
     """ValueError if runs that pass for rates and seeds of one cell differ in anything else.
 
-    What a record does not know of, being of another release, is not compared. Nor are held-out
-    images, which no record names.
+    What a record does not know of, being of another release, is not compared.
     """
     known: dict[tuple[str, float, str], dict[str, tuple[Any, str]]] = {}  # name: (value, whose)
     for point in points:
