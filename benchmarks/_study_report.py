@@ -137,29 +137,32 @@ def pairs(trained: Sequence[Point]) -> str:
                 ratio = theirs[0].macs / ours[0].macs
                 lines.append(
                     f"{epochs:5g} epochs: {convnet} {spread(ours)}, {vit} {spread(theirs)} at "
-                    f"{ratio:.2f} x the MACs; {difference(theirs, ours)}"
+                    f"{ratio:.2f} x the MACs; {difference(losses_of(theirs), losses_of(ours))}"
                 )
     return "\n".join(lines) or "no pair is finished"
 
 
 def spread(runs: Sequence[Point]) -> str:
-    losses = [run.loss for run in runs]
+    losses = losses_of(runs)
     return f"{statistics.fmean(losses):.3f} ({' '.join(f'{loss:.3f}' for loss in losses)})"
 
 
-def difference(theirs: Sequence[Point], ours: Sequence[Point]) -> str:
-    """Of the losses, ViT minus ConvNet, with Welch's interval."""
-    a, b = ([run.loss for run in runs] for runs in (theirs, ours))
+def losses_of(runs: Sequence[Point]) -> list[float]:
+    return [run.loss for run in runs]
+
+
+def difference(a: Sequence[float], b: Sequence[float], form: str = "+.3f") -> str:
+    """Of the means of several seeds, `a` minus `b`, with Welch's interval."""
     gap = statistics.fmean(a) - statistics.fmean(b)
     if min(len(a), len(b)) < 2:
-        return f"difference {gap:+.3f}, of one seed: not resolved"
+        return f"difference {gap:{form}}, of one seed: not resolved"
     parts = [statistics.variance(x) / len(x) for x in (a, b)]
     freedom = sum(parts) ** 2 / sum(
         part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True)
     )
     half = float(t.ppf(0.975, freedom)) * sum(parts) ** 0.5
     verdict = "" if abs(gap) > half else ": not resolved"
-    return f"difference {gap:+.3f} [{gap - half:+.3f}, {gap + half:+.3f}]{verdict}"
+    return f"difference {gap:{form}} [{gap - half:{form}}, {gap + half:{form}}]{verdict}"
 
 
 # ---- fine-tuning ------------------------------------------------------------------------------
@@ -178,7 +181,8 @@ def finetuning(tuned: Sequence[tuple[Point, Point]]) -> str:
         found.setdefault(cell_of(source), []).append((source, point))
     if not found:
         return "no run is finished"
-    names, lines, losses, errors = [], [], [], []
+    names, lines, losses = [], [], []
+    errors: list[list[float]] = []  # of each seed
     for (model, epochs), runs in sorted(found.items(), key=lambda entry: entry[1][0][0].flops):
         tried = of_first_seed([run for _, run in runs])
         rate = best_rate(tried)
@@ -190,23 +194,27 @@ def finetuning(tuned: Sequence[tuple[Point, Point]]) -> str:
             continue
         names.append(f"{model} at {epochs:g} epochs")
         losses.append(statistics.fmean(source.loss for source, _ in best))
-        errors.append(statistics.fmean(run.error for _, run in best))
-        each = " ".join(
-            f"{run.error:.1%}" for _, run in sorted(best, key=lambda pair: pair[1].seed)
-        )
+        errors.append([run.error for _, run in sorted(best, key=lambda pair: pair[1].seed)])
+        each = " ".join(f"{error:.1%}" for error in errors[-1])
         rates = ", ".join(f"{rate:g} ({run.error:.1%})" for rate, run in tried.items())
         lines.append(
             f"{names[-1]:30} {best[0][0].flops:9.2e} FLOPs, held-out loss {losses[-1]:.3f}: "
-            f"error {errors[-1]:5.1%} ({each}), best {rate:g} of {rates}"
+            f"error {statistics.fmean(errors[-1]):5.1%} ({each}), best {rate:g} of {rates}"
         )
     if not names:
         return "\n".join(lines)
-    by_loss, by_error = names[int(np.argmin(losses))], names[int(np.argmin(errors))]
+    means = np.array([statistics.fmean(seeds) for seeds in errors])
+    least = int(np.argmin(means))
+    by_loss, by_error = names[int(np.argmin(losses))], names[least]
     verdict = "has also" if by_loss == by_error else f"has not (that is {by_error})"
     lines.append(f"the lowest held-out loss, of {by_loss}, {verdict} the lowest error")
-    lines.append("of all, " + correlation(np.array(losses), np.array(errors)))
+    lines.append(f"the error of {by_error} less that of others, each by itself:")
+    for name, seeds in zip(names, errors, strict=True):
+        if name != by_error and not name.startswith("vit"):
+            lines.append(f"{name:>30} {difference(errors[least], seeds, '+.1%')}")
+    lines.append("of all, " + correlation(np.array(losses), means))
     ours = [number for number, name in enumerate(names) if not name.startswith("vit")]
-    lines.append("of the NFNets, " + correlation(np.array(losses)[ours], np.array(errors)[ours]))
+    lines.append("of the NFNets, " + correlation(np.array(losses)[ours], means[ours]))
     return "\n".join(lines)
 
 
