@@ -13,7 +13,7 @@ import torch
 from nfnets_xla.config import Run
 from nfnets_xla.inputs import count_classes, open_shards, untrained
 from nfnets_xla.scaling.rate import cells_of, two_trials
-from nfnets_xla.scaling.runs import check_cells, find_points, pretrained
+from nfnets_xla.scaling.runs import find_points, pretrained
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ def next_pair(run: Run) -> Pair:
         == (index.fingerprint, image_size, batch_size, run.optim.optimizer, run.optim.loss)
         and (point.model, point.epochs) != (run.model.name, run.optim.epochs)
     ]
-    check_cells(known)
     found = two_trials(size(run), run.optim.epochs, batch_size=batch_size, cells=cells_of(known))
     scale = 1.0 if run.optim.lr_batch is None else batch_size / run.optim.lr_batch
     high, low = (f"{rate / scale:.6g}" for rate in found.rates)

@@ -23,7 +23,7 @@ from nfnets_xla.scaling.charts import (
 )
 from nfnets_xla.scaling.drawing import DPI, draw
 from nfnets_xla.scaling.page import page, svg
-from nfnets_xla.scaling.runs import Point, best_per_cell, check_cells, pretrained, source_of
+from nfnets_xla.scaling.runs import Point, best_per_cell, pretrained, source_of
 
 
 def write_figures(
@@ -60,8 +60,7 @@ def write_figures(
 
 def table(points: Sequence[Point], compute: Compute) -> list[dict[str, str]]:
     """Every run. Floats are written so that reading them gives the same number."""
-    check_cells(trained := pretrained(points))
-    best = best_per_cell(trained)
+    best = best_per_cell(pretrained(points))
     frontier = {point.run for point in on_frontier(of_the_same_loss(best), compute)}
     chosen = {point.run for point in best}
     rows: list[dict[str, str]] = []

@@ -17,7 +17,7 @@ from nfnets_xla.scaling.account import above, macs_per_image
 from nfnets_xla.scaling.allocation import Allocation, parametric
 from nfnets_xla.scaling.law import DECADES, Law, Prediction, decades_beyond, fit, frontier
 from nfnets_xla.scaling.rate import Trials, cells_of, two_trials
-from nfnets_xla.scaling.runs import Point, best_per_cell, check_cells, fitted_to, nfnets
+from nfnets_xla.scaling.runs import Point, best_per_cell, fitted_to, nfnets
 
 MINI = "nfnet_mini_"
 WIDEST_SHARE = 0.5  # of an exponent's interval, from which on it says nothing about the division
@@ -112,7 +112,6 @@ def best_of_study(points: Sequence[Point]) -> list[Point]:
                 f"the runs have {len(found)} different values of {name} ({', '.join(found)}); "
                 "give the folder of one study"
             )
-    check_cells(pretrained)
     return best_per_cell(pretrained)
 
 

@@ -16,7 +16,7 @@ from scipy.optimize import linprog
 
 from nfnets_xla.scaling.account import above
 from nfnets_xla.scaling.published import BATCH, PEAK_LR
-from nfnets_xla.scaling.runs import Point
+from nfnets_xla.scaling.runs import Point, check_cells
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Cell:
 
 def cells_of(points: Iterable[Point]) -> list[Cell]:
     """Of pre-training runs of one study, by size and epochs; seeds of a rate are averaged. Where
-    all have diverged there is nothing to choose from, and no cell."""
+    all have diverged there is nothing to choose from, and no cell. ValueError as `check_cells`."""
+    points = list(points)
+    check_cells(points)
     found: dict[tuple[str, float, float], dict[float, list[float]]] = {}
     for point in points:
         rates = found.setdefault((point.model, point.macs, point.epochs), {})

@@ -295,8 +295,11 @@ def best_per_cell(points: Iterable[Point]) -> list[Point]:
     """Of each (model, epochs, data) the run of the learning rate with the lowest loss.
 
     Where a rate was run with several seeds, their mean decides, and the run nearest to it is taken.
-    A rate at which a seed diverged is none, nor is a cell that has no other.
+    A rate at which a seed diverged is none, nor is a cell that has no other. ValueError as
+    `check_cells`.
     """
+    points = list(points)
+    check_cells(points)
     cells: dict[tuple[str, float, str], dict[float, list[Point]]] = {}
     for point in points:
         rates = cells.setdefault((point.model, point.epochs, point.data), {})
