@@ -18,6 +18,7 @@ from nfnets_xla import checkpoint
 from nfnets_xla.checkpoint import Weights
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
+from nfnets_xla.models.card import SCHEME, has_its_own
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, count_classes, create_network, split_tag
@@ -47,9 +48,9 @@ def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[N
     ValueError for weights of another model, and for none.
     """
     sizes = None
-    if name.startswith("local-dir:"):
+    if name.startswith(SCHEME):
         if weights is not None:
-            raise ValueError(f"{name} has its own weights: leave out --weights {weights}")
+            raise has_its_own(name, f"--weights {weights}")
         net = create_network(name)
     elif weights is not None:
         net, sizes = of_weights(

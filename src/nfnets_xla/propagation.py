@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfnets_xla.models.card import SCHEME
+from nfnets_xla.models.card import SCHEME, has_its_own
 from nfnets_xla.models.layers import SqueezeExcite
 from nfnets_xla.models.nfnet import NFBlock, NFNet
 from nfnets_xla.models.registry import count_classes, create_network
@@ -142,9 +142,7 @@ def signal(arguments: Sequence[str]) -> None:
     if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'nfnets_xla[scaling]'")
     if given.checkpoint is not None and given.name.startswith(SCHEME):
-        raise ValueError(
-            f"{given.name} has its own weights: leave out --checkpoint {given.checkpoint}"
-        )
+        raise has_its_own(given.name, f"--checkpoint {given.checkpoint}")
     torch.manual_seed(given.seed)
     if given.checkpoint is None:
         net = create_network(given.name)

@@ -25,6 +25,11 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "card.md"
 OF_TIMM = {f"nfnet_f{number}": f"dm_nfnet_f{number}" for number in range(7)}
 
 
+def has_its_own(name: str, left_out: str) -> ValueError:
+    """What a card's name meets that is given together with other weights."""
+    return ValueError(f"{name} has its own weights: leave out {left_out}")
+
+
 def write_card(
     net: NFNet,
     name: str,

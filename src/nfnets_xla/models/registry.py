@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfnets_xla.models.card import SCHEME, read_card
+from nfnets_xla.models.card import SCHEME, has_its_own, read_card
 from nfnets_xla.models.formats import read_weights
 from nfnets_xla.models.names import classes_in, in_our_names
 from nfnets_xla.models.nfnet import NFNet
@@ -113,7 +113,7 @@ def _of_card(
 ) -> NFNet:
     model, its, file, sizes = read_card(name)
     if other_weights:
-        raise ValueError(f"{name} has its own weights: leave out pretrained and checkpoint_path")
+        raise has_its_own(name, "pretrained and checkpoint_path")
     if in_chans not in (None, its["in_chans"]):
         raise ValueError(f"in_chans is {in_chans}; {name} has {its['in_chans']}")
     classes = its["num_classes"] if num_classes is None else num_classes
