@@ -34,7 +34,7 @@ SMALL = [
 # Everything that draws: dropout, stochastic depth, crops, flips, RandAugment, MixUp and CutMix; and
 # every kind of state.
 RECIPE = ["finetune_sam_demo", "model.init_from=null", "model.drop_path_rate=0.2", "data.flip=true"]
-RECIPE += ["optim.peak_lr=0.1", "optim.clipping=0.04"]  # at which sums in another order stay near
+RECIPE += ["optim.peak_lr=0.1", "optim.clipping=0.04"]  # what tests compare was chosen at these
 RECIPE += ["data.randaugment_magnitude=5", "data.mix=mixup_cutmix", "optim.label_smoothing=0.1"]
 PLAIN_CPU = ["trainer.device=cpu", "trainer.virtual_devices=null"]
 
