@@ -25,18 +25,10 @@ from tests.data.loading import (
     STREAMS,
     UNIQUE,
     assert_same,
-    pack,
     picture,
-    png,
     train,
 )
 from tests.reference.resize import resized
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
-    folder = tmp_path_factory.mktemp("shards")
-    return pack(folder, [png(picture(n)) for n in range(SAMPLES)])
 
 
 def _workers() -> int:
@@ -48,8 +40,8 @@ def _workers() -> int:
 
 
 @pytest.fixture(scope="module")
-def in_this_process(index: ShardIndex) -> list[Batch]:
-    dataset = train(index)
+def in_this_process(pictures: ShardIndex) -> list[Batch]:
+    dataset = train(pictures)
     return [dataset[step] for step in range(len(dataset))]
 
 
@@ -57,9 +49,9 @@ def in_this_process(index: ShardIndex) -> list[Batch]:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_change_nothing(
-    index: ShardIndex, in_this_process: list[Batch], workers: int
+    pictures: ShardIndex, in_this_process: list[Batch], workers: int
 ) -> None:
-    dataset = train(index)
+    dataset = train(pictures)
     loader = Batches(dataset, start_step=0, stop_step=len(dataset), workers=workers)
     with closing(loader):
         loaded = list(loader)
@@ -74,8 +66,10 @@ def test_workers_change_nothing(
 
 
 @pytest.mark.parametrize("start", [0, 3, 8])
-def test_resuming_is_a_suffix(index: ShardIndex, in_this_process: list[Batch], start: int) -> None:
-    dataset = train(index)
+def test_resuming_is_a_suffix(
+    pictures: ShardIndex, in_this_process: list[Batch], start: int
+) -> None:
+    dataset = train(pictures)
     assert len(dataset) == 8  # ceil(1.5 * 29 / 6)
     rest = list(Batches(dataset, start_step=start, stop_step=8, workers=0))
     assert len(rest) == 8 - start
@@ -84,15 +78,15 @@ def test_resuming_is_a_suffix(index: ShardIndex, in_this_process: list[Batch], s
 
 
 def test_a_copy_sent_to_a_worker_and_another_order_of_asking_change_nothing(
-    index: ShardIndex, in_this_process: list[Batch]
+    pictures: ShardIndex, in_this_process: list[Batch]
 ) -> None:
-    dataset = pickle.loads(pickle.dumps(train(index)))
+    dataset = pickle.loads(pickle.dumps(train(pictures)))
     for step in (5, 1, 7, 5):
         assert_same(dataset[step], in_this_process[step])
 
 
-def test_the_seed_changes_the_batches(index: ShardIndex, in_this_process: list[Batch]) -> None:
-    other = train(index, seed=1)[0]
+def test_the_seed_changes_the_batches(pictures: ShardIndex, in_this_process: list[Batch]) -> None:
+    other = train(pictures, seed=1)[0]
     assert not np.array_equal(other["sample_U"], in_this_process[0]["sample_U"])
 
 
@@ -121,13 +115,13 @@ def test_shapes_and_dtypes_are_those_of_every_step(in_this_process: list[Batch])
 
 
 def test_every_sample_is_shown_once_per_epoch(
-    index: ShardIndex, in_this_process: list[Batch]
+    pictures: ShardIndex, in_this_process: list[Batch]
 ) -> None:
-    dataset = train(index)
+    dataset = train(pictures)
     names = [name for batch in in_this_process for name in dataset.samples_shown(batch)["ids"]]
     everything = [
-        index.sample_id(shard, row)
-        for shard, count in enumerate(index.counts)
+        pictures.sample_id(shard, row)
+        for shard, count in enumerate(pictures.counts)
         for row in range(count)
     ]
     shown = Counter(names)
@@ -138,7 +132,7 @@ def test_every_sample_is_shown_once_per_epoch(
 
 
 def test_views_of_an_image_are_neighbours_that_differ(
-    index: ShardIndex, in_this_process: list[Batch]
+    pictures: ShardIndex, in_this_process: list[Batch]
 ) -> None:
     sample, first = in_this_process[0]["sample_U"], in_this_process[0]
     labels = first["labels_B"].reshape(UNIQUE, REPEATS)
@@ -149,13 +143,13 @@ def test_views_of_an_image_are_neighbours_that_differ(
         assert len({tuple(view.tolist()) for view in views[one]}) == REPEATS
     assert len(keeps.unique(dim=1)) > 1
     # More repeats are more views of the same images: the first ones stay what they were.
-    more = train(index, repeats=5)[0]
+    more = train(pictures, repeats=5)[0]
     assert torch.equal(more["images_BHWC"].reshape(UNIQUE, 5, -1)[:, :REPEATS], views)
 
 
-def test_pixels_are_those_of_the_named_sample(index: ShardIndex) -> None:
+def test_pixels_are_those_of_the_named_sample(pictures: ShardIndex) -> None:
     """Without a crop or a flip all views are the padded centre."""
-    dataset = train(index, min_crop_area=1.0, flip=False)
+    dataset = train(pictures, min_crop_area=1.0, flip=False)
     batch = dataset[0]
     for place, number in enumerate(batch["sample_U"].tolist()):
         side = 6  # 16 / (16 + 32) of the 20 pixels of the shorter side
@@ -178,8 +172,8 @@ def test_masks_are_keyed_by_sample_epoch_and_view(in_this_process: list[Batch]) 
     assert set(in_this_process[4]["epoch_U"].tolist()) == {0, 1}
 
 
-def test_an_epoch_shows_other_views_of_a_sample(index: ShardIndex) -> None:
-    dataset = train(index, epochs=2)
+def test_an_epoch_shows_other_views_of_a_sample(pictures: ShardIndex) -> None:
+    dataset = train(pictures, epochs=2)
     seen: dict[int, list[np.ndarray]] = {}
     for step in range(len(dataset)):
         batch = dataset[step]
@@ -192,15 +186,15 @@ def test_an_epoch_shows_other_views_of_a_sample(index: ShardIndex) -> None:
     assert not any(np.array_equal(first, second) for first, second in seen.values())
 
 
-def test_without_dropout_a_batch_has_no_bits(index: ShardIndex) -> None:
-    assert "dropout_bits_BP" not in train(index, dropout_rate=0.0)[0]
+def test_without_dropout_a_batch_has_no_bits(pictures: ShardIndex) -> None:
+    assert "dropout_bits_BP" not in train(pictures, dropout_rate=0.0)[0]
 
 
 def test_randaugment_changes_the_views_and_nothing_else(
-    index: ShardIndex, in_this_process: list[Batch]
+    pictures: ShardIndex, in_this_process: list[Batch]
 ) -> None:
     """Each view is the plain one, augmented with the row's own key."""
-    batch, plain = train(index, randaugment_magnitude=5)[4], in_this_process[4]
+    batch, plain = train(pictures, randaugment_magnitude=5)[4], in_this_process[4]
     keys = zip(
         batch["epoch_U"].repeat(REPEATS).tolist(),
         batch["sample_U"].repeat(REPEATS).tolist(),
@@ -217,9 +211,9 @@ def test_randaugment_changes_the_views_and_nothing_else(
 
 
 def test_mixing_adds_what_the_device_needs_and_leaves_the_images(
-    index: ShardIndex, in_this_process: list[Batch]
+    pictures: ShardIndex, in_this_process: list[Batch]
 ) -> None:
-    dataset = train(index, mix=True)
+    dataset = train(pictures, mix=True)
     for step, plain in enumerate(in_this_process):
         batch = dataset[step]
         assert np.array_equal(batch["images_BHWC"], plain["images_BHWC"])
@@ -235,8 +229,8 @@ def test_mixing_adds_what_the_device_needs_and_leaves_the_images(
         assert batch["mix_box_B4"].dtype == torch.int32
 
 
-def test_some_streams_of_a_batch_are_as_in_the_whole(index: ShardIndex) -> None:
-    dataset = train(index, mix=True, randaugment_magnitude=5)
+def test_some_streams_of_a_batch_are_as_in_the_whole(pictures: ShardIndex) -> None:
+    dataset = train(pictures, mix=True, randaugment_magnitude=5)
     for stream in range(STREAMS):
         part, whole = dataset.of_streams(2, range(stream, stream + 1)), dataset[2]
         for name, value in part.items():
@@ -245,12 +239,12 @@ def test_some_streams_of_a_batch_are_as_in_the_whole(index: ShardIndex) -> None:
                 assert np.array_equal(value, whole[name][stream * length :][:length]), name
 
 
-def test_a_batch_too_small_to_be_mixed_is_refused(index: ShardIndex) -> None:
-    order = Order(index.counts, 0, 6, 6, window_shards=2, epochs=1)
-    options = vars(train(index)) | {"num_classes": CLASSES, "mix": True, "order": order}
+def test_a_batch_too_small_to_be_mixed_is_refused(pictures: ShardIndex) -> None:
+    order = Order(pictures.counts, 0, 6, 6, window_shards=2, epochs=1)
+    options = vars(train(pictures)) | {"num_classes": CLASSES, "mix": True, "order": order}
     del options["samples"]
     with pytest.raises(ValueError, match=r"1 images of each of 6 streams; mixing needs 2 and"):
-        TrainBatches(index, **options)
+        TrainBatches(pictures, **options)
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
@@ -258,9 +252,9 @@ def test_a_batch_too_small_to_be_mixed_is_refused(index: ShardIndex) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_evaluation_shows_everything_once_and_fills_up_with_weight_0(
-    index: ShardIndex, workers: int
+    pictures: ShardIndex, workers: int
 ) -> None:
-    dataset = EvalBatches(index, num_classes=CLASSES, batch_size=8, image_size=16, margin=4)
+    dataset = EvalBatches(pictures, num_classes=CLASSES, batch_size=8, image_size=16, margin=4)
     assert dataset.num_steps == len(dataset) == 4
     loaded = list(Batches(dataset, start_step=0, stop_step=4, workers=workers))
     weight = torch.cat([batch["weight_B"] for batch in loaded])

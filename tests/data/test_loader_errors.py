@@ -29,21 +29,15 @@ from tests.data.loading import (
 )
 
 
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
-    folder = tmp_path_factory.mktemp("shards")
-    return pack(folder, [png(picture(n)) for n in range(SAMPLES)])
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_does_not_decode_is_grey_weighs_nothing_and_is_told(
-    index: ShardIndex, tmp_path: Path, workers: int
+    pictures: ShardIndex, tmp_path: Path, workers: int
 ) -> None:
     images = [png(picture(n)) for n in range(SAMPLES)]
     images[9] = images[9][:100]
     faulty = pack(tmp_path, images)
     for make in (train, evaluation):
-        good, dataset = make(index), make(faulty)
+        good, dataset = make(pictures), make(faulty)
         missed = []
         for batch in Batches(dataset, start_step=0, stop_step=len(dataset), workers=workers):
             whole = good[batch["step"]]
@@ -106,10 +100,10 @@ def test_several_labels_have_one_shape_and_the_heaviest_first(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
-def test_hosts_make_parts_of_the_batch(index: ShardIndex, hosts: int) -> None:
-    whole = train(index)
+def test_hosts_make_parts_of_the_batch(pictures: ShardIndex, hosts: int) -> None:
+    whole = train(pictures)
     order = whole.order
-    parts = [train(index, streams=order.streams_of(host, hosts)) for host in range(hosts)]
+    parts = [train(pictures, streams=order.streams_of(host, hosts)) for host in range(hosts)]
     for step in range(len(whole)):
         batches = [part[step] for part in parts]
         for name, value in whole[step].items():
@@ -120,22 +114,22 @@ def test_hosts_make_parts_of_the_batch(index: ShardIndex, hosts: int) -> None:
             order.streams_of(host, of)
 
 
-def test_a_label_outside_the_classes_is_named(index: ShardIndex) -> None:
-    dataset = train(index, num_classes=4)
+def test_a_label_outside_the_classes_is_named(pictures: ShardIndex) -> None:
+    dataset = train(pictures, num_classes=4)
     with pytest.raises(ValueError, match=r"sample .* has label 4; it must be in \[0, 4\): raise"):
         [dataset[step] for step in range(len(dataset))]
 
 
-def test_an_order_of_other_shards_is_refused(index: ShardIndex) -> None:
-    order = Order(index.counts + 1, 0, STREAMS, UNIQUE, window_shards=2, epochs=1)
+def test_an_order_of_other_shards_is_refused(pictures: ShardIndex) -> None:
+    order = Order(pictures.counts + 1, 0, STREAMS, UNIQUE, window_shards=2, epochs=1)
     with pytest.raises(ValueError, match="the order is of 33 samples and the index of 29"):
-        TrainBatches(index, order, seed=0, **OPTIONS)
+        TrainBatches(pictures, order, seed=0, **OPTIONS)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 9)])
-def test_steps_outside_the_run_are_refused(index: ShardIndex, start: int, stop: int) -> None:
+def test_steps_outside_the_run_are_refused(pictures: ShardIndex, start: int, stop: int) -> None:
     with pytest.raises(ValueError, match="must lie in 0 to 8"):
-        Batches(train(index), start_step=start, stop_step=stop, workers=0)
+        Batches(train(pictures), start_step=start, stop_step=stop, workers=0)
 
 
 def test_a_worker_starts_light() -> None:

@@ -15,7 +15,7 @@ from nfnets_xla.data.index import build_index
 from nfnets_xla.data.scan import Scan, scan_shard
 from nfnets_xla.data.shards import Line, ShardIndex, make_manifest, manifest_bytes
 from nfnets_xla.data.storage import OpenFile
-from tests.data.tars import PACKED, make_folder, one_line, sample, write_tar
+from tests.data.tars import PACKED, one_line, sample, write_tar
 
 
 def images_of(path: Path) -> list[bytes]:
@@ -23,16 +23,6 @@ def images_of(path: Path) -> list[bytes]:
     with tarfile.open(path) as tar:
         files = [(tar.extractfile(member), member) for member in tar if member.isreg()]
         return [f.read() for f, member in files if f and member.name.endswith(("JPEG", "jpg"))]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_folder(tmp_path / "shards")
-
-
-@pytest.fixture
-def index(folder: Path) -> ShardIndex:
-    return build_index(folder)
 
 
 # ---- what an index gives ----------------------------------------------------------------------

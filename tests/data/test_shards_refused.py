@@ -13,18 +13,7 @@ import pytest
 
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.shards import ShardIndex
-from tests.data.tars import Member, make_folder, one_line, sample, scanned, write_tar
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_folder(tmp_path / "shards")
-
-
-@pytest.fixture
-def index(folder: Path) -> ShardIndex:
-    return build_index(folder)
-
+from tests.data.tars import Member, one_line, sample, scanned, write_tar
 
 # ---- tars that are refused --------------------------------------------------------------------
 
