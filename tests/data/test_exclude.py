@@ -127,14 +127,31 @@ def test_the_split_is_the_smallest_hashes_however_it_is_packed(
         assert not {left.sample_id(*place) for place in choose(left, 6)} & set(ids)
 
 
-def test_the_list_is_there_before_the_shards(index: ShardIndex, tmp_path: Path) -> None:
-    """Which without it would be trained on. Here no sample can be copied."""
+def test_the_list_is_there_before_the_shards(
+    index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which without it would be trained on."""
+    listed, read = [], ShardIndex.read
+
+    def reading(index: ShardIndex, shard: int, row: int) -> bytes:
+        listed.append((tmp_path / "out" / "held_out.txt").read_text().split())
+        return read(index, shard, row)
+
+    monkeypatch.setattr(ShardIndex, "read", reading)
+    assert hold_out(index, tmp_path / "out", samples=6) == listed[0]
+    assert len(listed) == len(listed[0]) == 6
+
+
+def test_a_failure_leaves_no_list_without_shards(index: ShardIndex, tmp_path: Path) -> None:
+    """With which training would leave out what nobody evaluates. Here no sample can be copied."""
     for shard in (tmp_path / "shards").glob("*.tar"):
         shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(ValueError, match="wrong checksum"):
-        hold_out(index, tmp_path / "out", samples=6)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["held_out.txt"]
-    assert len((tmp_path / "out" / "held_out.txt").read_text().splitlines()) == 6
+    (tmp_path / "own").mkdir()
+    for folder in (tmp_path / "own", tmp_path / "new"):
+        with pytest.raises(ValueError, match="wrong checksum"):
+            hold_out(index, folder, samples=6)
+    assert not list((tmp_path / "own").iterdir())
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_copies_are_no_shards_of_the_folder_they_come_from(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def hold_out(
     jobs: int = 1,
     on_progress: Progress | None = None,
 ) -> list[str]:
-    """Copy the split into `folder`, as shards and a list of ids; returns the ids.
+    """Copy the split into `folder`, as shards and a list of ids; returns the ids. A failure leaves
+    nothing behind.
 
     `alike` are pairs of ids that must not be parted, all of samples that are there."""
     if not 0 < samples < index.num_samples:
@@ -64,9 +65,16 @@ def hold_out(
             yield f"{number:08d}", data, extension_of(data), index.labels(shard, row)
 
     # The list first: without it, or with a part of it, shards that are there would be trained on.
+    is_new = not Path(folder).exists()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    Folder(folder).write(IDS, "".join(f"{sample_id}\n" for sample_id in ids).encode())
-    pack_samples(copies(), folder, samples_per_shard=samples_per_shard, prefix="held-out")
+    try:
+        Folder(folder).write(IDS, "".join(f"{sample_id}\n" for sample_id in ids).encode())
+        pack_samples(copies(), folder, samples_per_shard=samples_per_shard, prefix="held-out")
+    except BaseException:  # no shards are there now: the list would leave out what nobody evaluates
+        Path(folder, IDS).unlink(missing_ok=True)
+        if is_new:
+            Path(folder).rmdir()
+        raise
     return ids
 
 
