@@ -1,4 +1,4 @@
-"""What to train with a budget: from an F0 for a quarter of an epoch to an F7+ for eight.
+"""What to train with a budget: from F0 for a third of an epoch to F7+ for eight.
 
     python examples/plan_budgets.py [PRICE OF A CHIP-HOUR]        (loads no torch)
 

@@ -48,6 +48,21 @@ def test_a_plan_by_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "decades beyond the fitted runs" in capsys.readouterr().out
 
 
+def test_a_model_and_its_epochs_have_a_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    """The paper's largest run, by its own utilisation; and the same the other way round."""
+    main(["scaling", "plan", "--model", "nfnet_f7_plus", "--epochs", "8", "--images", "4e9"])
+    out = capsys.readouterr().out
+    assert "1.085e+05 core-hours = 5.427e+04 chip-hours of v4" in out
+    assert "nfnet_f7_plus, 100.7 GMACs an image   (given)" in out
+    assert "8 of 4,000,000,000 images   (given)" in out
+    main(["scaling", "plan", "--model", "nfnet_f7_plus", "--core-hours", "108535"])
+    assert "8 of 4,000,000,000 images   (spends the budget)" in capsys.readouterr().out
+    main(["scaling", "plan", "--model", "nfnet_f0", "--core-hours", "400", "--image-size", "112"])
+    assert "nfnet_f0, 2.4" in capsys.readouterr().out
+    main(["scaling", "plan", "--core-hours", "1"])
+    assert "fewer than the 5,000 of the recipe's warm-up" in capsys.readouterr().out
+
+
 def test_a_fit_says_what_the_runs_hold(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["scaling", "fit", str(runs)])
     out = capsys.readouterr().out
@@ -84,7 +99,13 @@ def test_without_restarts_nothing_may_be_left(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["plan"], "the following arguments are required: --core-hours"),
+        (["plan"], "give core-hours, alone or with a model, or a model and epochs"),
+        (["plan", "--epochs", "3"], "the model is None and epochs are 3.0: give"),
+        (["plan", "--core-hours", "5", "--model", "nfnet_f0", "--epochs", "3"], "core-hours are 5"),
+        (["plan", "--core-hours", "5", "--model", "F9"], "model is 'F9'; it must be an NFNet"),
+        (["plan", "--core-hours", "5", "--cores", "301"], "multiple of 2, which a chip of v4 has"),
+        (["plan", "--core-hours", "5", "--images", "4.5"], "4.5 is not a whole number"),
+        (["plan", "--core-hours", "5", "--images", "4e9", "--runs", "x"], "go without --runs"),
         (["plan", "--core-hours", "-5"], "core_hours is -5; it must be finite and greater than 0"),
         (["plan", "--core-hours", "5", "--hardware", "v9"], "invalid choice: 'v9'"),
         (["plan", "--core-hours", "5", "--mfu", "36"], "36 % is 0.36"),
@@ -101,17 +122,24 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in line
 
 
-def test_torch_is_not_needed() -> None:
-    """A process in which torch and what training needs cannot be imported plans all the same."""
+def test_torch_is_not_needed(runs: Path) -> None:
+    """A process in which torch and what training needs cannot be imported plans and fits all the
+    same."""
     missing = ("torch", "timm", "lightning", "webdataset", "joblib", "fsspec", "PIL", "simplejpeg")
     program = (
         "import sys\n"
-        f"sys.modules.update(dict.fromkeys({missing!r}))\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name.split('.')[0] in {missing!r}:\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
         "from nfnets_xla.cli import main\n"
         "main(['scaling', 'plan', '--core-hours', '5000'])\n"
+        f"main(['scaling', 'fit', {str(runs)!r}])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "nfnet_f3, 33.34 GMACs" in done.stdout
+    assert "a x^-b: b = 0.1" in done.stdout

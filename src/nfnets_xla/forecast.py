@@ -13,7 +13,7 @@ from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.devices import GIB, smallest_fsdp
 from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards, untrained
 from nfnets_xla.models.registry import Network
-from nfnets_xla.scaling import account
+from nfnets_xla.scaling import account, published
 from nfnets_xla.steps import (
     ascent_share,
     describe_ascent,
@@ -31,7 +31,7 @@ class Terms:
     """Where it would run, and for how much."""
 
     hardware: str = "v4"
-    mfu: float = 0.36  # of the paper's F7+, by its 110k core-hours for 8 epochs
+    mfu: float = published.PAPER_MFU  # its F0 had 29 %, and its fine-tuning with whole-batch SAM
     chips: int = 1
     price: float | None = None  # of a chip-hour
 

@@ -1,12 +1,15 @@
 """`nfnets-xla scaling ...`: plan, fit and figures, one subcommand each. Loads no torch."""
 
+import math
 import warnings
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from nfnets_xla.devices import DEVICES
+from nfnets_xla.scaling import published
 from nfnets_xla.scaling.law import Extrapolation
 from nfnets_xla.scaling.plan import Job, describe, make_plan
 from nfnets_xla.scaling.report import report
@@ -40,16 +43,22 @@ def parser() -> Parser:
             help=f"{purpose}: {', '.join(DEVICES)}",
         )
 
-    defaults = Job(core_hours=1)
-    plan = add("plan", run_plan, "say what to train with so many core-hours")
-    plan.add_argument(
-        "--core-hours", type=float, required=True, help="of one trial: two rates cost twice"
-    )
+    defaults = Job()
+    plan = add("plan", run_plan, "say what to train with so many core-hours, or what a model costs")
+    plan.add_argument("--core-hours", type=float, help="of one trial: two rates cost twice")
+    plan.add_argument("--model", help="with --core-hours, or with --epochs instead of these")
+    plan.add_argument("--epochs", type=float, help="to say the core-hours of, with --model")
     add_hardware(plan, "to train on")
     plan.add_argument("--cores", type=int, default=defaults.cores, help="for the wall clock")
-    plan.add_argument("--mfu", type=float, help="share of the peak; default: the runs' or 0.36")
+    plan.add_argument(
+        "--mfu",
+        type=float,
+        help="share of the peak, which `nfnets-xla throughput` measures; default: the runs' or "
+        f"{published.PAPER_MFU}",
+    )
     plan.add_argument("--price", type=float, help="of a chip-hour")
-    plan.add_argument("--images", type=int, help="of the training set; default: the runs' or 4e9")
+    plan.add_argument("--images", type=whole, help="of the training set; default: the runs' or 4e9")
+    plan.add_argument("--image-size", type=int, help="pixels; default: the runs' or 224")
     plan.add_argument("--batch-size", type=int, help="default: the runs' or 4096")
     plan.add_argument("--runs", type=Path, help="folder of runs to fit; else the paper's rules")
     fit = add("fit", run_fit, "fit laws to a folder of runs")
@@ -66,7 +75,23 @@ def parser() -> Parser:
     return top
 
 
+def whole(text: str) -> int:
+    """A number as people write it: 4e9, 1281167."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
+        raise ArgumentTypeError(f"{text} is not a whole number")
+    return int(number)
+
+
 def run_plan(given: Any) -> None:
+    if given.runs is not None and (given.images or given.image_size):
+        raise ValueError(
+            "--images and --image-size go without --runs: losses, rates and epochs of runs are of "
+            "their own images"
+        )
     points = [] if given.runs is None else chosen(given)
     named = {field.name: getattr(given, field.name, None) for field in fields(Job)}
     job = Job(

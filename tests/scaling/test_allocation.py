@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from nfnets_xla.scaling import allocation
+from nfnets_xla.scaling import allocation, published
+from nfnets_xla.scaling.account import macs_per_image
 from nfnets_xla.scaling.allocation import Parametric
 
 # arXiv 2203.15556, equation 10: published for language models, with parameters in the place of M.
@@ -90,7 +91,7 @@ def test_iso_flop_reads_between_the_runs_of_a_size() -> None:
     assert found.interval[0] < 0.5 < found.interval[1]
     assert len(found.budgets) + len(found.notes) == 8
     assert not [note for note in found.notes if "only" in note]
-    assert found.same_rate().endswith("of the line alone: too narrow for a verdict")
+    assert found.same_rate().endswith("of the line alone, and too narrow: no verdict")
 
 
 def test_iso_flop_takes_equal_runs_at_their_mean() -> None:
@@ -157,6 +158,25 @@ def test_the_frontier_grows_with_the_planted_rate() -> None:
     found = allocation.frontier_sizes(*grid(EVEN))
     assert found.interval[0] < 0.5 < found.interval[1]
     assert found.resolved
+
+
+def test_a_frontier_gives_no_verdict() -> None:
+    """On the paper's own grid it denies a planted 1/2, by exact losses: the optimum runs through F3
+    at one epoch. L(M, D) does not."""
+    macs, epochs = (
+        axis.ravel()
+        for axis in np.meshgrid(
+            [float(macs_per_image(name, 224)) for name in published.PAPER_MODELS],
+            published.PAPER_EPOCHS,
+        )
+    )
+    rows, f3 = epochs * published.JFT_IMAGES, macs_per_image("nfnet_f3", 224)
+    loss = 1 + 0.5 * (macs / f3) ** -0.3 + 0.5 * epochs**-0.3
+    found = allocation.frontier_sizes(macs, rows, loss)
+    assert found.interval[1] < 0.5
+    assert found.same_rate().endswith("to the dearest, whatever the exponent: no verdict")
+    judged = allocation.parametric(macs, rows, loss, draws=20).allocation()
+    assert judged.same_rate().startswith("the same rate is within the interval")
 
 
 def test_a_frontier_of_one_length_settles_nothing() -> None:

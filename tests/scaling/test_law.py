@@ -1,6 +1,7 @@
 """Laws recover what was planted, agree with scipy's own fits, and their intervals hold."""
 
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,31 @@ def test_a_law_of_compute_in_other_units_is_the_same_law() -> None:
         assert ours == pytest.approx(theirs)
     assert small.predict(0.5).value == pytest.approx(found.predict(5e18).value)
     assert law.frontier([1, 2, 3], [3, 1, 2]) == law.frontier(["1", "2", "3"], ["3", "1", "2"])
+
+
+def test_a_frontier_of_noise_is_no_law() -> None:
+    """It falls by its making. Of 200 studies of 36 runs whose losses are noise its interval
+    excludes 0 in a third and more; at most 5 % count as resolved. All do of 1 % noise about a
+    law."""
+    rng = np.random.default_rng(0)
+    compute = np.geomspace(1e19, 1e22, 36)
+    excluded, resolved, real, fitted = 0, 0, 0, 0
+    for _ in range(200):
+        noise = np.exp(0.05 * rng.standard_normal(36))
+        with suppress(ValueError):  # fewer than three runs on it
+            found = law.fit_frontier("power", compute, noise)
+            fitted += 1
+            excluded += found.intervals["b"][0] > 0
+            resolved += found.resolved("b")
+        real += law.fit_frontier("power", compute, compute**-0.05 * noise**0.2).resolved("b")
+    assert excluded > fitted / 3
+    assert resolved <= 0.05 * fitted
+    assert real == 200
+    three = law.fit_frontier("power", [1, 2, 4], [4, 2, 1])
+    assert (
+        three.says("b") == "b not resolved [1, 1], as losses may not fall with compute (p = 0.17)"
+    )
+    assert law.fit_frontier("power", [1, 2, 4, 8], [4, 2, 1, 0.5]).resolved("b")
 
 
 def test_the_frontier_is_what_nothing_cheaper_beats() -> None:

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from nfnets_xla.scaling.account import macs_per_image, train_flops
 from nfnets_xla.scaling.law import Extrapolation
 from nfnets_xla.scaling.plan import Job, best_of_study, describe, make_plan
 from nfnets_xla.scaling.report import report
-from nfnets_xla.scaling.runs import Point
+from nfnets_xla.scaling.runs import HELD_OUT, Point
 
 CONF = Path(__file__).parents[2] / "conf"
 IMAGES = 50_000
@@ -167,6 +168,19 @@ def test_rates_of_runs_go_with_the_batch(study: list[Point]) -> None:
     assert four.because == f"{same.because}, for a batch of 64; in proportion to the batch"
 
 
+def test_a_rate_that_was_best_nowhere_is_not_said_to_be() -> None:
+    """0.1 then 0.2 with more epochs: rates that never rise are 0.1 twice, by little."""
+    runs = [made_point(MODELS[0], e, r) for e in (1, 2) for r in (0.1, 0.2)]
+    runs[3] = replace(runs[3], loss=runs[2].loss * 0.999)
+    runs[0] = replace(runs[0], loss=runs[1].loss * 0.9)
+    plan = make_plan(Job(3e-5, **asdict_less(mini_job(1), "core_hours")), runs)
+    assert plan.because["rates"] in (
+        "0.1 was best for nfnet_mini_f0 at 1 epochs",
+        "0.1 for nfnet_mini_f0 at 2 epochs, whose best is 0.2, of rates that never rise",
+    )
+    assert "0.1 was best for nfnet_mini_f0 at 2" not in plan.because["rates"]
+
+
 def test_a_plan_far_from_its_runs_says_so(study: list[Point]) -> None:
     with pytest.warns(Extrapolation):
         plan = make_plan(mini_job(1), study)
@@ -181,6 +195,52 @@ def test_runs_whose_loss_does_not_go_with_size_leave_the_division_to_the_paper(
     flat = [replace(p, loss=1.5 + 1e2 * p.rows**-0.4) for p in study]
     plan = make_plan(mini_job(3e-4), flat)
     assert plan.because["model"].startswith("paper's same rate")
+
+
+def test_a_smaller_run_than_all_begins_above_their_rates(study: list[Point]) -> None:
+    """Rates do not rise: 0.1 was best for the smallest and shortest, so this one's is no lower."""
+    plan = make_plan(mini_job(2e-6), study)
+    assert plan.model == "nfnet_mini_f0"
+    assert plan.epochs < 0.5
+    assert plan.trials.rates == (0.2, 0.1)
+    assert plan.because["rates"].endswith("; a smaller or shorter run's may be higher")
+
+
+def test_passes_of_sam_are_paid_for(study: list[Point]) -> None:
+    """The same compute buys half the rows, and the same division of what one pass costs."""
+    sam = [replace(point, flops=2 * point.flops) for point in study]
+    plain, twice = make_plan(mini_job(2e-4), study), make_plan(mini_job(4e-4), sam)
+    assert (twice.model, twice.steps) == (plain.model, plain.steps)
+    assert twice.epochs == pytest.approx(plain.epochs)
+    assert twice.flops == 2 * plain.flops
+    given = Job(model=plain.model, epochs=plain.epochs, **asdict_less(mini_job(1), "core_hours"))
+    assert make_plan(given, sam).core_hours == pytest.approx(4e-4)
+
+
+def asdict_less(job: Job, name: str) -> dict[str, Any]:
+    return {key: value for key, value in vars(job).items() if key not in (name, "model", "epochs")}
+
+
+def test_models_are_those_of_the_runs_kind(study: list[Point]) -> None:
+    """+ models are wider, and no law of the others is of them; others than were run are said."""
+    found = {make_plan(mini_job(hours), study).model for hours in np.geomspace(1e-4, 1e-3, 12)}
+    assert not [name for name in found if name.endswith("_plus")]
+    between = next(
+        plan
+        for hours in np.geomspace(1e-5, 1e-3, 30)
+        if (plan := make_plan(mini_job(hours), study)).model not in MODELS
+    )
+    assert between.because["model"].endswith("; not among the runs")
+
+
+def test_runs_on_other_held_out_images_are_refused(study: list[Point]) -> None:
+    """Of other models, too: their losses are not of the same images, or not of the same size."""
+    for name, values in ((HELD_OUT, ("a" * 12, "b" * 12)), ("data.eval_image_size", (32, 48))):
+        pair = [replace(study[n], settings={name: values[n]}) for n in (0, 1)]
+        other = replace(pair[1], model=MODELS[4])
+        with pytest.raises(ValueError, match=f"2 different values of {name}"):
+            best_of_study([pair[0], other])
+        assert best_of_study([pair[0], replace(other, settings={})])  # an older record
 
 
 def test_runs_of_two_studies_are_refused(study: list[Point]) -> None:

@@ -152,10 +152,13 @@ def test_sam_costs_the_share_that_was_computed(tmp_path: Path) -> None:
 
 
 def test_the_best_rate_of_a_cell_is_that_of_the_lowest_mean_loss(tmp_path: Path) -> None:
-    """0.2 has the luckiest seed, and 0.1 the lower mean."""
+    """0.2 has the luckiest seed, and 0.1 the lower mean, which is the loss of the cell; the rest is
+    of the run nearest to it."""
     losses = {(0.1, 0): 2.00, (0.1, 1): 2.06, (0.1, 2): 2.02, (0.2, 0): 1.98, (0.2, 1): 2.20}
     for (rate, seed), loss in losses.items():
         write_run(tmp_path / f"{rate}-{seed}", loss=loss, rate=rate, seed=seed)
     points, _ = runs.read_points(tmp_path)
     (best,) = runs.best_per_cell(points)
-    assert (best.peak_lr, best.seed) == (0.1, 2)
+    assert (best.peak_lr, best.seed, best.seeds) == (0.1, 2, 3)
+    assert best.loss == pytest.approx((2.00 + 2.06 + 2.02) / 3)
+    assert runs.best_per_cell(points[::-1]) == [best]

@@ -6,10 +6,13 @@ language models; it is what the compute of a convolutional network goes with.
 
 - `parametric`: L(M, D) = E + A / M^alpha + B / D^beta (arXiv 2203.15556, equation 2).
 - `isoflop`: the best size at each budget by a parabola in log M, then a line through the vertices.
-- `frontier_sizes`: a line through the runs that no cheaper run beats.
+- `frontier_sizes`: a line through the runs that no cheaper run beats. On a grid of sizes and
+  lengths the cheapest run and, nearly always, the dearest are among these: they draw the line to
+  the grid's diagonal.
 
 arXiv 2310.16764 finds that size and epochs should grow at the same rate. With M_opt ~ C^a that is
-a = 1/2, since D_opt ~ C^(1 - a). `same_rate` says whether an interval allows it.
+a = 1/2, since D_opt ~ C^(1 - a). `same_rate` says whether an interval allows it; of the three only
+the first one's is fit for that.
 """
 
 import math
@@ -37,6 +40,12 @@ from nfnets_xla.scaling.law import (
 FLOPS_PER_ROW_MAC = FLOPS_PER_MAC * FORWARDS_PER_STEP  # the 6 of C = 6 M D
 HUBER = 1e-3  # arXiv 2203.15556, appendix D.3, on log loss
 EXPONENTS = (0.1, 0.3, 0.6, 1.0, 1.6)  # where the search for alpha and beta starts, each
+
+# Why a way's interval does not say whether an exponent is allowed.
+NO_VERDICT = {
+    "isoflop": "of the line alone, and too narrow",
+    "frontier": "by a line from the cheapest run to the dearest, whatever the exponent",
+}
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,8 @@ class Allocation:
         low, high = self.interval
         span = f"size ~ C^{self.exponent:.2f} [{low:.2f}, {high:.2f}], epochs ~ C^"
         span += f"{1 - self.exponent:.2f} [{1 - high:.2f}, {1 - low:.2f}]"
-        if self.way == "isoflop":
-            return f"{span}, of the line alone: too narrow for a verdict"
+        if self.way in NO_VERDICT:
+            return f"{span}, {NO_VERDICT[self.way]}: no verdict"
         if not self.resolved:
             return f"not resolved: {span}"
         if low <= 0.5 <= high:

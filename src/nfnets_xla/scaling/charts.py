@@ -12,7 +12,7 @@ import numpy as np
 
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.scaling import account, published
-from nfnets_xla.scaling.law import Law, fit, frontier
+from nfnets_xla.scaling.law import Law, fit_frontier, frontier
 from nfnets_xla.scaling.plan import best_of_study
 from nfnets_xla.scaling.rate import cells_of
 from nfnets_xla.scaling.runs import Point, nfnets, pretrained, source_of
@@ -85,9 +85,11 @@ def compute_axis(
 ) -> Compute:
     """ValueError for hardware that is not known, and an `mfu` that is no share."""
     account.core_hours(0.0, hardware, mfu=1.0 if mfu is None else mfu)
-    elsewhere = [point for point in points if point.cores(hardware) is None]
+    elsewhere = [point for point in points if not point.is_timed(hardware)]
     if elsewhere and mfu is None:
         note = f"compute is counted: {len(elsewhere)} of {len(points)} runs were not on {hardware}"
+        if any(point.cores(hardware) is not None for point in elsewhere):
+            note += ", or too short for a speed"
         return Compute("FLOPs", lambda point: point.flops, lambda flops, _: flops, [note])
     notes: list[str] = []
     if elsewhere:
@@ -184,10 +186,11 @@ def losses(points: Sequence[Point], compute: Compute) -> Chart:
         curves.append(Curve(model, marks, role_of(model)))
     band = None
     try:
-        law = frontier_law(best, compute)
+        ours = nfnets(best)
+        law = fit_frontier("power", [compute.of(p) for p in ours], [p.loss for p in ours])
         band = band_of(law)
         if not law.resolved("b"):
-            notes.append("the law's exponent is not resolved: its interval includes 0")
+            notes.append("the law's exponent is not resolved: losses may not fall with compute")
     except ValueError as error:
         notes.append(f"no law: {error}")
     panel = Panel("", f"training compute ({compute.unit})", "held-out loss", curves, band)
@@ -209,12 +212,6 @@ def on_frontier(best: Sequence[Point], compute: Compute) -> list[Point]:
     ours = nfnets(best)
     found = frontier([compute.of(point) for point in ours], [point.loss for point in ours])
     return [ours[index] for index in found]
-
-
-def frontier_law(best: Sequence[Point], compute: Compute) -> Law:
-    """ValueError for fewer than 3 NFNets on their frontier."""
-    kept = on_frontier(best, compute)
-    return fit("power", [compute.of(point) for point in kept], [point.loss for point in kept])
 
 
 def band_of(law: Law) -> Band:
@@ -281,8 +278,9 @@ def role_of(model: str) -> str:
 
 
 def says_trained(point: Point) -> str:
+    of = f"seed {point.seed}" if point.seeds == 1 else f"mean of {point.seeds} seeds"
     return (
-        f"{point.model}, {point.epochs:g} epochs, rate {point.peak_lr:g}, seed {point.seed}\n"
+        f"{point.model}, {point.epochs:g} epochs, rate {point.peak_lr:g}, {of}\n"
         f"loss {point.loss:.4f}, top-1 {point.top1:.1%}\n"
         f"{point.flops:.3g} FLOPs, {point.macs / 1e6:.4g} MMACs an image"
     )

@@ -59,10 +59,11 @@ def write_figures(
 
 
 def table(points: Sequence[Point], compute: Compute) -> list[dict[str, str]]:
-    """Every run. Floats are written so that reading them gives the same number."""
+    """Every run. Floats are written so that reading them gives the same number. What is drawn of a
+    cell is the mean of its runs of the best rate."""
     best = best_per_cell(pretrained(points))
-    frontier = {point.run for point in on_frontier(of_the_same_loss(best), compute)}
-    chosen = {point.run for point in best}
+    frontier = {rate_of(point) for point in on_frontier(of_the_same_loss(best), compute)}
+    chosen = {rate_of(point) for point in best}
     rows: list[dict[str, str]] = []
     for point in points:
         source = source_of(point, pretrained(points))
@@ -86,11 +87,16 @@ def table(points: Sequence[Point], compute: Compute) -> list[dict[str, str]]:
             "device_kind": point.device_kind,
             "devices": point.devices,
             "restarts": point.restarts,
-            "best_rate": point.run in chosen,
-            "on_frontier": point.run in frontier,
+            "best_rate": rate_of(point) in chosen,
+            "on_frontier": rate_of(point) in frontier,
         }
         rows.append({name: _text(value) for name, value in values.items()})
     return rows
+
+
+def rate_of(point: Point) -> tuple[object, ...]:
+    """What the seeds of one rate share."""
+    return point.model, point.epochs, point.data, point.peak_lr, point.init_from
 
 
 def _text(value: object) -> str:

@@ -15,7 +15,7 @@ percentiles would be far too narrow for the four to ten points that a scaling st
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -88,11 +88,18 @@ class Law:
     theta: Floats  # (p,)
     draws: Floats  # (DRAWS, p)
     seed: int
+    chance: float = 0.0  # of a frontier: that losses fall so much which do not go with compute
+
+    @property
+    def is_chance(self) -> bool:
+        return not self.chance <= 1 - LEVEL
 
     def resolved(self, name: str) -> bool:
         """Whether the parameter's interval excludes 0. Floors and flattenings are fitted as
         logarithms, and come near to 0 only."""
         low, high = self.intervals[name]
+        if self.is_chance:
+            return False
         if name == "c":
             lowest = self.form.log_value(self.theta, np.log(self.x_range[1] / self.unit))
             return low > NOTHING * math.exp(lowest)
@@ -104,7 +111,8 @@ class Law:
         """`b = 0.31 [0.28, 0.34]`, or that it is not resolved."""
         low, high = self.intervals[name]
         if not self.resolved(name):
-            return f"{name} not resolved [{low:.3g}, {high:.3g}]"
+            chance = f", as losses may not fall with compute (p = {self.chance:.2g})"
+            return f"{name} not resolved [{low:.3g}, {high:.3g}]" + chance * self.is_chance
         return f"{name} = {self.values[name]:.4g} [{low:.3g}, {high:.3g}]"
 
     def curve(self, x: ArrayLike) -> tuple[Floats, Floats, Floats]:
@@ -175,6 +183,22 @@ def fit(form: str, x: ArrayLike, y: ArrayLike, *, draws: int = DRAWS, seed: int 
     )
 
 
+def fit_frontier(form: str, x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Law:
+    """`fit` to the points on the frontier of compute `x` and loss `y`, both (n,).
+
+    A frontier falls by its making, also where losses do not go with compute at all, and its
+    interval takes for granted which points are on it. Nothing is resolved, then, unless the losses
+    of all points fall with compute, by the test of Mann and Kendall: of three points no order says
+    so much, of four only the best one. ValueError as `fit`, for points on the frontier.
+    """
+    from scipy.stats import kendalltau  # half a second, which help and plans do without
+
+    x, y = positive("compute", x), positive("loss", y)
+    kept = frontier(x, y)
+    law = fit(form, x[kept], y[kept], seed=seed)
+    return replace(law, chance=float(kendalltau(x, y, alternative="less").pvalue))
+
+
 def frontier(x: ArrayLike, y: ArrayLike) -> list[int]:
     """Indices of the points that no point of at most their compute beats, by growing compute."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
@@ -236,7 +260,8 @@ def _natural(form: Form, theta: Floats, unit: float) -> Floats:
     """(n, p) fitted parameters to those of the formula, with x in its own unit."""
     natural = np.exp(theta)
     natural[:, 1] = theta[:, 1]
-    natural[:, 0] = np.exp(theta[:, 0] + theta[:, 1] * math.log(unit))
+    with np.errstate(over="ignore"):  # of a line that is too steep to be one it is infinite
+        natural[:, 0] = np.exp(theta[:, 0] + theta[:, 1] * math.log(unit))
     if "d" in form.parameters:
         natural[:, 3] *= unit
     return natural

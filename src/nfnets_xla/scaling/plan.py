@@ -1,9 +1,11 @@
 """What to do with so many core-hours: model, epochs, learning rates, steps, hours, expected loss.
+Or what a model costs for so many epochs, and with which rates.
 
 Without runs all of it is arXiv 2310.16764's: size and epochs grow at the same rate, about one epoch
 of JFT-4B is best at 5k TPU-v4 core-hours (both section 2), and nothing is larger than F7+. So come
-out the paper's own ends, F0 for a quarter of an epoch and F7+ for eight. With runs, the division is
-fitted to them where they resolve it, and the loss is read off their frontier.
+out the paper's own ends, F0 for a quarter of an epoch and F7+ for eight, each at the utilisation
+that it had. With runs, the division is fitted to them where they resolve it, and the loss is read
+off their frontier.
 """
 
 import math
@@ -15,22 +17,27 @@ from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.scaling import account, published
 from nfnets_xla.scaling.account import above, macs_per_image
 from nfnets_xla.scaling.allocation import Allocation, parametric
-from nfnets_xla.scaling.law import DECADES, Law, Prediction, decades_beyond, fit, frontier
+from nfnets_xla.scaling.law import DECADES, Prediction, decades_beyond, fit_frontier, frontier
 from nfnets_xla.scaling.rate import Trials, cells_of, two_trials
-from nfnets_xla.scaling.runs import Point, best_per_cell, fitted_to, nfnets
+from nfnets_xla.scaling.runs import HELD_OUT, Point, best_per_cell, fitted_to, nfnets
 
-MINI = "nfnet_mini_"
+MINI, PLUS = "nfnet_mini_", "_plus"
 WIDEST_SHARE = 0.5  # of an exponent's interval, from which on it says nothing about the division
 LARGEST_MISMATCH = 2.0  # between the size asked for and the nearest model, before it is mentioned
 MOST_EPOCHS = 100  # from which on a plan asks whether it is meant; the papers have 8 of JFT
 LR_BATCH = 256  # optim.lr_batch of the recipe pretrain: rows that its optim.peak_lr is for
+WARMUP = 5000  # optim.warmup_steps of that recipe
+HASTY = f"fewer than the {WARMUP:,} of the recipe's warm-up: give optim.warmup_fraction=0.05"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be planned for."""
+    """What is to be planned for: `core_hours`, or with a `model` too its epochs alone; or a model
+    and `epochs`, whose core-hours are."""
 
-    core_hours: float
+    core_hours: float | None = None
+    model: str | None = None
+    epochs: float | None = None
     hardware: str = "v4"
     cores: int = 512  # that it will run on
     mfu: float | None = None  # None: measured in the runs, else the paper's
@@ -40,9 +47,23 @@ class Job:
     num_classes: int = 1000
 
     def check(self) -> None:
-        for name in ("core_hours", "cores", "images", "image_size", "batch_size", "num_classes"):
+        for name in ("core_hours", "epochs"):
+            if (value := getattr(self, name)) is not None:
+                above(name, value)
+        for name in ("cores", "images", "image_size", "batch_size", "num_classes"):
             above(name, getattr(self, name))
+        asked = [self.core_hours is not None, self.model is not None, self.epochs is not None]
+        if asked not in ([True, False, False], [True, True, False], [False, True, True]):
+            raise ValueError(
+                f"core-hours are {self.core_hours}, the model is {self.model} and epochs are "
+                f"{self.epochs}: give core-hours, alone or with a model, or a model and epochs"
+            )
         account.device(self.hardware)
+        if self.cores % (together := account.cores_per_chip(self.hardware)):
+            raise ValueError(
+                f"cores is {self.cores}; it must be a multiple of {together}, which a chip of "
+                f"{self.hardware} has"
+            )
 
 
 @dataclass(frozen=True)
@@ -51,12 +72,13 @@ class Plan:
     macs: float
     epochs: float
     steps: int
+    core_hours: float
     flops: float
     mfu: float
     wall_hours: float
     trials: Trials
     loss: Prediction | None
-    because: dict[str, str]  # for each of model, mfu, rates and loss: whose rule or fit it is
+    because: dict[str, str]  # of each of these, if it follows from a rule or fit: whose that is
 
 
 def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
@@ -65,27 +87,40 @@ def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
     job.check()
     runs = fitted_to(points) if points else []
     points = best_of_study(runs)
+    passes = points[0].passes if points else 1.0
     mfu, mfu_because = utilisation_for(job, points)
-    flops = account.flops_in(job.core_hours, job.hardware, mfu=mfu)
-    size, size_because = best_size(flops, points)
-    model, mismatch = nearest_model(size, job, points)
-    macs = macs_per_image(model, job.image_size, job.num_classes)
-    rows = flops / account.train_flops(macs, 1)
-    epochs = rows / job.images
+    if job.core_hours is not None:
+        flops = account.flops_in(job.core_hours, job.hardware, mfu=mfu)
+        model, model_because = chosen_model(flops / passes, job, points)  # sizes are of one pass
+        macs = macs_per_image(model, job.image_size, job.num_classes)
+        rows = flops / (passes * account.train_flops(macs, 1))
+        core_hours, epochs = job.core_hours, rows / job.images
+    else:
+        assert job.model is not None
+        assert job.epochs is not None
+        model, epochs, model_because = job.model, job.epochs, "given"
+        macs = macs_per_image(model, job.image_size, job.num_classes)
+        rows = epochs * job.images
+        flops = passes * account.train_flops(macs, rows)
+        core_hours = account.core_hours(flops, job.hardware, mfu=mfu)
+    steps = math.ceil(rows / job.batch_size)
     trials = rates_for(job, macs, epochs, runs)
     loss, loss_because = expected_loss(flops, points)
     return Plan(
         model=model,
         macs=macs,
         epochs=epochs,
-        steps=math.ceil(rows / job.batch_size),
+        steps=steps,
+        core_hours=core_hours,
         flops=flops,
         mfu=mfu,
-        wall_hours=job.core_hours / job.cores,
+        wall_hours=core_hours / job.cores,
         trials=trials,
         loss=loss,
         because={
-            "model": size_because + mismatch,
+            "model": model_because + not_run(model, points),
+            "epochs": "given" if job.epochs is not None else "spends the budget",
+            "steps": HASTY if steps < WARMUP and not points else "",
             "mfu": mfu_because + far_from(points, flops),
             "rates": trials.because,
             "loss": loss_because,
@@ -106,13 +141,18 @@ def best_of_study(points: Sequence[Point]) -> list[Point]:
     of_nfnets = ("optimizer", "repeats", "passes")  # peers have their own
     for name in (*of_all, *of_nfnets):
         compared = nfnets(pretrained) if name in of_nfnets else pretrained
-        found = sorted({str(getattr(point, name))[:12] for point in compared})
-        if len(found) > 1:
-            raise ValueError(
-                f"the runs have {len(found)} different values of {name} ({', '.join(found)}); "
-                "give the folder of one study"
-            )
+        one_value(name, {str(getattr(point, name))[:12] for point in compared})
+    for name in (HELD_OUT, "data.eval_image_size"):  # where the record says them
+        one_value(name, {str(p.settings[name]) for p in pretrained if name in p.settings})
     return best_per_cell(pretrained)
+
+
+def one_value(name: str, found: set[str]) -> None:
+    if len(found) > 1:
+        raise ValueError(
+            f"the runs have {len(found)} different values of {name} ({', '.join(sorted(found))}); "
+            "give the folder of one study"
+        )
 
 
 # ---- the parts of a plan ----------------------------------------------------------------------
@@ -124,7 +164,7 @@ def utilisation_for(job: Job, points: Sequence[Point]) -> tuple[float, str]:
     measured = [mfu for point in points if (mfu := point.mfu(job.hardware)) is not None]
     if measured:
         return statistics.median(measured), f"median of {len(measured)} runs on {job.hardware}"
-    return published.PAPER_MFU, "assumed: the paper's largest run"
+    return published.PAPER_MFU, "assumed: the paper's largest run; its smallest had 29%"
 
 
 def rates_for(job: Job, macs: float, epochs: float, runs: Sequence[Point]) -> Trials:
@@ -133,7 +173,7 @@ def rates_for(job: Job, macs: float, epochs: float, runs: Sequence[Point]) -> Tr
         return two_trials(macs, epochs, batch_size=job.batch_size)
     cells = cells_of(runs)
     of_runs = runs[0].batch_size
-    found = two_trials(macs, epochs, batch_size=of_runs, cells=cells)
+    found = two_trials(macs, epochs, batch_size=of_runs, cells=cells, downwards=True)
     if of_runs == job.batch_size:
         return found
     high, low = (rate * job.batch_size / of_runs for rate in found.rates)
@@ -150,7 +190,7 @@ def far_from(points: Sequence[Point], flops: float) -> str:
 
 
 def best_size(flops: float, points: Sequence[Point]) -> tuple[float, str]:
-    """Multiply-accumulates per image, and whose rule that is."""
+    """Multiply-accumulates per image, and whose rule that is; `flops` are of one pass."""
     if not points:
         at_one_epoch = account.flops_in(
             published.ONE_EPOCH_CORE_HOURS, "v4", mfu=published.PAPER_MFU
@@ -165,7 +205,7 @@ def best_size(flops: float, points: Sequence[Point]) -> tuple[float, str]:
         return fitted.size(flops), because
     kept = [points[index] for index in on_frontier(points)]
     middle_size = statistics.geometric_mean(point.macs for point in kept)
-    middle_flops = statistics.geometric_mean(point.flops for point in kept)
+    middle_flops = statistics.geometric_mean(point.flops / point.passes for point in kept)
     because = "paper's same rate, from the middle of the runs' frontier, which does not resolve it"
     return middle_size * math.sqrt(flops / middle_flops), because
 
@@ -186,12 +226,21 @@ def on_frontier(points: Sequence[Point]) -> list[int]:
     return frontier([point.flops for point in points], [point.loss for point in points])
 
 
+def chosen_model(flops: float, job: Job, points: Sequence[Point]) -> tuple[str, str]:
+    """For `flops` of one pass; and why."""
+    if job.model is not None:
+        return job.model, "given"
+    size, because = best_size(flops, points)
+    model, mismatch = nearest_model(size, job, points)
+    return model, because + mismatch
+
+
 def nearest_model(size: float, job: Job, points: Sequence[Point]) -> tuple[str, str]:
     """The model of the paper, or of the runs' family, that costs nearest; and how far, if far."""
     names: Sequence[str] = published.PAPER_MODELS
     if points:
-        mini = points[0].model.startswith(MINI)
-        names = [name for name in VARIANTS if name.startswith(MINI) == mini]
+        families = {family_of(point.model) for point in points}
+        names = [name for name in VARIANTS if family_of(name) in families]
     costs = {name: macs_per_image(name, job.image_size, job.num_classes) for name in names}
     name = min(costs, key=lambda name: abs(math.log(costs[name] / size)))
     if max(costs[name] / size, size / costs[name]) <= LARGEST_MISMATCH:
@@ -200,20 +249,27 @@ def nearest_model(size: float, job: Job, points: Sequence[Point]) -> tuple[str, 
     return name, f"; {size / 1e9:.3g} GMACs would be best, the {extreme} model is taken"
 
 
-def frontier_law(points: Sequence[Point]) -> Law:
-    """The power law of loss against compute. ValueError for fewer than 3 runs on the frontier."""
-    kept = on_frontier(points)
-    return fit("power", [points[i].flops for i in kept], [points[i].loss for i in kept])
+def family_of(name: str) -> tuple[bool, bool]:
+    """What differs within one is the size alone; + models are wider."""
+    return name.startswith(MINI), name.endswith(PLUS)
+
+
+def not_run(model: str, points: Sequence[Point]) -> str:
+    among = not points or model in {point.model for point in points}
+    return "" if among else "; not among the runs"
 
 
 def expected_loss(flops: float, points: Sequence[Point]) -> tuple[Prediction | None, str]:
     if not points:
         return None, "no runs were given, and the paper prints no losses"
     try:
-        law = frontier_law(points)
+        law = fit_frontier("power", [p.flops for p in points], [p.loss for p in points])
     except ValueError as error:
         return None, str(error)
-    return law.predict(flops), f"fitted here: power law through {law.points} runs"
+    because = f"fitted here: power law through the {law.points} runs on the frontier"
+    if not law.resolved("b"):
+        because += ", whose exponent is not resolved"
+    return law.predict(flops), because
 
 
 # ---- in words ---------------------------------------------------------------------------------
@@ -221,14 +277,15 @@ def expected_loss(flops: float, points: Sequence[Point]) -> tuple[Prediction | N
 
 def describe(plan: Plan, job: Job, price: float | None = None) -> str:
     """A table of what to do, each choice with whose rule it is."""
-    chips = account.chip_hours(job.core_hours, job.hardware)
+    chips = account.chip_hours(plan.core_hours, job.hardware)
     low, high = sorted(plan.trials.rates)
     share = LR_BATCH / job.batch_size
     of_rows = f"{high * share:.4g} and {low * share:.4g} for each {LR_BATCH} rows"
     senseless = "; far too many of so few images: give fewer core-hours"
-    booked = f"{job.core_hours:,.10g} core-hours = {chips:,.10g} chip-hours"
+    shown = ",.10g" if job.core_hours is not None else ",.4g"
+    booked = f"{plan.core_hours:{shown}} core-hours = {chips:{shown}} chip-hours"
     if price is not None:
-        cost = account.cost(job.core_hours, job.hardware, price=price)
+        cost = account.cost(plan.core_hours, job.hardware, price=price)
         booked += f" = {cost:,.0f} at {price:g} a chip-hour"
     lines = [
         ("budget", f"{booked} of {job.hardware}", ""),
@@ -237,9 +294,9 @@ def describe(plan: Plan, job: Job, price: float | None = None) -> str:
         (
             "epochs",
             f"{plan.epochs:.3g} of {job.images:,} images",
-            "spends the budget" + senseless * (plan.epochs > MOST_EPOCHS),
+            plan.because["epochs"] + senseless * (plan.epochs > MOST_EPOCHS),
         ),
-        ("steps", f"{plan.steps:,} of {job.batch_size} images", ""),
+        ("steps", f"{plan.steps:,} of {job.batch_size} images", plan.because["steps"]),
         (
             "peak_lr",
             f"try {high:.4g} and {low:.4g} (optim.lr_batch=null; {of_rows})",

@@ -7,7 +7,6 @@ number of epochs: the best rate of the one before, and half of it.
 """
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from scipy.optimize import linprog
 
 from nfnets_xla.scaling.account import above
 from nfnets_xla.scaling.published import BATCH, PEAK_LR
-from nfnets_xla.scaling.runs import Point, check_cells
+from nfnets_xla.scaling.runs import Point, mean_loss, runs_of_cells
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,11 @@ class Cell:
 def cells_of(points: Iterable[Point]) -> list[Cell]:
     """Of pre-training runs of one study, by size and epochs; seeds of a rate are averaged. Where
     all have diverged there is nothing to choose from, and no cell. ValueError as `check_cells`."""
-    points = list(points)
-    check_cells(points)
-    found: dict[tuple[str, float, float], dict[float, list[float]]] = {}
-    for point in points:
-        rates = found.setdefault((point.model, point.macs, point.epochs), {})
-        rates.setdefault(point.peak_lr, []).append(point.loss)
-    cells = [
-        Cell(*key, {rate: statistics.fmean(losses) for rate, losses in sorted(rates.items())})
-        for key, rates in found.items()
-    ]
+    cells: list[Cell] = []
+    for rates in runs_of_cells(points):
+        one = next(iter(rates.values()))[0]
+        losses = {rate: mean_loss(runs) for rate, runs in rates.items()}
+        cells.append(Cell(one.model, one.macs, one.epochs, losses))
     some = [cell for cell in cells if math.isfinite(cell.losses[cell.best])]
     return sorted(some, key=lambda cell: (cell.macs, cell.epochs))
 
@@ -145,13 +139,19 @@ class Trials:
 
 
 def two_trials(
-    macs: float, epochs: float, *, batch_size: int = BATCH, cells: Sequence[Cell] = ()
+    macs: float,
+    epochs: float,
+    *,
+    batch_size: int = BATCH,
+    cells: Sequence[Cell] = (),
+    downwards: bool = False,
 ) -> Trials:
     """For one run: the lowest best rate among runs no larger and no longer, and half of it.
 
     Where best rates rise from run to run, rates that never do at the least loss stand for them, if
-    such were tried. Without any run the paper's 1.6, in proportion to the batch (arXiv 2102.06171,
-    A.1).
+    such were tried. Without any such run, and `downwards`, the highest among runs no smaller and no
+    shorter, below which its own should not be, and twice that. Without any run the paper's 1.6, in
+    proportion to the batch (arXiv 2102.06171, A.1).
     """
     above("macs", macs)
     above("epochs", epochs)
@@ -160,13 +160,12 @@ def two_trials(
         cell for cell in cells if cell.before(run) or (cell.macs, cell.epochs) == (macs, epochs)
     ]
     if known:
-        try:
-            rates = fit_rule(known).rates
-        except ValueError:
-            rates = [cell.best for cell in known]
-        rate, cell = min(zip(rates, known, strict=True), key=lambda pair: pair[0])
-        because = f"{rate:g} was best for {cell.model} at {cell.epochs:g} epochs"
+        rate, because = min(ruled(known), key=lambda pair: pair[0])
         return Trials((rate, rate / 2), because)
+    later = [cell for cell in cells if run.before(cell)]
+    if downwards and later:
+        rate, because = max(ruled(later), key=lambda pair: pair[0])
+        return Trials((2 * rate, rate), f"{because}; a smaller or shorter run's may be higher")
     rate = PEAK_LR * batch_size / BATCH
     because = "best at few epochs in the paper"
     if not math.isclose(rate, PEAK_LR):
@@ -174,3 +173,18 @@ def two_trials(
     if epochs >= 2:
         because += "; falls with epochs, how far it does not print: begin the trials at fewer"
     return Trials((rate, rate / 2), because)
+
+
+def ruled(cells: Sequence[Cell]) -> list[tuple[float, str]]:
+    """Of each cell its rate, by rates that never rise if there are such, and whose it is."""
+    try:
+        rates = fit_rule(cells).rates
+    except ValueError:
+        rates = [cell.best for cell in cells]
+    found: list[tuple[float, str]] = []
+    for rate, cell in zip(rates, cells, strict=True):
+        where = f"for {cell.model} at {cell.epochs:g} epochs"
+        was_best = f"{rate:g} was best {where}"
+        instead = f"{rate:g} {where}, whose best is {cell.best:g}, of rates that never rise"
+        found.append((rate, was_best if rate == cell.best else instead))
+    return found

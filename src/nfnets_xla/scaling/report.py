@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from nfnets_xla.scaling.allocation import frontier_sizes, isoflop, parametric
-from nfnets_xla.scaling.law import fit
+from nfnets_xla.scaling.law import fit_frontier
 from nfnets_xla.scaling.plan import best_of_study, on_frontier
 from nfnets_xla.scaling.rate import cells_of, fit_rule
 from nfnets_xla.scaling.runs import Point, fitted_to
@@ -37,11 +37,10 @@ def row(point: Point, on_the_frontier: bool) -> str:
 
 
 def laws(best: Sequence[Point]) -> str:
-    kept = on_frontier(best)
-    flops, losses = [best[i].flops for i in kept], [best[i].loss for i in kept]
+    flops, losses = [point.flops for point in best], [point.loss for point in best]
 
     def of(form: str) -> str:
-        law = fit(form, flops, losses)
+        law = fit_frontier(form, flops, losses)
         parameters = ", ".join(law.says(name) for name in law.values if name != "a")
         return f"{law.form.formula}: {parameters}; R2 {law.r2:.3f} of {law.points} runs"
 

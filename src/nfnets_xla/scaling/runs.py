@@ -10,7 +10,7 @@ twice, and without the time between starts. Both are of the whole machine; `devi
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from nfnets_xla.devices import find_device
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.record import Row, RunRecord, read_record
 from nfnets_xla.scaling.account import core_hours, device, train_flops, utilisation
+
+HELD_OUT = "the held-out shards"  # among the settings of a run
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Point:
     steps_lost: int
     data: str  # fingerprint of the training shards
     init_from: str | None  # the run, file or public weights that it started from
+    seeds: int = 1  # of which loss and top-1 are the mean
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, hash=False)
 
     @property
@@ -76,6 +79,10 @@ class Point:
             return None
         return self.devices * device(hardware).cores
 
+    def is_timed(self, hardware: str) -> bool:
+        """Whether its core-hours on `hardware` were measured."""
+        return self.cores(hardware) is not None and self.typical_seconds is not None
+
     def core_hours(self, hardware: str = "v4", *, mfu: float | None = None) -> float:
         """Typical core-hours on `hardware`: measured if it ran there, else by the assumed `mfu`.
 
@@ -85,9 +92,12 @@ class Point:
         if cores is not None and self.typical_seconds is not None:
             return self.typical_seconds * cores / 3600
         if mfu is None:
+            why = f"ran on {self.device_kind}, not on {hardware}"
+            if cores is not None:
+                why = "was too short for its record to have a speed"
             raise ValueError(
-                f"{self.run} ran on {self.device_kind}, not on {hardware}: give the MFU to assume "
-                "there (the paper's largest run reached 0.36)"
+                f"{self.run} {why}: give the MFU to assume there (the paper's largest run reached "
+                "0.36)"
             )
         return core_hours(self.flops, hardware, mfu=mfu)
 
@@ -198,7 +208,7 @@ def settings_of(header: Row) -> dict[str, Any]:
     others |= {"data.num_streams", "data.window_shards"}
     found: dict[str, Any] = {}
     if "held_out" in header:
-        found["the held-out shards"] = str(header["held_out"])[:12]  # of their fingerprint
+        found[HELD_OUT] = str(header["held_out"])[:12]  # of their fingerprint
     for part, value in identity_of(header["config"]).items():
         if isinstance(value, dict):
             found |= {f"{part}.{name}": of for name, of in value.items()}  # pyright: ignore[reportUnknownVariableType]
@@ -291,23 +301,35 @@ def check_cells(points: Iterable[Point]) -> None:
                 )
 
 
-def best_per_cell(points: Iterable[Point]) -> list[Point]:
-    """Of each (model, epochs, data) the run of the learning rate with the lowest loss.
-
-    Where a rate was run with several seeds, their mean decides, and the run nearest to it is taken.
-    A rate at which a seed diverged is none, nor is a cell that has no other. ValueError as
-    `check_cells`.
-    """
-    points = list(points)
+def runs_of_cells(points: Iterable[Point]) -> list[dict[float, list[Point]]]:
+    """Of each (model, epochs, data) the runs at each rate, the lowest first; seeds of a rate in
+    their order. ValueError as `check_cells`."""
+    points = sorted(points, key=lambda point: (point.peak_lr, point.seed))
     check_cells(points)
     cells: dict[tuple[str, float, str], dict[float, list[Point]]] = {}
     for point in points:
         rates = cells.setdefault((point.model, point.epochs, point.data), {})
         rates.setdefault(point.peak_lr, []).append(point)
+    return list(cells.values())
+
+
+def mean_loss(runs: Iterable[Point]) -> float:
+    """Of the seeds of a rate; infinite if one diverged."""
+    return statistics.fmean(run.loss for run in runs)
+
+
+def best_per_cell(points: Iterable[Point]) -> list[Point]:
+    """Of each (model, epochs, data) the run of the learning rate with the lowest loss.
+
+    Where a rate was run with several seeds, loss and top-1 are their mean, and what else is said is
+    of the run nearest to it. A rate at which a seed diverged is none, nor is a cell that has no
+    other. ValueError as `check_cells`.
+    """
     best: list[Point] = []
-    for rates in cells.values():
-        runs = min(rates.values(), key=lambda runs: statistics.fmean(run.loss for run in runs))
-        mean = statistics.fmean(run.loss for run in runs)
-        if math.isfinite(mean):
-            best.append(min(runs, key=lambda run: abs(run.loss - mean)))
+    for rates in runs_of_cells(points):
+        runs = min(rates.values(), key=mean_loss)
+        if math.isfinite(mean := mean_loss(runs)):
+            nearest = min(runs, key=lambda run: abs(run.loss - mean))
+            top1 = statistics.fmean(run.top1 for run in runs)
+            best.append(replace(nearest, loss=mean, top1=top1, seeds=len(runs)))
     return best
