@@ -27,9 +27,9 @@ from nfnets_xla.predict import best
 CLASSES = 6
 
 
-def trained(name: str) -> NFNet:
+def trained(name: str, **options: Any) -> NFNet:
     torch.manual_seed(0)
-    net = NFNet(VARIANTS[name], num_classes=CLASSES).eval()
+    net = NFNet(VARIANTS[name], num_classes=CLASSES, **options).eval()
     torch.nn.init.normal_(net.get_parameter("head.weight"), std=0.1)
     return net
 
@@ -51,6 +51,26 @@ def test_a_card_loads_here_and_in_timm(tmp_path: Path) -> None:
     assert new_head(images).shape == (2, 3)
     assert torch.equal(new_head.get_parameter("stem.0.weight"), net.get_parameter("stem.0.weight"))
     assert "| classes | 6 |" in (tmp_path / "card" / "card.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("nfnet_mini_f0", {"gelu": "erf", "eps_mode": "add"}),
+        ("nfnet_mini_f0_plus", {"plus_bottleneck": "paper", "in_chans": 1}),
+    ],
+)
+def test_a_card_knows_how_its_network_was_made(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Options that change what weights mean, and the images' channels, which timm asks for."""
+    net = trained(name, **options)
+    write_card(net, name, tmp_path / "card", {"classes": CLASSES}, "a test")
+    where, images = f"local-dir:{tmp_path / 'card'}", torch.randn(2, net.in_chans, 64, 64)
+    channels = {"in_chans": net.in_chans}  # as timm asks of all its models
+    theirs = timm.create_model(where, pretrained=True, **channels)
+    for other in (nfnets_xla.create_model(where), theirs):
+        assert torch.equal(other.eval()(images), net.eval()(images))
 
 
 @pytest.mark.slow

@@ -224,8 +224,7 @@ class SPMDStrategy(SingleDeviceStrategy):
             parameter: {key: gathered[f"{parameter}/{key}"] for key in entries}
             for parameter, entries in state["state"].items()
         }
-        beside = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        return state | _gathered(beside)  # AdamW's count of updates
+        return state
 
 
 def _to_host(module: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -237,7 +236,7 @@ def _to_host(module: nn.Module, optimizers: list[Optimizer]) -> None:
     for optimizer in optimizers:
         entries = list(optimizer.state.values())
         for key in {key for state in entries for key in state}:
-            values = {str(place): state.get(key) for place, state in enumerate(entries)}
+            values = {str(n): state[key] for n, state in enumerate(entries) if key in state}
             for place, value in _gathered(values).items():
                 entries[int(place)][key] = value
 

@@ -164,11 +164,10 @@ class Classification(LightningModule):
         return self.sam
 
     def device_state(self) -> dict[str, Tensor]:
-        """Tensors beside parameters and the optimizer's slots (see strategy.HasDeviceState)."""
+        """Tensors beside parameters and the optimizer's state (see strategy.HasDeviceState)."""
         averages = {} if self.ema is None else self.ema.shadow
         guard = {} if self.guard is None else {"guard": self.guard.numbers_G}
-        own = {} if self.updater is None else self.updater.device_state()
-        return {f"ema/{name}": shadow for name, shadow in averages.items()} | guard | own
+        return {f"ema/{name}": shadow for name, shadow in averages.items()} | guard
 
     def cut_axes(self) -> dict[str, int]:
         """Where parameters and average may be cut (see strategy.HasCutAxes)."""

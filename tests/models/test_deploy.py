@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from timm.data.config import resolve_model_data_config
 from torch import nn
 
-from nfnets_xla import fuse
+from nfnets_xla import create_model, fuse
 from nfnets_xla.models.layers import WSConv2d
+from nfnets_xla.models.registry import create_network
 from tests.models.networks import trained
 
 
@@ -61,6 +63,40 @@ def test_a_network_without_its_end_is_refused() -> None:
     net.prune_intermediate_layers([2])
     with pytest.raises(ValueError, match="ends after 2 stages: fuse the whole network"):
         fuse(net)
+
+
+@torch.no_grad()
+def test_a_compiled_network_takes_a_second_size() -> None:
+    """From which on torch.compile takes sizes for unknown. With padding whose terms grew from
+    layer to layer it had not ended after 20 minutes."""
+    torch.compiler.reset()
+    net = trained().eval()
+    compiled: Any = torch.compile(net, backend="eager", fullgraph=True)
+    for size in ((64, 64), (96, 96), (80, 112)):
+        images = torch.randn(1, 3, *size)
+        torch.testing.assert_close(compiled(images), net(images))
+
+
+def test_other_networks_are_refused() -> None:
+    """What has only maps, and a peer; a compiled network is fused as it was before."""
+    for other in (
+        create_model("nfnet_mini_f0", features_only=True),
+        create_model("timm/test_vit", num_classes=5),
+    ):
+        with pytest.raises(ValueError, match=f"is a {type(other).__name__}; only an NFNet can be"):
+            fuse(other)  # type: ignore[arg-type]
+    net, images = trained().eval(), torch.randn(2, 3, 32, 32)
+    compiled: Any = torch.compile(net)
+    assert torch.equal(fuse(compiled)(images), fuse(net)(images))
+
+
+def test_it_is_evaluated_as_the_network_was() -> None:
+    """And so is what has maps alone: timm's transforms of both are the network's."""
+    net = create_network("nfnet_mini_f0")
+    maps = create_model("nfnet_mini_f0", features_only=True)
+    for other in (fuse(net), maps):
+        assert resolve_model_data_config(other) == resolve_model_data_config(net)
+    assert resolve_model_data_config(net)["crop_mode"] == "squash"
 
 
 def test_nothing_is_left_to_standardise() -> None:

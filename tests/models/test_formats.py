@@ -154,6 +154,10 @@ def test_what_torchs_wrappers_put_before_names_is_taken_off(tmp_path: Path) -> N
 def test_a_state_dict_inside_a_training_scripts_file_is_found(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": {"a": torch.zeros(2)}}, tmp_path / "x.pth")
     assert read_weights(tmp_path / "x.pth").keys() == {"a"}
+    for average in ("state_dict_ema", "model_ema"):  # as timm's own loader prefers it
+        both = {"state_dict": {"a": torch.zeros(2)}, average: {"a": torch.ones(2)}}
+        torch.save(both, tmp_path / "x.pth")
+        assert read_weights(tmp_path / "x.pth")["a"].tolist() == [1, 1]
     torch.save({"epoch": 3, "weights": {"a": torch.zeros(2)}}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="not a plain state dict"):
         read_weights(tmp_path / "x.pth")

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from timm.data.config import resolve_model_data_config
 
 from nfnets_xla import create_model
 from nfnets_xla.models.peers import VITS, Peer, create_peer
@@ -68,6 +69,14 @@ def test_a_timm_model_answers_as_an_nfnet_does(name: str) -> None:
     assert create_network(name, num_classes=3, image_size=64).macs(64) == net.macs(64)
 
 
+def test_timms_tools_see_through() -> None:
+    net = create_network("timm/test_vit")
+    assert isinstance(net, Peer)
+    assert resolve_model_data_config(net) == resolve_model_data_config(net.net)
+    undecayed = {name.removeprefix("net.") for name in net.no_weight_decay()}
+    assert undecayed == net.net.no_weight_decay() >= {"pos_embed"}
+
+
 def test_a_timm_model_runs_in_bfloat16() -> None:
     net = create_model("timm/test_vit", num_classes=5, image_size=64, dtype=torch.bfloat16).eval()
     logits = net(torch.randn(2, 3, 64, 64).bfloat16())
@@ -75,6 +84,13 @@ def test_a_timm_model_runs_in_bfloat16() -> None:
     net = create_network("timm/test_vit", num_classes=5, image_size=64).eval()
     with torch.autocast("cpu", torch.bfloat16):
         assert net(torch.randn(2, 3, 64, 64)).dtype == torch.float32
+        inside: list[torch.dtype] = []
+        net.net.blocks[0].mlp.fc1.register_forward_hook(
+            lambda _module, _inputs, output: inside.append(output.dtype)
+        )
+        net(torch.randn(2, 3, 64, 64))
+    net(torch.randn(2, 3, 64, 64))
+    assert inside == [torch.bfloat16, torch.float32]  # as the caller's autocast says
     assert logits.isfinite().all()
 
 

@@ -53,6 +53,7 @@ def test_a_registered_variant_is_built_by_its_name(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(registry, "VARIANTS", dict(VARIANTS))
     register("Mine", VARIANTS["nfnet_mini_f1"])
     assert create_model("Mine", num_classes=3).num_blocks == 24
+    assert timm.is_model("xla_Mine")
     with pytest.raises(ValueError, match="'Mine' is taken"):
         register("Mine", VARIANTS["nfnet_f0"])
 
@@ -134,6 +135,10 @@ def test_feature_maps_are_those_asked_for_and_the_rest_is_dropped() -> None:
         (192, 5, 4),
         (384, 3, 2),
     ]
+    for place in range(4):
+        last, some = net.forward_intermediates(images, [place], stop_early=True)
+        assert torch.equal(last, some[0])
+        assert torch.equal(some[0], every[place])
     for one, other in zip(maps(images), (every[1], every[3]), strict=True):
         assert torch.equal(one, other)
     assert count_parameters(maps) < count_parameters(net) / 2

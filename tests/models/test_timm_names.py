@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from timm.optim._optim_factory import create_optimizer_v2
 
 import nfnets_xla
 from nfnets_xla import NFNet, list_models
+from nfnets_xla.models.stacked import stack
 from nfnets_xla.models.variants import VARIANTS
 
 create: Any = timm.create_model  # timm types its models as bare modules
@@ -147,6 +149,11 @@ def test_timms_optimizer_groups_spare_gains_and_see_depth() -> None:
     layered = create_optimizer_v2(net, "sgd", lr=0.1, weight_decay=0.1, layer_decay=0.5)
     scales = {group["lr_scale"] for group in layered.param_groups}
     assert len(scales) == 14  # stem, 12 blocks, and what follows them
+    stacked = create_optimizer_v2(
+        stack(deepcopy(net)), "sgd", lr=0.1, weight_decay=0.1, layer_decay=0.5
+    )
+    scales = {group["lr_scale"] for group in stacked.param_groups}
+    assert len(scales) == 9  # of each stage its first block and, of three stages, the rest of it
     assert net.no_weight_decay() == {n for n, p in net.named_parameters() if p.ndim <= 1}
 
 

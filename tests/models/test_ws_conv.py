@@ -1,11 +1,13 @@
 """The scaled weight-standardised convolution against its twin, its floor, and its derivatives."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from nfnets_xla.models.layers import EpsMode, WSConv2d
+from nfnets_xla.models.layers import EpsMode, WSConv2d, same_padding
 from tests.reference.ws_conv import ws_conv_same
 
 
@@ -25,6 +27,20 @@ def test_convolution_equals_its_numpy_twin(
     weight, gain, bias = (p.detach().numpy() for p in (conv.weight, conv.gain, conv.bias))  # type: ignore[union-attr]
     expected = ws_conv_same(x.numpy(), weight, gain, bias, stride=stride, groups=groups)
     np.testing.assert_allclose(conv(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_is_tensorflows() -> None:
+    """Which is written with the size of the output; ours with a remainder, for compilers."""
+    for size, kernel, stride in product(range(1, 300), range(1, 8), range(1, 6)):
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        if stride == 1:
+            total = kernel - 1
+        assert same_padding(size, kernel, stride) == (total // 2, total - total // 2)
+
+
+def test_images_that_are_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"input is torch\.uint8; it must be of floating point"):
+        WSConv2d(3, 8, 3)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 def test_timms_eps_is_added_to_the_variance() -> None:

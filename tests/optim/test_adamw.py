@@ -1,11 +1,16 @@
 """AdamW: torch's after the clipping, in both forms; its count; its state taken up again."""
 
 import io
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from nfnets_xla.optim import AdamW_AGC, Guard, agc_, by_role, parameter_roles
 from nfnets_xla.optim.roles import CLASSIFIER_WEIGHT, CONV, LINEAR
@@ -123,9 +128,23 @@ def test_its_defaults_are_torchs() -> None:
 def test_a_state_dict_without_the_number_of_updates_is_refused() -> None:
     optimizer = adamw(small_net())
     state = optimizer.state_dict()
-    del state["updates"]
-    with pytest.raises(ValueError, match="but no 'updates'"):
+    del state["state"][0]["updates"]
+    with pytest.raises(ValueError, match="the state has no 'updates', which AdamW_AGC needs"):
         optimizer.load_state_dict(state)
+
+
+def test_torchs_distributed_checkpoints_hold_the_number_of_updates() -> None:
+    """They save what is in the state of a parameter, and no more."""
+    net, other = small_net(), small_net()
+    one, two = adamw(net), adamw(other)
+    one.step(closure_of(net))
+    saved = deepcopy(get_optimizer_state_dict(net, one))  # else both have the same moments
+    other.load_state_dict(net.state_dict())
+    set_optimizer_state_dict(other, two, saved)
+    assert two.updates_1.tolist() == [1]
+    for optimizer, of in ((one, net), (two, other)):
+        optimizer.step(closure_of(of))
+    assert_same(net, other)
 
 
 def assert_same(net: nn.Module, other: nn.Module) -> None:

@@ -3,14 +3,26 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from nfnets_xla import config
-from nfnets_xla.optim import SAM, SGD_AGC, Guard, Schedule, choice, parameter_roles, scaled_peak
+from nfnets_xla.optim import (
+    SAM,
+    SGD_AGC,
+    Guard,
+    Schedule,
+    agc_,
+    choice,
+    parameter_roles,
+    scaled_peak,
+)
 from nfnets_xla.optim.agc import clip_adaptively
 from tests.optim.network import SETTINGS, SmallNet, an_optimizer, closure_of, small_net
 
@@ -48,6 +60,35 @@ def test_a_classifier_that_is_no_linear_is_refused_by_name() -> None:
         parameter_roles(small_net(), "stem")
     with pytest.raises(ValueError, match="its last is 'head'"):
         parameter_roles(small_net(), "fc")
+
+
+def test_shards_of_fsdp2_are_refused(tmp_path: Path) -> None:
+    """They show the shape of the whole, so that only their kind tells them."""
+    net = small_net()
+    whole = parameter_roles(net, "head")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        shards = distribute_tensor(net.stem.weight.detach(), init_device_mesh("cpu", (1,)))
+        net.stem.weight = nn.Parameter(shards)
+        with pytest.raises(ValueError, match=r"'stem.weight' is a DTensor, .* it is sharded"):
+            parameter_roles(net, "head")
+        with pytest.raises(ValueError, match=r"'stem.weight' is a DTensor, .* it is sharded"):
+            SGD_AGC(net.named_parameters(), whole, lr=0.1)
+        with pytest.raises(ValueError, match=r"'stem.weight' is a DTensor, .* it is sharded"):
+            agc_(net.named_parameters(), whole)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_parameters_without_names_are_refused() -> None:
+    net = small_net()
+    roles: Any = parameter_roles(net, "head")
+    unnamed: Any = net.parameters()
+    with pytest.raises(ValueError, match=r"give module\.named_parameters\(\), not module\.param"):
+        SGD_AGC(unnamed, roles, lr=0.1)
+    with pytest.raises(ValueError, match=r"give module\.named_parameters\(\), not module\.param"):
+        agc_(unnamed, roles)
 
 
 def test_flattened_weights_have_no_role() -> None:

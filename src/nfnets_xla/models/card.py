@@ -21,6 +21,7 @@ from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, save_tensors
 
 SCHEME = "local-dir:"
+HOW = ("plus_bottleneck", "gelu", "eps_mode")
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "card.md"
 OF_TIMM = {f"nfnet_f{number}": f"dm_nfnet_f{number}" for number in range(7)}
 
@@ -48,6 +49,8 @@ def write_card(
     sizes = sizes or Sizes(net.variant.train_size, net.variant.test_size)
     cfg = timm_cfg(name, net.variant) | sized_cfg(sizes)
     cfg["num_classes"] = net.num_classes
+    for key in ("input_size", "test_input_size"):
+        cfg[key] = (net.in_chans, *cfg[key][1:])
     for key in ("hf_hub_id", "license"):  # those of the public weights
         cfg.pop(key, None)
     if in_timm:
@@ -58,7 +61,8 @@ def write_card(
         "num_classes": net.num_classes,
         "num_features": net.num_features,
         "pretrained_cfg": cfg,
-        "nfnets_xla": {"model": name, "in_chans": net.in_chans},
+        **({} if in_timm else {"model_args": made_otherwise(net)}),
+        "nfnets_xla": {"model": name, "in_chans": net.in_chans, **made_otherwise(net)},
     }
     state = to_timm(net) if in_timm else net.state_dict()
     made = folder.with_name(f".{folder.name}.{uuid4().hex}")
@@ -73,6 +77,19 @@ def write_card(
         shutil.rmtree(made, ignore_errors=True)
 
 
+def made_otherwise(net: NFNet) -> dict[str, str]:
+    """The options of NFNet that change what its weights mean, where they are not the usual ones."""
+    variant = net.variant
+    bottleneck = "paper" if variant.dense_remainder else "code"
+    its = dict(zip(HOW, (bottleneck, variant.gelu, variant.eps_mode), strict=True))
+    usual = ("code", "tanh", "floor")
+    return {
+        name: value
+        for (name, value), as_ever in zip(its.items(), usual, strict=True)
+        if value != as_ever
+    }
+
+
 def read_card(name: str) -> tuple[str, dict[str, Any], Path, Sizes]:
     """(model, options, weights, sizes) of "local-dir:FOLDER". ValueError for any other folder."""
     folder = Path(name.removeprefix(SCHEME))
@@ -81,6 +98,7 @@ def read_card(name: str) -> tuple[str, dict[str, Any], Path, Sizes]:
         ours = config["nfnets_xla"]
         model = ours["model"]
         options = {"num_classes": int(config["num_classes"]), "in_chans": int(ours["in_chans"])}
+        options |= {name: ours[name] for name in HOW if name in ours}
         sizes = sizes_of_cfg(config["pretrained_cfg"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"it has no {CONFIG}" if isinstance(error, OSError) else f"{CONFIG}: {error}"

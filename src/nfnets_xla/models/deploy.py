@@ -13,6 +13,7 @@ Shape suffixes as in nfnet.py.
 # torch types its own signatures in part.
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,16 @@ from nfnets_xla.models.variants import ALPHA
 def fuse(net: NFNet) -> "FusedNFNet":
     """A copy of `net`, in either form, for inference, in channels_last: the same logits to 1e-4.
 
-    Device and dtypes are kept; `net` is left as it is. ValueError for one whose last stages were
-    dropped (`prune_intermediate_layers`).
+    Device and dtypes are kept; `net` is left as it is. ValueError for another network, and for one
+    whose last stages were dropped (`prune_intermediate_layers`).
     """
+    whole = getattr(net, "_orig_mod", net)  # of one that torch.compile wraps
+    if not isinstance(whole, NFNet):
+        raise ValueError(
+            f"the network is a {type(whole).__name__}; only an NFNet can be fused: for feature "
+            "maps, build it without features_only"
+        )
+    net = whole
     if not isinstance(net.final_conv, WSConv2d):
         raise ValueError(
             f"the network ends after {len(net.stages)} stages: fuse the whole network, "
@@ -53,12 +61,17 @@ def fuse(net: NFNet) -> "FusedNFNet":
 
 
 class FusedNFNet(nn.Module):
-    """What `fuse` returns. Overwrites its own activations, never its input."""
+    """What `fuse` returns. Overwrites its own activations, never its input; so it has no gradient,
+    not even to its input."""
+
+    pretrained_cfg: dict[str, Any]  # as the network's, if that has one: for timm.data's transforms
 
     def __init__(self, net: NFNet) -> None:
         super().__init__()
         self.num_classes, self.num_features = net.num_classes, net.num_features
         self.global_pool = net.global_pool
+        if hasattr(net, "pretrained_cfg"):
+            self.pretrained_cfg = net.pretrained_cfg
         self.gelu: Gelu = net.variant.gelu
         gains = [1.0] + [GELU_GAIN] * (len(net.stem) - 1)  # images are not activated
         self.stem = nn.ModuleList(map(_plain, net.stem, gains))

@@ -32,7 +32,8 @@ MAX_HEADER = 100_000_000  # bytes; as the safetensors library has it
 # How torch.save's older form begins: protocol 2, then a number of ten bytes.
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
-WRAPPERS = ("state_dict", "model")  # under which training scripts keep their weights
+# Under which training scripts keep their weights; where there is an average, it, as timm's loader.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

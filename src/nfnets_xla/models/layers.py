@@ -37,7 +37,10 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """TensorFlow's SAME: pixels before and after. A stride-2 3x3 on an even size pads (0, 1)."""
     if stride == 1:  # whatever the size, which then need not be known when a graph is exported
         return (kernel - 1) // 2, kernel // 2
-    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    # By the remainder: of a size that a compiler does not know, (size / stride rounded up) is a
+    # term that grows from layer to layer until nothing can be done with it.
+    rest = size % stride
+    total = max(kernel - (stride if rest == 0 else rest), 0)
     return total // 2, total - total // 2
 
 
@@ -167,8 +170,14 @@ class WSConv2d(nn.Conv2d):
     def forward(self, input: Tensor, input_gain: float | Tensor = 1.0) -> Tensor:
         """`(B, C, H, W)` to `(B, O, ceil(H / stride), ceil(W / stride))`, in the input's dtype.
 
-        As if the input were multiplied by `input_gain`, which costs nothing here.
+        As if the input were multiplied by `input_gain`, which costs nothing here. ValueError for
+        integers, which cannot be normalised images.
         """
+        if not input.is_floating_point():
+            raise ValueError(
+                f"the input is {input.dtype}; it must be of floating point: convert images, and "
+                "normalise them as timm.data.resolve_model_data_config says"
+            )
         weight = self.standardised_weight(input_gain).to(input.dtype)
         if self.place_weight is not None:
             weight = self.place_weight(weight)

@@ -182,9 +182,8 @@ class NFNet(nn.Module):
             self.stages.append(stage)
             into = width
         self.num_features = self.head_hidden_size = 2 * into
-        self.final_conv: WSConv2d | nn.Identity = WSConv2d(
-            into, self.num_features, 1, eps_mode=variant.eps_mode
-        )
+        final_conv = WSConv2d(into, self.num_features, 1, eps_mode=variant.eps_mode)
+        self.final_conv: WSConv2d | nn.Identity = final_conv
         self.global_pool: str = "avg"
         self.head: Linear | nn.Identity = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
@@ -240,7 +239,7 @@ class NFNet(nn.Module):
         """Maps before activation, at `indices` of `feature_info` (None: all; n: the last n).
 
         Returns (what `forward_features` returns, maps), or only the maps if asked. With
-        `stop_early` nothing is computed past the last map wanted, and the first is then that map.
+        `stop_early` no stage is computed past the last map wanted, and the first is then that map.
         `norm` is of no effect: there is none. Raises ValueError for another `output_fmt`.
         """
         from timm.models._features import feature_take_indices
@@ -250,6 +249,7 @@ class NFNet(nn.Module):
         tap, x = self._stem(images_BCHW)
         maps = [tap] if 0 in wanted else []
         stages = self.stages[:last] if stop_early or intermediates_only else self.stages
+        x = x if stages else tap
         stage_masks = self._stage_masks(images_BCHW, None)
         for place, (stage, masks_BN) in enumerate(zip(stages, stage_masks, strict=False), start=1):
             x = stage(x, masks_BN)
@@ -259,8 +259,7 @@ class NFNet(nn.Module):
                 maps.append(x)
         if intermediates_only:
             return maps
-        whole = len(stages) == len(STAGE_STRIDES)
-        return (scaled_gelu(x, self.variant.gelu) if whole else x), maps
+        return (scaled_gelu(x, self.variant.gelu) if len(stages) == len(STAGE_STRIDES) else x), maps
 
     def _stem(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Two maps before activation: the last at stride 2, and the one at stride 4."""
@@ -347,9 +346,10 @@ class NFNet(nn.Module):
         return wanted
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers by depth, as timm's layer-wise learning rates want them."""
+        """Layers by depth, as timm's layer-wise rates want them; a stacked tail is one layer."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
-        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_conv", (99999,))]}
+        tails, last = (r"^stages\.(\d+)\.tail", (1,)), (r"^final_conv", (99999,))
+        return {"stem": r"^stem", "blocks": [(blocks, None), tails, last]}
 
     def no_weight_decay(self) -> set[str]:
         """Gains and biases, as DeepMind has it (experiment_nfnets.py:107-111)."""

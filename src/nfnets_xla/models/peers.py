@@ -11,6 +11,7 @@ Shape suffixes: B batch, C channels, H W pixels, N residual blocks (none here), 
 # torch types its own signatures in part.
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from math import isqrt
 from typing import Any, NamedTuple
@@ -70,6 +71,7 @@ class Peer(nn.Module):
         self.drop_rate = drop_rate
         self.num_features = int(self.net.head_hidden_size)
         self.num_classes = int(self.net.num_classes)
+        self.pretrained_cfg: dict[str, Any] = self.net.pretrained_cfg  # for timm.data's transforms
 
     @property
     def classifier_name(self) -> str:
@@ -85,7 +87,8 @@ class Peer(nn.Module):
         device, dtype = images_BCHW.device.type, images_BCHW.dtype
         lower = dtype in (torch.bfloat16, torch.float16)
         images_BCHW = images_BCHW.float() if lower else images_BCHW
-        with torch.autocast(device, dtype if lower else None, enabled=lower):
+        # Of float32 images the caller's own, if there is one, decides.
+        with torch.autocast(device, dtype) if lower else nullcontext():
             features = self.net.forward_features(images_BCHW)
             pooled_BF = self.net.forward_head(features, pre_logits=True)
         pooled_BF = pooled_BF.float() if lower else pooled_BF
@@ -96,6 +99,11 @@ class Peer(nn.Module):
         head = self.net.get_classifier()
         weight = next(head.parameters(), pooled_BF)
         return at_least_float32(without_autocast(head, pooled_BF.to(weight.dtype)))
+
+    def no_weight_decay(self) -> set[str]:
+        """What timm says of its own: a ViT's positions and tokens."""
+        own = getattr(self.net, "no_weight_decay", set[str])()
+        return {f"net.{name}" for name in own}
 
     def reset_classifier(self, num_classes: int) -> None:
         self.net.reset_classifier(num_classes)

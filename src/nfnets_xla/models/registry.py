@@ -21,7 +21,7 @@ from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import VITS, Peer, create_peer, is_peer
 from nfnets_xla.models.pretrained import fetch_pretrained
 from nfnets_xla.models.published import HAIKU_TAG, IMAGENET, TAG, TIMM_TOP1, TRANSFERRED
-from nfnets_xla.models.timm_names import sized_cfg, timm_cfg
+from nfnets_xla.models.timm_names import sized_cfg, tell_timm, timm_cfg
 from nfnets_xla.models.variants import VARIANTS, Variant
 from nfnets_xla.models.weights import check_holds, load_checkpoint, load_into
 
@@ -56,7 +56,9 @@ def create_model(
         from timm.models._features import FeatureGetterNet
 
         inner = net.net if isinstance(net, Peer) else net
+        cfg = inner.pretrained_cfg  # for timm.data's transforms
         net = FeatureGetterNet(inner, out_indices=list(out_indices))  # type: ignore[arg-type]
+        net.pretrained_cfg = cfg  # type: ignore[assignment]
     return net
 
 
@@ -168,10 +170,12 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
 
 
 def register(name: str, variant: Variant) -> None:
-    """Add a variant of your own. A name that is taken is a ValueError."""
+    """Add a variant of your own; timm has it as `xla_<name>`. A name that is taken is a
+    ValueError."""
     if name in VARIANTS:
         raise ValueError(f"model name {name!r} is taken; choose another")
     VARIANTS[name] = variant
+    tell_timm(name, variant)
 
 
 def canonical_name(name: str) -> str:

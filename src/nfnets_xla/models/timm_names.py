@@ -73,15 +73,20 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
+    for name, variant in VARIANTS.items():
+        tell_timm(name, variant)
+
+
+def tell_timm(name: str, variant: Variant) -> None:
+    """Of one model, if timm is loaded; else it is told of all when it is."""
+    if TIMM not in sys.modules:
+        return
     from timm.models import generate_default_cfgs, register_model
 
-    cfgs: dict[str, Any] = {}
-    for name, variant in VARIANTS.items():
-        tagged = f"{PREFIX}{name}.{TAG}" if name in IMAGENET else PREFIX + name
-        cfgs[tagged] = timm_cfg(name, variant)
-    default_cfgs.update(generate_default_cfgs(cfgs))  # pyright: ignore[reportUnknownArgumentType]
-    for name in VARIANTS:
-        register_model(_entrypoint(name))
+    tagged = f"{PREFIX}{name}.{TAG}" if name in IMAGENET else PREFIX + name
+    cfg = timm_cfg(name, variant)
+    default_cfgs.update(generate_default_cfgs({tagged: cfg}))  # pyright: ignore[reportUnknownArgumentType]
+    register_model(_entrypoint(name))
 
 
 def timm_cfg(name: str, variant: Variant) -> dict[str, Any]:
@@ -91,6 +96,7 @@ def timm_cfg(name: str, variant: Variant) -> dict[str, Any]:
     found = {"hf_hub_id": f"timm/dm_{name}.{TAG}", "license": "apache-2.0"}
     return {
         **(found if name in IMAGENET else {}),
+        "architecture": PREFIX + name,
         "num_classes": 1000,
         **sized_cfg(Sizes(variant.train_size, variant.test_size)),
         "crop_mode": "squash",

@@ -32,6 +32,7 @@ class AdamW_AGC(ByRole):
     """
 
     SLOTS = ("first_moment", "second_moment")
+    ONCE = ("updates",)
 
     def __init__(
         self,
@@ -63,12 +64,16 @@ class AdamW_AGC(ByRole):
             betas=betas,
             eps=eps,
         )
-        device = self.param_groups[0]["params"][0].device
-        # float32 as torch's kernels have it: exact up to 16.7 million updates.
-        self.updates_1 = torch.zeros(1).to(device)
+        self._set_updates(0)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "updates_1": self.updates_1}
+    @property
+    def updates_1(self) -> Tensor:
+        return self.state[self._first]["updates"]
+
+    def _set_updates(self, updates: float) -> None:
+        # float32 as torch's kernels have it: exact up to 16.7 million updates.
+        count_1 = torch.full((1,), float(updates))
+        self.state[self._first]["updates"] = count_1.to(self._first.device)
 
     def _count(self, holds: Tensor | None) -> None:
         made = torch.ones_like(self.updates_1) if holds is None else 1 - holds
@@ -130,20 +135,9 @@ class AdamW_AGC(ByRole):
 
     def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]], *, updates: int) -> None:
         super().load_slots(slots, updates=updates)
-        self.updates_1 = torch.full((1,), float(updates)).to(self.updates_1.device)
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's, and the number of updates: with it at 0, warm moments would be scaled up."""
-        return {**super().state_dict(), "updates": self.updates_1}
+        self._set_updates(updates)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "updates" not in state_dict:
-            raise ValueError(
-                f"the state has {', '.join(state_dict) or 'nothing'}, but no 'updates', by which "
-                "the moments are scaled: give all that AdamW_AGC.state_dict() returned"
-            )
         super().load_state_dict(state_dict)
-        self.updates_1 = state_dict["updates"].to(self.updates_1, copy=True)
-
-    def device_state(self) -> dict[str, Tensor]:
-        return {"updates": self.updates_1}
+        # A count of its own, and float32: torch takes tensors as they are, in the weights' dtype.
+        self.state[self._first]["updates"] = self.updates_1.to(torch.float32, copy=True)

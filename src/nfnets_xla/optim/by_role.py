@@ -30,6 +30,7 @@ from nfnets_xla.optim.agc import (
     clip_together_,
     clipped_shares,
     gradient,
+    in_pairs,
     unit_shape,
 )
 from nfnets_xla.optim.guard import Guard
@@ -59,6 +60,7 @@ class ByRole(torch.optim.Optimizer):
     """
 
     SLOTS: ClassVar[tuple[str, ...]]  # what it keeps of every parameter, in that one's shape
+    ONCE: ClassVar[tuple[str, ...]] = ()  # and of all, with the first one's, where torch looks
 
     def __init__(
         self,
@@ -128,7 +130,7 @@ class ByRole(torch.optim.Optimizer):
         A float, or a `(1,)` tensor of the parameters' dtype and device. On XLA a rate that changes
         should be the tensor: a float (or a 0-d tensor) that becomes exactly 0 or 1 costs a graph.
         """
-        lr = checked_hyperparameter("lr", lr, self.param_groups[0]["params"][0])
+        lr = checked_hyperparameter("lr", lr, self._first)
         for group in self.param_groups:
             group["lr"] = lr
 
@@ -280,11 +282,13 @@ class ByRole(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's. ValueError for the state of an optimizer that keeps or needs less."""
         needed = self.param_groups[0].keys() - {"param_names"}
+        kept: Mapping[int, Mapping[str, Any]] = state_dict["state"]
+        first = state_dict["param_groups"][0]["params"][0]
         for group in state_dict["param_groups"]:
             missing = sorted(needed - group.keys())
             for parameter in group["params"]:
-                kept = state_dict["state"].get(parameter, {})
-                missing += [slot for slot in self.SLOTS if slot not in kept]
+                wanted = self.SLOTS + (self.ONCE if parameter == first else ())
+                missing += [name for name in wanted if name not in kept.get(parameter, {})]
             if missing:
                 raise ValueError(
                     f"the state has no {missing[0]!r}, which {type(self).__name__} needs: it is of "
@@ -293,8 +297,12 @@ class ByRole(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def device_state(self) -> dict[str, Tensor]:
-        """What it keeps on the device beside its slots."""
-        return {}
+        """What it keeps beside its slots."""
+        return {name: self.state[self._first][name] for name in self.ONCE}
+
+    @property
+    def _first(self) -> Tensor:
+        return self.param_groups[0]["params"][0]
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return [
@@ -318,7 +326,8 @@ def _checked_parameters(
     known = plain | {role.STACKED + name for name in plain}
     named: dict[str, Tensor] = {}
     names_by_id: dict[int, str] = {}
-    for name, parameter in named_parameters:
+    for name, parameter in in_pairs(named_parameters):
+        role.check_whole(name, parameter)
         if name in named:
             raise ValueError(f"parameter {name!r} is given twice; names must be unique")
         if id(parameter) in names_by_id:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CONV = "conv"  # weight of a convolution, (O, I / groups, H, W)
 LINEAR = "linear"  # weight of an nn.Linear, (O, I)
@@ -37,10 +37,24 @@ def parameter_roles(module: nn.Module, classifier: str | None) -> dict[str, str]
     )
     roles: dict[str, str] = {}
     for name, parameter in module.named_parameters():
+        check_whole(name, parameter)
         stacked = name.startswith(stacks)
         shape = parameter.shape[1:] if stacked else parameter.shape
         roles[name] = (STACKED if stacked else "") + _role(module, name, shape, classifier)
     return roles
+
+
+def check_whole(name: str, parameter: Tensor) -> None:
+    """ValueError for a DTensor, as `fully_shard` makes them: its shape is the whole one's."""
+    if hasattr(parameter, "placements"):  # its class takes a second to import
+        raise _cut(f"parameter {name!r} is a DTensor, a shard of the whole")
+
+
+def _cut(what: str) -> ValueError:
+    return ValueError(
+        f"{what}: it is sharded or flattened, e.g. by FSDP; take the roles of the whole network, "
+        "and leave its parameters whole"
+    )
 
 
 def _modules(module: nn.Module) -> dict[str, nn.Module]:
@@ -66,10 +80,9 @@ def _role(module: nn.Module, name: str, shape: torch.Size, classifier: str | Non
     axes = {nn.Conv2d: 4, nn.Linear: 2}
     for layer, needed in axes.items():
         if isinstance(owner, layer) and leaf == "weight" and len(shape) < needed:
-            raise ValueError(
+            raise _cut(
                 f"parameter {name!r} of a {type(owner).__name__} has shape {tuple(shape)}, where "
-                f"{needed} axes are needed to tell its units: it is sharded or flattened, e.g. by "
-                "FSDP; take the roles of the whole network, and leave its parameters whole"
+                f"{needed} axes are needed to tell its units"
             )
     if owner_name == classifier and leaf in ("weight", "bias"):
         return CLASSIFIER_WEIGHT if leaf == "weight" else CLASSIFIER_BIAS
