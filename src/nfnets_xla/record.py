@@ -3,15 +3,18 @@
 `run-<attempt>.jsonl` opens with a header (kind "header"), then one object per line, each with a
 "kind", a "step" and the "seconds" since the file was opened. Files are never appended to by a later
 start, because object stores cannot; a run that was interrupted twice leaves three. Steps count from
-1: step n is the n-th update, and an evaluation or a checkpoint at step n follows that update.
-Standard library only.
+1: step n is the n-th update, and an evaluation or a checkpoint at step n follows that update. One
+process of a machine writes into a folder at a time. Standard library only.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
+import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,13 +26,25 @@ Row = dict[str, Any]
 class RecordWriter:
     """Writes one attempt's file; every line is complete and flushed before `write` returns."""
 
-    def __init__(self, run_dir: Path, header: Row) -> None:
-        """`header["resumed_from"]` is the step whose checkpoint this start continues (0: none)."""
+    def __init__(
+        self, run_dir: Path, header: Row, first: Callable[[], None] = lambda: None
+    ) -> None:
+        """`header["resumed_from"]` is the step whose checkpoint this start continues (0: none).
+
+        `first` is done when no other start can write into the folder, and before this one does.
+        Raises ValueError if one is going on there.
+        """
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.attempt = 1 + max((number for number, _ in _attempts(run_dir)), default=0)
-        self.path = run_dir / f"run-{self.attempt}.jsonl"
-        self._opened = time.monotonic()
-        self._file: TextIO = self.path.open("x", encoding="utf-8")
+        self._lock = _lock(run_dir)
+        try:
+            first()
+            self.attempt = 1 + max((number for number, _ in _attempts(run_dir)), default=0)
+            self.path = run_dir / f"run-{self.attempt}.jsonl"
+            self._opened = time.monotonic()
+            self._file: TextIO = self.path.open("x", encoding="utf-8")
+        except BaseException:
+            os.close(self._lock)
+            raise
         self.write("header", header["resumed_from"], **header)
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
@@ -44,6 +59,42 @@ class RecordWriter:
     def __exit__(self, *_: object) -> None:
         os.fsync(self._file.fileno())
         self._file.close()
+        os.close(self._lock)
+
+
+# Lustre and others without locks, NFS without its daemon: there a start goes on without one.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def _lock(run_dir: Path) -> int:
+    """A descriptor that keeps other starts out until it is closed, or this process ends in any way.
+    Processes that this one starts do not have it.
+
+    The file is the machine's own: over NFS 3 the lock of one that was taken away would stay for
+    good, and no other machine could go on.
+    """
+    descriptor = os.open(run_dir / f".lock-{_machine()}", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return descriptor
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise ValueError(
+                f"run_dir is {str(run_dir)!r}, where a run is going on on this machine: wait until "
+                "it has ended, or choose another run_dir"
+            ) from None
+        raise
+    return descriptor
+
+
+def _machine() -> str:
+    """Since it was last started; containers have their machine's."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
 
 
 class Discard:
