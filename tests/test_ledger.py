@@ -120,6 +120,31 @@ def test_damage_is_not_a_torn_end(tmp_path: Path) -> None:
         audit(tmp_path / "nothing")
 
 
+
+
+def test_a_start_without_a_step_replaces_nothing(tmp_path: Path) -> None:
+    """As when the same command is given again in the folder of a run that lives, and killed."""
+    start(tmp_path, 1, 0, ORDER.num_steps)
+    record(tmp_path, end=ORDER.num_steps)
+    start(tmp_path, 2, 0, 0)
+    with RecordWriter(tmp_path, {"resumed_from": 0, "num_steps": ORDER.num_steps}):
+        pass
+    found = audit(tmp_path)
+    assert (found.starts, found.again, found.reached) == (2, 0, ORDER.num_steps)
+    assert found.report()[-1] == "every sample exactly once"
+
+
+def test_a_start_with_steps_replaces_also_what_its_record_has_none_of(tmp_path: Path) -> None:
+    """The checkpoint of step 10 was damaged; killed before the line of its first logged step."""
+    start(tmp_path, 1, 0, 12)
+    record(tmp_path, checkpoint=10)
+    start(tmp_path, 2, 5, 7)
+    with RecordWriter(tmp_path, {"resumed_from": 5, "num_steps": ORDER.num_steps}):
+        pass
+    found = audit(tmp_path)
+    assert (found.reached, found.certain, found.again, found.faults) == (7, 5, 7, [])
+
+
 def test_the_audit_of_a_killed_run(
     tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

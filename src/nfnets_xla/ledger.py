@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from nfnets_xla.data.order import Order
 from nfnets_xla.hosts import Hosts
-from nfnets_xla.record import has_record, read_record
+from nfnets_xla.record import RunRecord, has_record, read_record
 
 FRAME = struct.Struct("<III")
 ALONE = Hosts()
@@ -92,6 +92,10 @@ def read_ledger(path: Path) -> tuple[dict[str, Any] | None, dict[int, tuple[int,
     return json.loads(line), frames
 
 
+def _has_frame(path: Path) -> bool:
+    return len(read_ledger(path)[1]) > 0
+
+
 def rows_of(path: Path, offset: int, size: int) -> tuple[Int64, Int64]:
     """(epochs, samples) of one frame."""
     with path.open("rb") as file:
@@ -153,15 +157,18 @@ class Audit:
 
 def audit(run_dir: Path) -> Audit:
     """Raises ValueError for a folder without ledgers, and for one that is damaged."""
-    paths = sorted(run_dir.glob("ledger-*.bin"), key=lambda path: int(path.stem[7:]))
+    paths = sorted(run_dir.glob("ledger-*.bin"), key=attempt_of)
+    # The record first: of a run that goes on it must not tell of steps that no ledger had yet.
+    begun = {attempt_of(path) for path in paths if _has_frame(path)}
+    record = read_record(run_dir, begun=begun) if has_record(run_dir) else None
     # Of each step the newest frame, unless a later start went on from before it.
     effective: dict[int, tuple[Path, int, int]] = {}
     again, sizes = 0, None
     for path in paths:
         head, frames = read_ledger(path)
-        if head is None:
+        sizes = head or sizes
+        if head is None or not frames:
             continue
-        sizes = head
         replaced = [step for step in effective if step > head["resumed_from"]]
         again += len(replaced)
         for step in replaced:
@@ -170,7 +177,8 @@ def audit(run_dir: Path) -> Audit:
     if sizes is None:
         raise ValueError(f"{run_dir} holds no ledger-*.bin: train with trainer.ledger=true")
     found = Audit(len(paths), sizes["steps"], sizes["samples"], sizes["draws"], again=again)
-    _read_verdicts(found, run_dir)
+    if record is not None:
+        _take_verdicts(found, record)
     if found.stopped:
         effective = {step: at for step, at in effective.items() if step < found.stopped}
     found.reached = max(effective, default=0)
@@ -193,11 +201,12 @@ def audit(run_dir: Path) -> Audit:
     return found
 
 
-def _read_verdicts(found: Audit, run_dir: Path) -> None:
+def attempt_of(path: Path) -> int:
+    return int(path.stem.removeprefix("ledger-"))
+
+
+def _take_verdicts(found: Audit, record: RunRecord) -> None:
     """What the record says of the steps, that their frames do not: they come too early."""
-    if not has_record(run_dir):
-        return
-    record = read_record(run_dir)
     saved = [header["resumed_from"] for header in record.headers[-1:]]
     saved += [row["step"] for kind in ("checkpoint", "end") for row in record.of_kind(kind)]
     found.certain = max(saved, default=0)

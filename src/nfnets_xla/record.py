@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -141,10 +141,13 @@ def refuse_training(run_dir: str | None) -> None:
         )
 
 
-def read_record(run_dir: Path | str, resuming_at: int | None = None) -> RunRecord:
+def read_record(
+    run_dir: Path | str, resuming_at: int | None = None, begun: Collection[int] = ()
+) -> RunRecord:
     """Join the attempts in `run_dir`.
 
-    A start that resumed from step n replaces whatever earlier starts wrote after step n. A torn
+    A start that resumed from step n replaces whatever earlier starts wrote after step n; one of a
+    training once it has a row, or is among those that are known to have `begun` without one. A torn
     last line (the process was killed while writing) is dropped; a torn line elsewhere is damage
     and a ValueError, as is a folder without a record. `seconds_lost` counts what a start that is
     still to write its header, from step `resuming_at`, will replace.
@@ -158,16 +161,18 @@ def read_record(run_dir: Path | str, resuming_at: int | None = None) -> RunRecor
     timed: list[tuple[Row, float]] = []  # rows, each with the seconds since the one before
     steps_lost, seconds_lost = 0, 0.0
     seconds: float | None = 0.0
-    for _, path in attempts:
+    for number, path in attempts:
         if not (read := _read_lines(path)):
             continue  # killed before its header was complete
         lines = read
+        headers.append(lines[0])
+        if len(lines) == 1 and "num_steps" in lines[0] and number not in begun:
+            continue  # of a training that has computed nothing
         resumed_from = int(lines[0]["resumed_from"])
         reached = max((row["step"] for row, _ in timed if row["kind"] in _PROGRESS), default=0)
         steps_lost += max(0, reached - resumed_from)
         kept = [(row, took) for row, took in timed if row["step"] <= resumed_from]
         seconds_lost += sum(took for _, took in timed) - sum(took for _, took in kept)
-        headers.append(lines[0])
         clock = [row.get("seconds", 0.0) for row in lines]
         took = [later - earlier for earlier, later in pairwise(clock)]
         timed = [entry for entry in kept if entry[0]["kind"] != "end"]
