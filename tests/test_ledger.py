@@ -120,6 +120,25 @@ def test_damage_is_not_a_torn_end(tmp_path: Path) -> None:
         audit(tmp_path / "nothing")
 
 
+def test_what_a_machine_that_stopped_leaves_is_a_torn_end(tmp_path: Path) -> None:
+    """Zeros where blocks had not come to the disk: after the last frame, or in it."""
+    path = start(tmp_path, 1, 0, 8)
+    data = path.read_bytes()
+    place, size = read_ledger(path)[1][8]
+    for left, reached in (
+        (data + bytes(4096), 8),
+        (data[: place + size // 2].ljust(len(data), b"\0"), 7),
+        (data[: place + size // 2].ljust(len(data) + 4096, b"\0"), 7),
+        (data[:place].ljust(len(data), b"\0"), 7),
+        (data[: place - 6].ljust(len(data) + 50, b"\0"), 7),
+    ):
+        path.write_bytes(left)
+        assert (audit(tmp_path).reached, audit(tmp_path).faults) == (reached, [])
+    start(tmp_path, 2, 5, ORDER.num_steps)  # and it is computed again
+    record(tmp_path, end=ORDER.num_steps)
+    assert audit(tmp_path).report()[-1] == "every sample exactly once"
+    assert audit(tmp_path).again == 2
+
 
 
 def test_a_start_without_a_step_replaces_nothing(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -74,26 +74,38 @@ def head_of(order: Order, start_step: int) -> dict[str, int]:
 def read_ledger(path: Path) -> tuple[dict[str, Any] | None, dict[int, tuple[int, int]]]:
     """The head, and where each step's frame is: (offset, bytes). No head: killed while writing it.
 
-    Raises ValueError for damage that is not a torn end.
+    Raises ValueError for damage that is not a torn end: it has a frame after it.
     """
     frames: dict[int, tuple[int, int]] = {}
+    damage = None
     with path.open("rb") as file:
         line = file.readline()
         if not line.endswith(b"\n"):
             return None, frames
-        while len(frame := file.read(FRAME.size)) == FRAME.size:
-            (step, size, crc), at = FRAME.unpack(frame), file.tell()
-            data = file.read(size)
-            if len(data) < size:
-                break
-            if zlib.crc32(data) != crc:
-                raise ValueError(f"{path}, offset {at}: the frame of step {step} is damaged")
-            frames[step] = at, size
+        for step, at, size, whole in _frames(file):
+            if not whole:
+                damage = damage or f"{path}, offset {at}: the frame of step {step} is damaged"
+            elif damage:
+                raise ValueError(damage)
+            else:
+                frames[step] = at, size
     return json.loads(line), frames
 
 
+def _frames(file: BinaryIO) -> Iterator[tuple[int, int, int, bool]]:
+    """From a frame on: step, offset, bytes, and whether they are those that were written."""
+    while len(frame := file.read(FRAME.size)) == FRAME.size:
+        (step, size, crc), at = FRAME.unpack(frame), file.tell()
+        data = file.read(size)
+        if step == 0 or size == 0 or len(data) < size:
+            return
+        yield step, at, size, zlib.crc32(data) == crc
+
+
 def _has_frame(path: Path) -> bool:
-    return len(read_ledger(path)[1]) > 0
+    with path.open("rb") as file:
+        file.readline()
+        return any(whole for *_, whole in _frames(file))
 
 
 def rows_of(path: Path, offset: int, size: int) -> tuple[Int64, Int64]:
