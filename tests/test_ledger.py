@@ -140,6 +140,20 @@ def test_what_a_machine_that_stopped_leaves_is_a_torn_end(tmp_path: Path) -> Non
     assert audit(tmp_path).again == 2
 
 
+def test_saved_steps_without_frames_are_a_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record has the end of the run, and its ledger has lost its own."""
+    path = start(tmp_path, 1, 0, ORDER.num_steps)
+    record(tmp_path, checkpoint=15, end=ORDER.num_steps)
+    assert audit(tmp_path).faults == []
+    offset, _ = read_ledger(path)[1][12]
+    path.write_bytes(path.read_bytes()[: offset + 3])
+    with pytest.raises(SystemExit) as stopped:
+        main(["audit", str(tmp_path)])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().out.endswith("steps 12 to 16 are saved and have no frame\n")
+
 
 def test_a_start_without_a_step_replaces_nothing(tmp_path: Path) -> None:
     """As when the same command is given again in the folder of a run that lives, and killed."""

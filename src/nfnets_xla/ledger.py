@@ -200,6 +200,10 @@ def audit(run_dir: Path) -> Audit:
     absent = sorted(set(range(1, found.reached + 1)) - effective.keys())
     if absent:
         found.faults.append(f"steps without a frame: {_first(absent)}")
+    if found.certain > found.reached:
+        found.faults.append(
+            f"steps {found.reached + 1} to {found.certain} are saved and have no frame"
+        )
     for epoch, seen in _epochs(found, effective):
         due = min(found.samples, found.draws - epoch * found.samples)
         found.shown[epoch] = int(np.count_nonzero(seen))
