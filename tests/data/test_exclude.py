@@ -184,7 +184,7 @@ def test_a_key_that_is_everywhere_is_refused(tmp_path: Path) -> None:
     key = next(key for key in map(str, range(100)) if key_hash(key) > 0.9 * 2**64)
     image = next(iter(samples(1)))[1]
     for number in range(90):
-        sample, out = (key, image, "png", 0), tmp_path / "shards" / str(number)
+        sample, out = (key, image, "png", number), tmp_path / "shards" / str(number)
         pack_samples([sample], out, samples_per_shard=1, prefix=f"shard{number}")
     with pytest.raises(ValueError, match="keys repeat, so that 0 samples with 0 keys would"):
         hold_out(build_index(tmp_path / "shards"), tmp_path / "out", samples=10)
@@ -193,9 +193,8 @@ def test_a_key_that_is_everywhere_is_refused(tmp_path: Path) -> None:
 def test_keys_that_repeat_over_shards_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     for shard in range(30):
-        packed(tmp_path / str(shard), 3, 3)
-        folder.mkdir(exist_ok=True)
-        (tmp_path / str(shard) / "shard-000000.tar").rename(folder / f"{shard}.tar")
+        three = [(*sample[:3], shard) for sample in samples(3)]
+        pack_samples(three, folder / str(shard), samples_per_shard=3, prefix=str(shard))
     for wanted in (5, 30):  # of each key there are 30
         with pytest.raises(ValueError, match=f"that 30 samples with 1 keys .* of {wanted}: pack"):
             hold_out(build_index(folder), tmp_path / "out", samples=wanted)
