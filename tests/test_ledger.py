@@ -120,6 +120,64 @@ def test_damage_is_not_a_torn_end(tmp_path: Path) -> None:
         audit(tmp_path / "nothing")
 
 
+def test_what_a_machine_that_stopped_leaves_is_a_torn_end(tmp_path: Path) -> None:
+    """Zeros where blocks had not come to the disk: after the last frame, or in it."""
+    path = start(tmp_path, 1, 0, 8)
+    data = path.read_bytes()
+    place, size = read_ledger(path)[1][8]
+    for left, reached in (
+        (data + bytes(4096), 8),
+        (data[: place + size // 2].ljust(len(data), b"\0"), 7),
+        (data[: place + size // 2].ljust(len(data) + 4096, b"\0"), 7),
+        (data[:place].ljust(len(data), b"\0"), 7),
+        (data[: place - 6].ljust(len(data) + 50, b"\0"), 7),
+    ):
+        path.write_bytes(left)
+        assert (audit(tmp_path).reached, audit(tmp_path).faults) == (reached, [])
+    start(tmp_path, 2, 5, ORDER.num_steps)  # and it is computed again
+    record(tmp_path, end=ORDER.num_steps)
+    assert audit(tmp_path).report()[-1] == "every sample exactly once"
+    assert audit(tmp_path).again == 2
+
+
+def test_saved_steps_without_frames_are_a_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record has the end of the run, and its ledger has lost its own."""
+    path = start(tmp_path, 1, 0, ORDER.num_steps)
+    record(tmp_path, checkpoint=15, end=ORDER.num_steps)
+    assert audit(tmp_path).faults == []
+    offset, _ = read_ledger(path)[1][12]
+    path.write_bytes(path.read_bytes()[: offset + 3])
+    with pytest.raises(SystemExit) as stopped:
+        main(["audit", str(tmp_path)])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().out.endswith("steps 12 to 16 are saved and have no frame\n")
+
+
+def test_a_start_without_a_step_replaces_nothing(tmp_path: Path) -> None:
+    """As when the same command is given again in the folder of a run that lives, and killed."""
+    start(tmp_path, 1, 0, ORDER.num_steps)
+    record(tmp_path, end=ORDER.num_steps)
+    start(tmp_path, 2, 0, 0)
+    with RecordWriter(tmp_path, {"resumed_from": 0, "num_steps": ORDER.num_steps}):
+        pass
+    found = audit(tmp_path)
+    assert (found.starts, found.again, found.reached) == (2, 0, ORDER.num_steps)
+    assert found.report()[-1] == "every sample exactly once"
+
+
+def test_a_start_with_steps_replaces_also_what_its_record_has_none_of(tmp_path: Path) -> None:
+    """The checkpoint of step 10 was damaged; killed before the line of its first logged step."""
+    start(tmp_path, 1, 0, 12)
+    record(tmp_path, checkpoint=10)
+    start(tmp_path, 2, 5, 7)
+    with RecordWriter(tmp_path, {"resumed_from": 5, "num_steps": ORDER.num_steps}):
+        pass
+    found = audit(tmp_path)
+    assert (found.reached, found.certain, found.again, found.faults) == (7, 5, 7, [])
+
+
 def test_the_audit_of_a_killed_run(
     tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,3 +94,28 @@ def test_seconds_that_a_restart_threw_away(tmp_path: Path) -> None:
     record = read_record(tmp_path)
     assert record.seconds_lost == 9 + 11
     assert record.seconds == 29 + 11 + 12
+
+
+def test_a_training_that_has_computed_nothing_replaces_nothing(tmp_path: Path) -> None:
+    """A second start in the folder of a run that lives was killed before its first step."""
+    attempt(tmp_path, 0, range(1, 8), end=True)
+    with RecordWriter(tmp_path, {"resumed_from": 5, "num_steps": 9}):
+        pass
+    record = read_record(tmp_path)
+    assert [row["step"] for row in record.of_kind("train")] == list(range(1, 8))
+    assert record.of_kind("end")
+    assert (record.steps_lost, record.seconds_lost) == (0, 0)
+    assert (len(record.headers), record.newest) == (2, record.headers[1:])
+    assert len(read_record(tmp_path, begun=[2]).of_kind("train")) == 5
+    attempt(tmp_path, 5, range(6, 7))
+    assert [row["attempt"] for row in read_record(tmp_path).of_kind("train")] == [1] * 5 + [3]
+    assert read_record(tmp_path).steps_lost == 2
+
+
+def test_an_evaluation_begins_anew_with_its_header(tmp_path: Path) -> None:
+    """Of other weights: that it was killed does not make the last one's end its own."""
+    for kinds in (["eval", "end"], []):
+        with RecordWriter(tmp_path, {"resumed_from": 0}) as writer:
+            for kind in kinds:
+                writer.write(kind, 0)
+    assert not read_record(tmp_path).of_kind("end")

@@ -4,12 +4,15 @@ network that is to read them."""
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import EvalBatches, TrainBatches
 from nfnets_xla.data.cache import open_cache
 from nfnets_xla.data.exclude import without
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.order import Order
+from nfnets_xla.data.records import DIGEST
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.storage import address, is_below
 from nfnets_xla.hosts import Hosts
@@ -27,7 +30,11 @@ def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:
         check_apart(run.data.shards, run.data.eval_shards)
         held_out = open_index(run, run.data.eval_shards)
     index = open_index(run, run.data.shards)
-    return index if run.data.exclude is None else without(index, run.data.exclude), held_out
+    if run.data.exclude is not None:
+        index = without(index, run.data.exclude)
+    if held_out is not None:
+        check_unshared(index, held_out)
+    return index, held_out
 
 
 def check_apart(shards: str, eval_shards: str) -> None:
@@ -37,6 +44,20 @@ def check_apart(shards: str, eval_shards: str) -> None:
         raise ValueError(
             f"data.shards is {shards} and data.eval_shards {eval_shards}: one lies in the other, "
             "whose index takes it in; move it beside that, and index both again"
+        )
+
+
+def check_unshared(index: ShardIndex, held_out: ShardIndex) -> None:
+    """Raises ValueError for a held-out shard, its copy or a link to it, that is trained on: one of
+    which a sample is left."""
+    one, other = (each.manifest.digests_S.view(f"S{DIGEST}") for each in (index, held_out))
+    shared = np.flatnonzero(np.isin(one, other) & (index.counts > 0))
+    if len(shared):
+        twin = held_out.name(int(np.flatnonzero(other == one[shared[0]])[0]))
+        raise ValueError(
+            f"data.shards and data.eval_shards have {len(shared)} shards of the same samples "
+            f"({index.folder}/{index.name(int(shared[0]))} and {held_out.folder}/{twin}): take "
+            "them out of one of the two and index it again, or name the samples in data.exclude"
         )
 
 

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from nfnets_xla.data.order import Order
 from nfnets_xla.hosts import Hosts
-from nfnets_xla.record import has_record, read_record
+from nfnets_xla.record import RunRecord, has_record, read_record
 
 FRAME = struct.Struct("<III")
 ALONE = Hosts()
@@ -74,22 +74,38 @@ def head_of(order: Order, start_step: int) -> dict[str, int]:
 def read_ledger(path: Path) -> tuple[dict[str, Any] | None, dict[int, tuple[int, int]]]:
     """The head, and where each step's frame is: (offset, bytes). No head: killed while writing it.
 
-    Raises ValueError for damage that is not a torn end.
+    Raises ValueError for damage that is not a torn end: it has a frame after it.
     """
     frames: dict[int, tuple[int, int]] = {}
+    damage = None
     with path.open("rb") as file:
         line = file.readline()
         if not line.endswith(b"\n"):
             return None, frames
-        while len(frame := file.read(FRAME.size)) == FRAME.size:
-            (step, size, crc), at = FRAME.unpack(frame), file.tell()
-            data = file.read(size)
-            if len(data) < size:
-                break
-            if zlib.crc32(data) != crc:
-                raise ValueError(f"{path}, offset {at}: the frame of step {step} is damaged")
-            frames[step] = at, size
+        for step, at, size, whole in _frames(file):
+            if not whole:
+                damage = damage or f"{path}, offset {at}: the frame of step {step} is damaged"
+            elif damage:
+                raise ValueError(damage)
+            else:
+                frames[step] = at, size
     return json.loads(line), frames
+
+
+def _frames(file: BinaryIO) -> Iterator[tuple[int, int, int, bool]]:
+    """From a frame on: step, offset, bytes, and whether they are those that were written."""
+    while len(frame := file.read(FRAME.size)) == FRAME.size:
+        (step, size, crc), at = FRAME.unpack(frame), file.tell()
+        data = file.read(size)
+        if step == 0 or size == 0 or len(data) < size:
+            return
+        yield step, at, size, zlib.crc32(data) == crc
+
+
+def _has_frame(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.readline()
+        return any(whole for *_, whole in _frames(file))
 
 
 def rows_of(path: Path, offset: int, size: int) -> tuple[Int64, Int64]:
@@ -153,15 +169,18 @@ class Audit:
 
 def audit(run_dir: Path) -> Audit:
     """Raises ValueError for a folder without ledgers, and for one that is damaged."""
-    paths = sorted(run_dir.glob("ledger-*.bin"), key=lambda path: int(path.stem[7:]))
+    paths = sorted(run_dir.glob("ledger-*.bin"), key=attempt_of)
+    # The record first: of a run that goes on it must not tell of steps that no ledger had yet.
+    begun = {attempt_of(path) for path in paths if _has_frame(path)}
+    record = read_record(run_dir, begun=begun) if has_record(run_dir) else None
     # Of each step the newest frame, unless a later start went on from before it.
     effective: dict[int, tuple[Path, int, int]] = {}
     again, sizes = 0, None
     for path in paths:
         head, frames = read_ledger(path)
-        if head is None:
+        sizes = head or sizes
+        if head is None or not frames:
             continue
-        sizes = head
         replaced = [step for step in effective if step > head["resumed_from"]]
         again += len(replaced)
         for step in replaced:
@@ -170,7 +189,8 @@ def audit(run_dir: Path) -> Audit:
     if sizes is None:
         raise ValueError(f"{run_dir} holds no ledger-*.bin: train with trainer.ledger=true")
     found = Audit(len(paths), sizes["steps"], sizes["samples"], sizes["draws"], again=again)
-    _read_verdicts(found, run_dir)
+    if record is not None:
+        _take_verdicts(found, record)
     if found.stopped:
         effective = {step: at for step, at in effective.items() if step < found.stopped}
     found.reached = max(effective, default=0)
@@ -180,6 +200,10 @@ def audit(run_dir: Path) -> Audit:
     absent = sorted(set(range(1, found.reached + 1)) - effective.keys())
     if absent:
         found.faults.append(f"steps without a frame: {_first(absent)}")
+    if found.certain > found.reached:
+        found.faults.append(
+            f"steps {found.reached + 1} to {found.certain} are saved and have no frame"
+        )
     for epoch, seen in _epochs(found, effective):
         due = min(found.samples, found.draws - epoch * found.samples)
         found.shown[epoch] = int(np.count_nonzero(seen))
@@ -193,11 +217,12 @@ def audit(run_dir: Path) -> Audit:
     return found
 
 
-def _read_verdicts(found: Audit, run_dir: Path) -> None:
+def attempt_of(path: Path) -> int:
+    return int(path.stem.removeprefix("ledger-"))
+
+
+def _take_verdicts(found: Audit, record: RunRecord) -> None:
     """What the record says of the steps, that their frames do not: they come too early."""
-    if not has_record(run_dir):
-        return
-    record = read_record(run_dir)
     saved = [header["resumed_from"] for header in record.headers[-1:]]
     saved += [row["step"] for kind in ("checkpoint", "end") for row in record.of_kind(kind)]
     found.certain = max(saved, default=0)

@@ -3,15 +3,18 @@
 `run-<attempt>.jsonl` opens with a header (kind "header"), then one object per line, each with a
 "kind", a "step" and the "seconds" since the file was opened. Files are never appended to by a later
 start, because object stores cannot; a run that was interrupted twice leaves three. Steps count from
-1: step n is the n-th update, and an evaluation or a checkpoint at step n follows that update.
-Standard library only.
+1: step n is the n-th update, and an evaluation or a checkpoint at step n follows that update. One
+process of a machine writes into a folder at a time. Standard library only.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
+import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,13 +26,25 @@ Row = dict[str, Any]
 class RecordWriter:
     """Writes one attempt's file; every line is complete and flushed before `write` returns."""
 
-    def __init__(self, run_dir: Path, header: Row) -> None:
-        """`header["resumed_from"]` is the step whose checkpoint this start continues (0: none)."""
+    def __init__(
+        self, run_dir: Path, header: Row, first: Callable[[], None] = lambda: None
+    ) -> None:
+        """`header["resumed_from"]` is the step whose checkpoint this start continues (0: none).
+
+        `first` is done when no other start can write into the folder, and before this one does.
+        Raises ValueError if one is going on there.
+        """
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.attempt = 1 + max((number for number, _ in _attempts(run_dir)), default=0)
-        self.path = run_dir / f"run-{self.attempt}.jsonl"
-        self._opened = time.monotonic()
-        self._file: TextIO = self.path.open("x", encoding="utf-8")
+        self._lock = _lock(run_dir)
+        try:
+            first()
+            self.attempt = 1 + max((number for number, _ in _attempts(run_dir)), default=0)
+            self.path = run_dir / f"run-{self.attempt}.jsonl"
+            self._opened = time.monotonic()
+            self._file: TextIO = self.path.open("x", encoding="utf-8")
+        except BaseException:
+            os.close(self._lock)
+            raise
         self.write("header", header["resumed_from"], **header)
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
@@ -44,6 +59,42 @@ class RecordWriter:
     def __exit__(self, *_: object) -> None:
         os.fsync(self._file.fileno())
         self._file.close()
+        os.close(self._lock)
+
+
+# Lustre and others without locks, NFS without its daemon: there a start goes on without one.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def _lock(run_dir: Path) -> int:
+    """A descriptor that keeps other starts out until it is closed, or this process ends in any way.
+    Processes that this one starts do not have it.
+
+    The file is the machine's own: over NFS 3 the lock of one that was taken away would stay for
+    good, and no other machine could go on.
+    """
+    descriptor = os.open(run_dir / f".lock-{_machine()}", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return descriptor
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise ValueError(
+                f"run_dir is {str(run_dir)!r}, where a run is going on on this machine: wait until "
+                "it has ended, or choose another run_dir"
+            ) from None
+        raise
+    return descriptor
+
+
+def _machine() -> str:
+    """Since it was last started; containers have their machine's."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
 
 
 class Discard:
@@ -90,10 +141,13 @@ def refuse_training(run_dir: str | None) -> None:
         )
 
 
-def read_record(run_dir: Path | str, resuming_at: int | None = None) -> RunRecord:
+def read_record(
+    run_dir: Path | str, resuming_at: int | None = None, begun: Collection[int] = ()
+) -> RunRecord:
     """Join the attempts in `run_dir`.
 
-    A start that resumed from step n replaces whatever earlier starts wrote after step n. A torn
+    A start that resumed from step n replaces whatever earlier starts wrote after step n; one of a
+    training once it has a row, or is among those that are known to have `begun` without one. A torn
     last line (the process was killed while writing) is dropped; a torn line elsewhere is damage
     and a ValueError, as is a folder without a record. `seconds_lost` counts what a start that is
     still to write its header, from step `resuming_at`, will replace.
@@ -107,16 +161,18 @@ def read_record(run_dir: Path | str, resuming_at: int | None = None) -> RunRecor
     timed: list[tuple[Row, float]] = []  # rows, each with the seconds since the one before
     steps_lost, seconds_lost = 0, 0.0
     seconds: float | None = 0.0
-    for _, path in attempts:
+    for number, path in attempts:
         if not (read := _read_lines(path)):
             continue  # killed before its header was complete
         lines = read
+        headers.append(lines[0])
+        if len(lines) == 1 and "num_steps" in lines[0] and number not in begun:
+            continue  # of a training that has computed nothing
         resumed_from = int(lines[0]["resumed_from"])
         reached = max((row["step"] for row, _ in timed if row["kind"] in _PROGRESS), default=0)
         steps_lost += max(0, reached - resumed_from)
         kept = [(row, took) for row, took in timed if row["step"] <= resumed_from]
         seconds_lost += sum(took for _, took in timed) - sum(took for _, took in kept)
-        headers.append(lines[0])
         clock = [row.get("seconds", 0.0) for row in lines]
         took = [later - earlier for earlier, later in pairwise(clock)]
         timed = [entry for entry in kept if entry[0]["kind"] != "end"]

@@ -11,7 +11,8 @@ from lightning.pytorch import Callback
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.display import Display, Say
-from nfnets_xla.history import flush_history, take_history
+from nfnets_xla.exits import Interrupted
+from nfnets_xla.history import flush_history, past_of, take_history
 from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.ledger import Ledger, head_of
@@ -20,7 +21,7 @@ from nfnets_xla.models.registry import count_parameters
 from nfnets_xla.models.stacked import is_stacked
 from nfnets_xla.monitor import Monitor, Trace
 from nfnets_xla.prepare import Ready
-from nfnets_xla.record import Discard, RecordWriter
+from nfnets_xla.record import Discard, RecordWriter, has_record
 from nfnets_xla.resume import RunState, installed
 from nfnets_xla.saves import Saves
 from nfnets_xla.skips import Skips
@@ -42,14 +43,10 @@ class Watch:
 def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
     """The first that is written of this start."""
     plan, run, past, hosts = ready.plan, ready.plan.run, ready.past, ready.hosts
-    if hosts.writes and ready.start is not None:
-        take_history(ready.start, plan.folder)
-    record = Discard()
-    if hosts.writes:
-        record = open_files.enter_context(RecordWriter(plan.folder, header(ready)))
-        (plan.folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
+    record = open_record(ready, open_files)
     curves = NoCurves()
     if isinstance(record, RecordWriter):
+        (plan.folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
         curves = Curves(plan.folder, record.attempt, past.step, run.trainer.tensorboard)
     open_files.enter_context(closing(curves))
     skips = Skips(
@@ -90,6 +87,34 @@ def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
         ledger = Ledger(plan.folder, record.attempt, head_of(plan.order, past.step), hosts)
         callbacks.insert(0, open_files.enter_context(closing(ledger)))
     return Watch(record, skips, monitor, keeper, missed, callbacks)
+
+
+def open_record(ready: Ready, open_files: ExitStack) -> RecordWriter | Discard:
+    """Raises ValueError, on every host, if another start is writing into the folder."""
+    record, fault = Discard(), None
+    if ready.hosts.writes:
+        try:
+            writer = RecordWriter(ready.plan.folder, header(ready), partial(take_over, ready))
+            record = open_files.enter_context(writer)
+        except ValueError as error:
+            fault = str(error)
+    fault = ready.hosts.gather(fault)[0]
+    if fault is not None:
+        raise ValueError(fault)
+    return record
+
+
+def take_over(ready: Ready) -> None:
+    """What this start builds on, unless another has come further in the folder meanwhile."""
+    folder = ready.plan.folder
+    # Without a record the past is another folder's, whose run may go on.
+    if has_record(folder) and past_of(ready.start, folder) != ready.past:
+        raise Interrupted(
+            f"another start has written into {folder} while this one was preparing: start again, "
+            "to go on from what is there now"
+        )
+    if ready.start is not None:
+        take_history(ready.start, folder)
 
 
 def open_keeper(

@@ -1,18 +1,20 @@
 """Excluded samples are in no count, order or batch; the fingerprint says which they are."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.exclude import resolve, save_exclusions, without
 from nfnets_xla.data.holdout import choose, hold_out, key_hash
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.data.shards import ShardIndex
-from nfnets_xla.inputs import check_apart
+from nfnets_xla.inputs import check_apart, open_shards
 from tests.data.images import packed, samples
 
 
@@ -172,6 +174,35 @@ def test_the_copies_are_no_shards_of_the_folder_they_come_from(tmp_path: Path) -
     check_apart("s3://b/all", str(tmp_path / "all"))
 
 
+@pytest.mark.parametrize("how", ["link", "copy"])
+def test_held_out_shards_are_not_trained_on(tmp_path: Path, how: str) -> None:
+    """Below another folder's link or copied into it, where paths do not tell. Excluded they may
+    be there, but not with a sample left."""
+    pack_samples(samples(35), tmp_path / "val", samples_per_shard=10, prefix="val")
+    packed(tmp_path / "all", 25, 7)
+    if how == "link":
+        (tmp_path / "all" / "more").symlink_to(tmp_path / "val")
+    else:
+        shutil.copytree(tmp_path / "val", tmp_path / "all" / "more")
+    both = [build_index(tmp_path / name) for name in ("all", "val")]
+    given = [f"data.{key}={index.folder}" for key, index in zip(KEYS, both, strict=True)]
+
+    def opened(*words: str) -> int:
+        run = to_run(composed("pretrain", [*given, *words, "optim.epochs=1", "run_dir=R"]))
+        return open_shards(run)[0].num_samples
+
+    said = r"have 4 shards of the same samples \(.*/all/more/val-000000.tar and .*/val/val-000000"
+    with pytest.raises(ValueError, match=said):
+        opened()
+    ids = [sample_id for sample_id, *_ in everything(both[1])]
+    assert opened(f"data.exclude={listed(tmp_path, ids)}") == 25
+    with pytest.raises(ValueError, match=r"have 1 shards of .*more/val-000003.tar and"):
+        opened(f"data.exclude={listed(tmp_path, ids[:-1])}")
+
+
+KEYS = ("shards", "eval_shards")
+
+
 def test_a_split_grows_by_adding_and_is_golden(index: ShardIndex) -> None:
     chosen = [index.sample_id(*place).partition("/")[2] for place in choose(index, 9)]
     fewer = [index.sample_id(*place).partition("/")[2] for place in choose(index, 4)]
@@ -184,7 +215,7 @@ def test_a_key_that_is_everywhere_is_refused(tmp_path: Path) -> None:
     key = next(key for key in map(str, range(100)) if key_hash(key) > 0.9 * 2**64)
     image = next(iter(samples(1)))[1]
     for number in range(90):
-        sample, out = (key, image, "png", 0), tmp_path / "shards" / str(number)
+        sample, out = (key, image, "png", number), tmp_path / "shards" / str(number)
         pack_samples([sample], out, samples_per_shard=1, prefix=f"shard{number}")
     with pytest.raises(ValueError, match="keys repeat, so that 0 samples with 0 keys would"):
         hold_out(build_index(tmp_path / "shards"), tmp_path / "out", samples=10)
@@ -193,9 +224,8 @@ def test_a_key_that_is_everywhere_is_refused(tmp_path: Path) -> None:
 def test_keys_that_repeat_over_shards_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     for shard in range(30):
-        packed(tmp_path / str(shard), 3, 3)
-        folder.mkdir(exist_ok=True)
-        (tmp_path / str(shard) / "shard-000000.tar").rename(folder / f"{shard}.tar")
+        three = [(*sample[:3], shard) for sample in samples(3)]
+        pack_samples(three, folder / str(shard), samples_per_shard=3, prefix=str(shard))
     for wanted in (5, 30):  # of each key there are 30
         with pytest.raises(ValueError, match=f"that 30 samples with 1 keys .* of {wanted}: pack"):
             hold_out(build_index(folder), tmp_path / "out", samples=wanted)

@@ -42,6 +42,23 @@ def test_every_fault_of_every_shard(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.npz"))
 
 
+def test_a_shard_that_is_there_twice_is_a_fault(tmp_path: Path) -> None:
+    """Also one with faults of its own. What is alike in a part is not the same."""
+    good = noise_png(0)
+    write_tar(tmp_path / "a.tar", [*sample("x", 1, good), *sample("y", 1, good[:80])])
+    write_tar(tmp_path / "b.tar", sample("x", 1, good))
+    write_tar(tmp_path / "c.tar", sample("x", 2, good))
+    write_tar(tmp_path / "d.tar", sample("z", 1, good[:80]))
+    assert len(lint(tmp_path)) == 2
+    for name, of in (("e.tar", "a.tar"), ("f.tar", "b.tar")):
+        (tmp_path / name).symlink_to(of)
+    twice = [fault for fault in lint(tmp_path, jobs=2) if "same samples" in fault.what]
+    assert [str(fault).partition(" hold")[0] for fault in twice] == [
+        "e.tar, offset 0: e.tar and a.tar",
+        "f.tar, offset 0: f.tar and b.tar",
+    ]
+
+
 def test_an_image_too_large_to_decode_is_a_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,9 +107,9 @@ def test_a_shard_that_is_replaced_by_an_older_one_is_scanned_again(tmp_path: Pat
 
 
 def test_shards_may_lie_in_subfolders_but_not_share_a_file_name(tmp_path: Path) -> None:
-    for name in ("one/a.tar", "two/b.tar", ".hidden/c.tar"):
+    for label, name in enumerate(("one/a.tar", "two/b.tar", ".hidden/c.tar")):
         (tmp_path / name).parent.mkdir()
-        write_tar(tmp_path / name, sample("x/1", 1) + sample("y", 2))
+        write_tar(tmp_path / name, sample("x/1", label) + sample("y", 2))
     index = build_index(tmp_path)
     assert [index.name(0), index.name(1)] == ["one/a.tar", "two/b.tar"]
     assert index.sample_id(1, 0) == "b/x/1"
@@ -121,9 +121,9 @@ def test_shards_may_lie_in_subfolders_but_not_share_a_file_name(tmp_path: Path) 
 
 def test_links_to_folders_are_followed_and_none_is_read_twice(tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "shards", tmp_path / "elsewhere"
-    for path in (folder / "own/a.tar", elsewhere / "deep/b.tar"):
+    for key, path in (("x", folder / "own/a.tar"), ("y", elsewhere / "deep/b.tar")):
         path.parent.mkdir(parents=True)
-        write_tar(path, sample("x"))
+        write_tar(path, sample(key))
     (folder / "disk").symlink_to(elsewhere)
     (folder / "another").symlink_to(folder / "own")  # which has a name already
     (elsewhere / "back").symlink_to(folder)

@@ -88,6 +88,23 @@ def test_the_folder_must_be_local_and_hold_shards(tmp_path: Path) -> None:
         assert "is not a folder" in one_line(lambda: action(tmp_path / "none"))  # noqa: B023
 
 
+@pytest.mark.parametrize("as_link", [False, True])
+def test_a_shard_that_is_there_twice_is_refused(folder: Path, as_link: bool) -> None:
+    """A browser's second download, or a name for the newest: its samples would be shown twice."""
+    twin = folder / "gnu (1).tar"
+    if as_link:
+        twin.symlink_to("gnu.tar")
+    else:
+        twin.write_bytes((folder / "gnu.tar").read_bytes())
+    what = "gnu.tar and gnu (1).tar hold the same samples, as a copy or a link does: take one"
+    for force in (False, True):
+        message = one_line(lambda: build_index(folder, force=force))  # noqa: B023
+        assert message.startswith(f"{folder}: {what}")
+    assert not (folder / "index.npz").exists()
+    twin.unlink()
+    assert build_index(folder).num_shards == 4
+
+
 # ---- indexes that no longer fit ---------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ A shard's sidecar is written as soon as it is scanned, the manifest last. A re-r
 where one that was stopped left off: shards whose sidecar is newer than they are not read again.
 """
 
+from collections.abc import Hashable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +35,8 @@ def build_index(
     """Index every *.tar in a folder and its subfolders, and write the index beside them.
 
     With `force`, shards are scanned again whatever is there. Raises ValueError for two shards of
-    one file name, for the first fault of a shard (`lint.py` lists them all), and for an address to
-    which nothing can be written.
+    one file name or of the same samples, for the first fault of a shard (`lint.py` lists them all),
+    and for an address to which nothing can be written.
     """
     where = open_folder(folder)
     sizes = where.sizes()
@@ -46,8 +47,12 @@ def build_index(
     if twice:
         raise ValueError(f"{folder}: {twice[0][1]}")
     job = partial(index_shard, where, force)
-    lines = map_jobs(job, list(sizes.items()), engine=engine, jobs=jobs, on_progress=on_progress)
-    manifest = make_manifest(list(lines))
+    shards = list(sizes.items())
+    lines = list(map_jobs(job, shards, engine=engine, jobs=jobs, on_progress=on_progress))
+    twice = same_samples((line.name, line.digest) for line in lines)
+    if twice:
+        raise ValueError(f"{folder}: {twice[0][1]}")
+    manifest = make_manifest(lines)
     where.write(MANIFEST, manifest_bytes(manifest))
     return ShardIndex(where, manifest)
 
@@ -91,4 +96,16 @@ def same_names(names: list[str]) -> list[tuple[str, str]]:
         other = first.setdefault(short_name(name), name)
         if other != name:
             found.append((name, f"{name} and {other} have one file name: rename one of them"))
+    return found
+
+
+def same_samples(digests: Iterable[tuple[str, Hashable]]) -> list[tuple[str, str]]:
+    """Shards that are another one's copy, or a link to it: each with what is wrong with it."""
+    first: dict[Hashable, str] = {}
+    found: list[tuple[str, str]] = []
+    for name, digest in digests:
+        other = first.setdefault(digest, name)
+        if other != name:
+            what = f"{name} and {other} hold the same samples, as a copy or a link does"
+            found.append((name, f"{what}: take one of them out"))
     return found

@@ -5,12 +5,12 @@ Indexing stops at the first fault; `lint` names them all, and decodes every imag
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nfnets_xla.data.decode import decode
-from nfnets_xla.data.index import same_names
+from nfnets_xla.data.index import same_names, same_samples
 from nfnets_xla.data.jobs import Progress, map_jobs
 from nfnets_xla.data.records import SIDECAR, Records
 from nfnets_xla.data.remote import AnyFolder, open_folder
@@ -46,10 +46,14 @@ def lint(
         raise ValueError(f"{folder} holds no shards: give a folder that has files named *.tar")
     job = partial(_lint_shard, where)
     scans = map_jobs(job, names, engine=engine, jobs=jobs, on_progress=on_progress)
-    found = [ShardFault(name, 0, what) for name, what in same_names(names)]
-    for name, faults in zip(names, scans, strict=True):
+    found: list[ShardFault] = []
+    digests: list[tuple[str, Any]] = []
+    for name, (faults, digest) in zip(names, scans, strict=True):
         found += [ShardFault(name, *fault) for fault in faults]
-    return sorted(found)
+        if digest is not None:  # of the samples without fault: in a copy the others have the same
+            digests.append((name, (digest, *faults)))
+    twice = same_names(names) + same_samples(digests)
+    return sorted(found + [ShardFault(name, 0, what) for name, what in twice])
 
 
 def check_image(data: bytes) -> str | None:
@@ -66,8 +70,9 @@ def check_image(data: bytes) -> str | None:
     return None
 
 
-def _lint_shard(folder: AnyFolder, name: str) -> list[Fault]:
-    return scan_shard(folder.open(name), check_image).faults
+def _lint_shard(folder: AnyFolder, name: str) -> tuple[list[Fault], bytes | None]:
+    records, faults = scan_shard(folder.open(name), check_image)
+    return faults, None if records is None else records.digest()
 
 
 # ---- what there is ----------------------------------------------------------------------------

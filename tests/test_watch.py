@@ -1,0 +1,112 @@
+"""Two starts in one folder: the second is refused while the first lives, however that ends; and a
+start that looked before another wrote does not go on from what it saw."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from nfnets_xla.cli import main
+from nfnets_xla.compose import composed, to_run
+from nfnets_xla.display import Lines
+from nfnets_xla.exits import Interrupted
+from nfnets_xla.prepare import Ready, make_plan, prepare
+from nfnets_xla.record import RecordWriter, read_record
+from nfnets_xla.watch import open_watch
+from tests.runs import PLAIN_CPU, RECIPE, SMALL, reach, run, start
+
+ONE = [*RECIPE, *SMALL, *PLAIN_CPU, "trainer.checkpoint_every=1"]
+
+
+def test_a_second_start_is_refused_and_leaves_the_first_alone(
+    tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, log, other = tmp_path / "run", tmp_path / "log", tmp_path / "other"
+    arguments = [*ONE, *data, "optim.epochs=0.5", "trainer.ledger=true", f"run_dir={run_dir}"]
+    (first,) = reach(lambda: [start(arguments, log)], run_dir, 1, log, "samples")
+    first.send_signal(signal.SIGSTOP)  # it must not end before
+    second = start(arguments, other)
+    assert second.wait() == 2
+    first.send_signal(signal.SIGCONT)
+    (line,) = (line for line in other.read_text().splitlines() if line.startswith("nfnets-xla"))
+    assert line.startswith(f"nfnets-xla: run_dir is {str(run_dir)!r}, where a run is going on")
+    assert line.endswith("wait until it has ended, or choose another run_dir")
+    assert first.wait() == 0, log.read_text()
+    assert len(list(run_dir.glob("run-*.jsonl"))) == 1
+    main(["audit", str(run_dir)])
+    assert capsys.readouterr().out.endswith("every sample exactly once\n")
+
+
+def test_a_killed_run_leaves_no_lock_though_its_workers_live(
+    tmp_path: Path, data: list[str]
+) -> None:
+    """The kernel gives it back with the last descriptor; only the run itself may have one."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = [*ONE, *data, "data.workers=2", "optim.epochs=0.5", f"run_dir={run_dir}"]
+    (first,) = reach(lambda: [start(arguments, log)], run_dir, 1, log, "samples")
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    assert len(children) >= 3  # two workers and the resource tracker
+    assert locked(run_dir, str(first.pid))
+    assert [pid for pid in children if locked(run_dir, pid)] == []
+    first.kill()
+    first.wait()
+    run(arguments, log)
+    assert read_record(run_dir).of_kind("end")
+
+
+def locked(run_dir: Path, pid: str) -> bool:
+    opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    return any(path.startswith(f"{run_dir}/.lock-") for path in opened)
+
+
+def made_ready(run_dir: Path, data: list[str]) -> Ready:
+    plan = make_plan(to_run(composed(ONE[0], [*ONE[1:], *data, f"run_dir={run_dir}"])))
+    return prepare(plan, None, print)
+
+
+def test_what_another_start_wrote_meanwhile_is_not_replaced(
+    tmp_path: Path, data: list[str]
+) -> None:
+    """It has ended by the time that this one has the folder, which would begin anew."""
+    ready = made_ready(tmp_path, data)
+    with RecordWriter(tmp_path, {"resumed_from": 0, "num_steps": 9}) as record:
+        record._opened -= 1  # a step takes some time
+        record.write("train", 1, loss=1.0)
+    with ExitStack() as open_files:
+        with pytest.raises(Interrupted, match=r"has written into .* start again"):
+            open_watch(ready, Lines(), open_files)
+        with RecordWriter(tmp_path, {"resumed_from": 1, "num_steps": 9}) as record:
+            assert record.attempt == 2  # and the folder is free
+    assert len(read_record(tmp_path).rows) == 1
+
+
+def test_the_folder_is_free_when_a_record_is_closed_and_when_its_process_ends(
+    tmp_path: Path,
+) -> None:
+    code = "import pathlib, sys, nfnets_xla.record as record; "
+    code += "record.RecordWriter(pathlib.Path(sys.argv[1]), {'resumed_from': 0})"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with RecordWriter(tmp_path, {"resumed_from": 0}):
+        other = subprocess.run(command, capture_output=True, check=False)
+        assert b"a run is going on on this machine" in other.stderr
+    for _ in range(2):
+        subprocess.run(command, check=True)
+    assert len(list(tmp_path.glob("run-*"))) == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(_descriptor: int, _how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with RecordWriter(tmp_path, {"resumed_from": 0}) as record:
+        assert record.attempt == 1
