@@ -12,7 +12,7 @@ import torch
 from fsspec import filesystem
 from fsspec.config import conf
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint_cli import checkpoints
 from nfnets_xla.data.storage import Folder
 from tests.data.object_store import GCS, S3, storing
@@ -118,19 +118,6 @@ def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     checkpoint.prune(tmp_path, start=0, written=[1, 2], keep=1)
     assert gone[0] == "step-00000001/manifest.json"
     assert len(gone) == 3
-
-
-def test_weights_are_found_from_a_file_a_checkpoint_or_a_run(tmp_path: Path) -> None:
-    folder = save(tmp_path / "checkpoints", 3)
-    file = folder / "model.safetensors"
-    for given in (file, folder, folder.parent, tmp_path):
-        weights, source = checkpoint.weights(str(given), "raw")
-        assert source == str(file if given == file else folder)
-        assert torch.equal(weights["w"], FORMS["model"]["w"])
-    with pytest.raises(ValueError, match="holds no ema weights"):
-        checkpoint.weights(str(tmp_path), "ema")
-    with pytest.raises(ValueError, match="holds no weights: give"):
-        checkpoint.weights(str(tmp_path / "nothing"), "raw")
 
 
 def test_the_best_and_one_of_every_few_hours_stay(tmp_path: Path) -> None:
@@ -252,7 +239,7 @@ def test_an_object_store_keeps_checkpoints_as_a_disk_does(
         assert checkpoints(["verify", found.where]) == 0
         assert checkpoints(["verify", f"{url}/step-00000003"]) == 1
         no_manifest(bucket / "step-00000002")
-        assert checkpoint.weights(url, "raw")[1] == f"{url}/step-00000001"
+        assert sources.weights(url, "raw")[1] == f"{url}/step-00000001"
         checkpoint.save(url, 3, FORMS, {})
         assert checkpoint.latest(url)[0] is not None
         checkpoint.prune(url, start=0, written=[1, 2, 3], keep=1)

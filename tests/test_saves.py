@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint_cli import held_out
 from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
@@ -202,7 +202,7 @@ def test_where_a_run_that_began_from_another_goes_on(tmp_path: Path) -> None:
     state, given = RunState(IDENTITY, ORDER, {"torch": "1"}, 0.0), str(source)
     said: list[str] = []
     checkpoint.save(source / "checkpoints", 2, FORMS, state.at(2))
-    start = checkpoint.find(source)
+    start = sources.find(source)
     assert start is not None
 
     def step() -> int:

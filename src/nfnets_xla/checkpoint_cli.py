@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.models.card import write_card
 from nfnets_xla.models.convert import TARGETS, convert_weights
@@ -155,7 +155,7 @@ def form_of(found: Checkpoint, weights: str) -> str:
 
 
 def newest(where: str) -> Checkpoint:
-    found = checkpoint.find(where)
+    found = sources.find(where)
     if found is None:
         raise ValueError(f"{where} holds no checkpoint that verifies: give a run's folder, or one")
     return found

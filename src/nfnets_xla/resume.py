@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
@@ -110,7 +110,7 @@ def find_resume(
 ) -> Checkpoint | None:
     """The checkpoint to go on from, or None if there is none. Raises ValueError as said above.
 
-    `given` is "auto", "never", or where a checkpoint is (as checkpoint.find has it); `root` holds
+    `given` is "auto", "never", or where a checkpoint is (as sources.find has it); `root` holds
     those of the run.
     """
     found, skipped = checkpoint.latest(root)
@@ -171,7 +171,7 @@ def _begun_from(
 ) -> Checkpoint:
     """The checkpoint at `given`; or the folder's own newest, which was begun from it."""
     try:
-        start = checkpoint.find(given)
+        start = sources.find(given)
     except ValueError:  # at an address, or damaged
         if own is None:
             raise

@@ -1,0 +1,75 @@
+"""What a person names, a run, a folder of checkpoints, one of them or a file of weights: what is
+there."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nfnets_xla.checkpoint import MANIFEST, Checkpoint, is_one, latest, load
+from nfnets_xla.data.storage import address
+from nfnets_xla.models.timm_names import Sizes
+from nfnets_xla.models.weights import load_checkpoint
+
+
+def find(given: str | Path) -> Checkpoint | None:
+    """One checkpoint, the newest of a folder of them, or of a run's folder."""
+    if address(given):
+        return load(given) if is_one(given) else latest(given)[0]
+    path = Path(given)
+    if (path / MANIFEST).is_file():
+        return load(path)
+    return latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)[0]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of a file, or a form of a checkpoint. Read when asked for."""
+
+    source: str  # what they came from
+    file: Path
+    of: Checkpoint | None  # whose files may be copies, which go when it does
+
+    @cached_property
+    def sha256(self) -> str:
+        if self.of is not None:
+            return json.loads((self.of.folder / MANIFEST).read_bytes())[self.file.name]["sha256"]
+        with self.file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """Of the images of the run that they are of; a file does not say."""
+        return None if self.of is None else Sizes.of_run(self.of.state["identity"]["data"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return load_checkpoint(self.file) if self.of is None else load_file(self.file)
+
+
+def find_weights(given: str, which: str) -> Weights:
+    """A file, or a form of what `find` finds: `which` is "raw" or "ema".
+
+    Raises ValueError if `given` is none of these, or lacks the form.
+    """
+    if Path(given).is_file():
+        return Weights(given, Path(given), None)
+    found = find(given)
+    if found is None:
+        raise ValueError(
+            f"{given!r} holds no weights: give a weights file, the folder of a checkpoint, or "
+            "the folder of a run that has one"
+        )
+    form = "model" if which == "raw" else "ema"
+    if form not in found.forms:
+        raise ValueError(f"{found} holds no {which} weights: use model.init_weights=raw")
+    return Weights(str(found), found.folder / f"{form}.safetensors", found)
+
+
+def weights(given: str, which: str) -> tuple[dict[str, Tensor], str]:
+    """Those that `find_weights` finds, and what they came from."""
+    found = find_weights(given, which)
+    return found.tensors(), found.source
