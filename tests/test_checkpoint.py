@@ -1,6 +1,7 @@
 """A checkpoint exists if and only if its manifest verifies."""
 
 import gc
+import itertools
 import json
 import os
 import tempfile
@@ -65,7 +66,23 @@ def changed_state(folder: Path) -> None:
     (folder / "state.json").write_text(json.dumps({"step": 9999}))
 
 
+def unreadable_manifest(folder: Path) -> None:
+    """At its start, where nothing is mapped, the kernel cannot read a process's memory: EIO."""
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to("/proc/self/mem")
+
+
+def unreadable_file(folder: Path) -> None:
+    file, manifest = folder / "model.safetensors", folder / "manifest.json"
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+    entries = json.loads(manifest.read_text())
+    entries[file.name]["bytes"] = file.stat().st_size
+    manifest.write_text(json.dumps(entries))
+
+
 DAMAGE = [no_manifest, torn_manifest, missing_file, short_file, flipped_bit, changed_state]
+DAMAGE += [unreadable_manifest, unreadable_file]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -83,6 +100,32 @@ def test_a_damaged_checkpoint_does_not_exist(
     assert len(skipped) == 1
     assert "step-00000002" in skipped[0]
     assert checkpoint.load(save(tmp_path, 2)).step == 2  # written anew over the remains
+
+
+def test_every_flipped_bit_of_a_manifest_is_a_fault(tmp_path: Path) -> None:
+    """Or of no consequence: then the checkpoint is the same."""
+    folder = save(tmp_path, 1)
+    whole, state = (folder / "manifest.json").read_bytes(), checkpoint.load(folder).state
+    faults = 0
+    for place, bit in itertools.product(range(len(whole)), range(8)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        (folder / "manifest.json").write_bytes(damaged)
+        found = checkpoint.verify_one(folder)
+        if isinstance(found, str):
+            faults += 1
+        else:
+            assert (found.state, found.forms) == (state, ["model"]), (place, bit)
+    assert faults > 7.5 * len(whole)
+
+
+def test_a_failure_that_may_pass_names_its_file(tmp_path: Path) -> None:
+    """It is no damage: nobody goes past it."""
+    folder = save(tmp_path, 1)
+    no_manifest(folder)
+    (folder / "manifest.json").mkdir()
+    with pytest.raises(IsADirectoryError, match=str(folder / "manifest.json")):
+        checkpoint.verify_one(folder)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ the same on a local disk and on an object store. Nothing here can run code when 
 name in a manifest can lead out of its folder.
 """
 
+import errno
 import hashlib
 import json
 import re
@@ -17,7 +18,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,8 +278,10 @@ def _manifest(data: bytes) -> dict[str, dict[str, Any]]:
     try:
         manifest = json.loads(data)
         for name, entry in manifest.items():
-            if name != Path(name).name or not isinstance(entry["bytes"], int):
+            if name != Path(name).name:
                 raise Fault(f"its manifest.json names {name!r}, which is no file of this folder")
+            if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
+                raise TypeError
     except (ValueError, AttributeError, TypeError, KeyError):
         raise Fault("its manifest.json is torn") from None
     return manifest
@@ -288,26 +291,42 @@ def _verified(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint. Raises Fault for what is not one, Newer for one of another
     release."""
     try:
-        manifest = _manifest((folder / MANIFEST).read_bytes())
+        with _reading(folder / MANIFEST):
+            data = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise Fault("it has no manifest.json (the writer was interrupted)") from None
+    manifest = _manifest(data)
     for name, entry in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            raise Fault(f"{name} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise Fault(
-                f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-            )
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise Fault(f"{name} does not match its checksum")
+        with _reading(folder / name):
+            _check(folder / name, entry)
     if STATE not in manifest:
         raise Fault(f"its manifest.json does not name {STATE}")
     state = json.loads((folder / STATE).read_bytes())
     if state.get("format", 1) > FORMAT:
         raise Newer(f"has format {state['format']}, of a newer release; this one reads {FORMAT}")
     return state
+
+
+def _check(path: Path, entry: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise Fault(f"{path.name} is missing")
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise Fault(f"{path.name} has {size} bytes, the manifest says {entry['bytes']}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise Fault(f"{path.name} does not match its checksum")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What a disk can no longer give is damage. Other failures may pass: they name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise Fault(f"{path.name} cannot be read ({error.strerror})") from None
+        error.filename = str(path)  # which a read does not say
+        raise
 
 
 def _copy(source: RemoteFolder, target: Path) -> None:
