@@ -289,6 +289,18 @@ def test_an_object_store_keeps_checkpoints_as_a_disk_does(
         assert checkpoint.steps(url) == [3]
 
 
+def test_a_complete_one_at_an_address_with_a_slash_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with storing(tmp_path, S3) as endpoint:
+        monkeypatch.setitem(conf, "s3", {"endpoint_url": endpoint, "anon": True})
+        for value in (1.0, 2.0):
+            checkpoint.save("s3://bucket/run/", 1, {"model": {"w": torch.tensor(value)}}, {})
+        found, _ = checkpoint.latest("s3://bucket/run")
+        assert found is not None
+        assert found.tensors("model")["w"] == 1.0
+
+
 def test_copies_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of what does not verify at once, the others when they are read or dropped."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

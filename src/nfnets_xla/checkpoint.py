@@ -83,7 +83,7 @@ def save(
     folder, name = open_folder(root), _name(step)
     left = _files(folder, step)
     if f"{name}/{MANIFEST}" in left:
-        found = verify_one(f"{root}/{name}")
+        found = verify_one(_at(root, step))
         if isinstance(found, Checkpoint):
             return _bytes(found)
     _remove(folder, left)
@@ -135,7 +135,7 @@ def steps(root: str | Path) -> list[int]:
 def verify(root: str | Path) -> Iterator[Checkpoint | str]:
     """Of every step in `root`, the newest first: the checkpoint, or why it is none."""
     for step in steps(root):
-        yield verify_one(f"{address(root) or root}/{_name(step)}")
+        yield verify_one(_at(root, step))
 
 
 def verify_one(where: str | Path) -> Checkpoint | str:
@@ -249,6 +249,11 @@ def _open(where: str | Path) -> Checkpoint:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _at(root: str | Path, step: int) -> str:
+    """A slash at the end of an address would name another object."""
+    return f"{address(root) or root}/{_name(step)}"
 
 
 def _step(name: str) -> int | None:
