@@ -3,6 +3,7 @@ there."""
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +16,25 @@ from nfnets_xla.data.storage import address
 from nfnets_xla.models.timm_names import Sizes
 from nfnets_xla.models.weights import load_checkpoint
 
+_log = logging.getLogger(__name__)
+
 
 def find(given: str | Path) -> Checkpoint | None:
-    """One checkpoint, the newest of a folder of them, or of a run's folder."""
+    """One checkpoint, or the newest whole one of a folder of them or of a run's folder; those that
+    are passed over for it are said."""
     if address(given):
-        return load(given) if is_one(given) else latest(given)[0]
+        return load(given) if is_one(given) else _newest(given)
     path = Path(given)
     if (path / MANIFEST).is_file():
         return load(path)
-    return latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)[0]
+    return _newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+
+
+def _newest(root: str | Path) -> Checkpoint | None:
+    found, skipped = latest(root)
+    for line in skipped:
+        _log.warning("warning: %s", line)
+    return found
 
 
 @dataclass(frozen=True)
