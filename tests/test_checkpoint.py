@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -235,6 +236,32 @@ def test_a_complete_one_is_left_as_it_is(tmp_path: Path) -> None:
     assert checkpoint.save(tmp_path, 1, {"model": {"w": torch.zeros(99)}}, {}) == size
     left = checkpoint.load(tmp_path / "step-00000001").tensors("model")
     assert torch.equal(left["w"], FORMS["model"]["w"])
+
+
+def test_two_runs_do_not_save_in_one_folder(tmp_path: Path) -> None:
+    """Whichever step the other has saved; by other weights to begin with, too."""
+    ours: dict[str, Any] = {"identity": {"seed": 1}, "begun_with": {"given": {}, "which": "a"}}
+    checkpoint.save(tmp_path, 5, FORMS, ours)
+    others = [{**ours, "identity": {"seed": 0}}, {**ours, "begun_with": {"which": "b"}}]
+    for step, state in itertools.product((3, 5, 7), others):
+        with pytest.raises(
+            checkpoint.OtherRun, match=r"-00000005 is of another run .*: choose ano"
+        ):
+            checkpoint.save(tmp_path, step, FORMS, state)
+    checkpoint.save(tmp_path, 7, FORMS, {**ours, "begun_with": None})  # of an older release
+    assert checkpoint.steps(tmp_path) == [7, 5]
+
+
+def test_a_damaged_newest_is_of_no_other_run(tmp_path: Path) -> None:
+    newest = save(tmp_path, 9)
+    state = json.loads((newest / "state.json").read_text())
+    for damaged in (b"[]", b"{", json.dumps({**state, "identity": {"seed": 3}}).encode()):
+        (newest / "state.json").write_bytes(damaged)
+        save(tmp_path, 7)
+    (newest / "state.json").unlink()
+    (newest / "state.json").symlink_to("/proc/self/mem")
+    save(tmp_path, 6)
+    assert checkpoint.steps(tmp_path) == [9, 7, 6]
 
 
 def test_a_manifest_without_the_state_is_none(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nfnets_xla.config import differences
 from nfnets_xla.data.remote import AnyFolder, RemoteFolder, open_folder
 from nfnets_xla.data.storage import address
 
@@ -77,22 +78,56 @@ def save(
 
     It is on the disk, or at the address, when this returns. An unfinished or damaged folder of the
     same step is replaced; a complete one is left as it is. What cannot be finished is deleted.
+
+    Raises OtherRun if the newest there, or that of this step, is of another run: the one's would
+    pass for the other's, and be deleted as old ones of it. Of two runs that save by turns, each
+    finds the other's newest.
     """
     if not address(root):
         Path(root).mkdir(parents=True, exist_ok=True)
     folder, name = open_folder(root), _name(step)
-    left = _files(folder, step)
-    if f"{name}/{MANIFEST}" in left:
+    complete = _complete(folder.sizes(""))
+    newest = max(complete, default=step)
+    if newest != step and _seems_of_another(folder, newest, state):
+        _refuse_another(verify_one(_at(root, newest)), state)
+    if step in complete:
         found = verify_one(_at(root, step))
+        _refuse_another(found, state)
         if isinstance(found, Checkpoint):
             return _bytes(found)
-    _remove(folder, left)
+    _remove(folder, _files(folder, step))
     try:
         return _write(folder, name, forms, {**state, "step": step, "format": FORMAT})
     except Exception:
         with suppress(Exception):  # what there is of it may be what fills the disk
             _remove(folder, _files(folder, step))
         raise
+
+
+def _seems_of_another(folder: AnyFolder, step: int, state: Mapping[str, Any]) -> bool:
+    """By its state alone, which is quickly read, and may be damaged."""
+    try:
+        return bool(_differences(json.loads(folder.read(f"{_name(step)}/{STATE}")), state))
+    except (OSError, ValueError, AttributeError, TypeError):  # also: not to be read now
+        return False
+
+
+def _refuse_another(found: "Checkpoint | str", state: Mapping[str, Any]) -> None:
+    if isinstance(found, Checkpoint) and (changed := _differences(found.state, state)):
+        raise OtherRun(
+            f"{found} is of another run ({'; '.join(changed)}), and two cannot keep their "
+            "checkpoints in one folder: choose another trainer.checkpoint_dir"
+        )
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """In what runs are known by; see resume.py."""
+    changed = differences(theirs.get("identity", {}), ours.get("identity", {}))
+    before, now = theirs.get("begun_with"), ours.get("begun_with")
+    if before and now:
+        weights = "initial_weights"
+        changed += differences({weights: before["which"]}, {weights: now["which"]})
+    return changed
 
 
 def _write(
@@ -221,6 +256,10 @@ class Fault(Exception):
     """Why a folder is not a checkpoint."""
 
 
+class OtherRun(ValueError):
+    """Two runs keep their checkpoints in one folder."""
+
+
 class Newer(Exception):
     """What is whole, and to be read by a newer release."""
 
@@ -260,6 +299,12 @@ def _step(name: str) -> int | None:
     """Of the checkpoint that a file belongs to."""
     found = re.match(r"step-(\d+)/", name)
     return int(found[1]) if found else None
+
+
+def _complete(files: Iterable[str]) -> set[int]:
+    """Steps that have a manifest."""
+    steps = (_step(name) for name in files if name.endswith(f"/{MANIFEST}"))
+    return {step for step in steps if step is not None}
 
 
 def _files(folder: AnyFolder, step: int) -> list[str]:

@@ -29,6 +29,7 @@ from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
+from nfnets_xla.data.storage import is_below
 from nfnets_xla.record import has_record, read_record
 
 # Recorded with a run: what its numbers and pixels may depend on.
@@ -116,9 +117,13 @@ def find_resume(
     found, skipped = checkpoint.latest(root)
     for line in skipped:
         say(f"warning: {line}")
+    holder, other = run_dir, "another run_dir"
+    if found and not is_below(root, run_dir):
+        also = " and run_dir" if has_record(run_dir) else ""
+        holder, other = root, f"another trainer.checkpoint_dir{also}"
     if given == "never" and (found or has_record(run_dir)):
         raise ValueError(
-            f"{run_dir} holds a run, and resume is never: choose another run_dir, or resume=auto"
+            f"{holder} holds a run, and resume is never: choose {other}, or resume=auto"
         )
     if given not in ("auto", "never"):
         found = _begun_from(given, found, run_dir, say)
@@ -128,10 +133,11 @@ def find_resume(
     changed = differences(found.state["identity"], identity)
     changed += beginning.differs_from(found.state.get("begun_with"))
     if changed:
-        holder = found if given not in ("auto", "never") else run_dir
+        if given not in ("auto", "never"):
+            holder = found
         raise ValueError(
-            f"{holder} holds another run ({'; '.join(changed)}): choose another run_dir, or give "
-            "the values it was started with"
+            f"{holder} holds another run ({'; '.join(changed)}): choose {other}, or give the "
+            "values it was started with"
         )
     if found.state.get("next") != position(order, found.step):
         raise ValueError(

@@ -48,6 +48,9 @@ class Cell:
     @property
     def command(self) -> list[str]:
         own = ["hydra.mode=RUN", f'run_dir="{self.folder}"']
+        root = self.run.trainer.checkpoint_dir
+        if root is not None and self.run.job == "train":  # two runs cannot save in one folder
+            own.append(f'trainer.checkpoint_dir="{root.rstrip("/")}/{self.folder.name}"')
         return [sys.executable, "-m", "nfnets_xla", self.recipe, *self.overrides, *own]
 
     def finished(self) -> bool:
