@@ -42,6 +42,7 @@ class Checkpoint:
     where: str  # its folder, or the address of one
     folder: Path  # its files; of one at an address copies, which go when this does
     state: dict[str, Any]
+    run: Path | None = None  # the folder of its run, if it was found through that
 
     def __str__(self) -> str:
         return self.where
@@ -49,6 +50,11 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.state["step"])
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the record of its run is, if anywhere."""
+        return self.run or Path(self.where).parent.parent
 
     @property
     def forms(self) -> list[str]:
@@ -167,17 +173,17 @@ def steps(root: str | Path) -> list[int]:
     return sorted({step for step in found if step is not None}, reverse=True)
 
 
-def verify(root: str | Path) -> Iterator[Checkpoint | str]:
+def verify(root: str | Path, run: Path | None = None) -> Iterator[Checkpoint | str]:
     """Of every step in `root`, the newest first: the checkpoint, or why it is none."""
     for step in steps(root):
-        yield verify_one(_at(root, step))
+        yield verify_one(_at(root, step), run)
 
 
-def verify_one(where: str | Path) -> Checkpoint | str:
+def verify_one(where: str | Path, run: Path | None = None) -> Checkpoint | str:
     """The checkpoint, or why it is none. Raises ValueError for one of a newer release, which is
     whole, and which nobody may go past, replace or delete."""
     try:
-        return _open(where)
+        return _open(where, run)
     except Fault as fault:
         return str(fault)
 
@@ -187,11 +193,11 @@ def is_one(where: str | Path) -> bool:
     return _step(f"{Path(where).name}/") is not None or (Path(where) / MANIFEST).is_file()
 
 
-def latest(root: str | Path) -> tuple[Checkpoint | None, list[str]]:
+def latest(root: str | Path, run: Path | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint in `root` that verifies, and why each newer one does not. Raises
     ValueError if one of these is of a newer release."""
     skipped: list[str] = []
-    for found in verify(root):
+    for found in verify(root, run):
         if isinstance(found, Checkpoint):
             return found, skipped
         skipped.append(found)
@@ -264,17 +270,17 @@ class Newer(Exception):
     """What is whole, and to be read by a newer release."""
 
 
-def _open(where: str | Path) -> Checkpoint:
+def _open(where: str | Path, run: Path | None) -> Checkpoint:
     """One at an address is copied, to be verified and then read from the copy."""
     url = address(where)
     try:
         if url is None:
-            return Checkpoint(str(where), Path(where), _verified(Path(where)))
+            return Checkpoint(str(where), Path(where), _verified(Path(where)), run)
         copies = Path(tempfile.mkdtemp(prefix="nfnets-xla-"))
         with ExitStack() as on_failure:
             on_failure.callback(shutil.rmtree, copies)
             _copy(RemoteFolder(url), copies)
-            found = Checkpoint(url, copies, _verified(copies))
+            found = Checkpoint(url, copies, _verified(copies), run)
             on_failure.pop_all()
         weakref.finalize(found, shutil.rmtree, copies, ignore_errors=True)
         return found

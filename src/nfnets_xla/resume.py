@@ -147,6 +147,11 @@ def find_resume(
     before = found.state.get("versions", {})
     if newer := differences(before, versions):
         say(f"warning: {found} was written under other versions ({'; '.join(newer)})")
+    if found.step and not (has_record(run_dir) or has_record(found.run_dir)):
+        say(
+            f"warning: {run_dir} will lack the record of the steps up to {found.step}, which is "
+            f"not beside {found}: begin with resume=RUN, the folder of its run, to take it along"
+        )
     say(f"resuming from {found}")
     return found
 
@@ -211,7 +216,7 @@ def _tells_of(run_dir: Path, start: Checkpoint) -> bool:
     record beside it, as far as it went when it was copied; where there is none, it reaches it."""
     if not has_record(run_dir):
         return True
-    beside = Path(start.where).parent.parent
+    beside = start.run_dir
     if has_record(beside):
         one, other = ((each / "run-1.jsonl").read_bytes() for each in (beside, run_dir))
         return one.startswith(other) or other.startswith(one)

@@ -1,17 +1,23 @@
 """What a person names, a run, a folder of checkpoints, one of them or a file of weights: what is
-there."""
+there.
+
+Where a run keeps its checkpoints is in its record, which has the configuration of each start.
+"""
 
 import hashlib
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nfnets_xla.checkpoint import MANIFEST, Checkpoint, is_one, latest, load
+from nfnets_xla.checkpoint import MANIFEST, Checkpoint, is_one, latest, load, steps
+from nfnets_xla.config import differences, identity_of
 from nfnets_xla.data.storage import address
 from nfnets_xla.models.timm_names import Sizes
 from nfnets_xla.models.weights import load_checkpoint
@@ -27,13 +33,62 @@ def find(given: str | Path) -> Checkpoint | None:
     path = Path(given)
     if (path / MANIFEST).is_file():
         return load(path)
-    return _newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    root = checkpoints_of(path)
+    if root in (str(path), str(path / "checkpoints")):
+        return _newest(root)
+    if not steps(root):
+        raise ValueError(
+            f"{path} holds a run that keeps its checkpoints in {root}, and there are none: give "
+            "the folder that has them"
+        )
+    found = _newest(root, path)
+    if found is not None and (changed := _differences(found, config_of(path) or {})):
+        raise ValueError(
+            f"{path} holds a run that kept its checkpoints in {root}, and {found} is of another "
+            f"({'; '.join(changed)}): give the folder that has its own"
+        )
+    return found
 
 
-def _newest(root: str | Path) -> Checkpoint | None:
-    found, skipped = latest(root)
+def checkpoints_of(run_dir: Path) -> str:
+    """Where the checkpoints of a run are. What holds no run is taken for a folder of them."""
+    elsewhere = ((config_of(run_dir) or {}).get("trainer") or {}).get("checkpoint_dir")
+    for root in (elsewhere, run_dir / "checkpoints", run_dir):
+        if root and steps(root):
+            return str(root)
+    return str(elsewhere or run_dir)
+
+
+def config_of(run_dir: Path) -> dict[str, Any] | None:
+    """Of the newest start of a run that says it whole, from its record's first line alone; None if
+    there is no record."""
+    files = run_dir.glob("run-*.jsonl")
+    for file in sorted(files, key=lambda file: (len(file.name), file.name), reverse=True):
+        with suppress(ValueError), file.open(encoding="utf-8") as lines:
+            return json.loads(lines.readline()).get("config")
+    return None
+
+
+def _newest(root: str | Path, run: Path | None = None) -> Checkpoint | None:
+    found, skipped = latest(root, run)
     for line in skipped:
         _log.warning("warning: %s", line)
+    return found
+
+
+def _differences(found: Checkpoint, config: dict[str, Any]) -> list[str]:
+    """Of what a checkpoint and the record of its run both know: a release may have other keys."""
+    theirs, ours = _flat(found.state.get("identity", {})), _flat(identity_of(config))
+    common = theirs.keys() & ours.keys()
+    return differences({key: ours[key] for key in common}, {key: theirs[key] for key in common})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return found
 
 
