@@ -74,7 +74,9 @@ def test_two_cells_have_two_folders(
 ) -> None:
     for pre in ("a", "b"):
         checkpoint.save(tmp_path / pre / "run" / "checkpoints", 1, {"model": {}}, {})
-        (tmp_path / pre / "run" / "config.json").write_text('{"model": {"name": "nfnet_mini_f0"}}')
+        head = {"resumed_from": 0, "config": {"model": {"name": "nfnet_mini_f0"}}}
+        with RecordWriter(tmp_path / pre / "run", head):
+            pass
     cells = f"model.init_from={tmp_path / 'a' / 'run'},{tmp_path / 'b' / 'run'}"
     with pytest.raises(SystemExit) as stopped:
         main(["finetune_sweep", *sweep, "optim.epochs=1", cells])
