@@ -1,18 +1,20 @@
 """A checkpoint exists if and only if its manifest verifies."""
 
 import gc
+import itertools
 import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fsspec import filesystem
 from fsspec.config import conf
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint_cli import checkpoints
 from nfnets_xla.data.storage import Folder
 from tests.data.object_store import GCS, S3, storing
@@ -65,7 +67,23 @@ def changed_state(folder: Path) -> None:
     (folder / "state.json").write_text(json.dumps({"step": 9999}))
 
 
+def unreadable_manifest(folder: Path) -> None:
+    """At its start, where nothing is mapped, the kernel cannot read a process's memory: EIO."""
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to("/proc/self/mem")
+
+
+def unreadable_file(folder: Path) -> None:
+    file, manifest = folder / "model.safetensors", folder / "manifest.json"
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+    entries = json.loads(manifest.read_text())
+    entries[file.name]["bytes"] = file.stat().st_size
+    manifest.write_text(json.dumps(entries))
+
+
 DAMAGE = [no_manifest, torn_manifest, missing_file, short_file, flipped_bit, changed_state]
+DAMAGE += [unreadable_manifest, unreadable_file]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -83,6 +101,32 @@ def test_a_damaged_checkpoint_does_not_exist(
     assert len(skipped) == 1
     assert "step-00000002" in skipped[0]
     assert checkpoint.load(save(tmp_path, 2)).step == 2  # written anew over the remains
+
+
+def test_every_flipped_bit_of_a_manifest_is_a_fault(tmp_path: Path) -> None:
+    """Or of no consequence: then the checkpoint is the same."""
+    folder = save(tmp_path, 1)
+    whole, state = (folder / "manifest.json").read_bytes(), checkpoint.load(folder).state
+    faults = 0
+    for place, bit in itertools.product(range(len(whole)), range(8)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        (folder / "manifest.json").write_bytes(damaged)
+        found = checkpoint.verify_one(folder)
+        if isinstance(found, str):
+            faults += 1
+        else:
+            assert (found.state, found.forms) == (state, ["model"]), (place, bit)
+    assert faults > 7.5 * len(whole)
+
+
+def test_a_failure_that_may_pass_names_its_file(tmp_path: Path) -> None:
+    """It is no damage: nobody goes past it."""
+    folder = save(tmp_path, 1)
+    no_manifest(folder)
+    (folder / "manifest.json").mkdir()
+    with pytest.raises(IsADirectoryError, match=str(folder / "manifest.json")):
+        checkpoint.verify_one(folder)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -118,19 +162,6 @@ def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     checkpoint.prune(tmp_path, start=0, written=[1, 2], keep=1)
     assert gone[0] == "step-00000001/manifest.json"
     assert len(gone) == 3
-
-
-def test_weights_are_found_from_a_file_a_checkpoint_or_a_run(tmp_path: Path) -> None:
-    folder = save(tmp_path / "checkpoints", 3)
-    file = folder / "model.safetensors"
-    for given in (file, folder, folder.parent, tmp_path):
-        weights, source = checkpoint.weights(str(given), "raw")
-        assert source == str(file if given == file else folder)
-        assert torch.equal(weights["w"], FORMS["model"]["w"])
-    with pytest.raises(ValueError, match="holds no ema weights"):
-        checkpoint.weights(str(tmp_path), "ema")
-    with pytest.raises(ValueError, match="holds no weights: give"):
-        checkpoint.weights(str(tmp_path / "nothing"), "raw")
 
 
 def test_the_best_and_one_of_every_few_hours_stay(tmp_path: Path) -> None:
@@ -207,6 +238,32 @@ def test_a_complete_one_is_left_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(left["w"], FORMS["model"]["w"])
 
 
+def test_two_runs_do_not_save_in_one_folder(tmp_path: Path) -> None:
+    """Whichever step the other has saved; by other weights to begin with, too."""
+    ours: dict[str, Any] = {"identity": {"seed": 1}, "begun_with": {"given": {}, "which": "a"}}
+    checkpoint.save(tmp_path, 5, FORMS, ours)
+    others = [{**ours, "identity": {"seed": 0}}, {**ours, "begun_with": {"which": "b"}}]
+    for step, state in itertools.product((3, 5, 7), others):
+        with pytest.raises(
+            checkpoint.OtherRun, match=r"-00000005 is of another run .*: choose ano"
+        ):
+            checkpoint.save(tmp_path, step, FORMS, state)
+    checkpoint.save(tmp_path, 7, FORMS, {**ours, "begun_with": None})  # of an older release
+    assert checkpoint.steps(tmp_path) == [7, 5]
+
+
+def test_a_damaged_newest_is_of_no_other_run(tmp_path: Path) -> None:
+    newest = save(tmp_path, 9)
+    state = json.loads((newest / "state.json").read_text())
+    for damaged in (b"[]", b"{", json.dumps({**state, "identity": {"seed": 3}}).encode()):
+        (newest / "state.json").write_bytes(damaged)
+        save(tmp_path, 7)
+    (newest / "state.json").unlink()
+    (newest / "state.json").symlink_to("/proc/self/mem")
+    save(tmp_path, 6)
+    assert checkpoint.steps(tmp_path) == [9, 7, 6]
+
+
 def test_a_manifest_without_the_state_is_none(tmp_path: Path) -> None:
     manifest = save(tmp_path, 1) / "manifest.json"
     files = json.loads(manifest.read_text())
@@ -252,11 +309,23 @@ def test_an_object_store_keeps_checkpoints_as_a_disk_does(
         assert checkpoints(["verify", found.where]) == 0
         assert checkpoints(["verify", f"{url}/step-00000003"]) == 1
         no_manifest(bucket / "step-00000002")
-        assert checkpoint.weights(url, "raw")[1] == f"{url}/step-00000001"
+        assert sources.weights(url, "raw")[1] == f"{url}/step-00000001"
         checkpoint.save(url, 3, FORMS, {})
         assert checkpoint.latest(url)[0] is not None
         checkpoint.prune(url, start=0, written=[1, 2, 3], keep=1)
         assert checkpoint.steps(url) == [3]
+
+
+def test_a_complete_one_at_an_address_with_a_slash_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with storing(tmp_path, S3) as endpoint:
+        monkeypatch.setitem(conf, "s3", {"endpoint_url": endpoint, "anon": True})
+        for value in (1.0, 2.0):
+            checkpoint.save("s3://bucket/run/", 1, {"model": {"w": torch.tensor(value)}}, {})
+        found, _ = checkpoint.latest("s3://bucket/run")
+        assert found is not None
+        assert found.tensors("model")["w"] == 1.0
 
 
 def test_copies_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def understand(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
             to_run(composed(name, given))
         except ValueError as error:
             # "..." stands for what a page does not speak of, and its RUN is no folder.
-            forgiven = ["it must hold a config.json", *[" not set: give "] * shortened]
+            forgiven = ["it must hold a record", *[" not set: give "] * shortened]
             if not any(part in str(error) for part in forgiven):
                 raise
         return

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint_cli import held_out
 from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
@@ -23,7 +23,7 @@ from nfnets_xla.prepare import make_plan
 from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.resume import Beginning, RunState, find_resume
 from nfnets_xla.saves import Saves
-from tests.runs import PLAIN_CPU, RECIPE, SMALL, losses, run, run_killed_at
+from tests.runs import PLAIN_CPU, RECIPE, SMALL, losses, reach, run, run_killed_at, start
 
 FORMS = {"model": {"w": torch.arange(6.0)}}
 ORDER = Order(
@@ -164,6 +164,34 @@ def test_when_a_run_goes_on(tmp_path: Path) -> None:
     assert said[0].startswith("warning: ")
 
 
+def test_where_another_run_saves_is_what_is_named(tmp_path: Path) -> None:
+    """Not a run_dir that there may not be yet."""
+    root, run_dir = str(tmp_path / "shared"), tmp_path / "run"
+    checkpoint.save(root, 1, FORMS, RunState(IDENTITY, ORDER, {}, 0.0).at(1))
+    other = {**IDENTITY, "seed": 2}, RANDOM, ORDER, {}
+    for given, part in (
+        ("auto", r" holds another run \(seed: 1 -> 2\)"),
+        ("never", " holds a run, and resume is never"),
+    ):
+        with pytest.raises(ValueError, match=f"^{root}{part}: choose another trainer.checkpoint_"):
+            find_resume(given, root, run_dir, *other, print)
+
+
+def test_a_run_ends_where_another_one_saves(tmp_path: Path, data: list[str]) -> None:
+    """Which came while it trained: both had found the folder empty."""
+    log, shared, folder = tmp_path / "log.txt", tmp_path / "shared", tmp_path / "run"
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=50", f"run_dir={folder}"]
+    arguments += [f"trainer.checkpoint_dir={shared}"]
+    (process,) = reach(lambda: [start(arguments, log)], folder, 1, log, "samples")
+    checkpoint.save(shared, 999, FORMS, RunState({"seed": 1}, ORDER, {}, 0.0).at(999))
+    assert process.wait() == 2, log.read_text()
+    assert f"nfnets-xla: {shared}/step-00000999 is of another run (" in log.read_text()
+    assert checkpoint.latest(shared)[0] is not None
+    process = start(arguments, log)
+    assert process.wait() == 2, log.read_text()
+    assert f"nfnets-xla: {shared} holds another run (" in log.read_text()
+
+
 def test_a_folder_that_is_behind_where_it_is_to_begin_is_refused(tmp_path: Path) -> None:
     state = RunState(IDENTITY, ORDER, {}, seconds_before=0.0)
     for name, step in (("a", 3), ("b", 2)):
@@ -202,7 +230,7 @@ def test_where_a_run_that_began_from_another_goes_on(tmp_path: Path) -> None:
     state, given = RunState(IDENTITY, ORDER, {"torch": "1"}, 0.0), str(source)
     said: list[str] = []
     checkpoint.save(source / "checkpoints", 2, FORMS, state.at(2))
-    start = checkpoint.find(source)
+    start = sources.find(source)
     assert start is not None
 
     def step() -> int:

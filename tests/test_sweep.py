@@ -58,6 +58,15 @@ def test_a_cell_is_given_its_folder_as_it_is() -> None:
     cell = Cell(to_run(composed("pretrain", given)), ["seed"], "pretrain", given)
     run = to_run(composed("pretrain", cell.command[4:]))
     assert run.run_dir == "my runs (1), again/seed_0"
+    assert run.trainer.checkpoint_dir is None
+
+
+@pytest.mark.parametrize("given", ["gs://bucket/my runs", "s3://bucket/runs/", "saved, here"])
+def test_cells_have_folders_of_checkpoints_of_their_own(given: str) -> None:
+    words = ["data.shards=S", "optim.epochs=1", "run_dir=R", f'trainer.checkpoint_dir="{given}"']
+    cell = Cell(to_run(composed("pretrain", words)), ["seed"], "pretrain", words)
+    run = to_run(composed("pretrain", cell.command[4:]))
+    assert run.trainer.checkpoint_dir == f"{given.rstrip('/')}/seed_0"
 
 
 def test_two_cells_have_two_folders(
@@ -65,7 +74,9 @@ def test_two_cells_have_two_folders(
 ) -> None:
     for pre in ("a", "b"):
         checkpoint.save(tmp_path / pre / "run" / "checkpoints", 1, {"model": {}}, {})
-        (tmp_path / pre / "run" / "config.json").write_text('{"model": {"name": "nfnet_mini_f0"}}')
+        head = {"resumed_from": 0, "config": {"model": {"name": "nfnet_mini_f0"}}}
+        with RecordWriter(tmp_path / pre / "run", head):
+            pass
     cells = f"model.init_from={tmp_path / 'a' / 'run'},{tmp_path / 'b' / 'run'}"
     with pytest.raises(SystemExit) as stopped:
         main(["finetune_sweep", *sweep, "optim.epochs=1", cells])

@@ -10,26 +10,25 @@ the same on a local disk and on an object store. Nothing here can run code when 
 name in a manifest can lead out of its folder.
 """
 
+import errno
 import hashlib
 import json
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nfnets_xla.config import differences
 from nfnets_xla.data.remote import AnyFolder, RemoteFolder, open_folder
 from nfnets_xla.data.storage import address
-from nfnets_xla.models.timm_names import Sizes
-from nfnets_xla.models.weights import load_checkpoint
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -43,6 +42,7 @@ class Checkpoint:
     where: str  # its folder, or the address of one
     folder: Path  # its files; of one at an address copies, which go when this does
     state: dict[str, Any]
+    run: Path | None = None  # the folder of its run, if it was found through that
 
     def __str__(self) -> str:
         return self.where
@@ -50,6 +50,11 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.state["step"])
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the record of its run is, if anywhere."""
+        return self.run or Path(self.where).parent.parent
 
     @property
     def forms(self) -> list[str]:
@@ -79,22 +84,56 @@ def save(
 
     It is on the disk, or at the address, when this returns. An unfinished or damaged folder of the
     same step is replaced; a complete one is left as it is. What cannot be finished is deleted.
+
+    Raises OtherRun if the newest there, or that of this step, is of another run: the one's would
+    pass for the other's, and be deleted as old ones of it. Of two runs that save by turns, each
+    finds the other's newest.
     """
     if not address(root):
         Path(root).mkdir(parents=True, exist_ok=True)
     folder, name = open_folder(root), _name(step)
-    left = _files(folder, step)
-    if f"{name}/{MANIFEST}" in left:
-        found = verify_one(f"{root}/{name}")
+    complete = _complete(folder.sizes(""))
+    newest = max(complete, default=step)
+    if newest != step and _seems_of_another(folder, newest, state):
+        _refuse_another(verify_one(_at(root, newest)), state)
+    if step in complete:
+        found = verify_one(_at(root, step))
+        _refuse_another(found, state)
         if isinstance(found, Checkpoint):
             return _bytes(found)
-    _remove(folder, left)
+    _remove(folder, _files(folder, step))
     try:
         return _write(folder, name, forms, {**state, "step": step, "format": FORMAT})
     except Exception:
         with suppress(Exception):  # what there is of it may be what fills the disk
             _remove(folder, _files(folder, step))
         raise
+
+
+def _seems_of_another(folder: AnyFolder, step: int, state: Mapping[str, Any]) -> bool:
+    """By its state alone, which is quickly read, and may be damaged."""
+    try:
+        return bool(_differences(json.loads(folder.read(f"{_name(step)}/{STATE}")), state))
+    except (OSError, ValueError, AttributeError, TypeError):  # also: not to be read now
+        return False
+
+
+def _refuse_another(found: "Checkpoint | str", state: Mapping[str, Any]) -> None:
+    if isinstance(found, Checkpoint) and (changed := _differences(found.state, state)):
+        raise OtherRun(
+            f"{found} is of another run ({'; '.join(changed)}), and two cannot keep their "
+            "checkpoints in one folder: choose another trainer.checkpoint_dir"
+        )
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """In what runs are known by; see resume.py."""
+    changed = differences(theirs.get("identity", {}), ours.get("identity", {}))
+    before, now = theirs.get("begun_with"), ours.get("begun_with")
+    if before and now:
+        weights = "initial_weights"
+        changed += differences({weights: before["which"]}, {weights: now["which"]})
+    return changed
 
 
 def _write(
@@ -134,17 +173,17 @@ def steps(root: str | Path) -> list[int]:
     return sorted({step for step in found if step is not None}, reverse=True)
 
 
-def verify(root: str | Path) -> Iterator[Checkpoint | str]:
+def verify(root: str | Path, run: Path | None = None) -> Iterator[Checkpoint | str]:
     """Of every step in `root`, the newest first: the checkpoint, or why it is none."""
     for step in steps(root):
-        yield verify_one(f"{address(root) or root}/{_name(step)}")
+        yield verify_one(_at(root, step), run)
 
 
-def verify_one(where: str | Path) -> Checkpoint | str:
+def verify_one(where: str | Path, run: Path | None = None) -> Checkpoint | str:
     """The checkpoint, or why it is none. Raises ValueError for one of a newer release, which is
     whole, and which nobody may go past, replace or delete."""
     try:
-        return _open(where)
+        return _open(where, run)
     except Fault as fault:
         return str(fault)
 
@@ -154,75 +193,15 @@ def is_one(where: str | Path) -> bool:
     return _step(f"{Path(where).name}/") is not None or (Path(where) / MANIFEST).is_file()
 
 
-def latest(root: str | Path) -> tuple[Checkpoint | None, list[str]]:
+def latest(root: str | Path, run: Path | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint in `root` that verifies, and why each newer one does not. Raises
     ValueError if one of these is of a newer release."""
     skipped: list[str] = []
-    for found in verify(root):
+    for found in verify(root, run):
         if isinstance(found, Checkpoint):
             return found, skipped
         skipped.append(found)
     return None, skipped
-
-
-def find(given: str | Path) -> Checkpoint | None:
-    """One checkpoint, the newest of a folder of them, or of a run's folder."""
-    if address(given):
-        one = _step(f"{str(given).rstrip('/').rpartition('/')[2]}/") is not None
-        return load(given) if one else latest(given)[0]
-    path = Path(given)
-    if (path / MANIFEST).is_file():
-        return load(path)
-    return latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)[0]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Of a file, or a form of a checkpoint. Read when asked for."""
-
-    source: str  # what they came from
-    file: Path
-    of: Checkpoint | None  # whose files may be copies, which go when it does
-
-    @cached_property
-    def sha256(self) -> str:
-        if self.of is not None:
-            return json.loads((self.of.folder / MANIFEST).read_bytes())[self.file.name]["sha256"]
-        with self.file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    @property
-    def sizes(self) -> Sizes | None:
-        """Of the images of the run that they are of; a file does not say."""
-        return None if self.of is None else Sizes.of_run(self.of.state["identity"]["data"])
-
-    def tensors(self) -> dict[str, Tensor]:
-        return load_checkpoint(self.file) if self.of is None else load_file(self.file)
-
-
-def find_weights(given: str, which: str) -> Weights:
-    """A file, or a form of what `find` finds: `which` is "raw" or "ema".
-
-    Raises ValueError if `given` is none of these, or lacks the form.
-    """
-    if Path(given).is_file():
-        return Weights(given, Path(given), None)
-    found = find(given)
-    if found is None:
-        raise ValueError(
-            f"{given!r} holds no weights: give a weights file, the folder of a checkpoint, or "
-            "the folder of a run that has one"
-        )
-    form = "model" if which == "raw" else "ema"
-    if form not in found.forms:
-        raise ValueError(f"{found} holds no {which} weights: use model.init_weights=raw")
-    return Weights(str(found), found.folder / f"{form}.safetensors", found)
-
-
-def weights(given: str, which: str) -> tuple[dict[str, Tensor], str]:
-    """Those that `find_weights` finds, and what they came from."""
-    found = find_weights(given, which)
-    return found.tensors(), found.source
 
 
 def prune(
@@ -283,21 +262,25 @@ class Fault(Exception):
     """Why a folder is not a checkpoint."""
 
 
+class OtherRun(ValueError):
+    """Two runs keep their checkpoints in one folder."""
+
+
 class Newer(Exception):
     """What is whole, and to be read by a newer release."""
 
 
-def _open(where: str | Path) -> Checkpoint:
+def _open(where: str | Path, run: Path | None) -> Checkpoint:
     """One at an address is copied, to be verified and then read from the copy."""
     url = address(where)
     try:
         if url is None:
-            return Checkpoint(str(where), Path(where), _verified(Path(where)))
+            return Checkpoint(str(where), Path(where), _verified(Path(where)), run)
         copies = Path(tempfile.mkdtemp(prefix="nfnets-xla-"))
         with ExitStack() as on_failure:
             on_failure.callback(shutil.rmtree, copies)
             _copy(RemoteFolder(url), copies)
-            found = Checkpoint(url, copies, _verified(copies))
+            found = Checkpoint(url, copies, _verified(copies), run)
             on_failure.pop_all()
         weakref.finalize(found, shutil.rmtree, copies, ignore_errors=True)
         return found
@@ -313,10 +296,21 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def _at(root: str | Path, step: int) -> str:
+    """A slash at the end of an address would name another object."""
+    return f"{address(root) or root}/{_name(step)}"
+
+
 def _step(name: str) -> int | None:
     """Of the checkpoint that a file belongs to."""
     found = re.match(r"step-(\d+)/", name)
     return int(found[1]) if found else None
+
+
+def _complete(files: Iterable[str]) -> set[int]:
+    """Steps that have a manifest."""
+    steps = (_step(name) for name in files if name.endswith(f"/{MANIFEST}"))
+    return {step for step in steps if step is not None}
 
 
 def _files(folder: AnyFolder, step: int) -> list[str]:
@@ -340,8 +334,10 @@ def _manifest(data: bytes) -> dict[str, dict[str, Any]]:
     try:
         manifest = json.loads(data)
         for name, entry in manifest.items():
-            if name != Path(name).name or not isinstance(entry["bytes"], int):
+            if name != Path(name).name:
                 raise Fault(f"its manifest.json names {name!r}, which is no file of this folder")
+            if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
+                raise TypeError
     except (ValueError, AttributeError, TypeError, KeyError):
         raise Fault("its manifest.json is torn") from None
     return manifest
@@ -351,26 +347,42 @@ def _verified(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint. Raises Fault for what is not one, Newer for one of another
     release."""
     try:
-        manifest = _manifest((folder / MANIFEST).read_bytes())
+        with _reading(folder / MANIFEST):
+            data = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise Fault("it has no manifest.json (the writer was interrupted)") from None
+    manifest = _manifest(data)
     for name, entry in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            raise Fault(f"{name} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise Fault(
-                f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-            )
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise Fault(f"{name} does not match its checksum")
+        with _reading(folder / name):
+            _check(folder / name, entry)
     if STATE not in manifest:
         raise Fault(f"its manifest.json does not name {STATE}")
     state = json.loads((folder / STATE).read_bytes())
     if state.get("format", 1) > FORMAT:
         raise Newer(f"has format {state['format']}, of a newer release; this one reads {FORMAT}")
     return state
+
+
+def _check(path: Path, entry: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise Fault(f"{path.name} is missing")
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise Fault(f"{path.name} has {size} bytes, the manifest says {entry['bytes']}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise Fault(f"{path.name} does not match its checksum")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What a disk can no longer give is damage. Other failures may pass: they name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise Fault(f"{path.name} cannot be read ({error.strerror})") from None
+        error.filename = str(path)  # which a read does not say
+        raise
 
 
 def _copy(source: RemoteFolder, target: Path) -> None:

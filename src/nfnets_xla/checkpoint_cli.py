@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint import Checkpoint
+from nfnets_xla.data.storage import address
 from nfnets_xla.models.card import write_card
 from nfnets_xla.models.convert import TARGETS, convert_weights
 from nfnets_xla.models.nfnet import NFNet
@@ -55,8 +56,8 @@ def parser() -> Parser:
 
 def verify(given: Any) -> int:
     where, faults = given.where, 0
-    inside = Path(where) / "checkpoints"
-    found = list(checkpoint.verify(str(inside) if inside.is_dir() else where))
+    root = where if address(where) else sources.checkpoints_of(Path(where))
+    found = list(checkpoint.verify(root))
     if not found and checkpoint.is_one(where):
         found = [checkpoint.verify_one(where)]
     if not found:
@@ -155,7 +156,7 @@ def form_of(found: Checkpoint, weights: str) -> str:
 
 
 def newest(where: str) -> Checkpoint:
-    found = checkpoint.find(where)
+    found = sources.find(where)
     if found is None:
         raise ValueError(f"{where} holds no checkpoint that verifies: give a run's folder, or one")
     return found

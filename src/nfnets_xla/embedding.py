@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfnets_xla import checkpoint
+from nfnets_xla import sources
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
 from nfnets_xla.data.dedup import Matches
@@ -66,7 +66,7 @@ def load(name: str, weights: str | None) -> Model:
         own = name.startswith("local-dir:")
         net = create_network(name, pretrained=not own, num_classes=0)
     else:
-        state, source = checkpoint.weights(weights, "raw")
+        state, source = sources.weights(weights, "raw")
         net = create_network(name, num_classes=0)
         load_into(net, state, source=source, allow_new_head=True)
     net.eval()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nfnets_xla import checkpoint
+from nfnets_xla import sources
 from nfnets_xla.answers import gathered, write
 from nfnets_xla.config import Run
 from nfnets_xla.data.loader import Batches
@@ -92,7 +92,7 @@ def trained(run: Run, held_out: ShardIndex) -> tuple[Network, str, int]:
         return net, f"{name}.{tag}", net.num_classes
     if run.model.init_from is None:
         raise ValueError("model.init_from is not set; it must name the weights to evaluate")
-    found = checkpoint.find_weights(run.model.init_from, run.model.init_weights)
+    found = sources.find_weights(run.model.init_from, run.model.init_weights)
     weights = found.tensors()
     if run.data.num_classes is None:
         num_classes = max(num_classes, registry.count_classes(name, weights))

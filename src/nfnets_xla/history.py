@@ -64,13 +64,13 @@ def lost_seconds(run_dir: Path, step: int) -> float:
 
 def history(start: Checkpoint, run_dir: Path) -> Path:
     """The folder with the records up to `start`: `run_dir`, unless the run began in another."""
-    other = Path(start.where).parent.parent
+    other = start.run_dir
     return run_dir if has_record(run_dir) or not has_record(other) else other
 
 
 def take_history(start: Checkpoint, run_dir: Path) -> None:
     """Copy what the run's other folder says of the steps up to `start`; of later ones a reader
-    drops it, as after any restart. Nothing comes from an address, where there are only checkpoints.
+    drops it, as after any restart. Nothing comes from where there are only checkpoints.
     """
     if (source := history(start, run_dir)) == run_dir:
         return

@@ -3,9 +3,9 @@ there given its task."""
 
 import torch
 
-from nfnets_xla import checkpoint
+from nfnets_xla import sources
 from nfnets_xla.backend import Backend, open_backend
-from nfnets_xla.checkpoint import Checkpoint, Weights
+from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import Run
 from nfnets_xla.display import Say
 from nfnets_xla.inputs import check_form, untrained
@@ -20,6 +20,7 @@ from nfnets_xla.models.stacked import as_in, loop, stack
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule
+from nfnets_xla.sources import Weights
 from nfnets_xla.steps import kept_copies
 from nfnets_xla.task import Classification, Restored
 
@@ -29,7 +30,7 @@ STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/
 def initial_weights(run: Run) -> Weights | None:
     """Those of `model.init_from`. Raises ValueError if there are none."""
     given = run.model.init_from
-    return None if given is None else checkpoint.find_weights(given, run.model.init_weights)
+    return None if given is None else sources.find_weights(given, run.model.init_weights)
 
 
 def make_model(run: Run, num_classes: int, initial: Weights | None, say: Say) -> Network:

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from nfnets_xla import checkpoint
-from nfnets_xla.checkpoint import Weights
+from nfnets_xla import sources
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
 from nfnets_xla.models.card import SCHEME, has_its_own
@@ -25,6 +24,7 @@ from nfnets_xla.models.registry import Network, count_classes, create_network, s
 from nfnets_xla.models.timm_names import Sizes, sizes_of_cfg
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.shards_cli import Parser
+from nfnets_xla.sources import Weights
 from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
 
 
@@ -53,9 +53,7 @@ def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[N
             raise has_its_own(name, f"--weights {weights}")
         net = create_network(name)
     elif weights is not None:
-        net, sizes = of_weights(
-            name, checkpoint.find_weights(weights, "ema" if ema else "raw"), size
-        )
+        net, sizes = of_weights(name, sources.find_weights(weights, "ema" if ema else "raw"), size)
     elif is_peer(name):
         raise ValueError(f"{name} has no weights here: give --weights RUN")
     else:

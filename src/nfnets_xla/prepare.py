@@ -9,7 +9,7 @@ import torch
 
 from nfnets_xla import checkpoint
 from nfnets_xla.backend import Backend
-from nfnets_xla.checkpoint import Checkpoint, Weights
+from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.order import Order
@@ -30,6 +30,7 @@ from nfnets_xla.network import initial_weights, make_model, make_task, put_on_de
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule
 from nfnets_xla.resume import Beginning, find_resume, installed
+from nfnets_xla.sources import Weights
 from nfnets_xla.steps import make_passes, make_schedule
 from nfnets_xla.task import Classification
 

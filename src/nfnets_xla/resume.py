@@ -25,10 +25,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
+from nfnets_xla.data.storage import is_below
 from nfnets_xla.record import has_record, read_record
 
 # Recorded with a run: what its numbers and pixels may depend on.
@@ -110,15 +111,19 @@ def find_resume(
 ) -> Checkpoint | None:
     """The checkpoint to go on from, or None if there is none. Raises ValueError as said above.
 
-    `given` is "auto", "never", or where a checkpoint is (as checkpoint.find has it); `root` holds
+    `given` is "auto", "never", or where a checkpoint is (as sources.find has it); `root` holds
     those of the run.
     """
     found, skipped = checkpoint.latest(root)
     for line in skipped:
         say(f"warning: {line}")
+    holder, other = run_dir, "another run_dir"
+    if found and not is_below(root, run_dir):
+        also = " and run_dir" if has_record(run_dir) else ""
+        holder, other = root, f"another trainer.checkpoint_dir{also}"
     if given == "never" and (found or has_record(run_dir)):
         raise ValueError(
-            f"{run_dir} holds a run, and resume is never: choose another run_dir, or resume=auto"
+            f"{holder} holds a run, and resume is never: choose {other}, or resume=auto"
         )
     if given not in ("auto", "never"):
         found = _begun_from(given, found, run_dir, say)
@@ -128,10 +133,11 @@ def find_resume(
     changed = differences(found.state["identity"], identity)
     changed += beginning.differs_from(found.state.get("begun_with"))
     if changed:
-        holder = found if given not in ("auto", "never") else run_dir
+        if given not in ("auto", "never"):
+            holder = found
         raise ValueError(
-            f"{holder} holds another run ({'; '.join(changed)}): choose another run_dir, or give "
-            "the values it was started with"
+            f"{holder} holds another run ({'; '.join(changed)}): choose {other}, or give the "
+            "values it was started with"
         )
     if found.state.get("next") != position(order, found.step):
         raise ValueError(
@@ -141,6 +147,11 @@ def find_resume(
     before = found.state.get("versions", {})
     if newer := differences(before, versions):
         say(f"warning: {found} was written under other versions ({'; '.join(newer)})")
+    if found.step and not (has_record(run_dir) or has_record(found.run_dir)):
+        say(
+            f"warning: {run_dir} will lack the record of the steps up to {found.step}, which is "
+            f"not beside {found}: begin with resume=RUN, the folder of its run, to take it along"
+        )
     say(f"resuming from {found}")
     return found
 
@@ -171,7 +182,7 @@ def _begun_from(
 ) -> Checkpoint:
     """The checkpoint at `given`; or the folder's own newest, which was begun from it."""
     try:
-        start = checkpoint.find(given)
+        start = sources.find(given)
     except ValueError:  # at an address, or damaged
         if own is None:
             raise
@@ -205,7 +216,7 @@ def _tells_of(run_dir: Path, start: Checkpoint) -> bool:
     record beside it, as far as it went when it was copied; where there is none, it reaches it."""
     if not has_record(run_dir):
         return True
-    beside = Path(start.where).parent.parent
+    beside = start.run_dir
     if has_record(beside):
         one, other = ((each / "run-1.jsonl").read_bytes() for each in (beside, run_dir))
         return one.startswith(other) or other.startswith(one)

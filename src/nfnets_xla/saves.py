@@ -2,7 +2,8 @@
 
 The step waits for the copy only, and for an earlier checkpoint that is still being written: there
 is never more than one copy in memory. A checkpoint that cannot be written is no reason to end a run
-that goes well; it is said, and the next one is tried.
+that goes well; it is said, and the next one is tried. That another run saves there is one: trying
+again would lose or mix the weights of both.
 """
 
 import threading
@@ -60,6 +61,7 @@ class Saves:
         self.better: int | None = None
         self._thread: threading.Thread | None = None
         self._written: list[Written] = []
+        self._refused: checkpoint.OtherRun | None = None
 
     def __enter__(self) -> "Saves":
         return self
@@ -89,7 +91,10 @@ class Saves:
             self._thread.join()
 
     def written(self) -> list[Written]:
-        """Those that have ended, well or not, since this was last asked."""
+        """Those that have ended, well or not, since this was last asked. Raises OtherRun if the
+        folder is another run's."""
+        if self._refused is not None:
+            raise self._refused
         done = []
         while self._written:
             done.append(self._written.pop(0))
@@ -112,6 +117,9 @@ class Saves:
                 every_hours=self.every_hours,
                 best=(self.best, self.better),
             )
+        except checkpoint.OtherRun as error:
+            self._refused = error
+            return
         except Exception as error:  # of a full disk safetensors says in a class of its own
             fault = f"{type(error).__name__}: {error}" if size == 0 else None
         seconds = time.perf_counter() - began

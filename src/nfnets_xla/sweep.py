@@ -6,7 +6,6 @@ own in a process of its own: whatever kills it leaves the others, and nothing is
 to the next but files. Given again, the command skips what is finished and goes on with the rest.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from nfnets_xla.history import ended
 from nfnets_xla.inputs import open_index, open_shards
 from nfnets_xla.preempt import FOLLOWED, Preemption
 from nfnets_xla.record import read_record
+from nfnets_xla.sources import config_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class Cell:
     @property
     def command(self) -> list[str]:
         own = ["hydra.mode=RUN", f'run_dir="{self.folder}"']
+        root = self.run.trainer.checkpoint_dir
+        if root is not None and self.run.job == "train":  # two runs cannot save in one folder
+            own.append(f'trainer.checkpoint_dir="{root.rstrip("/")}/{self.folder.name}"')
         return [sys.executable, "-m", "nfnets_xla", self.recipe, *self.overrides, *own]
 
     def finished(self) -> bool:
@@ -91,10 +94,10 @@ def run_cell(cell: Cell, preemption: Preemption) -> None:
 
 def model_of(run_dir: str) -> str:
     """The name of the model that a run trained; in recipes: ${model_of:${model.init_from}}."""
-    file = Path(run_dir) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{run_dir} is not a run's folder: it must hold a config.json")
-    return json.loads(file.read_text(encoding="utf-8"))["model"]["name"]
+    config = config_of(Path(run_dir))
+    if config is None:
+        raise ValueError(f"{run_dir} is not a run's folder: it must hold a record (run-1.jsonl)")
+    return config["model"]["name"]
 
 
 def refuse_shared(key: str, values: Iterable[str]) -> None:

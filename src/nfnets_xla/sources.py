@@ -1,0 +1,141 @@
+"""What a person names, a run, a folder of checkpoints, one of them or a file of weights: what is
+there.
+
+Where a run keeps its checkpoints is in its record, which has the configuration of each start.
+"""
+
+import hashlib
+import json
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nfnets_xla.checkpoint import MANIFEST, Checkpoint, is_one, latest, load, steps
+from nfnets_xla.config import differences, identity_of
+from nfnets_xla.data.storage import address
+from nfnets_xla.models.timm_names import Sizes
+from nfnets_xla.models.weights import load_checkpoint
+
+_log = logging.getLogger(__name__)
+
+
+def find(given: str | Path) -> Checkpoint | None:
+    """One checkpoint, or the newest whole one of a folder of them or of a run's folder; those that
+    are passed over for it are said."""
+    if address(given):
+        return load(given) if is_one(given) else _newest(given)
+    path = Path(given)
+    if (path / MANIFEST).is_file():
+        return load(path)
+    root = checkpoints_of(path)
+    if root in (str(path), str(path / "checkpoints")):
+        return _newest(root)
+    if not steps(root):
+        raise ValueError(
+            f"{path} holds a run that keeps its checkpoints in {root}, and there are none: give "
+            "the folder that has them"
+        )
+    found = _newest(root, path)
+    if found is not None and (changed := _differences(found, config_of(path) or {})):
+        raise ValueError(
+            f"{path} holds a run that kept its checkpoints in {root}, and {found} is of another "
+            f"({'; '.join(changed)}): give the folder that has its own"
+        )
+    return found
+
+
+def checkpoints_of(run_dir: Path) -> str:
+    """Where the checkpoints of a run are. What holds no run is taken for a folder of them."""
+    elsewhere = ((config_of(run_dir) or {}).get("trainer") or {}).get("checkpoint_dir")
+    for root in (elsewhere, run_dir / "checkpoints", run_dir):
+        if root and steps(root):
+            return str(root)
+    return str(elsewhere or run_dir)
+
+
+def config_of(run_dir: Path) -> dict[str, Any] | None:
+    """Of the newest start of a run that says it whole, from its record's first line alone; None if
+    there is no record."""
+    files = run_dir.glob("run-*.jsonl")
+    for file in sorted(files, key=lambda file: (len(file.name), file.name), reverse=True):
+        with suppress(ValueError), file.open(encoding="utf-8") as lines:
+            return json.loads(lines.readline()).get("config")
+    return None
+
+
+def _newest(root: str | Path, run: Path | None = None) -> Checkpoint | None:
+    found, skipped = latest(root, run)
+    for line in skipped:
+        _log.warning("warning: %s", line)
+    return found
+
+
+def _differences(found: Checkpoint, config: dict[str, Any]) -> list[str]:
+    """Of what a checkpoint and the record of its run both know: a release may have other keys."""
+    theirs, ours = _flat(found.state.get("identity", {})), _flat(identity_of(config))
+    common = theirs.keys() & ours.keys()
+    return differences({key: ours[key] for key in common}, {key: theirs[key] for key in common})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of a file, or a form of a checkpoint. Read when asked for."""
+
+    source: str  # what they came from
+    file: Path
+    of: Checkpoint | None  # whose files may be copies, which go when it does
+
+    @cached_property
+    def sha256(self) -> str:
+        if self.of is not None:
+            return json.loads((self.of.folder / MANIFEST).read_bytes())[self.file.name]["sha256"]
+        with self.file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """Of the images of the run that they are of; a file does not say."""
+        return None if self.of is None else Sizes.of_run(self.of.state["identity"]["data"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return load_checkpoint(self.file) if self.of is None else load_file(self.file)
+
+
+def find_weights(given: str, which: str) -> Weights:
+    """A file, or a form of what `find` finds: `which` is "raw" or "ema".
+
+    Raises ValueError if `given` is none of these, or lacks the form.
+    """
+    if Path(given).is_file():
+        return Weights(given, Path(given), None)
+    found = find(given)
+    if found is None:
+        raise ValueError(
+            f"{given!r} holds no weights: give a weights file, the folder of a checkpoint, or "
+            "the folder of a run that has one"
+        )
+    form = "model" if which == "raw" else "ema"
+    if form not in found.forms:
+        raise ValueError(f"{found} holds no {which} weights: use model.init_weights=raw")
+    return Weights(str(found), found.folder / f"{form}.safetensors", found)
+
+
+def weights(given: str, which: str) -> tuple[dict[str, Tensor], str]:
+    """Those that `find_weights` finds, and what they came from."""
+    found = find_weights(given, which)
+    return found.tensors(), found.source
