@@ -43,6 +43,7 @@ class Checkpointer(Callback):
         self.say = say
         self.saved_at: int | None = None  # the newest step that was given to `saves`
         self.durable_at: int | None = None  # and the newest that is known to be written
+        self._pruned = True  # as far as is known and said
         self._losses: dict[int | None, float] = {}  # held-out ones, by step
         if keep_best and best is not None:
             self.saves.best = self.saves.better = best[0]
@@ -106,6 +107,13 @@ class Checkpointer(Callback):
                     self.saved_at = None
                 self.monitor.record.write("checkpoint_failed", done.step, reason=done.fault)
                 self.say(f"warning: step {done.step} could not be saved ({done.fault})")
+            if done.unpruned is not None and self._pruned:
+                self._pruned = False
+                self.monitor.record.write("prune_failed", done.step, reason=done.unpruned)
+                self.say(
+                    f"warning: checkpoints before step {done.step} that are not to be kept could "
+                    f"not be deleted in {self.saves.root}, which fills ({done.unpruned})"
+                )
 
     def finish(self) -> None:
         """Wait for what is being written. Raises Failed if the newest could not be."""

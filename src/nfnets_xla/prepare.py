@@ -30,6 +30,7 @@ from nfnets_xla.network import initial_weights, make_model, make_task, put_on_de
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule
 from nfnets_xla.resume import Beginning, find_resume, installed
+from nfnets_xla.saves import try_to_write
 from nfnets_xla.steps import make_passes, make_schedule
 from nfnets_xla.task import Classification
 
@@ -141,6 +142,7 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
         hosts=backend.hosts,
     )
     agree(plan, backend.hosts, past.step, begun_with)
+    try_checkpoints(plan, backend.hosts)
     if run.trainer.compile_cache and not backend.cache_compilations(plan.folder / "compiled"):
         say(f"compile cache: off, {backend.device_kind} could not read it back")
     return Ready(plan, start, past, begun_with, backend, net, dataset, task)
@@ -158,3 +160,16 @@ def agree(plan: Plan, hosts: Hosts, step: int, begun_with: dict[str, Any] | None
             "checkpoint was still being written: start all of them again"
         )
     hosts.agree("the weights that they began with", begun_with)
+
+
+def try_checkpoints(plan: Plan, hosts: Hosts) -> None:
+    """Raises ValueError on every host if the one that writes them cannot. Nothing else is written
+    yet."""
+    fault = None
+    if hosts.writes:
+        try:
+            try_to_write(plan.checkpoints)
+        except ValueError as error:
+            fault = str(error)
+    if (fault := hosts.gather(fault)[0]) is not None:
+        raise ValueError(fault)
