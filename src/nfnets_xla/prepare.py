@@ -13,6 +13,7 @@ from nfnets_xla.checkpoint import Checkpoint, Weights
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.order import Order
+from nfnets_xla.data.remote import Unreachable
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.display import Say
 from nfnets_xla.exits import Interrupted
@@ -170,6 +171,7 @@ def try_checkpoints(plan: Plan, hosts: Hosts) -> None:
         try:
             try_to_write(plan.checkpoints)
         except ValueError as error:
-            fault = str(error)
+            fault = isinstance(error, Unreachable), str(error)
     if (fault := hosts.gather(fault)[0]) is not None:
-        raise ValueError(fault)
+        may_pass, why = fault
+        raise Unreachable(why) if may_pass else ValueError(why)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from nfnets_xla import checkpoint
-from nfnets_xla.data.remote import open_folder
+from nfnets_xla.data.remote import Unreachable, open_folder
 from nfnets_xla.data.storage import address
 
 Forms = Mapping[str, Mapping[str, Tensor]]
@@ -31,6 +31,8 @@ def try_to_write(root: str) -> None:
             Path(root).mkdir(parents=True, exist_ok=True)
         folder = open_folder(root)
         folder.write(TRIAL, TRIAL.encode())
+    except Unreachable:
+        raise
     except Exception as error:  # each of fsspec's file systems has its own
         raise ValueError(
             f"no checkpoint can be written in {root} ({' '.join(str(error).split())}): mend that, "

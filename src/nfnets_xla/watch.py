@@ -115,6 +115,7 @@ def open_keeper(
         state=state.at,
         keep_best=trainer.keep_best,
         best=ready.past.best,
+        hosts=ready.hosts,
         say=say,
     )
 
