@@ -203,6 +203,18 @@ class Run:
         """
         return identity_of(asdict(self))
 
+    def shared(self) -> dict[str, Any]:
+        """The settings that all hosts of a run must have alike, by dotted names."""
+        return {name: attrgetter(name)(self) for name in setting_names() if name not in _OF_A_HOST}
+
+
+# What each host may have its own of: where a thing lies for it (what lies there is compared
+# instead), and how its batches are made.
+_OF_A_HOST = (
+    *("run_dir", "resume", "trainer.checkpoint_dir", "trainer.maintenance"),
+    *("data.shards", "data.eval_shards", "data.exclude"),
+    *("data.cache_dir", "data.cache_bytes", "data.workers"),
+)
 
 # Of no effect on the numbers, or known by something else: the samples, excluded ones too, by the
 # shards' fingerprint in a plan's identity, initial weights by resume.Beginning. `max_skipped` says

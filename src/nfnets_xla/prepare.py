@@ -152,15 +152,17 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
 def agree(plan: Plan, hosts: Hosts, step: int, begun_with: dict[str, Any] | None) -> None:
     """Raises ValueError on every host if they are not of one run in one folder. A host may have
     looked into it while host 0's last start still wrote: they see alike by now, and start again."""
-    hosts.agree("what they are to run", plan.identity)
+    held_out = None if plan.held_out is None else plan.held_out.fingerprint
+    read = {"the training samples": plan.index.fingerprint, "the held-out samples": held_out}
+    hosts.agree({**plan.run.shared(), **read, "the number of classes": plan.num_classes})
     begun_at = hosts.gather(step)
     if len(set(begun_at)) > 1:
-        hosts.agree("the checkpoints that they see", checkpoint.steps(plan.checkpoints))
+        hosts.agree({"the checkpoints that they see": checkpoint.steps(plan.checkpoints)})
         raise Interrupted(
             f"hosts would go on from different steps ({', '.join(map(str, begun_at))}), since a "
             "checkpoint was still being written: start all of them again"
         )
-    hosts.agree("the weights that they began with", begun_with)
+    hosts.agree({"the weights that they began with": begun_with})
 
 
 def try_checkpoints(plan: Plan, hosts: Hosts) -> None:
