@@ -1,5 +1,6 @@
 """What a run is, and then what it is made of on this machine; both before its first step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from nfnets_xla.data.remote import Unreachable
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.display import Say
 from nfnets_xla.exits import Interrupted
-from nfnets_xla.history import Past, past_of
+from nfnets_xla.history import Past, history, past_of
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.inputs import (
     check_cache,
@@ -30,6 +31,7 @@ from nfnets_xla.models.registry import Network
 from nfnets_xla.network import initial_weights, make_model, make_task, put_on_device, restore
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule
+from nfnets_xla.record import Row, has_record, read_record
 from nfnets_xla.resume import Beginning, find_resume, installed
 from nfnets_xla.saves import try_to_write
 from nfnets_xla.steps import make_passes, make_schedule
@@ -123,7 +125,7 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
         begun_with, initial = start.state.get("begun_with"), None
     net = make_model(run, plan.num_classes, initial, say)
     backend = put_on_device(net, run)
-    past = past_of(start, plan.folder)
+    past = find_past(plan, start, say)
     task = make_task(
         net,
         run,
@@ -147,6 +149,38 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
     if run.trainer.compile_cache and not backend.cache_compilations(plan.folder / "compiled"):
         say(f"compile cache: off, {backend.device_kind} could not read it back")
     return Ready(plan, start, past, begun_with, backend, net, dataset, task)
+
+
+def find_past(plan: Plan, start: Checkpoint | None, say: Say) -> Past:
+    """What earlier starts have left. The best so far is only of the held-out samples of now."""
+    past = past_of(start, plan.folder)
+    if start is None or plan.held_out is None:
+        return past
+    if not has_record(folder := history(start, plan.folder)):
+        return past
+    other = other_held_out(read_record(folder).headers, start.step, plan.held_out.fingerprint)
+    if other == start.step:
+        say(
+            f"warning: data.eval_shards holds other samples than up to step {other}: held-out "
+            "losses before and after do not compare, and the best checkpoint is chosen anew"
+        )
+    if past.best is not None and past.best[0] <= other:
+        return replace(past, best=None)
+    return past
+
+
+def other_held_out(headers: Sequence[Row], step: int, now: str) -> int:
+    """The last of the steps up to `step` that was evaluated on other samples than `now`; 0: none.
+
+    Of each start those steps count that no later one has replaced. Older records do not say.
+    """
+    found = 0
+    for place, header in enumerate(headers):
+        begun = header["resumed_from"]
+        last = min([step, *(later["resumed_from"] for later in headers[place + 1 :])])
+        if last > begun and header.get("held_out") not in (now, None):
+            found = max(found, last)
+    return found
 
 
 def agree(plan: Plan, hosts: Hosts, step: int, begun_with: dict[str, Any] | None) -> None:
