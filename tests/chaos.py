@@ -171,13 +171,14 @@ def full_disk(suite: Suite) -> None:
 
 
 def read_only(suite: Suite) -> None:
-    """For a process without root's right to write anyway. The first start cannot save its end."""
+    """For a process without root's right to write anyway: it cannot save its end. From its first
+    step on, for before that it would be refused."""
     arguments, run_dir = suite.arguments(3), suite.folder / "read-only"
     root = run_dir / "checkpoints"
     kill(suite.started(arguments, run_dir))
-    root.mkdir(exist_ok=True)
+    process = suite.started(arguments, run_dir, without_override)
     root.chmod(0o555)
-    code = suite.run(arguments, run_dir, without_override)
+    code = ended(process)
     root.chmod(0o755)
     failed = len(read_record(run_dir).of_kind("checkpoint_failed"))
     suite.run(arguments, run_dir)

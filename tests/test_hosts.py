@@ -16,6 +16,7 @@ from nfnets_xla import checkpoint
 from nfnets_xla.exits import START_AGAIN, Interrupted
 from nfnets_xla.hosts import Hosts, open_hosts
 from nfnets_xla.record import read_record
+from tests.data.images import packed
 from tests.runs import (
     PLAIN_CPU,
     RECIPE,
@@ -54,9 +55,9 @@ told["many"] = [tensor.flatten().tolist() for tensor in many]
 told["messages"] = [len(bucket) for bucket in module.buckets(many)]
 told["total"] = hosts.total(hosts.number + 1)
 told["gather"] = hosts.gather({"é": [hosts.number] * hosts.number})
-hosts.agree("the seed", 7)
+hosts.agree({"the name": "a", "the seed": 7})
 try:
-    hosts.agree("the seed", 7 if hosts.number < 2 else 8)
+    hosts.agree({"the name": "a", "the seed": 7 if hosts.number < 2 else 8})
 except ValueError as error:
     told["refused"] = str(error)
 print(json.dumps(told), flush=True)
@@ -210,14 +211,21 @@ def test_hosts_that_do_not_belong_together(tmp_path: Path, data: list[str]) -> N
     ]
     log = tmp_path / "log.txt"
     variables = as_hosts(2)
-    processes = [
-        start([*arguments, f"seed={number}"], log, **variables[number]) for number in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [2, 2], log.read_text()
-    text = log.read_text()
-    assert text.count("nfnets-xla: hosts differ in what they are to run") == 2
-    assert "Traceback" not in text
-    assert not (tmp_path / "r").exists()
+    packed(tmp_path / "other", 13, 8, 5)
+    for one, other, said in (
+        ("seed=0", "seed=1", "seed: 0 on host 0, 1 on host 1. All must run the same command"),
+        ("trainer.eval_every=4", "trainer.eval_every=6", "trainer.eval_every: 4 on host 0, 6 on"),
+        ("data.workers=0", f"data.eval_shards={tmp_path / 'other'}", "the held-out samples: '"),
+    ):
+        processes = [
+            start([*arguments, word], log, **variables[number])
+            for number, word in enumerate((one, other))
+        ]
+        assert [process.wait(timeout=120) for process in processes] == [2, 2], log.read_text()
+        text = log.read_text()
+        assert text.count(f"nfnets-xla: hosts differ in {said}") == 2
+        assert "Traceback" not in text
+        assert not (tmp_path / "r").exists()
     odd = start([*arguments, "data.num_streams=1"], log, **variables[0])
     other = start([*arguments, "data.num_streams=1"], log, **variables[1])
     assert [odd.wait(), other.wait()] == [2, 2]

@@ -67,7 +67,7 @@ def test_a_card_knows_how_its_network_was_made(
     net = trained(name, **options)
     write_card(net, name, tmp_path / "card", {"classes": CLASSES}, "a test")
     where, images = f"local-dir:{tmp_path / 'card'}", torch.randn(2, net.in_chans, 64, 64)
-    channels = {"in_chans": net.in_chans}  # as timm asks of all its models
+    channels: dict[str, Any] = {"in_chans": net.in_chans}  # as timm asks of all its models
     theirs = timm.create_model(where, pretrained=True, **channels)
     for other in (nfnets_xla.create_model(where), theirs):
         assert torch.equal(other.eval()(images), net.eval()(images))

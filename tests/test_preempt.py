@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -200,3 +202,36 @@ def test_what_announces_maintenance(tmp_path: Path) -> None:
         with serving(tmp_path) as server:
             assert announced(f"{server.url}/event") is event
             assert not announced(f"{server.url}/absent")
+
+
+WATCH = """
+import sys, time
+from nfnets_xla import preempt
+preempt.POLL_SECONDS = 0.1
+watching = preempt.Preemption()
+watching.start()
+watching.poll(sys.argv[1])
+time.sleep(60)
+"""
+
+
+def test_one_malformed_answer_does_not_end_the_watch() -> None:
+    """A status line that is none, a body that is cut, and then a notice: 75."""
+    good = "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{}"
+    none, cut, notice = good.format(4, "NONE"), good.format(9, "NO"), good.format(9, "TERMINATE")
+    answers = [none, "garbage\r\n", cut, none, notice]
+
+    class Metadata(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write((answers.pop(0) if len(answers) > 1 else answers[0]).encode())
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        notice_at = f"http://127.0.0.1:{server.server_address[1]}/event"
+        command = [sys.executable, "-c", WATCH, notice_at]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+        server.shutdown()
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.startswith(f"nfnets-xla: {notice_at} announces maintenance; nothing is new")

@@ -84,3 +84,23 @@ def test_a_recipe_that_is_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "there is no recipe 'mine', neither in the folder of --config-dir nor here" in message
     absent = refused(["mine", "--config-dir", str(tmp_path / "absent")], capsys)
     assert "config directory" in absent
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "evaluate", "throughput", "lr_sweep", "smoke"])
+@pytest.mark.parametrize("address", ["s3://b/r/", "gs:/b/r"])
+def test_a_run_has_a_folder_and_no_address(
+    recipe: str,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Only checkpoints may lie at one. The second is what Path makes of gs://b/r."""
+    monkeypatch.chdir(tmp_path)
+    given = ["data.shards=S", "data.eval_shards=E", "model.name=nfnet_f0", "optim.epochs=1"]
+    given += [f"run_dir={address}"] + ["model.init_from=W"] * (recipe == "evaluate")
+    assert refused([recipe, *given], capsys) == (
+        f"nfnets-xla: run_dir is {address}, an address: give a folder that all hosts see, and "
+        f"trainer.checkpoint_dir={address.rstrip('/')}/checkpoints"
+    )
+    assert not list(tmp_path.iterdir())

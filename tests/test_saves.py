@@ -1,10 +1,8 @@
 """Checkpoints in the background, and the rules by which a run goes on from one."""
 
 import math
-import os
 import resource
 import shutil
-import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import torch
 
 from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint_cli import held_out
-from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.order import Order
 from nfnets_xla.history import best_of, evaluations, take_history
@@ -352,50 +349,3 @@ def test_a_checkpoint_says_which_is_the_best(tmp_path: Path) -> None:
     assert best_of(start, {}) == (2, 0.7)
     none = checkpoint.load(save_at(tmp_path, 3, {"best": None}))
     assert best_of(none, {2: 0.7}) is None
-
-
-def test_the_checkpoint_commands(
-    tmp_path: Path,
-    data: list[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    flushed, fsync = [], os.fsync
-
-    def noted(descriptor: int) -> None:
-        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink())
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    folder, out = tmp_path / "run", tmp_path / "f0.safetensors"
-    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.2"]
-    main([*arguments, "optim.warmup_steps=1", "trainer.checkpoint_every=1", f"run_dir={folder}"])
-    # A machine that stops must not leave a checkpoint without the steps before it.
-    saved = flushed.index(folder / "checkpoints" / "step-00000001")
-    assert {folder / "run-1.jsonl", folder / "ledger-1.bin", folder} <= set(flushed[:saved])
-    capsys.readouterr()
-    main(["checkpoint", "verify", str(folder)])
-    assert capsys.readouterr().out.count("verified; ema, model, momentum;") == 2
-    main(["checkpoint", "show", str(folder)])
-    shown = capsys.readouterr().out
-    assert "step               2\n" in shown
-    assert "samples            20\n" in shown
-    assert "NOT FINITE" not in shown
-    main(["checkpoint", "export", str(folder), str(out), "--weights", "ema", "--to", "timm"])
-    assert "nfnet_mini_f0, 5 classes, in timm's names" in capsys.readouterr().out
-    assert not stat.S_IMODE(out.stat().st_mode) & stat.S_IWOTH
-
-    newest = folder / "checkpoints" / "step-00000002"
-    (newest / "state.json").unlink()
-    for damaged in (folder, newest):
-        with pytest.raises(SystemExit) as stopped:
-            main(["checkpoint", "verify", str(damaged)])
-        assert stopped.value.code == 1
-        assert "step-00000002 is not a complete checkpoint: state.json is missing" in (
-            capsys.readouterr().out
-        )
-    for command in ("show", "verify"):
-        with pytest.raises(SystemExit) as stopped:
-            main(["checkpoint", command, str(tmp_path / "nothing")])
-        assert stopped.value.code == 2
-        assert "holds no checkpoint" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Sweeps: real runs in real processes, of which some fail, are killed, or were finished before."""
 
-import json
 import signal
 import subprocess
 import time
@@ -148,7 +147,7 @@ def test_a_failed_cell_does_not_lose_the_sweep(
     assert len(headers(tmp_path / "tuned")) == 2
     for folder in (tmp_path / "tuned").iterdir():
         if folder.is_dir():
-            config = json.loads((folder / "config.json").read_text())
+            config = read_record(folder).headers[0]["config"]
             assert config["model"]["name"] == "nfnet_mini_f0"
             assert Path(config["model"]["init_from"]).parent == runs
 

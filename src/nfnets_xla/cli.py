@@ -48,10 +48,10 @@ EXTRAS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `nfnets-xla`. Exits with 0; 2 for a mistake in the request, or an address that
-    does not answer; 75 for a training that was asked to stop or lost a host, and goes on when the
-    same command is given again; 130 (Ctrl-C) or 143 (SIGTERM) for any other command that was
-    interrupted; 1: lint, verify or audit found faults, a launch, a run or one of a sweep failed, or
-    a disk."""
+    does not answer; 75 for a training that was asked to stop, or lost a host or its storage, and
+    goes on when the same command is given again; 130 (Ctrl-C) or 143 (SIGTERM) for any other
+    command that was interrupted; 1: lint, verify or audit found faults, a launch, a run or one of a
+    sweep failed, or a disk."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = obey(arguments, ours=argv is None)

@@ -21,7 +21,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from nfnets_xla.config import Run, setting_names
+from nfnets_xla.config import Run, local_run_dir, setting_names
 from nfnets_xla.exits import CellFailed, Failed, Interrupted
 from nfnets_xla.launch import Launch
 from nfnets_xla.manual import header, known, manual
@@ -53,7 +53,11 @@ def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to main() instead of a printed traceback
     prepare()
     quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
-    quiet += ["hydra.sweep.dir=${run_dir}", "hydra.sweep.subdir=.", "hydra/hydra_logging=none"]
+    quiet += [
+        "hydra.sweep.dir='${local:${run_dir}}'",
+        "hydra.sweep.subdir=.",
+        "hydra/hydra_logging=none",
+    ]
     # Hydra reads settings only while nothing else stands between them.
     sys.argv = ["nfnets-xla", "--config-name", name, *flags(given), *settings, *quiet]
     refused: list[Exception] = []
@@ -125,6 +129,7 @@ def prepare() -> None:
     from nfnets_xla.sweep import model_of
 
     Plugins.instance().register(ConfOnPath)
+    OmegaConf.register_new_resolver("local", local_run_dir, replace=True)
     OmegaConf.register_new_resolver("model_of", model_of, replace=True)
     OmegaConf.register_new_resolver("variant", of_variant, replace=True)
 

@@ -5,6 +5,7 @@ everything past the command line sees these dataclasses and no other form of con
 plain (not frozen), because OmegaConf merges into them.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from operator import attrgetter
@@ -127,6 +128,7 @@ class Run:
         _one_of("optim.loss", self.optim.loss, LOSSES)
         _one_of("data.mix", self.data.mix, MIXES)
         _one_of("model.init_weights", self.model.init_weights, ("raw", "ema"))
+        local_run_dir(self.run_dir)
         for name in setting_names():
             if attrgetter(name)(self) == "":
                 raise ValueError(f"{name} is empty; give a value, or null")
@@ -201,6 +203,18 @@ class Run:
         """
         return identity_of(asdict(self))
 
+    def shared(self) -> dict[str, Any]:
+        """The settings that all hosts of a run must have alike, by dotted names."""
+        return {name: attrgetter(name)(self) for name in setting_names() if name not in _OF_A_HOST}
+
+
+# What each host may have its own of: where a thing lies for it (what lies there is compared
+# instead), and how its batches are made.
+_OF_A_HOST = (
+    *("run_dir", "resume", "trainer.checkpoint_dir", "trainer.maintenance"),
+    *("data.shards", "data.eval_shards", "data.exclude"),
+    *("data.cache_dir", "data.cache_bytes", "data.workers"),
+)
 
 # Of no effect on the numbers, or known by something else: the samples, excluded ones too, by the
 # shards' fingerprint in a plan's identity, initial weights by resume.Beginning. `max_skipped` says
@@ -262,6 +276,17 @@ _IN_HALF_OPEN = [
 
 
 _OF_SAM = {"sam_ascent_fraction": 1.0, "sam_microbatches": 1, "sam_adaptive": False}
+
+
+def local_run_dir(run_dir: str | None) -> str | None:
+    """Raises ValueError for an address (of which Path makes s3:/a): record, ledger and curves are
+    files that grow, as no object does."""
+    if run_dir is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", run_dir):
+        raise ValueError(
+            f"run_dir is {run_dir}, an address: give a folder that all hosts see, and "
+            f"trainer.checkpoint_dir={run_dir.rstrip('/')}/checkpoints"
+        )
+    return run_dir
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from nfnets_xla.data.remote import Unreachable
 from nfnets_xla.exits import Failed
+from nfnets_xla.hosts import Hosts
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import per_block
 from nfnets_xla.monitor import Monitor, task_of
@@ -30,6 +32,7 @@ class Checkpointer(Callback):
         state: Callable[[int], dict[str, Any]],
         keep_best: bool,
         best: tuple[int, float] | None,
+        hosts: Hosts,
         say: Callable[[str], None],
     ) -> None:
         """`state` is of a step; `best` is of earlier starts: a step and its held-out loss."""
@@ -40,9 +43,11 @@ class Checkpointer(Callback):
         self.total_steps = total_steps
         self.state = state
         self.keep_best = keep_best
+        self.hosts = hosts
         self.say = say
         self.saved_at: int | None = None  # the newest step that was given to `saves`
         self.durable_at: int | None = None  # and the newest that is known to be written
+        self._pruned = True  # as far as is known and said
         self._losses: dict[int | None, float] = {}  # held-out ones, by step
         if keep_best and best is not None:
             self.saves.best = self.saves.better = best[0]
@@ -66,6 +71,21 @@ class Checkpointer(Callback):
             self.saves.better = trainer.global_step
             if self.saved_at != trainer.global_step:
                 self.save(task, trainer.global_step)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Where samples cannot be had any more, between two steps that are the same on all hosts:
+        see missed.py."""
+        step = trainer.global_step
+        if isinstance(exception, Unreachable) and step > self.saves.start:
+            self.save(task_of(pl_module), step)  # also if it is saved, which only one host knows
+            self.saves.wait()
+            self.collect()
+            self.hosts.total(0)  # none may be started again while host 0 still writes
+            self.monitor.record.write("stopped", step, reason=str(exception))
+            if self.durable_at == step:
+                self.say(f"stopped after step {step}, which is saved")
 
     def save(self, task: Classification, step: int) -> None:
         """Raises Failed if the run is not to go on; then what is good of it is saved."""
@@ -106,6 +126,13 @@ class Checkpointer(Callback):
                     self.saved_at = None
                 self.monitor.record.write("checkpoint_failed", done.step, reason=done.fault)
                 self.say(f"warning: step {done.step} could not be saved ({done.fault})")
+            if done.unpruned is not None and self._pruned:
+                self._pruned = False
+                self.monitor.record.write("prune_failed", done.step, reason=done.unpruned)
+                self.say(
+                    f"warning: checkpoints before step {done.step} that are not to be kept could "
+                    f"not be deleted in {self.saves.root}, which fills ({done.unpruned})"
+                )
 
     def finish(self) -> None:
         """Wait for what is being written. Raises Failed if the newest could not be."""

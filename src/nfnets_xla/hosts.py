@@ -11,7 +11,7 @@ and sum what is on GPUs over NCCL.
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,15 +91,18 @@ class Hosts:
             for row_N, size in zip(texts_HN, sizes_H.tolist(), strict=True)
         ]
 
-    def agree(self, what: str, value: Any) -> None:
-        """Raises ValueError, on every host, if one of them has another value than host 0."""
-        values = self.gather(value)
-        for number, other in enumerate(values):
-            if other != values[0]:
-                raise ValueError(
-                    f"hosts differ in {what}: {values[0]!r} on host 0, {other!r} on host {number}. "
-                    "All must run the same command, and see the same shards and run_dir"
-                )
+    def agree(self, values: Mapping[str, Any]) -> None:
+        """Raises ValueError, on every host, if one of them has another of these, which are named
+        for the message, than host 0."""
+        first, *others = self.gather(dict(values))
+        for number, other in enumerate(others, start=1):
+            for what in first:
+                if other[what] != first[what]:
+                    raise ValueError(
+                        f"hosts differ in {what}: {first[what]!r} on host 0, {other[what]!r} on "
+                        f"host {number}. All must run the same command, and see the same shards "
+                        "and run_dir"
+                    )
 
     def heard(self, exchange: Callable[[], Any]) -> Any:
         """What an exchange gives; Interrupted if it fails."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nfnets_xla.data.remote import Unreachable
 from nfnets_xla.exits import Failed
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.record import Discard, RecordWriter, has_record, read_record
@@ -21,10 +22,12 @@ from nfnets_xla.task import Batch
 # few samples of a long run says nothing yet.
 AT_LEAST = 10_000
 NAMED = 3  # of the samples that a message names
+NO_BATCH = -(2**40)  # what a host says instead of a number of samples
 
 
 class Missed(Callback):
-    """Fires before a batch is used. Raises Failed past the ceiling."""
+    """Fires before a batch is used. Raises Failed past the ceiling; and Unreachable, after the same
+    step on all hosts, if another could not have its batch."""
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class Missed(Callback):
         self.evaluated = 0
         self.hosts = hosts
         self.say = say
+        self._told = False  # of a host without a batch
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -75,9 +79,20 @@ class Missed(Callback):
         self._take(missed, "eval", trainer.global_step, self.evaluated, self.eval_samples)
 
     def _of_all_hosts(self, batch: Batch) -> list[dict[str, Any]]:
-        if self.hosts.total(len(batch["missed"])) == 0:
+        total = self.hosts.total(len(batch["missed"]))
+        if total < 0:
+            self._told = True
+            raise Unreachable("another host could not have its samples: see there")
+        if total == 0:
             return []
         return [sample for missed in self.hosts.gather(batch["missed"]) for sample in missed]
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """The others have a batch, and ask how many of its samples are missing."""
+        if isinstance(exception, Unreachable) and not self._told:
+            self.hosts.total(NO_BATCH)
 
     def _take(
         self, missed: list[dict[str, Any]], split: str, step: int, total: int, of: int

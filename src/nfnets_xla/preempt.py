@@ -18,6 +18,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 from nfnets_xla.exits import START_AGAIN
@@ -125,7 +126,7 @@ def announced(notice: str) -> bool:
                 text = answer.read(1000).decode(errors="replace")
         else:
             text = Path(notice).read_text(errors="replace")
-    except OSError:  # no file; no server, which will be asked again
+    except (OSError, HTTPException):  # no file; no server or none in order: it is asked again
         return False
     return text.strip().upper() not in NO_NOTICE
 

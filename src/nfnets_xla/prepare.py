@@ -1,5 +1,6 @@
 """What a run is, and then what it is made of on this machine; both before its first step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,11 @@ from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.order import Order
+from nfnets_xla.data.remote import Unreachable
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.display import Say
 from nfnets_xla.exits import Interrupted
-from nfnets_xla.history import Past, past_of
+from nfnets_xla.history import Past, history, past_of
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.inputs import (
     check_cache,
@@ -29,7 +31,9 @@ from nfnets_xla.models.registry import Network
 from nfnets_xla.network import initial_weights, make_model, make_task, put_on_device, restore
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule
+from nfnets_xla.record import Row, has_record, read_record
 from nfnets_xla.resume import Beginning, find_resume, installed
+from nfnets_xla.saves import try_to_write
 from nfnets_xla.sources import Weights
 from nfnets_xla.steps import make_passes, make_schedule
 from nfnets_xla.task import Classification
@@ -122,7 +126,7 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
         begun_with, initial = start.state.get("begun_with"), None
     net = make_model(run, plan.num_classes, initial, say)
     backend = put_on_device(net, run)
-    past = past_of(start, plan.folder)
+    past = find_past(plan, start, say)
     task = make_task(
         net,
         run,
@@ -142,20 +146,69 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
         hosts=backend.hosts,
     )
     agree(plan, backend.hosts, past.step, begun_with)
+    try_checkpoints(plan, backend.hosts)
     if run.trainer.compile_cache and not backend.cache_compilations(plan.folder / "compiled"):
         say(f"compile cache: off, {backend.device_kind} could not read it back")
     return Ready(plan, start, past, begun_with, backend, net, dataset, task)
 
 
+def find_past(plan: Plan, start: Checkpoint | None, say: Say) -> Past:
+    """What earlier starts have left. The best so far is only of the held-out samples of now."""
+    past = past_of(start, plan.folder)
+    if start is None or plan.held_out is None:
+        return past
+    if not has_record(folder := history(start, plan.folder)):
+        return past
+    other = other_held_out(read_record(folder).headers, start.step, plan.held_out.fingerprint)
+    if other == start.step:
+        say(
+            f"warning: data.eval_shards holds other samples than up to step {other}: held-out "
+            "losses before and after do not compare, and the best checkpoint is chosen anew"
+        )
+    if past.best is not None and past.best[0] <= other:
+        return replace(past, best=None)
+    return past
+
+
+def other_held_out(headers: Sequence[Row], step: int, now: str) -> int:
+    """The last of the steps up to `step` that was evaluated on other samples than `now`; 0: none.
+
+    Of each start those steps count that no later one has replaced. Older records do not say.
+    """
+    found = 0
+    for place, header in enumerate(headers):
+        begun = header["resumed_from"]
+        last = min([step, *(later["resumed_from"] for later in headers[place + 1 :])])
+        if last > begun and header.get("held_out") not in (now, None):
+            found = max(found, last)
+    return found
+
+
 def agree(plan: Plan, hosts: Hosts, step: int, begun_with: dict[str, Any] | None) -> None:
     """Raises ValueError on every host if they are not of one run in one folder. A host may have
     looked into it while host 0's last start still wrote: they see alike by now, and start again."""
-    hosts.agree("what they are to run", plan.identity)
+    held_out = None if plan.held_out is None else plan.held_out.fingerprint
+    read = {"the training samples": plan.index.fingerprint, "the held-out samples": held_out}
+    hosts.agree({**plan.run.shared(), **read, "the number of classes": plan.num_classes})
     begun_at = hosts.gather(step)
     if len(set(begun_at)) > 1:
-        hosts.agree("the checkpoints that they see", checkpoint.steps(plan.checkpoints))
+        hosts.agree({"the checkpoints that they see": checkpoint.steps(plan.checkpoints)})
         raise Interrupted(
             f"hosts would go on from different steps ({', '.join(map(str, begun_at))}), since a "
             "checkpoint was still being written: start all of them again"
         )
-    hosts.agree("the weights that they began with", begun_with)
+    hosts.agree({"the weights that they began with": begun_with})
+
+
+def try_checkpoints(plan: Plan, hosts: Hosts) -> None:
+    """Raises ValueError on every host if the one that writes them cannot. Nothing else is written
+    yet."""
+    fault = None
+    if hosts.writes:
+        try:
+            try_to_write(plan.checkpoints)
+        except ValueError as error:
+            fault = isinstance(error, Unreachable), str(error)
+    if (fault := hosts.gather(fault)[0]) is not None:
+        may_pass, why = fault
+        raise Unreachable(why) if may_pass else ValueError(why)

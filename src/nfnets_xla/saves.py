@@ -9,14 +9,38 @@ again would lose or mix the weights of both.
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from nfnets_xla import checkpoint
+from nfnets_xla.data.remote import Unreachable, open_folder
+from nfnets_xla.data.storage import address
 
 Forms = Mapping[str, Mapping[str, Tensor]]
+TRIAL = "trial"  # a file that is no checkpoint's
+
+
+def try_to_write(root: str) -> None:
+    """Raises ValueError for a folder of checkpoints where none could be written, which would else
+    be known when all steps are done."""
+    try:
+        if not address(root):
+            Path(root).mkdir(parents=True, exist_ok=True)
+        folder = open_folder(root)
+        folder.write(TRIAL, TRIAL.encode())
+    except Unreachable:
+        raise
+    except Exception as error:  # each of fsspec's file systems has its own
+        raise ValueError(
+            f"no checkpoint can be written in {root} ({' '.join(str(error).split())}): mend that, "
+            "or give another trainer.checkpoint_dir"
+        ) from error
+    with suppress(Exception):  # of what cannot be deleted there the first prune tells
+        folder.remove(TRIAL)
 
 
 @dataclass(frozen=True)
@@ -28,6 +52,7 @@ class Written:
     write_seconds: float  # by the thread
     bytes: int
     fault: str | None  # why there is none
+    unpruned: str | None = None  # why older ones, which it replaces, are still there
 
 
 class Saves:
@@ -102,25 +127,29 @@ class Saves:
 
     def _write(self, step: int, forms: Forms, state: Mapping[str, Any], stall: float) -> None:
         began = time.perf_counter()
-        size, fault = 0, None
+        size, fault, unpruned = 0, None, None
         try:
             self.before()
             size = checkpoint.save(self.root, step, forms, state)
             self._steps.append(step)
             if step == self.better:
                 self.best = step
-            checkpoint.prune(
-                self.root,
-                start=self.start,
-                written=self._steps,
-                keep=self.keep,
-                every_hours=self.every_hours,
-                best=(self.best, self.better),
-            )
+            self._prune()
         except checkpoint.OtherRun as error:
             self._refused = error
             return
         except Exception as error:  # of a full disk safetensors says in a class of its own
-            fault = f"{type(error).__name__}: {error}" if size == 0 else None
-        seconds = time.perf_counter() - began
-        self._written.append(Written(step, round(stall, 4), round(seconds, 4), size, fault))
+            why = f"{type(error).__name__}: {error}"
+            fault, unpruned = (None, why) if size else (why, None)
+        took = round(stall, 4), round(time.perf_counter() - began, 4)
+        self._written.append(Written(step, *took, size, fault, unpruned))
+
+    def _prune(self) -> None:
+        checkpoint.prune(
+            self.root,
+            start=self.start,
+            written=self._steps,
+            keep=self.keep,
+            every_hours=self.every_hours,
+            best=(self.best, self.better),
+        )

@@ -6,16 +6,20 @@ before anything is written.
 
 import sys
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 from nfnets_xla.config import Run
 from nfnets_xla.data.loader import Batches
+from nfnets_xla.data.remote import Unreachable
 from nfnets_xla.display import Display, Lines, Say, summary
+from nfnets_xla.exits import Interrupted
 from nfnets_xla.history import ended
 from nfnets_xla.inputs import make_eval_loader
 from nfnets_xla.models.registry import count_parameters
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.prepare import Ready, make_plan, prepare
+from nfnets_xla.record import has_record
 from nfnets_xla.steps import describe_ascent
 from nfnets_xla.stop import Stop
 from nfnets_xla.trainer import make_trainer
@@ -30,9 +34,18 @@ def train(
     `display`, entered by the caller, shows it; there are plain lines without one. A folder that
     holds checkpoints of the same run is resumed from the newest that verifies; of a finished one
     the closing line is returned. A folder of another run is a ValueError. `preemption`, started,
-    may ask to stop: then Interrupted is raised once the last step is saved.
+    may ask to stop: then Interrupted is raised once the last step is saved. It is raised, too, if
+    an address does not answer once the run has begun; before, that is a ValueError.
     """
-    display = display or Lines()
+    try:
+        return train_now(run, display or Lines(), preemption)
+    except Unreachable as error:
+        if run.run_dir is not None and has_record(Path(run.run_dir)):
+            raise Interrupted(str(error)) from error
+        raise
+
+
+def train_now(run: Run, display: Display, preemption: Preemption | None) -> dict[str, Any]:
     plan = make_plan(run)
     start = plan.find_start(display.say)
     if start is not None and start.step == plan.num_steps and (end := ended(plan.folder)):

@@ -1,8 +1,7 @@
 """What watches a training and writes what is kept of it: record, curves, ledger, checkpoints."""
 
-import json
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -46,7 +45,6 @@ def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
     record = open_record(ready, open_files)
     curves = NoCurves()
     if isinstance(record, RecordWriter):
-        (plan.folder / "config.json").write_text(json.dumps(asdict(run), indent=1))
         curves = Curves(plan.folder, record.attempt, past.step, run.trainer.tensorboard)
     open_files.enter_context(closing(curves))
     skips = Skips(
@@ -108,7 +106,9 @@ def take_over(ready: Ready) -> None:
     """What this start builds on, unless another has come further in the folder meanwhile."""
     folder = ready.plan.folder
     # Without a record the past is another folder's, whose run may go on.
-    if has_record(folder) and past_of(ready.start, folder) != ready.past:
+    # The best of it may have been left out, being of other held-out samples (prepare.find_past).
+    now, then = (replace(past, best=None) for past in (past_of(ready.start, folder), ready.past))
+    if has_record(folder) and now != then:
         raise Interrupted(
             f"another start has written into {folder} while this one was preparing: start again, "
             "to go on from what is there now"
@@ -140,6 +140,7 @@ def open_keeper(
         state=state.at,
         keep_best=trainer.keep_best,
         best=ready.past.best,
+        hosts=ready.hosts,
         say=say,
     )
 

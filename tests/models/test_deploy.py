@@ -10,6 +10,7 @@ from torch import nn
 
 from nfnets_xla import create_model, fuse
 from nfnets_xla.models.layers import WSConv2d
+from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.registry import create_network
 from tests.models.networks import trained
 
@@ -93,6 +94,7 @@ def test_other_networks_are_refused() -> None:
 def test_it_is_evaluated_as_the_network_was() -> None:
     """And so is what has maps alone: timm's transforms of both are the network's."""
     net = create_network("nfnet_mini_f0")
+    assert isinstance(net, NFNet)
     maps = create_model("nfnet_mini_f0", features_only=True)
     for other in (fuse(net), maps):
         assert resolve_model_data_config(other) == resolve_model_data_config(net)

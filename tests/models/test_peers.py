@@ -85,7 +85,7 @@ def test_a_timm_model_runs_in_bfloat16() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert net(torch.randn(2, 3, 64, 64)).dtype == torch.float32
         inside: list[torch.dtype] = []
-        net.net.blocks[0].mlp.fc1.register_forward_hook(
+        net.get_submodule("net.blocks.0.mlp.fc1").register_forward_hook(
             lambda _module, _inputs, output: inside.append(output.dtype)
         )
         net(torch.randn(2, 3, 64, 64))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
@@ -66,8 +67,8 @@ def test_shards_of_fsdp2_are_refused(tmp_path: Path) -> None:
     """They show the shape of the whole, so that only their kind tells them."""
     net = small_net()
     whole = parameter_roles(net, "head")
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    store = f"file://{tmp_path}/store"
+    init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         shards = distribute_tensor(net.stem.weight.detach(), init_device_mesh("cpu", (1,)))
         net.stem.weight = nn.Parameter(shards)
@@ -78,7 +79,7 @@ def test_shards_of_fsdp2_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"'stem.weight' is a DTensor, .* it is sharded"):
             agc_(net.named_parameters(), whole)
     finally:
-        torch.distributed.destroy_process_group()
+        destroy_process_group()
 
 
 def test_parameters_without_names_are_refused() -> None:

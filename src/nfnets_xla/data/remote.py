@@ -40,6 +40,11 @@ class Patience(NamedTuple):
     timeout: float  # seconds without a byte that make a failure
 
 
+class Unreachable(ValueError):
+    """What is at an address could not be had for as long as a request is repeated. Nothing may be
+    wrong with what was asked for."""
+
+
 PATIENCE = Patience(total=300.0, first_wait=1.0, timeout=60.0)
 
 
@@ -233,7 +238,7 @@ class RemoteFolder:
                     ) from error
                 left = end - time.monotonic()
                 if left <= 0:
-                    raise ValueError(
+                    raise Unreachable(
                         f"{where} could not be had in {self.patience.total:g} s (last of {attempt} "
                         f"attempts: {what}); when it can, the same command goes on"
                     ) from error

@@ -10,7 +10,7 @@ Shape suffixes: P parameters, U units of all of them, one after the other.
 # pyright: reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -48,7 +48,7 @@ def agc_(
     check_clipping(clipping, eps)
     shares: dict[str, Tensor] = {}
     clipped: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}  # whether stacked
-    for name, parameter in in_pairs(named_parameters):
+    for name, parameter in role.in_pairs(named_parameters):
         role.check_whole(name, parameter)
         if name not in roles:
             raise ValueError(f"parameter {name!r} has no role; take both from one module")
@@ -61,17 +61,6 @@ def agc_(
             share_P = clip_together_(params, grads, clipping, eps=eps, stacked=stacked)
             shares |= dict(zip(alike, share_P.unbind(), strict=True))
     return shares
-
-
-def in_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """ValueError for what `parameters()` gives, which has no names."""
-    for pair in named_parameters:
-        if isinstance(pair, Tensor):
-            raise ValueError(
-                "parameters were given without names: give module.named_parameters(), not "
-                "module.parameters()"
-            )
-        yield pair
 
 
 def by_form(named: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -30,7 +30,6 @@ from nfnets_xla.optim.agc import (
     clip_together_,
     clipped_shares,
     gradient,
-    in_pairs,
     unit_shape,
 )
 from nfnets_xla.optim.guard import Guard
@@ -86,7 +85,7 @@ class ByRole(torch.optim.Optimizer):
         if not 0 <= weight_decay < math.inf:
             raise ValueError(f"weight_decay is {weight_decay}; it must be 0 (none) or more")
         check_clipping(clipping, clipping_eps)
-        named = _checked_parameters(named_parameters, roles)
+        named = role.checked_parameters(named_parameters, roles)
         groups: list[dict[str, Any]] = []
         for (members, decayed, clipped), stacked in product(GROUPS, (False, True)):
             wanted = [role.STACKED + member if stacked else member for member in members]
@@ -317,49 +316,6 @@ def _laid_out_like(parameter: Tensor, x: Tensor) -> Tensor:
     if x.stride() == parameter.stride():
         return x
     return torch.empty_like(parameter.detach()).copy_(x)
-
-
-def _checked_parameters(
-    named_parameters: Iterable[tuple[str, Tensor]], roles: Mapping[str, str]
-) -> dict[str, Tensor]:
-    plain = {name for members, _, _ in GROUPS for name in members}
-    known = plain | {role.STACKED + name for name in plain}
-    named: dict[str, Tensor] = {}
-    names_by_id: dict[int, str] = {}
-    for name, parameter in in_pairs(named_parameters):
-        role.check_whole(name, parameter)
-        if name in named:
-            raise ValueError(f"parameter {name!r} is given twice; names must be unique")
-        if id(parameter) in names_by_id:
-            raise ValueError(
-                f"parameters {names_by_id[id(parameter)]!r} and {name!r} are one tensor; give it "
-                "once, as module.named_parameters() does"
-            )
-        if name not in roles:
-            raise ValueError(
-                f"roles differ in {name}: a parameter without a role; take both from one module"
-            )
-        if roles[name] not in known:
-            raise ValueError(
-                f"the role of {name!r} is {roles[name]!r}; it must be one of "
-                f"{', '.join(sorted(known))}"
-            )
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"parameter {name!r} is {parameter.dtype}; master weights must be torch.float32: "
-                "call module.float() and cast in the forward pass instead"
-            )
-        named[name] = parameter
-        names_by_id[id(parameter)] = name
-    absent = [name for name in roles if name not in named]
-    if absent:
-        raise ValueError(
-            f"roles differ in {absent[0]} (and {len(absent) - 1} more): no such parameter was "
-            "given; to freeze a parameter give it all the same and call requires_grad_(False)"
-        )
-    if not named:
-        raise ValueError("there are no parameters; give at least one")
-    return named
 
 
 def checked_hyperparameter(name: str, value: float | Tensor, like: Tensor) -> Any:

@@ -7,7 +7,7 @@ a role hangs on the parameter's name, not on the parameter.
 # pyright: reportUnknownMemberType=false
 # torch types its own signatures in part.
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -19,6 +19,7 @@ VECTOR = "vector"  # gain, bias, norm scale, a table of tokens: one unit, and no
 SCALAR = "scalar"  # 0-d: a skip gain
 CLASSIFIER_WEIGHT = "classifier_weight"
 CLASSIFIER_BIAS = "classifier_bias"
+ROLES = {CONV, LINEAR, VECTOR, SCALAR, CLASSIFIER_WEIGHT, CLASSIFIER_BIAS}
 STACKED = "stacked "  # in front of a role: the first axis counts parameters of that role
 
 
@@ -42,6 +43,60 @@ def parameter_roles(module: nn.Module, classifier: str | None) -> dict[str, str]
         shape = parameter.shape[1:] if stacked else parameter.shape
         roles[name] = (STACKED if stacked else "") + _role(module, name, shape, classifier)
     return roles
+
+
+def checked_parameters(
+    named_parameters: Iterable[tuple[str, Tensor]], roles: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """{name: parameter}. ValueError for what an optimizer cannot take, or has no role of these."""
+    known = ROLES | {STACKED + name for name in ROLES}
+    named: dict[str, Tensor] = {}
+    names_by_id: dict[int, str] = {}
+    for name, parameter in in_pairs(named_parameters):
+        check_whole(name, parameter)
+        if name in named:
+            raise ValueError(f"parameter {name!r} is given twice; names must be unique")
+        if id(parameter) in names_by_id:
+            raise ValueError(
+                f"parameters {names_by_id[id(parameter)]!r} and {name!r} are one tensor; give it "
+                "once, as module.named_parameters() does"
+            )
+        if name not in roles:
+            raise ValueError(
+                f"roles differ in {name}: a parameter without a role; take both from one module"
+            )
+        if roles[name] not in known:
+            raise ValueError(
+                f"the role of {name!r} is {roles[name]!r}; it must be one of "
+                f"{', '.join(sorted(known))}"
+            )
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}; master weights must be torch.float32: "
+                "call module.float() and cast in the forward pass instead"
+            )
+        named[name] = parameter
+        names_by_id[id(parameter)] = name
+    absent = [name for name in roles if name not in named]
+    if absent:
+        raise ValueError(
+            f"roles differ in {absent[0]} (and {len(absent) - 1} more): no such parameter was "
+            "given; to freeze a parameter give it all the same and call requires_grad_(False)"
+        )
+    if not named:
+        raise ValueError("there are no parameters; give at least one")
+    return named
+
+
+def in_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """ValueError for what `parameters()` gives, which has no names."""
+    for pair in named_parameters:
+        if isinstance(pair, Tensor):
+            raise ValueError(
+                "parameters were given without names: give module.named_parameters(), not "
+                "module.parameters()"
+            )
+        yield pair
 
 
 def check_whole(name: str, parameter: Tensor) -> None:

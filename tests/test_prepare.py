@@ -1,0 +1,38 @@
+"""Held-out samples that are changed in mid-run: losses on the two are not compared."""
+
+from pathlib import Path
+from typing import Any
+
+from nfnets_xla import checkpoint
+from nfnets_xla.prepare import other_held_out
+from tests.data.images import packed
+from tests.runs import PLAIN_CPU, RECIPE, SMALL, run, run_killed_at
+
+
+def test_the_best_is_of_one_set_of_held_out_samples(tmp_path: Path, data: list[str]) -> None:
+    log, folder, other = tmp_path / "log.txt", tmp_path / "run", tmp_path / "other"
+    packed(other, 13, 8, 5)
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.5", f"run_dir={folder}"]
+    arguments += ["trainer.checkpoint_every=2", "trainer.eval_every=2", "trainer.keep_best=true"]
+    run_killed_at(arguments, folder, 3, log, kind="samples")
+    start = checkpoint.latest(folder / "checkpoints")[0]
+    assert start is not None
+    assert start.step == 2
+    run([*arguments, f"data.eval_shards={other}"], log)
+    said = "data.eval_shards holds other samples than up to step 2: held-out losses before and"
+    assert log.read_text().count(said) == 1
+    # Written before the evaluation after it: none of the new samples.
+    assert checkpoint.load(folder / "checkpoints" / "step-00000004").state["best"] is None
+
+
+def test_where_another_set_of_held_out_samples_was_used_last() -> None:
+    """Of the steps that no later start replaced; older records do not say."""
+    first: dict[str, Any] = {"resumed_from": 0, "held_out": "a"}
+    second, third = {"resumed_from": 4, "held_out": "b"}, {"resumed_from": 8, "held_out": "b"}
+    assert other_held_out([first], 4, "a") == 0
+    assert other_held_out([first], 4, "b") == 4
+    assert other_held_out([first, second], 4, "b") == 4  # whose start got nowhere
+    assert other_held_out([first, second], 4, "a") == 0
+    assert other_held_out([first, second, third], 10, "b") == 4
+    assert other_held_out([first, second, third], 10, "a") == 10
+    assert other_held_out([{"resumed_from": 0}, second | {"held_out": None}], 6, "b") == 0
