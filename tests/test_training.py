@@ -186,7 +186,7 @@ def test_undecodable_samples_are_listed_and_counted_over_a_kill(tmp_path: Path) 
     """Five of 100 images and a held-out one; the run stops where the ceiling says, not before."""
     for name, count in (("train", IMAGES), ("held-out", 21)):
         torn = (
-            (key, image[:60] if number % 20 == 3 else image, extension, label)
+            (name[0] + key, image[:60] if number % 20 == 3 else image, extension, label)
             for number, (key, image, extension, label) in enumerate(image_samples(count))
         )
         pack_samples(torn, tmp_path / name, samples_per_shard=15)
@@ -211,7 +211,7 @@ def test_undecodable_samples_are_listed_and_counted_over_a_kill(tmp_path: Path) 
         for line in file.read_text().splitlines()
     ]
     names = {sample["id"] for sample in listed if sample["split"] == "train"}
-    assert names == {f"shard-00000{n // 15}/{n:05d}" for n in (3, 23, 43, 63, 83)}
+    assert names == {f"shard-00000{n // 15}/t{n:05d}" for n in (3, 23, 43, 63, 83)}
     assert all("60 bytes do not decode" in sample["reason"] for sample in listed)
 
     strict = [*arguments, "data.max_missed=0.01", f"run_dir={tmp_path / 'strict'}"]
