@@ -89,9 +89,29 @@ def test_what_a_record_says_of_checkpoints_is_held_against_them(tmp_path: Path) 
     assert str(sources.find(folder)) == str(folder / "checkpoints" / "step-00000001")
     save(kept, 2)
     assert str(sources.find(folder)) == str(kept / "step-00000002")
+    with RecordWriter(folder, {"resumed_from": 2, "config": {"trainer": {}}}):
+        pass  # moved back, and killed before it saved
+    shutil.rmtree(folder / "checkpoints")
+    assert str(sources.find(folder)) == str(kept / "step-00000002")
+    (folder / "run-11.jsonl").unlink()
+    save(folder / "checkpoints", 1)
     shutil.rmtree(kept)
     checkpoint.save(kept, 3, FORMS, {"identity": {"seed": 2}})
     with pytest.raises(
         ValueError, match=r"00000003 is of another \(seed: 1 -> 2\): give the folder"
     ):
         sources.find(folder)
+
+
+def test_an_older_checkpoint_does_not_stand_for_one_on_a_disk_that_is_not_there(
+    tmp_path: Path,
+) -> None:
+    folder, kept = tmp_path / "run", tmp_path / "kept"
+    head = {"resumed_from": 1, "num_steps": 9, "config": {"trainer": {"checkpoint_dir": str(kept)}}}
+    with RecordWriter(folder, head) as record:
+        record.write("checkpoint", 9)
+    save(folder / "checkpoints", 1)  # of before it moved
+    with pytest.raises(ValueError, match=f"saved step 9 in {kept}, where there is none now, and"):
+        sources.find(folder)
+    save(folder / "checkpoints", 9)  # a copy of the whole
+    assert str(sources.find(folder)) == str(folder / "checkpoints" / "step-00000009")

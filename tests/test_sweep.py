@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -66,6 +67,34 @@ def test_cells_have_folders_of_checkpoints_of_their_own(given: str) -> None:
     cell = Cell(to_run(composed("pretrain", words)), ["seed"], "pretrain", words)
     run = to_run(composed("pretrain", cell.command[4:]))
     assert run.trainer.checkpoint_dir == f"{given.rstrip('/')}/seed_0"
+
+
+def test_a_cell_that_has_begun_saves_where_it_did(tmp_path: Path) -> None:
+    """As one that was told apart from the others by what its folder of checkpoints was called."""
+    words = ["data.shards=S", "optim.epochs=1", f"run_dir={tmp_path}", "trainer.checkpoint_dir=new"]
+    cell = Cell(to_run(composed("pretrain", words)), ["seed"], "pretrain", words)
+    config = {"trainer": {"checkpoint_dir": "old/place"}}
+    with RecordWriter(cell.folder, {"resumed_from": 0, "config": config}):
+        pass
+    assert to_run(composed("pretrain", cell.command[4:])).trainer.checkpoint_dir == "old/place"
+
+
+@pytest.mark.parametrize("command", [["lr_sweep", "optim.peak_lr=0.1"], ["two_trials", "lr_sweep"]])
+def test_a_sweep_whose_shards_do_not_answer_is_interrupted(
+    command: list[str], tmp_path: Path
+) -> None:
+    """Once it has begun: launchers then repeat it. It opens them to see what is finished."""
+    given = ["data.shards=http://127.0.0.1:1/x", "optim.epochs=1", "model.name=nfnet_f0"]
+    given += [f"run_dir={tmp_path / 'runs'}", f"data.cache_dir={tmp_path}", "data.cache_bytes=1e6"]
+    run = to_run(composed("lr_sweep", [*given, "optim.peak_lr=0.1", "seed=0"]))
+    head = {"resumed_from": 0, "num_steps": 1, "fingerprint": "f" * 64, "config": asdict(run)}
+    finished = tmp_path / "runs" / "nfnet_f0-epochs_1-peak_lr_0.1-seed_0"
+    with RecordWriter(finished, head) as record:
+        record.write("end", 1)
+    program = [sys.executable, "-m", "tests.impatient", *command, *given]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stderr
+    assert "127.0.0.1" in done.stderr
 
 
 def test_two_cells_have_two_folders(

@@ -149,7 +149,7 @@ def of_variant(model: str, setting: str) -> float:
 
 def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: Preemption) -> None:
     """One job of Hydra's multirun. What the recipe sweeps, or the person does, names its folder."""
-    from nfnets_xla.sweep import Cell, refuse_shared, run_cell
+    from nfnets_xla.sweep import Cell, going_on, refuse_shared, run_cell
 
     given = HydraConfig.get()
     params = given.sweeper.params or {}
@@ -164,12 +164,15 @@ def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: 
             if key not in keys:
                 keys.append(key)
     where = [] if asked.config_dir is None else [f"--config-dir={asked.config_dir}"]
-    run_cell(Cell(to_run(config), keys, name, [*where, *given.overrides.task]), preemption)
+    run = to_run(config)
+    with going_on(run.run_dir):
+        run_cell(Cell(run, keys, name, [*where, *given.overrides.task]), preemption)
 
 
 @in_our_words()
 def two_trials(name: str, overrides: list[str], preemption: Preemption) -> None:
     """Sweep the rate of each model at each number of epochs; failures of all of them at the end."""
+    from nfnets_xla.sweep import going_on
     from nfnets_xla.trials import next_pair, size
 
     swept: dict[str, list[str]] = {}
@@ -197,10 +200,12 @@ def two_trials(name: str, overrides: list[str], preemption: Preemption) -> None:
         for epochs in swept["optim.epochs"]:
             cell = [*rest, f"model.name={model}", f"optim.epochs={epochs}"]
             run = to_run(composed(name, [*cell, "seed=0"]))
-            cells.append((size(run), run.optim.epochs, run, cell))
+            with going_on(run.run_dir):
+                cells.append((size(run), run.optim.epochs, run, cell))
     failed = []
     for *_, run, cell in sorted(cells, key=lambda entry: entry[:2]):
-        pair = next_pair(run)
+        with going_on(run.run_dir):
+            pair = next_pair(run)
         print(pair, flush=True)
         try:
             recipe(name, [*cell, f"optim.peak_lr={','.join(pair.rates)}"], preemption)

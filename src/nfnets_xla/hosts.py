@@ -97,9 +97,10 @@ class Hosts:
         first, *others = self.gather(dict(values))
         for number, other in enumerate(others, start=1):
             for what in first:
-                if other[what] != first[what]:
+                theirs = other.get(what)  # of another release it may have no such setting
+                if theirs != first[what]:
                     raise ValueError(
-                        f"hosts differ in {what}: {first[what]!r} on host 0, {other[what]!r} on "
+                        f"hosts differ in {what}: {first[what]!r} on host 0, {theirs!r} on "
                         f"host {number}. All must run the same command, and see the same shards "
                         "and run_dir"
                     )

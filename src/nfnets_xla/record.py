@@ -73,7 +73,11 @@ def _lock(run_dir: Path) -> int:
     The file is the machine's own: over NFS 3 the lock of one that was taken away would stay for
     good, and no other machine could go on.
     """
-    descriptor = os.open(run_dir / f".lock-{_machine()}", os.O_RDWR | os.O_CREAT, 0o666)
+    path = run_dir / f".lock-{_machine()}"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's, who has run here before
+        descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

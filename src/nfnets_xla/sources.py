@@ -7,6 +7,7 @@ Where a run keeps its checkpoints is in its record, which has the configuration 
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from nfnets_xla.config import differences, identity_of
 from nfnets_xla.data.storage import address
 from nfnets_xla.models.timm_names import Sizes
 from nfnets_xla.models.weights import load_checkpoint
+from nfnets_xla.record import read_record
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +37,9 @@ def find(given: str | Path) -> Checkpoint | None:
         return load(path)
     root = checkpoints_of(path)
     if root in (str(path), str(path / "checkpoints")):
-        return _newest(root)
+        found = _newest(root)
+        _refuse_older(path, found)
+        return found
     if not steps(root):
         raise ValueError(
             f"{path} holds a run that keeps its checkpoints in {root}, and there are none: give "
@@ -51,22 +55,44 @@ def find(given: str | Path) -> Checkpoint | None:
 
 
 def checkpoints_of(run_dir: Path) -> str:
-    """Where the checkpoints of a run are. What holds no run is taken for a folder of them."""
-    elsewhere = ((config_of(run_dir) or {}).get("trainer") or {}).get("checkpoint_dir")
-    for root in (elsewhere, run_dir / "checkpoints", run_dir):
-        if root and steps(root):
+    """Where the checkpoints of a run are: where its newest start keeps them, or those before, from
+    which it may have moved. What holds no run is taken for a folder of them."""
+    kept = [(config.get("trainer") or {}).get("checkpoint_dir") for config in configs_of(run_dir)]
+    inside = str(run_dir / "checkpoints")
+    for root in (*(where or inside for where in kept), inside, run_dir):
+        if steps(root):
             return str(root)
-    return str(elsewhere or run_dir)
+    return str(next(filter(None, kept), run_dir))
+
+
+def _refuse_older(run_dir: Path, found: Checkpoint | None) -> None:
+    """ValueError where the run has saved more, elsewhere, on what is not there now: a disk, say."""
+    elsewhere = ((config_of(run_dir) or {}).get("trainer") or {}).get("checkpoint_dir")
+    if elsewhere is None or found is None:
+        return
+    saved = 0
+    with suppress(ValueError):  # a damaged record costs nobody the weights
+        rows = read_record(run_dir).of_kind("checkpoint")
+        saved = max((row["step"] for row in rows), default=0)
+    if saved > found.step:
+        raise ValueError(
+            f"{run_dir} holds a run that has saved step {saved} in {elsewhere}, where there is "
+            f"none now, and {found} is older: mount that, or give the checkpoint itself"
+        )
 
 
 def config_of(run_dir: Path) -> dict[str, Any] | None:
-    """Of the newest start of a run that says it whole, from its record's first line alone; None if
-    there is no record."""
+    """Of the newest start of a run that says it whole; None if there is no record."""
+    return next(configs_of(run_dir), None)
+
+
+def configs_of(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Of each start, the newest first, from its record's first line alone."""
     files = run_dir.glob("run-*.jsonl")
     for file in sorted(files, key=lambda file: (len(file.name), file.name), reverse=True):
         with suppress(ValueError), file.open(encoding="utf-8") as lines:
-            return json.loads(lines.readline()).get("config")
-    return None
+            if config := json.loads(lines.readline()).get("config"):
+                yield config
 
 
 def _newest(root: str | Path, run: Path | None = None) -> Checkpoint | None:

@@ -10,13 +10,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nfnets_xla.config import Run, differences
-from nfnets_xla.exits import START_AGAIN, CellFailed
+from nfnets_xla.data.remote import Unreachable
+from nfnets_xla.exits import START_AGAIN, CellFailed, Interrupted
 from nfnets_xla.history import ended
 from nfnets_xla.inputs import open_index, open_shards
 from nfnets_xla.preempt import FOLLOWED, Preemption
@@ -48,10 +50,16 @@ class Cell:
     @property
     def command(self) -> list[str]:
         own = ["hydra.mode=RUN", f'run_dir="{self.folder}"']
-        root = self.run.trainer.checkpoint_dir
-        if root is not None and self.run.job == "train":  # two runs cannot save in one folder
-            own.append(f'trainer.checkpoint_dir="{root.rstrip("/")}/{self.folder.name}"')
+        if self.run.job == "train" and (root := self.checkpoint_dir):
+            own.append(f'trainer.checkpoint_dir="{root}"')
         return [sys.executable, "-m", "nfnets_xla", self.recipe, *self.overrides, *own]
+
+    @property
+    def checkpoint_dir(self) -> str | None:
+        """Its own, since two runs cannot save in one folder; once it has begun, where it does."""
+        begun = ((config_of(self.folder) or {}).get("trainer") or {}).get("checkpoint_dir")
+        asked = self.run.trainer.checkpoint_dir
+        return begun or (asked and f"{asked.rstrip('/')}/{self.folder.name}")
 
     def finished(self) -> bool:
         """Whether the folder holds this very run, or evaluation, to its end."""
@@ -90,6 +98,17 @@ def run_cell(cell: Cell, preemption: Preemption) -> None:
     if code:
         how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
         raise CellFailed(f"{cell.folder} ended with {how}")
+
+
+@contextmanager
+def going_on(run_dir: str | None) -> Iterator[None]:
+    """An address that does not answer interrupts a sweep that has begun, as it does a run."""
+    try:
+        yield
+    except Unreachable as error:
+        if run_dir is not None and any(Path(run_dir).rglob("run-*.jsonl")):
+            raise Interrupted(str(error)) from error
+        raise
 
 
 def model_of(run_dir: str) -> str:

@@ -50,8 +50,8 @@ def train(name: str, device: torch.device) -> tuple[dict[str, torch.Tensor], lis
         return losses[0]
 
     if device.type == "xla":  # as the strategy does before the first step
-        xla.replicate({**state(net, ema), **updater.device_state(), "guard": guard.numbers_G})
-        for tensors in updater.slots().values():
+        xla.replicate({**state(net, ema), "guard": guard.numbers_G})
+        for tensors in updater.state.values():
             xla.replicate(tensors)
     compilations = [xla.counters().compilations]
     for step, values in enumerate(HYPERPARAMETERS):

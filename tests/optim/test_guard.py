@@ -50,7 +50,7 @@ class Training:
 
     def state(self) -> dict[str, Tensor]:
         parts = {"": dict(self.net.named_parameters()), "e/": self.ema.shadow}
-        parts |= {"u/": self.updater.device_state(), **self.updater.slots()}
+        parts |= {f"{n}/": kept for n, kept in enumerate(self.updater.state.values())}
         return {p + n: t.detach().clone() for p, named in parts.items() for n, t in named.items()}
 
 

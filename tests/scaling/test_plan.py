@@ -168,19 +168,6 @@ def test_rates_of_runs_go_with_the_batch(study: list[Point]) -> None:
     assert four.because == f"{same.because}, for a batch of 64; in proportion to the batch"
 
 
-def test_a_rate_that_was_best_nowhere_is_not_said_to_be() -> None:
-    """0.1 then 0.2 with more epochs: rates that never rise are 0.1 twice, by little."""
-    runs = [made_point(MODELS[0], e, r) for e in (1, 2) for r in (0.1, 0.2)]
-    runs[3] = replace(runs[3], loss=runs[2].loss * 0.999)
-    runs[0] = replace(runs[0], loss=runs[1].loss * 0.9)
-    plan = make_plan(Job(3e-5, **asdict_less(mini_job(1), "core_hours")), runs)
-    assert plan.because["rates"] in (
-        "0.1 was best for nfnet_mini_f0 at 1 epochs",
-        "0.1 for nfnet_mini_f0 at 2 epochs, whose best is 0.2, of rates that never rise",
-    )
-    assert "0.1 was best for nfnet_mini_f0 at 2" not in plan.because["rates"]
-
-
 def test_a_plan_far_from_its_runs_says_so(study: list[Point]) -> None:
     with pytest.warns(Extrapolation):
         plan = make_plan(mini_job(1), study)

@@ -68,6 +68,20 @@ def test_a_rise_is_told_with_what_it_costs() -> None:
     )
 
 
+def test_a_rate_that_was_best_nowhere_is_not_said_to_be() -> None:
+    """0.05 is best of the middle one, by little; rates that never rise are 0.2, 0.1, 0.1."""
+    cells = [
+        Cell("a", 1, 1, {0.1: 3.0, 0.2: 2.0}),
+        Cell("a", 1, 2, {0.05: 1.999, 0.1: 2.0, 0.2: 3.0}),
+        Cell("a", 1, 4, {0.05: 2.0, 0.1: 1.0, 0.2: 3.0}),
+    ]
+    assert two_trials(1, 3, cells=cells[:2]).because == "0.05 was best for a at 2 epochs"
+    found = two_trials(1, 8, cells=cells)
+    assert found.rates == (0.1, 0.05)
+    because = "0.1 for a at 2 epochs, whose best is 0.05, of rates that never rise"
+    assert found.because == because
+
+
 def test_rates_that_were_never_tried_are_not_chosen() -> None:
     low, high = Cell("a", 1, 1, {0.4: 2.0}), Cell("b", 1, 2, {0.8: 2.0})
     with pytest.raises(

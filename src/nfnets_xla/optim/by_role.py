@@ -295,10 +295,6 @@ class ByRole(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
 
-    def device_state(self) -> dict[str, Tensor]:
-        """What it keeps beside its slots."""
-        return {name: self.state[self._first][name] for name in self.ONCE}
-
     @property
     def _first(self) -> Tensor:
         return self.param_groups[0]["params"][0]
