@@ -225,7 +225,8 @@ def prune(
     files = folder.sizes("")
     found = [step for step in steps(root) if step <= written[-1]]
     good = [step for step in found if step <= start or step in written]
-    complete = [step for step in good if f"{_name(step)}/{MANIFEST}" in files]
+    whole = _complete(files)
+    complete = [step for step in good if step in whole]
     kept = {*complete[:keep], *best}
     if every_hours is not None:
         kept |= _hourly(folder, complete, every_hours)

@@ -57,7 +57,7 @@ def find(given: str | Path) -> Checkpoint | None:
 def checkpoints_of(run_dir: Path) -> str:
     """Where the checkpoints of a run are: where its newest start keeps them, or those before, from
     which it may have moved. What holds no run is taken for a folder of them."""
-    kept = [(config.get("trainer") or {}).get("checkpoint_dir") for config in configs_of(run_dir)]
+    kept = [_checkpoint_dir(config) for config in configs_of(run_dir)]
     inside = str(run_dir / "checkpoints")
     for root in (*(where or inside for where in kept), inside, run_dir):
         if steps(root):
@@ -67,7 +67,7 @@ def checkpoints_of(run_dir: Path) -> str:
 
 def _refuse_older(run_dir: Path, found: Checkpoint | None) -> None:
     """ValueError where the run has saved more, elsewhere, on what is not there now: a disk, say."""
-    elsewhere = ((config_of(run_dir) or {}).get("trainer") or {}).get("checkpoint_dir")
+    elsewhere = checkpoint_dir_of(run_dir)
     if elsewhere is None or found is None:
         return
     saved = 0
@@ -79,6 +79,15 @@ def _refuse_older(run_dir: Path, found: Checkpoint | None) -> None:
             f"{run_dir} holds a run that has saved step {saved} in {elsewhere}, where there is "
             f"none now, and {found} is older: mount that, or give the checkpoint itself"
         )
+
+
+def checkpoint_dir_of(run_dir: Path) -> str | None:
+    """Where the newest start of a run keeps its checkpoints, if not in the run's folder."""
+    return _checkpoint_dir(config_of(run_dir) or {})
+
+
+def _checkpoint_dir(config: dict[str, Any]) -> str | None:
+    return (config.get("trainer") or {}).get("checkpoint_dir")
 
 
 def config_of(run_dir: Path) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from nfnets_xla.history import ended
 from nfnets_xla.inputs import open_index, open_shards
 from nfnets_xla.preempt import FOLLOWED, Preemption
 from nfnets_xla.record import read_record
-from nfnets_xla.sources import config_of
+from nfnets_xla.sources import checkpoint_dir_of, config_of
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ class Cell:
     @property
     def checkpoint_dir(self) -> str | None:
         """Its own, since two runs cannot save in one folder; once it has begun, where it does."""
-        begun = ((config_of(self.folder) or {}).get("trainer") or {}).get("checkpoint_dir")
         asked = self.run.trainer.checkpoint_dir
-        return begun or (asked and f"{asked.rstrip('/')}/{self.folder.name}")
+        return checkpoint_dir_of(self.folder) or (
+            asked and f"{asked.rstrip('/')}/{self.folder.name}"
+        )
 
     def finished(self) -> bool:
         """Whether the folder holds this very run, or evaluation, to its end."""

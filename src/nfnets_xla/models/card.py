@@ -21,7 +21,8 @@ from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, save_tensors
 
 SCHEME = "local-dir:"
-HOW = ("plus_bottleneck", "gelu", "eps_mode")
+# The options of NFNet that change what its weights mean, and what they usually are.
+HOW = {"plus_bottleneck": "code", "gelu": "tanh", "eps_mode": "floor"}
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "card.md"
 OF_TIMM = {f"nfnet_f{number}": f"dm_nfnet_f{number}" for number in range(7)}
 
@@ -78,16 +79,13 @@ def write_card(
 
 
 def made_otherwise(net: NFNet) -> dict[str, str]:
-    """The options of NFNet that change what its weights mean, where they are not the usual ones."""
-    variant = net.variant
-    bottleneck = "paper" if variant.dense_remainder else "code"
-    its = dict(zip(HOW, (bottleneck, variant.gelu, variant.eps_mode), strict=True))
-    usual = ("code", "tanh", "floor")
-    return {
-        name: value
-        for (name, value), as_ever in zip(its.items(), usual, strict=True)
-        if value != as_ever
+    """Those of `HOW` that are not the usual ones."""
+    its = {
+        "plus_bottleneck": "paper" if net.variant.dense_remainder else "code",
+        "gelu": net.variant.gelu,
+        "eps_mode": net.variant.eps_mode,
     }
+    return {name: value for name, value in its.items() if value != HOW[name]}
 
 
 def read_card(name: str) -> tuple[str, dict[str, Any], Path, Sizes]:
