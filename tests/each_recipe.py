@@ -1,4 +1,4 @@
-"""Every recipe that trains, on a mini network and small shards: whole, and killed and gone on with.
+"""Every recipe that trains, on a shallow network and small shards: whole, and killed and resumed.
 
     python -m tests.each_recipe cpu|xla RECIPE ...
 
@@ -18,16 +18,16 @@ import torch
 from nfnets_xla.record import read_record
 from tests.chaos_suite import FOLDERS, QUIET, Suite, kill
 from tests.runs import PLAIN_CPU, SMALL, xla
+from tests.shallow import SHALLOW
 
-MINI = ["model.name=nfnet_mini_f0"]
 VIT = ["model.name=timm/test_vit", "data.image_size=32", "data.eval_image_size=32"]
 WHOLE_RUN = ["optim.epochs=1", "trainer.checkpoint_every=1", "trainer.ledger=true"]
 ATTEMPTS = 5
 OPTIONS: dict[str, list[str]] = {
-    "pretrain": MINI,
-    "imagenet": [*MINI, "optim.warmup_epochs=null"],
-    "finetune_sam": MINI,
-    "finetune_repeat_aug": MINI,
+    "pretrain": SHALLOW,
+    "imagenet": [*SHALLOW, "optim.warmup_epochs=null"],
+    "finetune_sam": SHALLOW,
+    "finetune_repeat_aug": SHALLOW,
     "vit_baseline": [*VIT, "optim.cooldown_steps=2"],
 }
 
@@ -43,7 +43,9 @@ def main() -> None:
         for name in names:
             options = [*common, *OPTIONS[name]]
             if name.startswith("finetune"):
-                options.append(f"model.init_from={suite.reference(['pretrain', *common, *MINI])}")
+                options.append(
+                    f"model.init_from={suite.reference(['pretrain', *common, *SHALLOW])}"
+                )
             kill_and_go_on(suite, [name, *options])
     sys.exit(0 if all(result.good for result in suite.results) else 1)
 

@@ -25,6 +25,7 @@ from tests.runs import (
     samples,
     xla,
 )
+from tests.shallow import SHALLOW
 
 pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
 
@@ -41,7 +42,7 @@ def on_four(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(shards: Path) -> list[str]:
     data = [f"data.shards={shards / 'train'}", f"data.eval_shards={shards / 'held-out'}"]
-    return [*RECIPE, *data, *SMALL, f"optim.epochs={EPOCHS}"]
+    return [*RECIPE, *SHALLOW, *data, *SMALL, f"optim.epochs={EPOCHS}"]
 
 
 def test_one_compilation_for_training_one_for_evaluation_and_no_fallback(on_four: Path) -> None:
@@ -181,7 +182,7 @@ def test_a_killed_run_in_bfloat16_ends_as_if_it_had_not_been(shards: Path, tmp_p
 def test_pretrain_goes_on_from_the_cpu_to_xla_and_back(shards: Path, tmp_path: Path) -> None:
     """Killed on each; checkpoints know no device. Tolerance as for whole runs."""
     whole, folder, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log.txt"
-    command = ["pretrain", "model.name=nfnet_mini_f0", "model.compute_dtype=float32"]
+    command = ["pretrain", "model.compute_dtype=float32"]
     command += [*arguments(shards)[len(RECIPE) :], "optim.lr_batch=null"]
     command += ["trainer.trace_samples=true", "trainer.tensorboard=false"]
     run([*command, *PLAIN_CPU, f"run_dir={whole}"], log)

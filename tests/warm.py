@@ -116,6 +116,8 @@ if __name__ == "__main__":
         xla.stay_out()
         import torch_xla  # noqa: F401
 
+    import tests.shallow  # noqa: F401  a model by whose name runs may ask for it
+
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would not copy the other threads"
     if (request := serve()) is not None:
         become(request)
