@@ -109,9 +109,11 @@ class ByRole(torch.optim.Optimizer):
         super().__init__(groups, defaults | own)
         self.set_lr(lr)
         # Made here and not at the first step: on XLA a first step that makes its buffers is another
-        # graph than the second, and is compiled separately. Laid out like the parameter.
-        for parameter in named.values():
-            for slot in self.SLOTS:
+        # graph than the second, and is compiled separately. Laid out like the parameter. In the
+        # order of load_slots: a graph returns its results in the order in which tensors were made,
+        # so that in another one a resumed run would not find its program in the cache.
+        for slot in self.SLOTS:
+            for _, parameter in self._named():
                 zeros = torch.zeros_like(parameter.detach(), device="cpu")
                 self.state[parameter][slot] = zeros.to(parameter.device)
         self.clipped_P: Tensor | None = None
