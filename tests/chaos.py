@@ -28,7 +28,7 @@ from nfnets_xla import checkpoint
 from nfnets_xla.record import read_record
 from tests.chaos_suite import FOLDERS, HEAD, Suite, ended, finished, kill, rows, write
 from tests.data.server import Fault, serving
-from tests.runs import xla
+from tests.runs import UNOPTIMISED, xla
 
 CAP_DAC_OVERRIDE = 1 << 1  # linux/capability.h: root may write where the mode forbids it
 
@@ -66,7 +66,7 @@ def kills_while_starting(suite: Suite, count: int) -> None:
 
 def kills_on_devices(suite: Suite, count: int) -> None:
     """Without SAM and mixing, whose graphs take longest to compile. Two seconds are a few steps."""
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = UNOPTIMISED
     plain = ["optim.sam_rho=null", "data.mix=none", "trainer.checkpoint_every=2"]
 
     def on(devices: int) -> list[str]:

@@ -17,8 +17,8 @@ import torch
 
 from nfnets_xla.record import read_record
 from tests.chaos_suite import FOLDERS, QUIET, Suite, kill
-from tests.runs import PLAIN_CPU, SMALL, xla
-from tests.shallow import SHALLOW
+from tests.runs import PLAIN_CPU, SMALL, UNOPTIMISED, xla
+from tests.shallow import SHALLOW, register_shallow
 
 VIT = ["model.name=timm/test_vit", "data.image_size=32", "data.eval_image_size=32"]
 WHOLE_RUN = ["optim.epochs=1", "trainer.checkpoint_every=1", "trainer.ledger=true"]
@@ -34,8 +34,9 @@ OPTIONS: dict[str, list[str]] = {
 
 def main() -> None:
     device, *names = sys.argv[1:]
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = UNOPTIMISED
     torch.set_num_threads(1)
+    register_shallow()
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(Path(folder), random.Random(0))
         data = [f"data.{key}={suite.folder / name}" for key, name in FOLDERS]

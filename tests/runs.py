@@ -36,6 +36,7 @@ SMALL = [
 RECIPE = ["finetune_sam_demo", "model.init_from=null", "model.drop_path_rate=0.2", "data.flip=true"]
 RECIPE += ["optim.peak_lr=0.1", "optim.clipping=0.04"]  # what tests compare was chosen at these
 RECIPE += ["data.randaugment_magnitude=5", "data.mix=mixup_cutmix", "optim.label_smoothing=0.1"]
+UNOPTIMISED = "--xla_backend_optimization_level=0"  # small runs end sooner
 PLAIN_CPU = ["trainer.device=cpu", "trainer.virtual_devices=null"]
 
 
@@ -46,7 +47,7 @@ def xla(devices: int) -> list[str]:
 def start(arguments: list[str], log: Path, module: str = "nfnets_xla", **variables: str) -> Warm:
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": UNOPTIMISED,
         "OMP_NUM_THREADS": "1",  # bit-equality holds for one number of threads
         **variables,
     }

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from tests.runs import (
     PLAIN_CPU,
     RECIPE,
     SMALL,
+    UNOPTIMISED,
     assert_bit_equal,
     final_state,
     losses,
@@ -43,7 +43,7 @@ def on_four(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dumping_to(folder: Path) -> str:
-    return f"--xla_backend_optimization_level=0 --xla_dump_to={folder} --xla_dump_hlo_as_text"
+    return f"{UNOPTIMISED} --xla_dump_to={folder} --xla_dump_hlo_as_text"
 
 
 def step_program(folder: Path) -> str:
@@ -142,8 +142,9 @@ def test_nothing_that_changes_in_50_steps_compiles_again(shards: Path, tmp_path:
     rows = record.of_kind("train")
     assert [row["compilations"] for row in rows] == [1] + [0] * (len(rows) - 1)
     saved_at = [row["step"] for row in record.of_kind("checkpoint")]
-    for before, row in pairwise(rows):
-        saves = sum(before["step"] <= step < row["step"] for step in saved_at)
+    logged_at = [row["step"] for row in rows]
+    for before, row in zip([0, *logged_at[:-1]], rows, strict=True):
+        saves = sum(before <= step < row["step"] for step in saved_at)
         assert row["tensors_to_host"] <= 1 + 3 * saves
 
 
@@ -172,10 +173,11 @@ def test_a_killed_run_on_four_devices_ends_as_if_it_had_not_been(
     """And by the program that it began with: where programs are cached, no restart compiles."""
     folder = tmp_path / "killed"
     command = [*arguments(shards), *xla(4), f"run_dir={folder}"]
-    run_killed_at(command, folder, random.randint(6, 28), tmp_path / "log.txt")
+    run_killed_at(command, folder, random.randint(2, 28), tmp_path / "log.txt")
     run(command, tmp_path / "log.txt", XLA_FLAGS=dumping_to(tmp_path / "programs"))
-    assert read_record(folder).headers[-1]["resumed_from"] > 0
-    assert step_program(tmp_path / "programs") == step_program(on_four.parent / "programs")
+    began, resumed = step_program(on_four.parent / "programs"), step_program(tmp_path / "programs")
+    is_the_same = began == resumed  # asserted alone: pytest would compare megabytes line by line
+    assert is_the_same
     assert samples(folder) == samples(on_four)
     assert losses(folder) == losses(on_four)
     assert_bit_equal(final_state(folder), final_state(on_four))
@@ -218,7 +220,7 @@ def test_pretrain_goes_on_from_the_cpu_to_xla_and_back(shards: Path, tmp_path: P
 @pytest.mark.parametrize("fsdp", [1, 2])
 def test_a_foreign_module_trains_with_the_strategy(tmp_path: Path, fsdp: int) -> None:
     """Automatic optimization, a timm model, Lightning's own checkpoint; equal to plain CPU."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": UNOPTIMISED}
     command = [sys.executable, "-m", "tests.foreign_module"]
     outputs = [
         subprocess.run(

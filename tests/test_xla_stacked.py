@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.runs import UNOPTIMISED
+
 pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
 
 
@@ -16,7 +18,7 @@ def in_a_process(module: str, *arguments: str) -> dict[str, Any]:
     """The JSON that `module` prints last."""
     ran = subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env={**os.environ, "XLA_FLAGS": UNOPTIMISED},
         capture_output=True,
         text=True,
         check=False,

@@ -111,13 +111,13 @@ if __name__ == "__main__":
     import nfnets_xla.evaluate
     import nfnets_xla.train  # noqa: F401
     from nfnets_xla import xla
+    from tests.shallow import register_shallow
 
     if sys.argv[1:] == ["torch_xla"]:
         xla.stay_out()
         import torch_xla  # noqa: F401
 
-    import tests.shallow  # noqa: F401  a model by whose name runs may ask for it
-
+    register_shallow()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would not copy the other threads"
     if (request := serve()) is not None:
         become(request)

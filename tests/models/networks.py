@@ -8,14 +8,14 @@ import torch
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import VARIANTS
 
+# Only the second stage has a tail, of one block: all kinds of blocks, in little time.
+DEPTH = (1, 2, 1, 1)
+
 
 def trained(name: str = "nfnet_mini_f0", *, num_classes: int = 10, **options: Any) -> NFNet:
-    """As if trained: gains, biases and skip gains away from their initial values.
-
-    Only the second stage has a tail, of one block: all kinds of blocks, in little time.
-    """
+    """As if trained: gains, biases and skip gains away from their initial values."""
     torch.manual_seed(0)
-    variant = replace(VARIANTS[name], depth=(1, 2, 1, 1))
+    variant = replace(VARIANTS[name], depth=DEPTH)
     net = NFNet(variant, num_classes=num_classes, **options)
     with torch.no_grad():
         for parameter_name, parameter in net.named_parameters():

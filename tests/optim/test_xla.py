@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.runs import UNOPTIMISED
+
 pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
 
 
@@ -20,7 +22,7 @@ def test_sam_optimizer_and_ema_compile_one_graph_and_fall_back_nowhere(optimizer
     """Also where steps are not finite; the weights are a CPU's then, too."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": UNOPTIMISED,
         "OMP_NUM_THREADS": "1",
     }
     ran = subprocess.run(
