@@ -2,7 +2,8 @@
 
 Importing torch and Lightning costs nine seconds of a core, and the tests start some hundred
 processes. Each is a process like any other (its own memory, signals, exit and death), only its
-modules are there already. Nothing but imports has happened before the fork, and no thread lives.
+modules are there already. Nothing but imports has happened before the fork. Where an import has
+started a thread, of which a fork has no copy, the process imports everything itself.
 
 What is about starting itself, as tests/test_preempt.py is, uses `python -m nfnets_xla`.
 """
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,15 +97,23 @@ def serve() -> dict[str, Any] | None:
     return None
 
 
-def become(request: dict[str, Any]) -> None:
+def become(request: dict[str, Any], has_all: bool) -> None:
+    """`has_all` says that a fork has all there was: threads are not copied."""
     log = os.open(request["log"], os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for mine, theirs in ((0, nothing), (1, log), (2, log)):
         os.dup2(theirs, mine)
     os.closerange(3, max(log, nothing) + 1)
+    if not has_all:
+        command = [sys.executable, "-m", "tests.warm", "--run", *request["start"]]
+        os.execve(sys.executable, command, request["environment"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    module, *sys.argv[1:] = request["start"]
+    run_module(request["start"])
+
+
+def run_module(start: list[str]) -> None:
+    module, *sys.argv[1:] = start
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -115,9 +125,12 @@ if __name__ == "__main__":
 
     if sys.argv[1:] == ["torch_xla"]:
         xla.stay_out()
-        import torch_xla  # noqa: F401
+        with suppress(ModuleNotFoundError):  # as on a machine with a GPU and a newer torch
+            import torch_xla  # noqa: F401
 
     register_shallow()
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork would not copy the other threads"
-    if (request := serve()) is not None:
-        become(request)
+    alone = len(os.listdir("/proc/self/task")) == 1
+    if sys.argv[1:2] == ["--run"]:
+        run_module(sys.argv[2:])
+    elif (request := serve()) is not None:
+        become(request, alone)
