@@ -1,6 +1,7 @@
 """Which device a run uses, and the few things that differ between them."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,9 +82,9 @@ def _cuda_backend(trainer: TrainerConfig) -> Backend:
     """One process, one GPU: the launcher's LOCAL_RANK says which."""
     device = torch.device("cuda", local_gpu())
     torch.cuda.set_device(device)
-    # float32 is float32, and a restart ends in the same bits: cuDNN's defaults are neither.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32
+    choose_by_rule()
+    warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)  # Inductor advises it
     hosts = open_hosts()
     kind = torch.cuda.get_device_name(device)
     known = find_device(kind)
@@ -113,6 +114,16 @@ def local_gpu() -> int:
             "there are (torchrun --nproc_per_node=gpu)"
         )
     return number
+
+
+def choose_by_rule() -> None:
+    """A restart is to end in the same bits. cuDNN and Inductor may else choose the kernel that was
+    the fastest this time, and another one adds up in another order. What has no such kernel warns.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS is to have for it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Which would cost a pass over all that is allocated; nothing here reads what was not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
 
 
 def _compiling(wanted: bool) -> dict[str, Any]:
