@@ -1,8 +1,9 @@
 """Images per second of F0 beside timm's dm_nfnet_f0: python benchmarks/inference.py [--compile]
 
-Eager PyTorch at 224 px in float32: timm as it comes and in channels_last, ours as it comes, and
-fused. Skip gains are set to 0.5, as they are 0 in a new network. Then the peak memory of each, in
-processes of their own. With --compile the same under torch.compile, which takes minutes.
+Eager PyTorch at 224 px in float32, on a GPU if there is one (where convolutions are then TF32, as
+PyTorch comes): timm as it comes and in channels_last, ours as it comes, and fused. Skip gains are
+set to 0.5, as they are 0 in a new network. Then the peak memory of each, in processes of their own.
+With --compile the same under torch.compile, which takes minutes.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from _turns import Report, medians
 from nfnets_xla import create_model, fuse
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = 224
 RUNS = {1: 21, 16: 7}
 Network = Callable[[Tensor], Tensor]
@@ -32,7 +34,7 @@ def main() -> None:
         peak(given.peak)
         return
     command = "python benchmarks/inference.py" + (" --compile" if given.compile else "")
-    name = "inference_compiled" if given.compile else "inference"
+    name = "_".join(["inference", *["cuda"] * (DEVICE == "cuda"), *["compiled"] * given.compile])
     report = Report(name, f"{command}: nfnet_f0 at {SIZE} px, float32, medians taken in turns")
     nets = {name: make() for name, make in MAKERS.items()}
     if given.compile:
@@ -41,7 +43,7 @@ def main() -> None:
         images = inputs(batch)
         with torch.inference_mode():
             seconds = medians(
-                {name: lambda n=name: nets[n](images[n]) for name in nets},  # noqa: B023
+                {name: lambda n=name: computed(nets[n], images[n]) for name in nets},  # noqa: B023
                 runs,
             )
         report.say(
@@ -62,8 +64,15 @@ def main() -> None:
     report.save()
 
 
+def computed(net: Network, images: Tensor) -> None:
+    net(images)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def inputs(batch: int) -> dict[str, Tensor]:
-    images = torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, SIZE, SIZE, generator=generator).to(DEVICE)
     last = images.contiguous(memory_format=torch.channels_last)
     return {name: last if "last" in name else images for name in MAKERS}
 
@@ -80,7 +89,7 @@ def with_skip_gains(net: nn.Module) -> nn.Module:
     for name, parameter in net.named_parameters():
         if name.endswith(("skip_gain", "skipinit_gain")):
             nn.init.constant_(parameter, 0.5)
-    return net.eval()
+    return net.eval().to(DEVICE)
 
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
@@ -92,8 +101,14 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def peak(name: str) -> None:
-    """Print the highest resident memory during a forward pass, in MB (Linux)."""
+    """Print the highest memory of the GPU, or resident memory (Linux), of a forward pass, in MB."""
     net, images = MAKERS[name](), inputs(max(RUNS))[name]
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        with torch.inference_mode():
+            net(images)
+        print(torch.cuda.max_memory_allocated() / 1e6)
+        return
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
     with torch.inference_mode():
         net(images)

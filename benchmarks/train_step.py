@@ -127,17 +127,20 @@ def measure(
                 report.say(f"{name}: {compiler.graphs} graphs in {compiler.seconds:.0f} s")
     clock = time.perf_counter if work.device == "cuda" else time.process_time
     seconds = medians(steps, given.runs, clock)
-    if importlib.util.find_spec("jax") is not None:
-        seconds["jax"], memory["jax"] = jax_seconds(work, given.runs), None
     known = find_device(torch.cuda.get_device_name()) if work.device == "cuda" else None
     best = min(time for name, time in seconds.items() if name.startswith("timm"))
-    for name, taken in seconds.items():
+
+    def row(name: str, taken: float, mib: float | None) -> str:
         mfu = f"{needed / taken / known.peak_flops:8.1%}" if known else f"{'-':>8}"
-        mib = memory[name]
-        report.say(
+        return (
             f"{name:16}{1e3 * taken:10.2f}{work.rows / taken:10.2f}{best / taken:8.2f}{mfu}"
             f"{floor / taken:8.1%}" + (f"{'-':>10}" if mib is None else f"{mib:10.0f}")
         )
+
+    for name, taken in seconds.items():
+        report.say(row(name, taken, memory[name]))
+    if importlib.util.find_spec("jax") is not None:
+        report.say(row("jax", jax_seconds(work, given.runs), None))
 
 
 # ---- competitors ------------------------------------------------------------------------------

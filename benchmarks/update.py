@@ -7,10 +7,11 @@ eager PyTorch on the CPU or a GPU, of
     timm   adaptive_clip_grad, torch's SGD and ModelEmaV3, at their defaults.
 
 Prints medians of several updates taken in turns, the operators called (a GPU launches at least one
-kernel for each), and their ratios; then the nodes of the XLA graph of an update of nfnet_mini_f0,
-unrolled for both, and stacked for ours.
+kernel for each), and their ratios; then, where there is torch_xla, the nodes of the XLA graph of an
+update of nfnet_mini_f0, unrolled for both, and stacked for ours.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -80,8 +81,10 @@ def main() -> None:
             report.say(f"{name:6}{1e3 * seconds[name]:9.1f} ms{called:9} operators")
         ratio, fewer = seconds["timm"] / seconds["ours"], calls["timm"] / calls["ours"]
         report.say(f"ours: {ratio:.2f} times as fast, {fewer:.1f} times fewer operators")
-    report.say("\nnodes of the XLA graph of an update, nfnet_mini_f0")
-    for form in ("timm", "ours", "ours stacked"):
+    forms = ("timm", "ours", "ours stacked") if importlib.util.find_spec("torch_xla") else ()
+    if forms:
+        report.say("\nnodes of the XLA graph of an update, nfnet_mini_f0")
+    for form in forms:
         ran = subprocess.run(
             [sys.executable, __file__, "--nodes", form], capture_output=True, text=True, check=True
         )
