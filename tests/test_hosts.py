@@ -39,8 +39,13 @@ TALK = """
 import json, os, sys, time
 import torch
 from nfnets_xla import hosts as module
-from nfnets_xla.exits import Interrupted
+from nfnets_xla.exits import Interrupted, Unreachable
 from nfnets_xla.hosts import open_hosts
+
+
+def refuse(kind):
+    raise kind(f"asked of host {hosts.number}")
+
 
 hosts = open_hosts()
 one, two = torch.full((2, 3), 1.0 + hosts.number), torch.tensor(10.0 * hosts.number)
@@ -60,6 +65,12 @@ try:
     hosts.agree({"the name": "a", "the seed": 7 if hosts.number < 2 else 8})
 except ValueError as error:
     told["refused"] = str(error)
+told["written"] = hosts.by_writer(lambda: f"by host {hosts.number}")
+for kind in (ValueError, Unreachable):
+    try:
+        hosts.by_writer(lambda: refuse(kind))
+    except ValueError as error:
+        told[kind.__name__] = [type(error).__name__, str(error)]
 print(json.dumps(told), flush=True)
 if hosts.number == 1:
     time.sleep(60)  # and is killed meanwhile
@@ -85,6 +96,7 @@ def test_hosts_add_gather_agree_and_notice_a_loss(tmp_path: Path) -> None:
     told = [json.loads(next(line for line in out if line[0] == "{")) for out in outputs if out]
     for number, one in enumerate(told):
         assert one.pop("rows") == str(slice(4 * number, 4 * number + 4))
+        assert one.pop("written") == (None if number else "by host 0")
         assert one == {
             "one": [[6.0] * 3] * 2,
             "two": 30.0,
@@ -94,6 +106,8 @@ def test_hosts_add_gather_agree_and_notice_a_loss(tmp_path: Path) -> None:
             "gather": [{"é": []}, {"é": [1]}, {"é": [2, 2]}],
             "refused": "hosts differ in the seed: 7 on host 0, 8 on host 2. All must run the same "
             "command, and see the same shards and run_dir",
+            "ValueError": ["ValueError", "asked of host 0"],
+            "Unreachable": ["Unreachable", "asked of host 0"],
         }
     processes[1].kill()
     for number in (0, 2):
@@ -108,6 +122,7 @@ def test_one_host_says_nothing() -> None:
     alone.add([ones])
     assert ones.tolist() == [1, 1]
     assert (alone.total(3), alone.gather({1}), alone.writes) == (3, [{1}], True)
+    assert alone.by_writer(lambda: 4) == 4
     with pytest.raises(ValueError, match="10 rows, which do not divide among 4 hosts"):
         Hosts(0, 4).rows(10)
 

@@ -8,6 +8,11 @@ class Interrupted(Exception):
     """The run ends now, and the same command would go on from its newest checkpoint."""
 
 
+class Unreachable(ValueError):
+    """What is at an address could not be had for as long as a request is repeated. Nothing may be
+    wrong with what was asked for."""
+
+
 class Failed(Exception):
     """Exit code 1: nothing is wrong with what was asked for, and it did not come out."""
 

@@ -7,8 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from nfnets_xla.data.remote import Unreachable
-from nfnets_xla.exits import Failed
+from nfnets_xla.exits import Failed, Unreachable
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import per_block

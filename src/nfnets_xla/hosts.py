@@ -13,14 +13,16 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nfnets_xla.exits import Interrupted
+from nfnets_xla.exits import Interrupted, Unreachable
+
+T = TypeVar("T")
 
 BUCKET = 2**26  # bytes of a message: two of them are all the memory that a sum takes
 
@@ -104,6 +106,20 @@ class Hosts:
                         f"host {number}. All must run the same command, and see the same shards "
                         "and run_dir"
                     )
+
+    def by_writer(self, work: Callable[[], T]) -> T | None:
+        """What `work` gives on host 0, which alone does it. If it raises ValueError there, every
+        host raises it; an Unreachable stays one."""
+        result = fault = None
+        if self.writes:
+            try:
+                result = work()
+            except ValueError as error:
+                fault = isinstance(error, Unreachable), str(error)
+        if (fault := self.gather(fault)[0]) is not None:
+            may_pass, why = fault
+            raise Unreachable(why) if may_pass else ValueError(why)
+        return result
 
     def heard(self, exchange: Callable[[], Any]) -> Any:
         """What an exchange gives; Interrupted if it fails."""

@@ -12,8 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nfnets_xla.data.remote import Unreachable
-from nfnets_xla.exits import Failed
+from nfnets_xla.exits import Failed, Unreachable
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.record import Discard, RecordWriter, has_record, read_record
 from nfnets_xla.task import Batch

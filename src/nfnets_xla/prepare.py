@@ -14,7 +14,6 @@ from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.order import Order
-from nfnets_xla.data.remote import Unreachable
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.display import Say
 from nfnets_xla.exits import Interrupted
@@ -146,7 +145,7 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
         hosts=backend.hosts,
     )
     agree(plan, backend.hosts, past.step, begun_with)
-    try_checkpoints(plan, backend.hosts)
+    backend.hosts.by_writer(lambda: try_to_write(plan.checkpoints))  # before anything else is
     if run.trainer.compile_cache and not backend.cache_compilations(plan.folder / "compiled"):
         say(f"compile cache: off, {backend.device_kind} could not read it back")
     return Ready(plan, start, past, begun_with, backend, net, dataset, task)
@@ -198,17 +197,3 @@ def agree(plan: Plan, hosts: Hosts, step: int, begun_with: dict[str, Any] | None
             "checkpoint was still being written: start all of them again"
         )
     hosts.agree({"the weights that they began with": begun_with})
-
-
-def try_checkpoints(plan: Plan, hosts: Hosts) -> None:
-    """Raises ValueError on every host if the one that writes them cannot. Nothing else is written
-    yet."""
-    fault = None
-    if hosts.writes:
-        try:
-            try_to_write(plan.checkpoints)
-        except ValueError as error:
-            fault = isinstance(error, Unreachable), str(error)
-    if (fault := hosts.gather(fault)[0]) is not None:
-        may_pass, why = fault
-        raise Unreachable(why) if may_pass else ValueError(why)

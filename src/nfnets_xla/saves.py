@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from nfnets_xla import checkpoint
-from nfnets_xla.data.remote import Unreachable, open_folder
+from nfnets_xla.data.remote import open_folder
 from nfnets_xla.data.storage import address
+from nfnets_xla.exits import Unreachable
 
 Forms = Mapping[str, Mapping[str, Tensor]]
 TRIAL = "trial"  # a file that is no checkpoint's

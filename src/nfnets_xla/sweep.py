@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nfnets_xla.config import Run, differences
-from nfnets_xla.data.remote import Unreachable
-from nfnets_xla.exits import START_AGAIN, CellFailed, Interrupted
+from nfnets_xla.exits import START_AGAIN, CellFailed, Interrupted, Unreachable
 from nfnets_xla.history import ended
 from nfnets_xla.inputs import open_index, open_shards
 from nfnets_xla.preempt import FOLLOWED, Preemption

@@ -11,9 +11,8 @@ from typing import Any
 
 from nfnets_xla.config import Run
 from nfnets_xla.data.loader import Batches
-from nfnets_xla.data.remote import Unreachable
 from nfnets_xla.display import Display, Lines, Say, summary
-from nfnets_xla.exits import Interrupted
+from nfnets_xla.exits import Interrupted, Unreachable
 from nfnets_xla.history import ended
 from nfnets_xla.inputs import make_eval_loader
 from nfnets_xla.models.registry import count_parameters

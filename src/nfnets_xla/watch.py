@@ -89,17 +89,12 @@ def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
 
 def open_record(ready: Ready, open_files: ExitStack) -> RecordWriter | Discard:
     """Raises ValueError, on every host, if another start is writing into the folder."""
-    record, fault = Discard(), None
-    if ready.hosts.writes:
-        try:
-            writer = RecordWriter(ready.plan.folder, header(ready), partial(take_over, ready))
-            record = open_files.enter_context(writer)
-        except ValueError as error:
-            fault = str(error)
-    fault = ready.hosts.gather(fault)[0]
-    if fault is not None:
-        raise ValueError(fault)
-    return record
+
+    def opened() -> RecordWriter:
+        writer = RecordWriter(ready.plan.folder, header(ready), partial(take_over, ready))
+        return open_files.enter_context(writer)
+
+    return ready.hosts.by_writer(opened) or Discard()
 
 
 def take_over(ready: Ready) -> None:

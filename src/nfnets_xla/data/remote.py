@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from nfnets_xla.data.cache import Cache, Fetch, Room
 from nfnets_xla.data.storage import SHARD, Folder, OpenFile, address
+from nfnets_xla.exits import Unreachable
 
 Out = TypeVar("Out")
 
@@ -38,11 +39,6 @@ class Patience(NamedTuple):
     total: float  # seconds after which it is not repeated again
     first_wait: float  # seconds; doubles, up to LONGEST_WAIT
     timeout: float  # seconds without a byte that make a failure
-
-
-class Unreachable(ValueError):
-    """What is at an address could not be had for as long as a request is repeated. Nothing may be
-    wrong with what was asked for."""
 
 
 PATIENCE = Patience(total=300.0, first_wait=1.0, timeout=60.0)
