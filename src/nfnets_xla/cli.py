@@ -23,7 +23,7 @@ from typing import Any
 from nfnets_xla.exits import INTERRUPTED, START_AGAIN, Failed, Interrupted
 from nfnets_xla.manual import recipes
 from nfnets_xla.preempt import Preemption
-from nfnets_xla.shards_cli import Parser, progress
+from nfnets_xla.shards_cli import Parser
 from nfnets_xla.shards_cli import shards as other_shards
 from nfnets_xla.version import __version__
 
@@ -303,7 +303,6 @@ def convert(arguments: list[str]) -> None:
             to=given.to,
             plus_bottleneck=given.plus_bottleneck,
             force=given.force,
-            on_progress=progress("fetched"),
         )
     )
 

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from nfnets_xla.bar import progress
 from nfnets_xla.data.dedup import FARTHEST, Double, Matches, Settings, doubles, find, line
 from nfnets_xla.data.jobs import ENGINES
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.storage import Folder
 from nfnets_xla.doubles_sheet import draw_report
-from nfnets_xla.shards_cli import Parser, progress
+from nfnets_xla.shards_cli import Parser
 
 DISTANCE = 0.2  # of pixels; benchmarks/dedup.py says what it finds
 COSINE_DISTANCE = 0.1  # of features: a beginning, look at the report

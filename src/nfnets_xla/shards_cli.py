@@ -3,13 +3,12 @@
 import argparse
 import inspect
 import re
-import sys
 import textwrap
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nfnets_xla.bar import progress
 from nfnets_xla.data.jobs import ENGINES
 
 # Of other modules, which the command line asks before this one.
@@ -17,7 +16,6 @@ ELSEWHERE = {
     "show": "draw the views that a recipe makes of them, with labels and ids",
     "dedup": "list near-duplicates of an evaluation set, or within one",
 }
-Progress = Callable[..., None]
 Run = Callable[[Any], int | None]  # of a subcommand's arguments; returns the exit code
 
 
@@ -248,30 +246,3 @@ def run_pack_fractals(given: Any) -> None:
         on_progress=lambda done: bar(done, total),
     )
     index_folder(given.dir)
-
-
-# ---- progress ---------------------------------------------------------------------------------
-
-WIDTH = 30  # of the bar
-
-
-def progress(verb: str) -> Progress:
-    """A bar on standard error: rewritten in place on a terminal, one line a minute elsewhere."""
-    started = last = time.monotonic()
-    on_terminal = sys.stderr.isatty()
-
-    def report(done: int, total: int | None) -> None:
-        nonlocal last
-        now, finished = time.monotonic(), done == total
-        if not finished and now - last < (0.2 if on_terminal else 60):
-            return
-        last = now
-        if total is None:  # a server need not say how much will come
-            print(f"{verb} {done:,}", end="\r" if on_terminal else "\n", file=sys.stderr)
-            return
-        left = (now - started) * (total - done) / done
-        bar = "#" * (WIDTH * done // total)
-        text = f"{verb} [{bar:.<{WIDTH}}] {done:,} of {total:,}, {left / 60:.1f} minutes left"
-        print(text, end="\r" if on_terminal and not finished else "\n", file=sys.stderr, flush=True)
-
-    return report

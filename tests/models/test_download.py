@@ -77,6 +77,18 @@ def test_a_file_is_fetched_once_with_progress(address: str, tmp_path: Path) -> N
     assert len(Server.asked) == 1
 
 
+def test_who_fetches_sees_how_far_it_is(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    download(address, tmp_path)
+    out, told = capsys.readouterr()
+    assert out == ""
+    size = f"{len(BODY):,}"
+    assert told.endswith(f"] {size} of {size}, 0.0 minutes left\n")
+    download(address, tmp_path)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_it_goes_on_where_it_broke_off(address: str, tmp_path: Path) -> None:
     Server.faults = ["503", "cut 1000000", "429", "cut 500000"]
     assert download(address, tmp_path).read_bytes() == BODY

@@ -3,7 +3,7 @@
 # pyright: reportUnknownMemberType=false
 # torch types its own signatures in part.
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ def convert_weights(
     to: str = "ours",
     plus_bottleneck: str = "code",
     force: bool = False,
-    on_progress: Callable[[int, int | None], None] | None = None,
 ) -> str:
     """Rewrite weights of an NFNet as .safetensors: in our names, timm's, or DeepMind's.
 
@@ -41,7 +40,7 @@ def convert_weights(
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent} is not a folder; make it first")
     name = canonical_name(model)
-    path = download(source, on_progress=on_progress) if is_address(source) else Path(source)
+    path = download(source) if is_address(source) else Path(source)
     with torch.device("meta"):
         net = NFNet(VARIANTS[name], plus_bottleneck=plus_bottleneck)
     state = in_our_names(net, read_weights(path), source)

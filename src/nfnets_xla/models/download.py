@@ -15,19 +15,18 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nfnets_xla.bar import Progress, progress
+
 ATTEMPTS = 6
 FIRST_WAIT = 1.0  # seconds, doubled for each further attempt
 TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 2**20  # bytes
-
-Progress = Callable[[int, int | None], None]
 
 
 def is_address(source: str | Path) -> bool:
@@ -48,7 +47,8 @@ def download(address: str, folder: Path | None = None, on_progress: Progress | N
 
     A download that broke off goes on where it stopped, in this process or in a later one. The size
     the server states is checked, and the MD5 if it states one, as Google's storage does.
-    `on_progress` is called with (bytes here, bytes in all, if known). Raises ValueError if the
+    `on_progress` is called with (bytes here, bytes in all, if known); without it a bar is shown on
+    standard error. Raises ValueError if the
     server refuses, if what arrives is not what it stated, or when offline.
     """
     folder = cache_folder() if folder is None else folder
@@ -66,12 +66,12 @@ def download(address: str, folder: Path | None = None, on_progress: Progress | N
     with _lock(target):
         if not target.exists():  # it is there if another process held the lock to fetch it
             part = target.with_name(target.name + ".part")
-            _fetch(address, part, on_progress)
+            _fetch(address, part, on_progress or progress("fetched"))
             part.replace(target)
     return target
 
 
-def _fetch(address: str, part: Path, on_progress: Progress | None) -> None:
+def _fetch(address: str, part: Path, on_progress: Progress) -> None:
     fault: Exception | None = None
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -97,7 +97,7 @@ def _fetch(address: str, part: Path, on_progress: Progress | None) -> None:
     )
 
 
-def _append(address: str, part: Path, on_progress: Progress | None) -> Any:
+def _append(address: str, part: Path, on_progress: Progress) -> Any:
     """Fetch what is missing at the end of `part`; returns the answer's headers.
 
     If-Range asks for the rest only if the file is still the one that was begun, else for all of it.
@@ -121,8 +121,7 @@ def _append(address: str, part: Path, on_progress: Progress | None) -> Any:
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
                 begun += len(chunk)
-                if on_progress is not None:
-                    on_progress(begun, total)
+                on_progress(begun, total)
             file.flush()
             os.fsync(file.fileno())
         if total is not None and begun < total:

@@ -7,7 +7,7 @@
 
 from pathlib import Path
 
-from nfnets_xla.models.download import Progress, download
+from nfnets_xla.models.download import download
 from nfnets_xla.models.published import HAIKU_TAG, IMAGENET, TAG
 
 HUB_REPOSITORY = "timm/dm_{name}." + TAG
@@ -15,9 +15,7 @@ HUB_FILE = "model.safetensors"
 DEEPMIND = "https://storage.googleapis.com/dm-nfnets/F{number}_haiku.npz"
 
 
-def fetch_pretrained(
-    name: str, tag: str | None = None, on_progress: Progress | None = None
-) -> Path:
+def fetch_pretrained(name: str, tag: str | None = None) -> Path:
     """The file of a model's public weights, fetched if need be. ValueError if there are none."""
     if name not in IMAGENET:
         raise ValueError(
@@ -26,7 +24,7 @@ def fetch_pretrained(
         )
     if tag == HAIKU_TAG:
         number = name.removeprefix("nfnet_f")
-        return download(DEEPMIND.format(number=number), on_progress=on_progress)
+        return download(DEEPMIND.format(number=number))
     return _from_hub(HUB_REPOSITORY.format(name=name))
 
 
