@@ -294,6 +294,15 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Of groups in groups, by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inside = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{key}.") if inside else {prefix + key: value}
+    return found
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys whose values differ, each as "key: old -> new"."""
     found: list[str] = []

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nfnets_xla.checkpoint import MANIFEST, Checkpoint, is_one, latest, load, steps
-from nfnets_xla.config import differences, identity_of
+from nfnets_xla.config import differences, flat, identity_of
 from nfnets_xla.data.storage import address
 from nfnets_xla.models.timm_names import Sizes
 from nfnets_xla.models.weights import load_checkpoint
@@ -113,18 +113,9 @@ def _newest(root: str | Path, run: Path | None = None) -> Checkpoint | None:
 
 def _differences(found: Checkpoint, config: dict[str, Any]) -> list[str]:
     """Of what a checkpoint and the record of its run both know: a release may have other keys."""
-    theirs, ours = _flat(found.state.get("identity", {})), _flat(identity_of(config))
+    theirs, ours = flat(found.state.get("identity", {})), flat(identity_of(config))
     common = theirs.keys() & ours.keys()
     return differences({key: ours[key] for key in common}, {key: theirs[key] for key in common})
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return found
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,11 @@ from nfnets_xla.scaling.charts import (
     finetuned_errors,
     learning_rates,
     losses,
-    on_frontier,
 )
 from nfnets_xla.scaling.drawing import draw, marks_of, round_values, tick_label
 from nfnets_xla.scaling.figures import write_figures
 from nfnets_xla.scaling.page import svg
-from nfnets_xla.scaling.plan import best_of_study
+from nfnets_xla.scaling.plan import best_of_study, on_frontier
 from nfnets_xla.scaling.runs import Point, read_points
 from tests.scaling.made_runs import BATCH, IMAGES, write_run
 
@@ -167,9 +166,9 @@ def test_figure_2_leaves_out_another_loss(points: list[Point]) -> None:
 def test_the_frontier_is_that_of_the_axis(points: list[Point]) -> None:
     """A run that is cheaper in core-hours than in FLOPs beats others there only."""
     best = best_of_study([point for point in points if point.model in MODELS])
-    counted = on_frontier(best, compute_axis(points))
+    counted = on_frontier(best, compute_axis(points).of)
     slow = Compute("hours", lambda point: point.flops * (100 if point is counted[0] else 1), max)
-    assert counted[0] not in on_frontier(best, slow)
+    assert counted[0] not in on_frontier(best, slow.of)
 
 
 def test_what_a_logarithm_cannot_show_is_left_out_and_said(points: list[Point]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.scaling import account, published
-from nfnets_xla.scaling.law import Law, fit_frontier, frontier
+from nfnets_xla.scaling.law import Law, fit_frontier
 from nfnets_xla.scaling.plan import best_of_study
 from nfnets_xla.scaling.rate import cells_of
 from nfnets_xla.scaling.runs import Point, nfnets, pretrained, source_of
@@ -205,13 +205,6 @@ def of_the_same_loss(points: Sequence[Point]) -> list[Point]:
 
 def models_without(points: Iterable[Point], kept: Iterable[Point]) -> str:
     return ", ".join(sorted({point.model for point in points} - {point.model for point in kept}))
-
-
-def on_frontier(best: Sequence[Point], compute: Compute) -> list[Point]:
-    """The NFNets that no cheaper one beats, on the figure's axis."""
-    ours = nfnets(best)
-    found = frontier([compute.of(point) for point in ours], [point.loss for point in ours])
-    return [ours[index] for index in found]
 
 
 def band_of(law: Law) -> Band:

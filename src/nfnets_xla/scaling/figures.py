@@ -19,11 +19,11 @@ from nfnets_xla.scaling.charts import (
     learning_rates,
     losses,
     of_the_same_loss,
-    on_frontier,
 )
 from nfnets_xla.scaling.drawing import DPI, draw
 from nfnets_xla.scaling.page import page, svg
-from nfnets_xla.scaling.runs import Point, best_per_cell, pretrained, source_of
+from nfnets_xla.scaling.plan import on_frontier
+from nfnets_xla.scaling.runs import Point, best_per_cell, nfnets, pretrained, source_of
 
 
 def write_figures(
@@ -62,7 +62,8 @@ def table(points: Sequence[Point], compute: Compute) -> list[dict[str, str]]:
     """Every run. Floats are written so that reading them gives the same number. What is drawn of a
     cell is the mean of its runs of the best rate."""
     best = best_per_cell(pretrained(points))
-    frontier = {rate_of(point) for point in on_frontier(of_the_same_loss(best), compute)}
+    ours = nfnets(of_the_same_loss(best))
+    frontier = {rate_of(point) for point in on_frontier(ours, compute.of)}
     chosen = {rate_of(point) for point in best}
     rows: list[dict[str, str]] = []
     for point in points:

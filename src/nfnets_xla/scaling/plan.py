@@ -10,7 +10,7 @@ off their frontier.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nfnets_xla.models.variants import VARIANTS
@@ -203,7 +203,7 @@ def best_size(flops: float, points: Sequence[Point]) -> tuple[float, str]:
         low, high = fitted.interval
         because = f"fitted here: size ~ C^{fitted.exponent:.2f} [{low:.2f}, {high:.2f}]"
         return fitted.size(flops), because
-    kept = [points[index] for index in on_frontier(points)]
+    kept = on_frontier(points)
     middle_size = statistics.geometric_mean(point.macs for point in kept)
     middle_flops = statistics.geometric_mean(point.flops / point.passes for point in kept)
     because = "paper's same rate, from the middle of the runs' frontier, which does not resolve it"
@@ -222,8 +222,12 @@ def fitted_division(points: Sequence[Point]) -> Allocation | None:
     return division if division.resolved and high - low < WIDEST_SHARE else None
 
 
-def on_frontier(points: Sequence[Point]) -> list[int]:
-    return frontier([point.flops for point in points], [point.loss for point in points])
+def on_frontier(
+    points: Sequence[Point], cost: Callable[[Point], float] = lambda point: point.flops
+) -> list[Point]:
+    """Those that no cheaper one beats."""
+    kept = frontier([cost(point) for point in points], [point.loss for point in points])
+    return [points[index] for index in kept]
 
 
 def chosen_model(flops: float, job: Job, points: Sequence[Point]) -> tuple[str, str]:

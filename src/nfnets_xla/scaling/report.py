@@ -22,7 +22,7 @@ def report(points: Sequence[Point]) -> str:
 
 def table(best: Sequence[Point]) -> str:
     """Of each model and number of epochs the run of the best rate; * is on the frontier."""
-    kept = {best[index].run for index in on_frontier(best)}
+    kept = {point.run for point in on_frontier(best)}
     header = "  model                 epochs  peak_lr      FLOPs    loss   top-1  restarts"
     in_order = sorted(best, key=lambda point: (point.macs, point.epochs))
     return "\n".join([header, *(row(point, point.run in kept) for point in in_order)])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nfnets_xla.config import identity_of
+from nfnets_xla.config import flat, identity_of
 from nfnets_xla.devices import find_device
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.record import Row, RunRecord, read_record
@@ -209,11 +209,7 @@ def settings_of(header: Row) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "held_out" in header:
         found[HELD_OUT] = str(header["held_out"])[:12]  # of their fingerprint
-    for part, value in identity_of(header["config"]).items():
-        if isinstance(value, dict):
-            found |= {f"{part}.{name}": of for name, of in value.items()}  # pyright: ignore[reportUnknownVariableType]
-        else:
-            found[part] = value
+    found |= flat(identity_of(header["config"]))
     return {name: value for name, value in found.items() if name not in others}
 
 
