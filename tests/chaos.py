@@ -29,6 +29,7 @@ from nfnets_xla.record import read_record
 from tests.chaos_suite import FOLDERS, HEAD, Suite, ended, finished, kill, rows, write
 from tests.data.server import Fault, serving
 from tests.runs import UNOPTIMISED, xla
+from tests.shallow import SHALLOW, register_shallow
 
 CAP_DAC_OVERRIDE = 1 << 1  # linux/capability.h: root may write where the mode forbids it
 
@@ -251,8 +252,10 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="put the table between this page's marks")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    register_shallow()
     with tempfile.TemporaryDirectory() as folder:
-        suite = Suite(Path(folder), random.Random(given.seed))
+        settings = SHALLOW if given.short else []
+        suite = Suite(Path(folder), random.Random(given.seed), settings)
         scenarios = SHORT if given.short else LONG
         for name in scenarios:
             if name in given.only:

@@ -47,6 +47,7 @@ class Result:
 class Suite:
     folder: Path
     rng: random.Random
+    settings: list[str] = field(default_factory=list)  # of every run, beside the suite's own
     results: list[Result] = field(default_factory=list)
     references: dict[tuple[str, ...], Path] = field(default_factory=dict)
 
@@ -57,7 +58,8 @@ class Suite:
 
     def arguments(self, epochs: float, *more: str) -> list[str]:
         data = [f"data.{key}={self.folder / name}" for key, name in FOLDERS]
-        return [*RECIPE, *SMALL, *PLAIN_CPU, *QUIET, *OFTEN, *data, f"optim.epochs={epochs}", *more]
+        own = [*RECIPE, *SMALL, *PLAIN_CPU, *QUIET, *OFTEN, *data, f"optim.epochs={epochs}"]
+        return [*own, *self.settings, *more]
 
     # ---- processes ----------------------------------------------------------------------------
 
