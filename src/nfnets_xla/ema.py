@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from nfnets_xla.optim.by_role import checked_hyperparameter, copies_like
+from nfnets_xla.optim.by_role import checked_hyperparameter, copies_like, wide, wider
 
 
 class EMA:
@@ -33,7 +33,7 @@ class EMA:
             raise ValueError("there are no parameters to average; give at least one")
         self.shadow: dict[str, Tensor] = {
             name: parameter.detach()
-            .to("cpu", _wide(parameter.dtype), copy=True)
+            .to("cpu", wide(parameter.dtype), copy=True)
             .to(parameter.device)
             for name, parameter in self._parameters.items()
         }
@@ -60,24 +60,16 @@ class EMA:
         rest = 1 - decay
         shadows, parameters = [*self.shadow.values()], [*self._parameters.values()]
         if like.device.type == "cpu":  # a number there costs nothing to read
-            torch._foreach_lerp_(shadows, [_wider(p) for p in parameters], float(rest))
+            torch._foreach_lerp_(shadows, [wider(p) for p in parameters], float(rest))
         elif like.device.type == "cuda":
-            steps = torch._foreach_sub([_wider(p) for p in parameters], shadows)
+            steps = torch._foreach_sub([wider(p) for p in parameters], shadows)
             torch._foreach_mul_(steps, rest.reshape(()))
             torch._foreach_add_(shadows, steps)
         else:  # written out for a compiler, which fuses it
             for shadow, parameter in zip(shadows, parameters, strict=True):
-                step = rest * (_wider(parameter) - shadow)
+                step = rest * (wider(parameter) - shadow)
                 shadow.add_(step.reshape(shadow.shape))  # 0-d shadow, (1,) step
 
     def load(self, averages: Mapping[str, Tensor]) -> None:
         """Take copies of tensors of any device as `shadow`. Names and shapes must agree."""
         self.shadow = copies_like("averages", self.shadow, averages)
-
-
-def _wider(x: Tensor) -> Tensor:
-    return x.to(_wide(x.dtype))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

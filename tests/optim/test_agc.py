@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,13 +11,15 @@ import torch
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nfnets_xla.ema import EMA
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import stack
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.optim import SGD_AGC, agc_, by_role, parameter_roles
 from nfnets_xla.optim.agc import clip_adaptively, clip_factor, unit_shape, unitwise_norm
-from nfnets_xla.optim.roles import CLASSIFIER_WEIGHT, STACKED, VECTOR
+from nfnets_xla.optim.roles import CLASSIFIER_WEIGHT, LINEAR, STACKED, VECTOR
 from tests.optim.network import SETTINGS, an_optimizer, closure_of, small_net
 
 HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "clipping": 0.02}
@@ -88,6 +91,39 @@ def test_the_fused_step_is_the_one_written_out(
         {n: float(s) for n, s in step.items()} for step in results[1][2]
     ]
     assert any(0 < share < 1 for step in results[0][2] for share in step.values())
+
+
+class Calls(TorchDispatchMode):
+    """How often the host calls anything, views too: what a step on a GPU waits for."""
+
+    number = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_an_update(vectors: int, matrices: int) -> int:
+    shapes = {f"v{n}": (5,) for n in range(vectors)} | {f"m{n}": (4, 6) for n in range(matrices)}
+    named = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    roles = {name: VECTOR if name[0] == "v" else LINEAR for name in named}
+    sgd, ema = SGD_AGC(named.items(), roles, **HYPER), EMA(named.items(), 0.9)
+    with Calls() as calls:
+        sgd.step()
+        ema.update(0.9)
+    return calls.number
+
+
+def test_vectors_cost_no_calls_of_their_own_and_matrices_three() -> None:
+    """Two norms, and the view of their factors. For torch's foreach the dispatcher is asked once,
+    however many tensors there are."""
+    few = calls_of_an_update(3, 3)
+    assert calls_of_an_update(40, 3) == few
+    assert calls_of_an_update(3, 40) == few + 37 * 3
 
 
 def test_gradients_that_lie_otherwise_than_their_weights() -> None:

@@ -101,18 +101,35 @@ def clip_together_(
     """
     shapes = [unit_shape(weight.shape, stacked=stacked) for weight in weights]
     counts = [math.prod(shape) for shape in shapes]
-    norm_U, weight_norm_U = (_norms(x, counts, stacked=stacked) for x in (gradients, weights))
-    factor_U = clip_factor(norm_U, weight_norm_U, clipping, eps)
-    factors = torch.split(factor_U, counts)
+    # Those of one unit are the most, and small: they come first, and are treated in one call each.
     whole = [place for place, count in enumerate(counts) if count == 1]
     parted = [place for place, count in enumerate(counts) if count > 1]
-    _multiply_vectors_([gradients[p] for p in whole], [factors[p] for p in whole])
-    for place in parted:
-        ones = (1,) * (gradients[place].ndim - len(shapes[place]))
-        gradients[place].mul_(factors[place].view(shapes[place] + ones))
-    clipped_U, lengths_P = (factor_U < 1).to(factor_U.dtype), _on(factor_U.device, *counts)
+    norm_U, weight_norm_U = (
+        _norms([x[p] for p in whole], [x[p] for p in parted], stacked=stacked)
+        for x in (gradients, weights)
+    )
+    factor_U = clip_factor(norm_U, weight_norm_U, clipping, eps)
+    of_whole, *of_parted = torch.split(factor_U, [len(whole), *(counts[p] for p in parted)])
+    if whole:
+        _multiply_vectors_([gradients[p] for p in whole], of_whole)
+    if parted:
+        ones = [(1,) * (gradients[p].ndim - len(shapes[p])) for p in parted]
+        shaped = [
+            factor.view(shapes[place] + ones)
+            for factor, place, ones in zip(of_parted, parted, ones, strict=True)
+        ]
+        torch._foreach_mul_([gradients[p] for p in parted], shaped)
+    return _shares(factor_U, [*whole, *parted], counts)
+
+
+def _shares(factor_U: Tensor, places: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """(P,), in the order of `counts`; `places` are those of the parts of `factor_U`."""
+    clipped_U = (factor_U < 1).to(factor_U.dtype)
+    lengths_P = _on(factor_U.device, *(counts[place] for place in places))
     # Unchecked, or a GPU is waited for: the lengths are right.
-    return torch.segment_reduce(clipped_U, "mean", lengths=lengths_P, unsafe=True)
+    share_P = torch.segment_reduce(clipped_U, "mean", lengths=lengths_P, unsafe=True)
+    parts = sorted(range(len(places)), key=places.__getitem__)
+    return share_P[_on(factor_U.device, *parts)]
 
 
 def _on(device: torch.device, *numbers: int) -> Tensor:
@@ -128,30 +145,25 @@ def _uploaded(device: torch.device, *numbers: int) -> Tensor:
     return torch.tensor(numbers, device=device)
 
 
-def _norms(tensors: Sequence[Tensor], counts: Sequence[int], *, stacked: bool) -> Tensor:
-    """(U,). Tensors of one unit are the most, and small: one call for all of them."""
-    whole = [tensor for tensor, count in zip(tensors, counts, strict=True) if count == 1]
-    of_whole = iter(torch._foreach_norm(whole) if whole else ())
-    return torch.cat(
-        [
-            next(of_whole).view(1)
-            if count == 1
-            else unitwise_norm(tensor, stacked=stacked).flatten()
-            for tensor, count in zip(tensors, counts, strict=True)
-        ]
-    )
+def _norms(whole: Sequence[Tensor], parted: Sequence[Tensor], *, stacked: bool) -> Tensor:
+    """(U,): of tensors that are one unit each, and then of all units of the others."""
+    of_whole = [torch.stack(torch._foreach_norm([*whole]))] if whole else []
+    of_parted = [unitwise_norm(x, stacked=stacked, keepdim=False) for x in parted]
+    return torch.cat([*of_whole, *(of.flatten() if stacked else of for of in of_parted)])
 
 
-def _multiply_vectors_(vectors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    """Each by its own `(1,)`, in as few calls as there are steps."""
-    if not vectors:
-        return
+def _multiply_vectors_(vectors: Sequence[Tensor], factor_P: Tensor) -> None:
+    """Each by its own factor, in as few calls as there are steps. Views of views of vectors would
+    be half of the time, so that none is made."""
     lengths = [vector.numel() for vector in vectors]
     lengths_P = _on(vectors[0].device, *lengths)
-    factor_P = torch.cat([*factors]).repeat_interleave(lengths_P, output_size=sum(lengths))
-    product = torch.cat([vector.reshape(-1) for vector in vectors]).mul_(factor_P)
-    products = torch.split(product, lengths)
-    shaped = [p.view(v.shape) for p, v in zip(products, vectors, strict=True)]
+    factor_E = factor_P.repeat_interleave(lengths_P, output_size=sum(lengths))
+    flat = [vector if vector.ndim == 1 else vector.reshape(-1) for vector in vectors]
+    products = torch.split(torch.cat(flat).mul_(factor_E), lengths)
+    shaped = [
+        product if vector.ndim == 1 else product.view(vector.shape)
+        for product, vector in zip(products, vectors, strict=True)
+    ]
     torch._foreach_copy_([*vectors], shaped)
 
 
@@ -193,12 +205,13 @@ def unit_shape(shape: torch.Size, *, stacked: bool) -> tuple[int, ...]:
     return tuple(shape[: int(stacked) + int(sum(size > 1 for size in own) > 1)])
 
 
-def unitwise_norm(x: Tensor, *, stacked: bool = False) -> Tensor:
-    """L2 norm of every unit of a parameter (or of its gradient), shaped to broadcast against it."""
+def unitwise_norm(x: Tensor, *, stacked: bool = False, keepdim: bool = True) -> Tensor:
+    """L2 norm of every unit of a parameter (or of its gradient), shaped to broadcast against it, or
+    without the axes that are summed over."""
     kept = len(unit_shape(x.shape, stacked=stacked))
     if kept == x.ndim > 0:  # stacked scalars; no axis to sum over would mean all of them
         return x.abs()
     axes = tuple(range(kept, x.ndim))
     if x.device.type == "xla":  # where vector_norm is two powers and an absolute value
-        return (x * x).sum(dim=axes, keepdim=kept > 0).sqrt()
-    return vector_norm(x, dim=axes or None, keepdim=kept > 0)
+        return (x * x).sum(dim=axes, keepdim=keepdim and kept > 0).sqrt()
+    return vector_norm(x, dim=axes or None, keepdim=keepdim and kept > 0)

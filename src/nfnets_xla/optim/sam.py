@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nfnets_xla.optim.agc import gradient, vector_norm
-from nfnets_xla.optim.by_role import checked_hyperparameter
+from nfnets_xla.optim.by_role import checked_hyperparameter, wider
 
 NORM_FLOOR = 1e-12  # big_vision's gsam.py: a gradient of zeros leaves the weights where they are
 
@@ -153,7 +153,7 @@ class SAM(torch.optim.Optimizer):
                 "zero the gradients after it"
             )
         kept = [(parameter, parameter.clone()) for parameter in ascended]
-        directions = [_wide(gradient(parameter)) for parameter in ascended]
+        directions = [wider(gradient(parameter)) for parameter in ascended]
         if self.adaptive:
             directions = torch._foreach_mul(directions, [weight.abs() for _, weight in kept])
         norms = torch._foreach_norm(directions)
@@ -204,7 +204,3 @@ class SAM(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.base_optimizer.load_state_dict(state_dict)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
