@@ -48,8 +48,8 @@ def download(address: str, folder: Path | None = None, on_progress: Progress | N
     A download that broke off goes on where it stopped, in this process or in a later one. The size
     the server states is checked, and the MD5 if it states one, as Google's storage does.
     `on_progress` is called with (bytes here, bytes in all, if known); without it a bar is shown on
-    standard error. Raises ValueError if the
-    server refuses, if what arrives is not what it stated, or when offline.
+    standard error. Raises ValueError if the server refuses, if what arrives is not what it stated,
+    or when offline.
     """
     folder = cache_folder() if folder is None else folder
     # Named after the whole address: two places have files of one name.

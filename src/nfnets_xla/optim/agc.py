@@ -113,10 +113,9 @@ def clip_together_(
     if whole:
         _multiply_vectors_([gradients[p] for p in whole], of_whole)
     if parted:
-        ones = [(1,) * (gradients[p].ndim - len(shapes[p])) for p in parted]
         shaped = [
-            factor.view(shapes[place] + ones)
-            for factor, place, ones in zip(of_parted, parted, ones, strict=True)
+            factor.view(shapes[p] + (1,) * (gradients[p].ndim - len(shapes[p])))
+            for factor, p in zip(of_parted, parted, strict=True)
         ]
         torch._foreach_mul_([gradients[p] for p in parted], shaped)
     return _shares(factor_U, [*whole, *parted], counts)
