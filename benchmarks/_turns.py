@@ -17,15 +17,22 @@ def medians(
     runs: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Seconds of each by the clock, after one run that does not count."""
+    """Seconds of each by the clock, a GPU's work included, after one run that does not count."""
     times: dict[str, list[float]] = {name: [] for name in competitors}
     for number in range(runs + 1):
         for name, work in competitors.items():
             start = clock()
             work()
+            wait()
             if number:
                 times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def wait() -> None:
+    """Until a GPU has done what it was given, if one is used."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def machine() -> str:

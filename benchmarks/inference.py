@@ -43,7 +43,7 @@ def main() -> None:
         images = inputs(batch)
         with torch.inference_mode():
             seconds = medians(
-                {name: lambda n=name: computed(nets[n], images[n]) for name in nets},  # noqa: B023
+                {name: lambda n=name: nets[n](images[n]) for name in nets},  # noqa: B023
                 runs,
             )
         report.say(
@@ -62,12 +62,6 @@ def main() -> None:
             )
             report.say(f"{name:20} {float(used.stdout):7.0f} MB")
     report.save()
-
-
-def computed(net: Network, images: Tensor) -> None:
-    net(images)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def inputs(batch: int) -> dict[str, Tensor]:
@@ -103,15 +97,16 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 def peak(name: str) -> None:
     """Print the highest memory of the GPU, or resident memory (Linux), of a forward pass, in MB."""
     net, images = MAKERS[name](), inputs(max(RUNS))[name]
-    if DEVICE == "cuda":
+    on_gpu = DEVICE == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        with torch.inference_mode():
-            net(images)
-        print(torch.cuda.max_memory_allocated() / 1e6)
-        return
-    Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
     with torch.inference_mode():
         net(images)
+    if on_gpu:
+        print(torch.cuda.max_memory_allocated() / 1e6)
+        return
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             print(int(line.split()[1]) / 1e3)

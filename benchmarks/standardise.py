@@ -49,8 +49,6 @@ def step(form: Form, weight: Tensor, gain: Tensor, gradient: Tensor) -> Callable
     def work() -> None:
         weight.grad = gain.grad = None
         form(weight, gain).backward(gradient)
-        if CUDA:
-            torch.cuda.synchronize()
 
     return work
 

@@ -40,7 +40,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from _timm_nfnet import timms_network, with_branches
-from _turns import Report, medians
+from _turns import Report, medians, wait
 from nfnets_xla import NFNet
 from nfnets_xla.devices import find_device
 from nfnets_xla.ema import EMA
@@ -165,7 +165,6 @@ def ours(work: Workload, mode: str | None) -> Work:
         forward(images, labels).backward()
         sgd.step()
         ema.update(decay)
-        _wait(work.device)
 
     return step
 
@@ -190,7 +189,6 @@ def timms(work: Workload, mode: str | None) -> Work:
         adaptive_clip_grad(clipped, clip_factor=0.01)
         sgd.step()
         ema.update(net)
-        _wait(work.device)
 
     return step
 
@@ -199,11 +197,6 @@ def _compiled(function: Any, mode: str | None) -> Any:
     if mode is None:
         return function
     return torch.compile(function, dynamic=False, mode=None if mode == "default" else mode)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def jax_seconds(work: Workload, runs: int) -> float:
@@ -276,7 +269,7 @@ def shortest(work: Work, device: str) -> float:
     for _ in range(10):
         start = clock()
         work()
-        _wait(device)
+        wait()
         times.append(clock() - start)
     return min(times)
 

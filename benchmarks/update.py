@@ -6,9 +6,9 @@ eager PyTorch on the CPU or a GPU, of
     ours   SGD_AGC and EMA;
     timm   adaptive_clip_grad, torch's SGD and ModelEmaV3, at their defaults.
 
-Prints medians of several updates taken in turns, the operators called (a GPU launches at least one
-kernel for each), and their ratios; then, where there is torch_xla, the nodes of the XLA graph of an
-update of nfnet_mini_f0, unrolled for both, and stacked for ours.
+Prints medians of several updates taken in turns, the operators called (one of torch's foreach
+counts once, however many kernels it launches), and their ratios; then, where there is torch_xla,
+the nodes of the XLA graph of an update of nfnet_mini_f0, unrolled for both, and stacked for ours.
 """
 
 import importlib.util
@@ -115,15 +115,6 @@ def with_gradients(net: nn.Module) -> nn.Module:
     return net
 
 
-def synchronised(update: Update) -> Update:
-    def work() -> None:
-        update()
-        if CUDA:
-            torch.cuda.synchronize()
-
-    return work
-
-
 def our_update(net: NFNet) -> Update:
     with_gradients(net)
     sgd = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), lr=1e-3)
@@ -134,7 +125,7 @@ def our_update(net: NFNet) -> Update:
         sgd.step()
         ema.update(decay)
 
-    return synchronised(update)
+    return update
 
 
 def timms_update(net: nn.Module) -> Update:
@@ -148,7 +139,7 @@ def timms_update(net: nn.Module) -> Update:
         sgd.step()
         ema.update(net)
 
-    return synchronised(update)
+    return update
 
 
 def nodes(form: str) -> int:
