@@ -11,21 +11,26 @@ WIDTH = 30  # of the bar
 
 def progress(verb: str) -> Progress:
     """A bar that is rewritten in place on a terminal, and one line a minute elsewhere."""
-    started = last = time.monotonic()
+    last = time.monotonic()
+    begun: tuple[float, int] | None = None  # when, and how much: a download goes on in its midst
     on_terminal = sys.stderr.isatty()
 
     def report(done: int, total: int | None) -> None:
-        nonlocal last
+        nonlocal begun, last
         now, finished = time.monotonic(), done == total
+        if begun is None or done < begun[1]:  # or starts anew, at a server without ranges
+            begun = (now, done)
         if not finished and now - last < (0.2 if on_terminal else 60):
             return
         last = now
-        if total is None:  # a server need not say how much will come
+        if not total:  # a server need not say how much will come, and it may be nothing
             print(f"{verb} {done:,}", end="\r" if on_terminal else "\n", file=sys.stderr)
             return
-        left = (now - started) * (total - done) / done
         bar = "#" * (WIDTH * done // total)
-        text = f"{verb} [{bar:.<{WIDTH}}] {done:,} of {total:,}, {left / 60:.1f} minutes left"
+        text = f"{verb} [{bar:.<{WIDTH}}] {done:,} of {total:,}"
+        since, from_there = now - begun[0], done - begun[1]
+        if from_there:
+            text += f", {since * (total - done) / from_there / 60:.1f} minutes left"
         print(text, end="\r" if on_terminal and not finished else "\n", file=sys.stderr, flush=True)
 
     return report

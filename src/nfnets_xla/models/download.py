@@ -118,6 +118,7 @@ def _append(address: str, part: Path, on_progress: Progress) -> Any:
         length = answer.headers.get("Content-Length")
         total = None if length is None else begun + int(length)
         with part.open("ab" if begun else "wb") as file:
+            on_progress(begun, total)
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
                 begun += len(chunk)
