@@ -1,4 +1,4 @@
-"""A user's own LightningModule on our strategy.
+"""A user's own LightningModule on our strategy: fit, resume, test, validate, predict.
 
 python -m tests.foreign_module xla|cpu FSDP FOLDER
 """
@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
@@ -32,16 +33,33 @@ class Module(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self.net(self.stem(images)), labels)
+        loss = F.cross_entropy(self(images), labels)
         self.losses.append(loss.detach())
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("accuracy", self.right(batch))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_accuracy", self.right(batch))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).argmax(1)
+
+    def right(self, batch: Any) -> Tensor:
         images, labels = batch
-        self.log("accuracy", (self.net(self.stem(images)).argmax(1) == labels).float().mean())
+        return (self(images).argmax(1) == labels).float().mean()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(self.stem(images))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class Mistaken(Module):
+    def setup(self, stage: str) -> None:
+        raise RuntimeError("the user's own mistake")
 
 
 def main(device: str, fsdp: int, folder: Path) -> None:
@@ -49,26 +67,40 @@ def main(device: str, fsdp: int, folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(24, 3, 32, 32, generator=generator)
     loader = DataLoader(TensorDataset(images, torch.arange(24) % 4), batch_size=8)
+    with pytest.raises(RuntimeError, match="the user's own mistake"):
+        make_trainer(device, fsdp, folder, epochs=1).fit(Mistaken(), loader)
+    first, module = Module(), Module()
+    trainer = make_trainer(device, fsdp, folder, epochs=1)
+    trainer.fit(first, loader, loader)
+    saved = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)
+    assert saved["global_step"] == 3
+    for name, value in first.cpu().state_dict().items():
+        assert torch.equal(saved["state_dict"][name], value), name
+    assert first(images).shape == (24, 4)  # on the host
+    trainer = make_trainer(device, fsdp, folder, epochs=2)
+    trainer.fit(module, loader, loader, ckpt_path=folder / "last.ckpt")
+    (tested,) = trainer.test(module, loader, verbose=False)
+    (validated,) = trainer.validate(module, loader, verbose=False)
+    assert tested["test_accuracy"] == validated["accuracy"]
+    found: Any = trainer.predict(module, loader)
+    right = torch.cat(found).cpu() == torch.arange(24) % 4
+    assert right.float().mean() == pytest.approx(tested["test_accuracy"])
+    print("losses:", *(float(loss) for loss in first.losses + module.losses))
+
+
+def make_trainer(device: str, fsdp: int, folder: Path, epochs: int) -> Trainer:
     options: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
     if device == "xla":
         strategy = "xla_spmd" if fsdp == 1 else SPMDStrategy(fsdp)
         options = {"accelerator": "xla", "strategy": strategy, "devices": 4}
-    module = Module()
-    trainer = Trainer(
+    return Trainer(
         **options,
-        max_epochs=2,
+        max_epochs=epochs,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ModelCheckpoint(folder, filename="last")],
+        callbacks=[ModelCheckpoint(folder, filename="last", monitor="accuracy", mode="max")],
     )
-    trainer.fit(module, loader, loader)
-    saved = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=False)
-    assert saved["global_step"] == 6
-    for name, value in module.cpu().state_dict().items():
-        assert torch.equal(saved["state_dict"][name], value), name
-    assert 0 <= float(trainer.callback_metrics["accuracy"]) <= 1
-    print("losses:", *(float(loss) for loss in module.losses))
 
 
 if __name__ == "__main__":

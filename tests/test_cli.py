@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
+from nfnets_xla import create_model
 from nfnets_xla.cli import COMMANDS, EXTRAS, main, recipes, usage
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
@@ -219,6 +221,20 @@ def test_a_value_that_cannot_work_is_refused_before_anything_is_written(
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, f"run_dir={run_dir}", *change]
     assert message in refused(arguments, capsys)
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("more", [[], ["data.num_classes=7"]])
+def test_weights_that_know_fewer_classes_than_the_shards_are_refused(
+    more: list[str], tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In words of the command line, whatever is set."""
+    file = tmp_path / "weights.safetensors"
+    save_file(create_model("nfnet_mini_f0", num_classes=4).state_dict(), file)
+    small = [option for option in SMALL if option.startswith("data.")]
+    command = ["evaluate_demo", data[1], *small, *PLAIN_CPU, f"run_dir={tmp_path / 'run'}"]
+    said = refused([*command, f"model.init_from={file}", *more], capsys)
+    assert said.endswith("evaluate it on shards of its own classes")
+    assert f"{file} knows 4 classes, and the shards' labels, or data.num_classes, have" in said
 
 
 def test_a_recipe_that_does_not_exist_or_is_not_complete(

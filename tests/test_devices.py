@@ -1,5 +1,6 @@
 """The table of hardware, and how far parameters are cut to fit into it."""
 
+import re
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 
 from nfnets_xla import xla
 from nfnets_xla.devices import DEVICES, GIB, find_device, measured_cpu_peak, smallest_fsdp
+from nfnets_xla.strategy import XLAAccelerator
 from tests.data.server import serving
 
 
@@ -25,6 +27,13 @@ from tests.data.server import serving
 )
 def test_hardware_is_found_by_what_the_runtime_calls_it(kind: str, name: str) -> None:
     assert find_device(kind) is DEVICES[name]
+
+
+def test_how_many_devices_the_strategy_is_given() -> None:
+    assert [XLAAccelerator.parse_devices(given) for given in (4, "4")] == [4, 4]
+    for wrong in ([0, 1], 0, -2, 1.5, "many"):
+        with pytest.raises(ValueError, match=re.escape(f"devices={wrong!r}: one process drives")):
+            XLAAccelerator.parse_devices(wrong)
 
 
 def test_a_tpu_is_called_what_its_machine_calls_it(

@@ -126,6 +126,23 @@ def test_evaluating_a_runs_weights_gives_its_last_evaluation(
             assert row[name] == pytest.approx(last[weights][name], rel=1e-6)
 
 
+def test_a_run_killed_before_it_says_that_it_has_ended_is_not_evaluated_twice(
+    tmp_path: Path, data: list[str]
+) -> None:
+    """Its last evaluation is after the last step, of which `eval_every` is no divisor."""
+    arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.5", f"run_dir={tmp_path}"]
+    run(arguments, tmp_path / "log.txt")
+    evaluated = read_record(tmp_path).of_kind("eval")
+    (file,) = tmp_path.glob("run-*.jsonl")
+    *rows, end = file.read_text().splitlines(keepends=True)
+    assert json.loads(end)["kind"] == "end"
+    file.write_text("".join(rows))
+    run(arguments, tmp_path / "log.txt")
+    record = read_record(tmp_path)
+    assert len(record.of_kind("end")) == 1
+    assert record.of_kind("eval") == evaluated
+
+
 def test_fine_tuning_starts_from_the_pre_trained_body(tmp_path: Path, data: list[str]) -> None:
     """A learning rate of (almost) nothing leaves the body where the first run left it."""
     first, second = tmp_path / "first", tmp_path / "second"

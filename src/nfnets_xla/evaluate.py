@@ -82,7 +82,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
 def trained(run: Run, held_out: ShardIndex) -> tuple[Network, str, int]:
     """The network with the weights that are to be evaluated, where they are from, and its classes.
 
-    Without `data.num_classes` it has as many as the weights, or as the labels if those are more.
+    It has as many as the weights, which know what else there is than the shards' labels.
     """
     num_classes = count_classes(run, held_out)
     name, tag = run.model.name, run.model.pretrained
@@ -94,8 +94,9 @@ def trained(run: Run, held_out: ShardIndex) -> tuple[Network, str, int]:
         raise ValueError("model.init_from is not set; it must name the weights to evaluate")
     found = sources.find_weights(run.model.init_from, run.model.init_weights)
     weights = found.tensors()
-    if run.data.num_classes is None:
-        num_classes = max(num_classes, registry.count_classes(name, weights))
+    if has := registry.count_classes(name, weights):
+        check_head(has, num_classes, found.source)
+        num_classes = has
     options: dict[str, Any] = {"num_classes": num_classes}
     if is_peer(name):  # a ViT is made for the size that its weights were trained at, where known
         evaluated = run.data.eval_image_size
@@ -108,4 +109,7 @@ def trained(run: Run, held_out: ShardIndex) -> tuple[Network, str, int]:
 
 def check_head(has: int, needed: int, source: str) -> None:
     if has < needed:
-        raise ValueError(f"{source} knows {has} classes, and the shards have labels of {needed}")
+        raise ValueError(
+            f"{source} knows {has} classes, and the shards' labels, or data.num_classes, have "
+            f"{needed}: evaluate it on shards of its own classes"
+        )

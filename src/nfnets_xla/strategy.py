@@ -11,8 +11,11 @@ Lightning's default precision plug-in does nothing, which is what is wanted. Lig
 strategies cannot run on the CPU runtime.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -65,7 +68,13 @@ class XLAAccelerator(Accelerator):
 
     @staticmethod
     def parse_devices(devices: Any) -> int:
-        return int(devices)
+        """A number, of virtual devices without a TPU, or -1: all that there are, as "auto" is."""
+        if not re.fullmatch(r"-1|0*[1-9]\d*", str(devices)):
+            raise ValueError(
+                f"devices={devices!r}: one process drives all devices of its host; give their "
+                "number, or 'auto'"
+            )
+        return XLAAccelerator.auto_device_count() if int(devices) == -1 else int(devices)
 
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
@@ -100,6 +109,7 @@ class SPMDStrategy(SingleDeviceStrategy):
         self.fsdp = fsdp
         self.trace_seconds = 0.0  # of training, in Python, until the graph of a step is complete
         self.dispatch_seconds = 0.0  # then, until the runtime took it; the first time it compiles
+        self._leave_weights: Callable[[], None] | None = None
 
     def setup_environment(self) -> None:
         xla.start()
@@ -114,7 +124,10 @@ class SPMDStrategy(SingleDeviceStrategy):
         xla.shard(named, axes)
         if self.fsdp > 1:
             assert self.lightning_module is not None
-            gather_weights(self.lightning_module)
+            self._leave_weights = gather_weights(self.lightning_module)
+        # Lightning's default; views of inference tensors, such as F.linear's, fail in torch_xla.
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
         xla.sync(wait=True)
 
     def _tensors_on_device(self) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -206,32 +219,38 @@ class SPMDStrategy(SingleDeviceStrategy):
     def teardown(self) -> None:
         if self.fsdp > 1 and self.lightning_module is not None:
             _to_host(self.lightning_module, self.optimizers)
+        if self._leave_weights is not None:
+            self._leave_weights()
+            self._leave_weights = None
         super().teardown()
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Host copies, for Lightning's own checkpoints of a user's module."""
-        return _gathered(super().lightning_module_state_dict())
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Lightning's own, of a user's module: with host copies of whatever is on the device, be it
+        a callback's best score."""
+        on_device: list[Tensor] = []
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state: dict[str, Any] = super().optimizer_state(optimizer)
-        flat = {
-            f"{parameter}/{key}": value
-            for parameter, entries in state["state"].items()
-            for key, value in entries.items()
-        }
-        gathered = _gathered(flat)
-        state["state"] = {
-            parameter: {key: gathered[f"{parameter}/{key}"] for key in entries}
-            for parameter, entries in state["state"].items()
-        }
-        return state
+        def note(tensor: Tensor) -> None:
+            if tensor.device.type == "xla":
+                on_device.append(tensor)
+
+        apply_to_collection(checkpoint, Tensor, note, allow_frozen=True)
+        host = iter(xla.gather({str(n): tensor for n, tensor in enumerate(on_device)}).values())
+        copied: dict[str, Any] = apply_to_collection(
+            checkpoint,
+            Tensor,
+            lambda tensor: next(host) if tensor.device.type == "xla" else tensor,
+            allow_frozen=True,
+        )
+        super().save_checkpoint(copied, filepath, storage_options)
 
 
 def _to_host(module: nn.Module, optimizers: list[Optimizer]) -> None:
     """What Lightning's teardown does tensor by tensor: for a cut one that is a graph to compile."""
     module.zero_grad()
     named = dict(module.named_parameters())
-    host = {id(named[name]): value for name, value in xla.gather(named).items()}
+    host = {id(named[name]): value for name, value in _gathered(named).items()}
     module._apply(lambda tensor: host[id(tensor)] if id(tensor) in host else tensor.cpu())
     for optimizer in optimizers:
         entries = list(optimizer.state.values())
@@ -241,18 +260,21 @@ def _to_host(module: nn.Module, optimizers: list[Optimizer]) -> None:
                 entries[int(place)][key] = value
 
 
-def gather_weights(module: nn.Module) -> None:
+def gather_weights(module: nn.Module) -> Callable[[], None]:
     """Make every part of `module` bring its cut parameters together when it runs, and no sooner.
 
     So that one block's weights are whole at a time, in the computation's dtype where the module
-    casts them itself.
+    casts them itself. Returns what undoes it: on the host weights are whole.
     """
+    undo = ExitStack()
     for part in module.modules():
         if isinstance(part, WSConv2d):
             part.place_weight = xla.whole
+            undo.callback(delattr, part, "place_weight")
         elif any(parameter.ndim > 1 for parameter in part.parameters(recurse=False)):
-            part.register_forward_pre_hook(_use_whole)
-            part.register_forward_hook(_use_own, always_call=True)
+            undo.callback(part.register_forward_pre_hook(_use_whole).remove)
+            undo.callback(part.register_forward_hook(_use_own, always_call=True).remove)
+    return undo.close
 
 
 def _use_whole(part: nn.Module, _inputs: Any) -> None:

@@ -92,7 +92,8 @@ def fit(ready: Ready, display: Display, preemption: Preemption | None) -> dict[s
             num_steps=plan.num_steps,
             start_step=past.step,
         )
-        if past.step % (plan.run.trainer.eval_every or plan.num_steps) == 0 < past.step:
+        every = plan.run.trainer.eval_every or plan.num_steps
+        if past.step and (past.step % every == 0 or past.step == plan.num_steps):
             watch.monitor.evaluated_at = max(past.evaluated, default=0)
             if watch.monitor.evaluated_at != past.step:  # the last start ended before it was done
                 trainer.num_sanity_val_steps = sys.maxsize
