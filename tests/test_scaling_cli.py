@@ -1,14 +1,18 @@
 """`nfnets-xla scaling` as a person types it: what it prints, what it refuses, and without torch."""
 
+import re
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nfnets_xla.cli import main
+from nfnets_xla.compose import composed, to_run
 from nfnets_xla.scaling.account import macs_per_image
+from nfnets_xla.steps import make_schedule
 from tests.scaling.made_runs import IMAGES, write_run
 
 
@@ -60,7 +64,11 @@ def test_a_model_and_its_epochs_have_a_cost(capsys: pytest.CaptureFixture[str]) 
     main(["scaling", "plan", "--model", "nfnet_f0", "--core-hours", "400", "--image-size", "112"])
     assert "nfnet_f0, 2.4" in capsys.readouterr().out
     main(["scaling", "plan", "--core-hours", "1"])
-    assert "fewer than the 5,000 of the recipe's warm-up" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "fewer than the 5,000 of the recipe's warm-up" in out
+    advice = re.findall(r"warm-up: give (.*)\)", out)[0].split()
+    run = to_run(composed("pretrain", ["data.shards=x", "run_dir=y", "optim.epochs=1", *advice]))
+    assert make_schedule(run, SimpleNamespace(num_samples=4096, num_steps=100)).warmup_steps == 5  # type: ignore[arg-type]
 
 
 def test_a_fit_says_what_the_runs_hold(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +113,6 @@ def test_without_restarts_nothing_may_be_left(
         (["plan", "--core-hours", "5", "--model", "F9"], "model is 'F9'; it must be an NFNet"),
         (["plan", "--core-hours", "5", "--cores", "301"], "multiple of 2, which a chip of v4 has"),
         (["plan", "--core-hours", "5", "--images", "4.5"], "4.5 is not a whole number"),
-        (["plan", "--core-hours", "5", "--images", "4e9", "--runs", "x"], "go without --runs"),
         (["plan", "--core-hours", "-5"], "core_hours is -5; it must be finite and greater than 0"),
         (["plan", "--core-hours", "5", "--hardware", "v9"], "invalid choice: 'v9'"),
         (["plan", "--core-hours", "5", "--mfu", "36"], "36 % is 0.36"),

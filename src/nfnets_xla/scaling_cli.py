@@ -87,35 +87,14 @@ def whole(text: str) -> int:
 
 
 def run_plan(given: Any) -> None:
-    if given.runs is not None and (given.images or given.image_size):
-        raise ValueError(
-            "--images and --image-size go without --runs: losses, rates and epochs of runs are of "
-            "their own images"
-        )
     points = [] if given.runs is None else chosen(given)
     named = {field.name: getattr(given, field.name, None) for field in fields(Job)}
-    job = Job(
-        **of_study(points) | {name: value for name, value in named.items() if value is not None}
-    )
+    job = Job(**{name: value for name, value in named.items() if value is not None})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Extrapolation)
-        print(describe(make_plan(job, points), job, given.price))
+        print(describe(make_plan(job, points), given.price))
     for warning in caught:
         print(f"warning: {warning.message}")
-
-
-def of_study(points: Sequence[Point]) -> dict[str, Any]:
-    """What a plan takes from runs unless it is told otherwise. Their images are those of the
-    longest, since a run's rows are its epochs, rounded up to whole batches."""
-    if not points:
-        return {}
-    longest = max(points, key=lambda point: point.rows)
-    return {
-        "images": round(longest.rows / longest.epochs),
-        "image_size": longest.image_size,
-        "batch_size": longest.batch_size,
-        "num_classes": longest.num_classes,
-    }
 
 
 def run_fit(given: Any) -> None:

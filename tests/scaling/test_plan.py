@@ -81,7 +81,7 @@ def test_one_epoch_at_five_thousand_core_hours() -> None:
     assert plan.model == "nfnet_f3"
     assert plan.steps == pytest.approx(plan.epochs * 4e9 / 4096, abs=1)
     assert plan.wall_hours == pytest.approx(5000 / 1024)
-    text = describe(plan, Job(5000, cores=1024), price=3.0)
+    text = describe(plan, price=3.0)
     assert "5,000 core-hours = 2,500 chip-hours = 7,500 at 3 a chip-hour of v4" in text
     assert (
         "try 1.6 and 0.8 (optim.lr_batch=null; 0.1 and 0.05 for each 256 rows)"
@@ -94,16 +94,16 @@ def test_rates_are_said_as_a_recipe_takes_them() -> None:
     """The recipe's optim.peak_lr is of optim.lr_batch rows; a plan's rate is of the whole batch."""
     optim = yaml.safe_load((CONF / "optim" / "pretrain.yaml").read_text())
     job = Job(5000, batch_size=1024)
-    (line,) = [line for line in describe(make_plan(job), job).splitlines() if "peak_lr" in line]
+    (line,) = [line for line in describe(make_plan(job)).splitlines() if "peak_lr" in line]
     whole, each, rows = re.findall(r"try (\S+) .*; (\S+) and .* each (\d+) rows", line)[0]
     assert int(rows) == optim["lr_batch"]
-    assert float(each) * job.batch_size / optim["lr_batch"] == pytest.approx(float(whole))
+    assert float(each) * 1024 / optim["lr_batch"] == pytest.approx(float(whole))
 
 
 def test_senseless_epochs_are_said() -> None:
     few, many = Job(5000, images=1_281_167), Job(5000)
-    assert "far too many of so few images" in describe(make_plan(few), few)
-    assert "far too many" not in describe(make_plan(many), many)
+    assert "far too many of so few images" in describe(make_plan(few))
+    assert "far too many" not in describe(make_plan(many))
 
 
 def test_size_and_epochs_grow_at_the_same_rate() -> None:
@@ -272,6 +272,17 @@ def test_other_runs_of_a_study_count_for_nothing(study: list[Point]) -> None:
     for of in (lambda points: make_plan(job, points), report):
         with pytest.raises(ValueError, match=r"none of these 8 runs \(nfnet_mini_f0, .*vit_mini"):
             of([*tuned, *peers])
+
+
+def test_a_job_is_for_the_images_of_the_runs(study: list[Point]) -> None:
+    """All that is not said is theirs; other images are refused."""
+    plan = make_plan(Job(3e-4, mfu=0.3), study)
+    assert replace(plan, job=mini_job(3e-4)) == make_plan(mini_job(3e-4), study)
+    assert (plan.study.images, plan.study.batch_size) == (IMAGES, 64)
+    for name, value in (("images", 4_000_000_000), ("image_size", 224), ("num_classes", 1000)):
+        job = replace(Job(3e-4), **{name: value})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"{name} is {value}, and of the runs "):
+            make_plan(job, study)
 
 
 def test_impossible_jobs_are_refused() -> None:

@@ -11,7 +11,7 @@ off their frontier.
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.scaling import account, published
@@ -27,7 +27,18 @@ LARGEST_MISMATCH = 2.0  # between the size asked for and the nearest model, befo
 MOST_EPOCHS = 100  # from which on a plan asks whether it is meant; the papers have 8 of JFT
 LR_BATCH = 256  # optim.lr_batch of the recipe pretrain: rows that its optim.peak_lr is for
 WARMUP = 5000  # optim.warmup_steps of that recipe
-HASTY = f"fewer than the {WARMUP:,} of the recipe's warm-up: give optim.warmup_fraction=0.05"
+SHORTER = "optim.warmup_steps=null optim.warmup_fraction=0.05"
+HASTY = f"fewer than the {WARMUP:,} of the recipe's warm-up: give {SHORTER}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained on, and in which batches."""
+
+    images: int = published.JFT_IMAGES
+    image_size: int = published.TRAIN_SIZE
+    batch_size: int = published.BATCH
+    num_classes: int = 1000
 
 
 @dataclass(frozen=True)
@@ -41,17 +52,17 @@ class Job:
     hardware: str = "v4"
     cores: int = 512  # that it will run on
     mfu: float | None = None  # None: measured in the runs, else the paper's
-    images: int = published.JFT_IMAGES  # of the training set
-    image_size: int = published.TRAIN_SIZE
-    batch_size: int = published.BATCH
-    num_classes: int = 1000
+    images: int | None = None  # of the training set; None, as below: the runs', else the paper's
+    image_size: int | None = None
+    batch_size: int | None = None
+    num_classes: int | None = None
 
     def check(self) -> None:
-        for name in ("core_hours", "epochs"):
+        optional = ("core_hours", "epochs", *(field.name for field in fields(Study)))
+        for name in optional:
             if (value := getattr(self, name)) is not None:
                 above(name, value)
-        for name in ("cores", "images", "image_size", "batch_size", "num_classes"):
-            above(name, getattr(self, name))
+        above("cores", self.cores)
         asked = [self.core_hours is not None, self.model is not None, self.epochs is not None]
         if asked not in ([True, False, False], [True, True, False], [False, True, True]):
             raise ValueError(
@@ -68,6 +79,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
+    job: Job
+    study: Study
     model: str
     macs: float
     epochs: float
@@ -83,30 +96,36 @@ class Plan:
 
 def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
     """`points` are runs of one study, on the images that are to be trained on; only those of NFNets
-    in pre-training count. ValueError if points are given and none of them is."""
+    in pre-training count. ValueError if points are given and none of them is, or the job is for
+    other images than theirs."""
     job.check()
     runs = fitted_to(points) if points else []
     points = best_of_study(runs)
+    study = study_of(job, runs)
     passes = points[0].passes if points else 1.0
     mfu, mfu_because = utilisation_for(job, points)
     if job.core_hours is not None:
         flops = account.flops_in(job.core_hours, job.hardware, mfu=mfu)
-        model, model_because = chosen_model(flops / passes, job, points)  # sizes are of one pass
-        macs = macs_per_image(model, job.image_size, job.num_classes)
+        model, model_because = chosen_model(
+            flops / passes, job, study, points
+        )  # sizes are of one pass
+        macs = macs_per_image(model, study.image_size, study.num_classes)
         rows = flops / (passes * account.train_flops(macs, 1))
-        core_hours, epochs = job.core_hours, rows / job.images
+        core_hours, epochs = job.core_hours, rows / study.images
     else:
         assert job.model is not None
         assert job.epochs is not None
         model, epochs, model_because = job.model, job.epochs, "given"
-        macs = macs_per_image(model, job.image_size, job.num_classes)
-        rows = epochs * job.images
+        macs = macs_per_image(model, study.image_size, study.num_classes)
+        rows = epochs * study.images
         flops = passes * account.train_flops(macs, rows)
         core_hours = account.core_hours(flops, job.hardware, mfu=mfu)
-    steps = math.ceil(rows / job.batch_size)
-    trials = rates_for(job, macs, epochs, runs)
+    steps = math.ceil(rows / study.batch_size)
+    trials = rates_for(study, macs, epochs, runs)
     loss, loss_because = expected_loss(flops, points)
     return Plan(
+        job=job,
+        study=study,
         model=model,
         macs=macs,
         epochs=epochs,
@@ -126,6 +145,27 @@ def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
             "loss": loss_because,
         },
     )
+
+
+def study_of(job: Job, runs: Sequence[Point]) -> Study:
+    """The job's, else the runs', else the paper's. ValueError for other images than those of the
+    runs, whose losses, rates and epochs hold for their own."""
+    given = {field.name: getattr(job, field.name) for field in fields(Study)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not runs:
+        return Study(**given)
+    longest = max(runs, key=lambda point: point.rows)  # rows are rounded up to whole batches
+    images = round(longest.rows / longest.epochs)
+    if abs(given.get("images", images) - images) * longest.epochs <= longest.batch_size:
+        images = given.get("images", images)
+    own = Study(images, longest.image_size, longest.batch_size, longest.num_classes)
+    for name in ("images", "image_size", "num_classes"):
+        if given.get(name, getattr(own, name)) != getattr(own, name):
+            raise ValueError(
+                f"{name} is {given[name]}, and of the runs {getattr(own, name)}: their losses, "
+                f"rates and epochs are of their own images; leave {name} out, or the runs"
+            )
+    return replace(own, **given)
 
 
 def best_of_study(points: Sequence[Point]) -> list[Point]:
@@ -167,16 +207,16 @@ def utilisation_for(job: Job, points: Sequence[Point]) -> tuple[float, str]:
     return published.PAPER_MFU, "assumed: the paper's largest run; its smallest had 29%"
 
 
-def rates_for(job: Job, macs: float, epochs: float, runs: Sequence[Point]) -> Trials:
+def rates_for(study: Study, macs: float, epochs: float, runs: Sequence[Point]) -> Trials:
     """What the runs tried is in proportion to their batch, as the paper's is to its own."""
     if not runs:
-        return two_trials(macs, epochs, batch_size=job.batch_size)
+        return two_trials(macs, epochs, batch_size=study.batch_size)
     cells = cells_of(runs)
     of_runs = runs[0].batch_size
     found = two_trials(macs, epochs, batch_size=of_runs, cells=cells, downwards=True)
-    if of_runs == job.batch_size:
+    if of_runs == study.batch_size:
         return found
-    high, low = (rate * job.batch_size / of_runs for rate in found.rates)
+    high, low = (rate * study.batch_size / of_runs for rate in found.rates)
     because = f"{found.because}, for a batch of {of_runs}; in proportion to the batch"
     return Trials((high, low), because)
 
@@ -230,22 +270,22 @@ def on_frontier(
     return [points[index] for index in kept]
 
 
-def chosen_model(flops: float, job: Job, points: Sequence[Point]) -> tuple[str, str]:
+def chosen_model(flops: float, job: Job, study: Study, points: Sequence[Point]) -> tuple[str, str]:
     """For `flops` of one pass; and why."""
     if job.model is not None:
         return job.model, "given"
     size, because = best_size(flops, points)
-    model, mismatch = nearest_model(size, job, points)
+    model, mismatch = nearest_model(size, study, points)
     return model, because + mismatch
 
 
-def nearest_model(size: float, job: Job, points: Sequence[Point]) -> tuple[str, str]:
+def nearest_model(size: float, study: Study, points: Sequence[Point]) -> tuple[str, str]:
     """The model of the paper, or of the runs' family, that costs nearest; and how far, if far."""
     names: Sequence[str] = published.PAPER_MODELS
     if points:
         families = {family_of(point.model) for point in points}
         names = [name for name in VARIANTS if family_of(name) in families]
-    costs = {name: macs_per_image(name, job.image_size, job.num_classes) for name in names}
+    costs = {name: macs_per_image(name, study.image_size, study.num_classes) for name in names}
     name = min(costs, key=lambda name: abs(math.log(costs[name] / size)))
     if max(costs[name] / size, size / costs[name]) <= LARGEST_MISMATCH:
         return name, ""
@@ -279,11 +319,12 @@ def expected_loss(flops: float, points: Sequence[Point]) -> tuple[Prediction | N
 # ---- in words ---------------------------------------------------------------------------------
 
 
-def describe(plan: Plan, job: Job, price: float | None = None) -> str:
+def describe(plan: Plan, price: float | None = None) -> str:
     """A table of what to do, each choice with whose rule it is."""
+    job, study = plan.job, plan.study
     chips = account.chip_hours(plan.core_hours, job.hardware)
     low, high = sorted(plan.trials.rates)
-    share = LR_BATCH / job.batch_size
+    share = LR_BATCH / study.batch_size
     of_rows = f"{high * share:.4g} and {low * share:.4g} for each {LR_BATCH} rows"
     senseless = "; far too many of so few images: give fewer core-hours"
     shown = ",.10g" if job.core_hours is not None else ",.4g"
@@ -297,10 +338,10 @@ def describe(plan: Plan, job: Job, price: float | None = None) -> str:
         ("model", f"{plan.model}, {plan.macs / 1e9:.4g} GMACs an image", plan.because["model"]),
         (
             "epochs",
-            f"{plan.epochs:.3g} of {job.images:,} images",
+            f"{plan.epochs:.3g} of {study.images:,} images",
             plan.because["epochs"] + senseless * (plan.epochs > MOST_EPOCHS),
         ),
-        ("steps", f"{plan.steps:,} of {job.batch_size} images", plan.because["steps"]),
+        ("steps", f"{plan.steps:,} of {study.batch_size} images", plan.because["steps"]),
         (
             "peak_lr",
             f"try {high:.4g} and {low:.4g} (optim.lr_batch=null; {of_rows})",
