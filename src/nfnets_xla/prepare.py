@@ -30,7 +30,7 @@ from nfnets_xla.models.registry import Network
 from nfnets_xla.network import initial_weights, make_model, make_task, put_on_device, restore
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule
-from nfnets_xla.record import Row, has_record, read_record
+from nfnets_xla.record import CHECKPOINTS, Row, has_record, read_record
 from nfnets_xla.resume import Beginning, find_resume, installed
 from nfnets_xla.saves import try_to_write
 from nfnets_xla.sources import Weights
@@ -70,7 +70,7 @@ class Plan:
 
     @cached_property
     def checkpoints(self) -> str:
-        return self.run.trainer.checkpoint_dir or str(self.folder / "checkpoints")
+        return self.run.trainer.checkpoint_dir or str(self.folder / CHECKPOINTS)
 
     def find_start(self, say: Say) -> Checkpoint | None:
         given, versions = self.run.resume, installed()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 Row = dict[str, Any]
+CHECKPOINTS = "checkpoints"  # in the run's folder, if no other place is named for them
 
 
 class RecordWriter:

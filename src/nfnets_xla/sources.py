@@ -22,7 +22,7 @@ from nfnets_xla.config import differences, flat, identity_of
 from nfnets_xla.data.storage import address
 from nfnets_xla.models.timm_names import Sizes
 from nfnets_xla.models.weights import load_checkpoint
-from nfnets_xla.record import read_record
+from nfnets_xla.record import CHECKPOINTS, read_record
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def find(given: str | Path) -> Checkpoint | None:
     if (path / MANIFEST).is_file():
         return load(path)
     root = checkpoints_of(path)
-    if root in (str(path), str(path / "checkpoints")):
+    if root in (str(path), str(path / CHECKPOINTS)):
         found = _newest(root)
         _refuse_older(path, found)
         return found
@@ -58,7 +58,7 @@ def checkpoints_of(run_dir: Path) -> str:
     """Where the checkpoints of a run are: where its newest start keeps them, or those before, from
     which it may have moved. What holds no run is taken for a folder of them."""
     kept = [_checkpoint_dir(config) for config in configs_of(run_dir)]
-    inside = str(run_dir / "checkpoints")
+    inside = str(run_dir / CHECKPOINTS)
     for root in (*(where or inside for where in kept), inside, run_dir):
         if steps(root):
             return str(root)

@@ -24,7 +24,7 @@ from nfnets_xla.scaling.charts import (
     losses,
 )
 from nfnets_xla.scaling.drawing import draw, marks_of, round_values, tick_label
-from nfnets_xla.scaling.figures import write_figures
+from nfnets_xla.scaling.figures import table, write_figures
 from nfnets_xla.scaling.page import svg
 from nfnets_xla.scaling.plan import best_of_study, on_frontier
 from nfnets_xla.scaling.runs import Point, read_points
@@ -106,6 +106,8 @@ def test_the_table_has_every_run(points: list[Point], written: Path) -> None:
     steps = 4 * IMAGES // BATCH
     macs = macs_per_image("nfnet_mini_f3", 32, 200)
     assert float(tuned["pretraining_flops"]) == 6 * macs * steps * BATCH
+    alone = [point for point in points if point.is_finetuned]
+    assert {row["pretraining_flops"] for row in table(alone, compute_axis(alone))} == {""}
 
 
 def test_figure_1_draws_every_fine_tuned_run(points: list[Point], written: Path) -> None:

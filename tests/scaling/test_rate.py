@@ -1,6 +1,7 @@
 """The best learning rate that never rises, against a search over all choices; the two trials."""
 
 import math
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -55,6 +56,19 @@ def test_no_choice_is_better(seed: int) -> None:
     rule = fit_rule(cells)
     total = sum(cell.losses[rate] for cell, rate in zip(cells, rule.rates, strict=True))
     assert total == pytest.approx(searched(cells), rel=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [4, 9, 13, 18, 30])
+def test_a_finite_loss_however_large_is_only_hopeless(exponent: int) -> None:
+    """Of grids that need not be full; costs of 1e13 beside 3 leave a linear program unsolved."""
+    for seed in range(8):
+        cells = [planted(m, e, 0.8, 0.1, seed) for m, e in product((1, 2, 3), (0.5, 1, 2))]
+        cells.pop(seed)
+        blown, hopeless = (
+            [*cells[:3], replace(cells[3], losses={**cells[3].losses, 3.2: loss}), *cells[4:]]
+            for loss in (10.0**exponent, math.inf)
+        )
+        assert fit_rule(blown).rates == fit_rule(hopeless).rates
 
 
 def test_a_rise_is_told_with_what_it_costs() -> None:

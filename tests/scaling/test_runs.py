@@ -1,6 +1,7 @@
 """Points from records: costs by typical speed and all in, restarts, what is left out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,19 @@ def test_a_run_that_goes_on_past_the_guard_has_not_diverged(tmp_path: Path) -> N
     assert (point.loss, point.diverged) == (2.0, False)
 
 
+def test_a_source_may_be_named_from_further_down(tmp_path: Path) -> None:
+    """As it was given where the run was started; not if two runs could be meant."""
+    write_run(tmp_path / "project" / "runs" / "f0", loss=2)
+    write_run(tmp_path / "tuned", loss=1, init_from="runs/f0")
+    points, _ = runs.read_points(tmp_path)
+    source = runs.source_of(points[-1], points)
+    assert source is points[0]
+    assert runs.source_of(replace(points[-1], init_from="/runs/f0"), points) is None
+    write_run(tmp_path / "another" / "runs" / "f0", loss=2)
+    points, _ = runs.read_points(tmp_path)
+    assert runs.source_of(points[-1], points) is None
+
+
 def test_fine_tuned_runs_name_their_source(tmp_path: Path) -> None:
     write_run(tmp_path / "f0-1", loss=2)
     write_run(tmp_path / "f0-11", loss=2)
@@ -136,6 +150,11 @@ def test_fine_tuned_runs_name_their_source(tmp_path: Path) -> None:
     assert source is not None
     assert source.run == "f0-1"
     assert runs.source_of(points[0], points) is None
+    inside = "checkpoints/step-00000500"
+    for path in (f"/x/f0-1/{inside}", "f0-1/checkpoints", f"x/f0-1/{inside}/ema.safetensors"):
+        assert runs.source_of(replace(tuned, init_from=path), points) is source, path
+    for path in ("/x/f0-1/elsewhere", "/x/f0-1/f0", "0-1", "/f0-111"):
+        assert runs.source_of(replace(tuned, init_from=path), points) is None, path
     assert [point.run for point in runs.pretrained(points)] == ["f0-1", "f0-11"]
     assert tuned.flops == 2 * points[0].flops  # SAM's second gradient
 

@@ -68,7 +68,7 @@ def table(points: Sequence[Point], compute: Compute) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for point in points:
         source = source_of(point, pretrained(points))
-        paid = point if source is None else source
+        paid = source if point.is_finetuned else point
         values = {
             "run": point.run,
             "model": point.model,
@@ -82,7 +82,7 @@ def table(points: Sequence[Point], compute: Compute) -> list[dict[str, str]]:
             "parameters": point.parameters,
             "rows": point.rows,
             "flops": point.flops,
-            "pretraining_flops": paid.flops,
+            "pretraining_flops": None if paid is None else paid.flops,
             "typical_seconds": point.typical_seconds,
             "all_in_seconds": point.all_in_seconds,
             "device_kind": point.device_kind,

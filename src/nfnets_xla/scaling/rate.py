@@ -17,6 +17,8 @@ from nfnets_xla.scaling.account import above
 from nfnets_xla.scaling.published import BATCH, PEAK_LR
 from nfnets_xla.scaling.runs import Point, mean_loss, runs_of_cells
 
+HOPELESS = 1e3  # times the loss of the best rate of any cell
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -98,8 +100,12 @@ def fit_rule(cells: Sequence[Cell]) -> Rule:
     if len(rates) == 1:
         return Rule(list(cells), rates * len(cells), [])
     finite = [{r: loss for r, loss in c.losses.items() if math.isfinite(loss)} for c in cells]
-    dear = 10 * sum(max(losses.values()) for losses in finite)  # more than any choice costs
-    costs = np.array([[losses.get(rate, dear) for rate in rates] for losses in finite])
+    # A run may blow up and still have a finite loss. It costs what is hopeless, and no more: the
+    # program is solved in floating point, where 1e13 beside 3 leaves it without an answer.
+    hopeless = HOPELESS * max(cell.losses[cell.best] for cell in cells)
+    capped = [{r: min(loss, hopeless) for r, loss in losses.items()} for losses in finite]
+    dear = 10 * hopeless * len(cells)  # more than any choice costs
+    costs = np.array([[losses.get(rate, dear) for rate in rates] for losses in capped])
     steps = len(rates) - 1
     lower: list[int] = []  # of each constraint x[lower] >= x[upper]
     upper: list[int] = []

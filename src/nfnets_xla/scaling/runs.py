@@ -11,13 +11,13 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nfnets_xla.config import flat, identity_of
 from nfnets_xla.devices import find_device
 from nfnets_xla.models.variants import VARIANTS
-from nfnets_xla.record import Row, RunRecord, read_record
+from nfnets_xla.record import CHECKPOINTS, Row, RunRecord, read_record
 from nfnets_xla.scaling.account import core_hours, device, train_flops, utilisation
 
 HELD_OUT = "the held-out shards"  # among the settings of a run
@@ -270,13 +270,31 @@ def without_restarts(points: Iterable[Point]) -> list[Point]:
 def source_of(point: Point, points: Iterable[Point]) -> Point | None:
     """The pre-trained run that a fine-tuned one started from, if it is among `points`.
 
-    Folders may have been moved, so what counts is that the path ends in the run's name.
+    Folders may have been moved, so what counts is that the path ends in the run's name; or, of a
+    path that is not absolute, that one run's name ends in the path, which was written further down.
     """
     if point.init_from is None:
         return None
-    path = Path(point.init_from).as_posix()
-    named = [other for other in points if f"/{path}".endswith(f"/{other.run}")]
-    return max(named, key=lambda other: len(other.run), default=None)
+    path = _run_folder(PurePosixPath(Path(point.init_from).as_posix()))
+    names = {other.run: PurePosixPath(other.run).parts for other in points}
+    named = [other for other in points if _ends_in(path.parts, names[other.run])]
+    if named:
+        return max(named, key=lambda other: len(other.run))
+    below = [other for other in points if _ends_in(names[other.run], path.parts)]
+    return below[0] if len({other.run for other in below}) == 1 else None
+
+
+def _run_folder(path: PurePosixPath) -> PurePosixPath:
+    """Of a run's folder, its folder of checkpoints, one of them, or a file of weights in any."""
+    if path.suffix == ".safetensors":
+        path = path.parent
+    if path.parent.name == CHECKPOINTS:
+        path = path.parent
+    return path.parent if path.name == CHECKPOINTS else path
+
+
+def _ends_in(whole: Sequence[str], end: Sequence[str]) -> bool:
+    return len(end) > 0 and tuple(whole[-len(end) :]) == tuple(end)
 
 
 def check_cells(points: Iterable[Point]) -> None:
