@@ -9,7 +9,7 @@ import pytest
 
 from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, read_launch, to_run
-from nfnets_xla.launch import find, shipped
+from nfnets_xla.launch import Launch, find, shipped
 from nfnets_xla.manual import recipes
 from tests.cloud import Cloud
 
@@ -60,7 +60,7 @@ def test_no_settings_are_taken_for_a_recipe() -> None:
 @pytest.mark.parametrize("name", ["v4_512", "v4_64", "v4_8"])
 def test_shipped_settings_start_a_run_that_composes(name: str, overrides: list[str]) -> None:
     with find(name) as file:
-        settings = read_launch(file, overrides)
+        settings = read_launch(file, overrides, Launch.needed("watch"))
     settings.check("watch")
     run = to_run(composed(settings.run[0], settings.run[1:]))
     assert run.run_dir == f"/mnt/share/{settings.name}"
@@ -143,6 +143,34 @@ def test_what_ends_the_cost_needs_no_wheel(
     assert not made.home(0).exists()
     assert launch("start", gone) == 2
     assert "run has run_dir=None" in capsys.readouterr().err
+
+
+def test_what_ends_the_cost_needs_to_know_no_more_than_where(
+    overrides: list[str], cloud: Callable[..., Cloud], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On another machine, with the settings as they are shipped."""
+    for command in ("delete", "stop", "status", "wait", "logs"):
+        main(["launch", command, "v4_512", "project=mine", "--dry-run"])
+        assert "--project=mine" in capsys.readouterr().out
+    made = cloud()
+    assert launch("start", ["project=mine"]) == 2
+    assert "share, wheel not set: fill in the file" in capsys.readouterr().err
+    assert made.calls() == []
+
+
+@pytest.mark.parametrize("every", ["0", "-3", "nan", "1e12"])
+def test_no_slice_is_asked_for_by_a_watch_that_could_not_wait(
+    every: str,
+    overrides: list[str],
+    cloud: Callable[..., Cloud],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = cloud()
+    with pytest.raises(SystemExit) as stopped:
+        main(["launch", "watch", "v4_64", *overrides, "--every", every])
+    assert stopped.value.code == 2
+    assert "it must be seconds, greater than 0 and at most 86,400" in capsys.readouterr().err
+    assert made.calls() == []
 
 
 def test_without_gcloud_it_says_so(

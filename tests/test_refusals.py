@@ -23,7 +23,10 @@ from tests.test_cli import refused
         ("data.shards S", "'data.shards' is no setting: give key=value"),
         ("data.shards=~/x", "after a = no shell expands ~; write data.shards=$HOME/x"),
         ("data.shards=/a=b", "cannot be read: quote the value twice, 'data.shards=\"/a=b\"'"),
-        ("data.shards=a,b", "'data.shards=\"a,b\"'; or, if these are several runs, add --multirun"),
+        (
+            "data.shards=a,b",
+            "'data.shards=\"a,b\"'; several runs are nfnets-xla RECIPE ... --multirun",
+        ),
         ("data.shards=", "data.shards is empty; give a value, or null"),
         ("optim.epochs=one", "optim.epochs is one; it must be a number"),
         ("data.batch_size=1.5", "data.batch_size is 1.5; it must be a whole number"),

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -237,10 +237,10 @@ def two_trials(arguments: list[str], preemption: Preemption) -> None:
 def launch(arguments: list[str]) -> None:
     from nfnets_xla.launch import launch as launched
 
-    def read(file: Path, overrides: list[str]) -> Any:
+    def read(file: Path, overrides: list[str], needed: Collection[str]) -> Any:
         from nfnets_xla.compose import read_launch
 
-        return read_launch(file, overrides)
+        return read_launch(file, overrides, needed)
 
     launched(arguments, read)
 

@@ -6,9 +6,9 @@ out is a typed, checked `Run`; or, of a recipe that sweeps, one run after the ot
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import hydra
 from hydra import initialize_config_dir, initialize_config_module
@@ -280,10 +280,13 @@ def one_name(model: str) -> str:
 
 
 @in_our_words()
-def read_launch(file: Path, overrides: list[str]) -> Launch:
-    """Settings of `nfnets-xla launch`, checked as a run's are."""
-    parts = [OmegaConf.structured(Launch), OmegaConf.load(file), OmegaConf.from_dotlist(overrides)]
-    typed = OmegaConf.merge(*parts)
+def read_launch(file: Path, overrides: list[str], needed: Collection[str]) -> Launch:
+    """Settings of `nfnets-xla launch`, checked as a run's are. One that is not set and not `needed`
+    is empty."""
+    kinds = get_type_hints(Launch).items()
+    empty = {name: (get_origin(kind) or kind)() for name, kind in kinds if name not in needed}
+    given = [OmegaConf.load(file), OmegaConf.from_dotlist(overrides)]  # whose ??? replaces nothing
+    typed = OmegaConf.merge(OmegaConf.structured(Launch), empty, *given)
     if missing := sorted(OmegaConf.missing_keys(typed)):
         raise ValueError(
             f"{', '.join(missing)} not set: fill in the file, or give {missing[0]}=VALUE"

@@ -13,9 +13,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ SCRIPTS = ("install.sh", "run.sh")
 GONE = ("SUSPENDED", "FAILED")  # never become ACTIVE again: to be deleted and asked for anew
 GOING = ("SUSPENDING", "DELETING")
 ABSENT = "NOT_FOUND"  # what gcloud says of one that does not exist
+DAY = 24 * 3600  # seconds
 FAILURES_IN_A_ROW = 10  # of `watch`: the network may be down, or a slice go while it is asked
 
 # A line per worker. A lock that is held is a run that lives: no way to end leaves it behind.
@@ -65,6 +66,14 @@ class Launch:
             self._check_run()
         if command in INSTALLING:
             self._check_files()
+
+    @staticmethod
+    def needed(command: str) -> Collection[str]:
+        """The settings without which there is nothing to be told: not more than where the slice is
+        for a command that neither installs nor starts, and may be given on another machine."""
+        if command in (*INSTALLING, "start"):
+            return [field.name for field in fields(Launch)]
+        return ("name", "project", "zone")
 
     def _check_run(self) -> None:
         run_dirs = [part.partition("=")[2] for part in self.run if part.startswith("run_dir=")]
@@ -284,16 +293,22 @@ COMMANDS: dict[str, tuple[Callable[[Slice], Any], str]] = {
 INSTALLING = ("create", "install", "resume", "watch")  # those that come to it, now or later
 
 
-def launch(arguments: Sequence[str], read: Callable[[Path, list[str]], Launch]) -> None:
-    """`read` makes settings of a file and of KEY=VALUE overrides."""
+def launch(
+    arguments: Sequence[str], read: Callable[[Path, list[str], Collection[str]], Launch]
+) -> None:
+    """`read` makes settings of a file and of KEY=VALUE overrides, of which it needs some."""
     given = parse(arguments)
     if given.command == "example":
         with find(given.settings) as file:
             print(file.read_text(encoding="utf-8"), end="")
         return
     with find(given.settings) as file:
-        settings = read(file, given.overrides)
+        settings = read(file, given.overrides, Launch.needed(given.command))
     settings.check(given.command)
+    if not 0 < given.every <= DAY:
+        raise ValueError(
+            f"--every is {given.every:g}; it must be seconds, greater than 0 and at most {DAY:,}"
+        )
     tpu = Slice(settings, given.dry_run, given.every)
     if given.command == "logs":
         tpu.logs(given.worker)

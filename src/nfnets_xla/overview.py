@@ -185,7 +185,7 @@ def chosen(given: Any) -> list[Overview]:
         if given.flops is None or given.flops / WITHIN <= run.flops <= given.flops * WITHIN
     ]
     if not found:
-        costs = sorted({f"{run.flops:.2e}" for run in asked})
+        costs = dict.fromkeys(f"{flops:.2e}" for flops in sorted(run.flops for run in asked))
         kind = "training runs" if len(asked) == len(every) else "finished runs"
         raise ValueError(
             f"none of the {len(asked)} {kind} below {given.folder} fits: they cost "

@@ -50,7 +50,7 @@ def uncomposed(error: HydraException) -> str:
     if found := re.match(r"Could not override '([^']*)'", text):
         return unknown(found[1], setting_names())
     if found := re.match(r"Ambiguous value for argument '(.*)'\n", text):
-        return f"{unreadable(found[1])}; or, if these are several runs, add --multirun"
+        return f"{unreadable(found[1])}; several runs are nfnets-xla RECIPE ... --multirun"
     if found := re.search(r"Could not find '([^/']*)/([^']*)'", text):
         options = error.options if isinstance(error, MissingConfigException) else None
         among = options or re.findall(r"^\t(\w+)$", text, re.MULTILINE)
