@@ -15,7 +15,15 @@ from functools import partial
 from pathlib import Path
 
 from nfnets_xla.bar import progress
-from nfnets_xla.data.dedup import FARTHEST, Double, Matches, Settings, doubles, find, line
+from nfnets_xla.data.dedup import (
+    FARTHEST,
+    Double,
+    Matches,
+    Settings,
+    doubles,
+    exclusion_lines,
+    find,
+)
 from nfnets_xla.data.jobs import ENGINES
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.storage import Folder
@@ -100,14 +108,14 @@ def write_lists(
     matches: Matches, found: Sequence[Double], names: dict[str, str], out: Path
 ) -> None:
     texts: dict[str, list[str]] = {folder: [] for folder in names}
-    for double in found:
-        texts[str(matches.train[double.sample[0]].folder)].append(line(matches, double))
-    for folder, lines in texts.items():
-        Folder(out).write(names[folder], "".join(lines).encode())
+    for double, line in zip(found, exclusion_lines(matches, found), strict=True):
+        texts[str(matches.train[double.sample[0]].folder)].append(line)
+    for folder, listed in texts.items():
+        Folder(out).write(names[folder], "".join(listed).encode())
         of = sum(shard.num_samples for shard in matches.train if str(shard.folder) == folder)
-        exclude = f" data.exclude={out / names[folder]}" if lines else ""
+        exclude = f" data.exclude={out / names[folder]}" if listed else ""
         print(
-            f"{out / names[folder]}: {len(lines):,} of {of:,} samples; train with "
+            f"{out / names[folder]}: {len(listed):,} of {of:,} samples; train with "
             f"data.shards={folder}{exclude}"
         )
     if matches.undecodable:

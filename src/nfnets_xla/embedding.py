@@ -16,7 +16,7 @@ from torch import Tensor
 from nfnets_xla import sources
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
-from nfnets_xla.data.dedup import Matches
+from nfnets_xla.data.dedup import OPENED, Matches
 from nfnets_xla.data.jobs import Progress
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.models.nfnet import NFNet
@@ -25,7 +25,6 @@ from nfnets_xla.models.weights import load_into
 from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
 
 SIZE = 224  # pixels, of models that do not say what they are tested at
-OPENED = 64  # shards
 REMEMBERED = 4096  # features: a picture has several matches, one after another
 
 

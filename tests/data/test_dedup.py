@@ -10,7 +10,7 @@ from scipy.fft import dctn
 
 from nfnets_xla.cli import main
 from nfnets_xla.data import dedup
-from nfnets_xla.data.dedup import Matches, Settings, doubles, find, line
+from nfnets_xla.data.dedup import Matches, Settings, doubles, exclusion_lines, find
 from nfnets_xla.data.exclude import read_pairs, without
 from nfnets_xla.data.holdout import choose, hold_out
 from nfnets_xla.data.index import build_index
@@ -57,7 +57,9 @@ def matches(folder: Path, indexes: tuple[ShardIndex, ShardIndex]) -> Matches:
 
 
 def lines(matches: Matches, most: float = MOST) -> list[tuple[str, str, float]]:
-    rows = [line(matches, double).rstrip("\n").split("\t") for double in doubles(matches, most)]
+    rows = [
+        line.rstrip("\n").split("\t") for line in exclusion_lines(matches, doubles(matches, most))
+    ]
     return [(one.partition("/")[2], other.partition("/")[2], float(d)) for one, other, d in rows]
 
 
@@ -72,7 +74,7 @@ def test_what_is_listed_is_excluded(
     matches: Matches, indexes: tuple[ShardIndex, ShardIndex], tmp_path: Path
 ) -> None:
     path = tmp_path / "duplicates.txt"
-    path.write_text("".join(line(matches, double) for double in doubles(matches, MOST)))
+    path.write_text("".join(exclusion_lines(matches, doubles(matches, MOST))))
     left = without(indexes[0], path)
     names = {left.sample_id(s, r) for s in range(left.num_shards) for r in range(left.counts[s])}
     assert {name.partition("/")[2].partition("-")[0] for name in names} == {"stranger", "broken"}
@@ -141,7 +143,7 @@ def test_groups_never_straddle_the_held_out_split(
     index = ShardIndex.load(folder / "train")
     path = tmp_path / "duplicates.txt"
     same = find([index], [], folder / "out", Settings())
-    path.write_text("".join(line(same, double) for double in doubles(same, MOST)))
+    path.write_text("".join(exclusion_lines(same, doubles(same, MOST))))
     pairs = read_pairs(path)
     assert len(pairs) == 12
     straddling = 0

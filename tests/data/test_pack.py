@@ -14,6 +14,7 @@ from pyarrow import parquet
 from sklearn.datasets import load_digits
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from nfnets_xla.data.decode import decode
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import Sample, encode_image, pack_samples
 from nfnets_xla.data.shards import ShardIndex
@@ -309,6 +310,28 @@ def test_rows_like_those_of_datasets(tmp_path: Path) -> None:
     assert "row 0: img is str; it must be a Pillow image" in one_line(
         lambda: list(dataset_samples([{"img": "x", "fine": 1}], image="img", label="fine"))
     )
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA"])
+def test_an_image_of_datasets_has_the_pixels_of_its_file(mode: str) -> None:
+    """16 bits become 8, and transparency white, whichever way it comes."""
+    values = np.linspace(0, 65535, 64).reshape(8, 8)
+    image = Image.fromarray(values.astype(np.uint16))
+    if mode != "I;16":
+        image = Image.new(mode, (8, 8))  # transparent
+    file = io.BytesIO()
+    image.save(file, "png")
+    ((_, png, _, _),) = dataset_samples([{"image": image, "label": 0}])
+    np.testing.assert_array_equal(decode(png), decode(file.getvalue()))
+
+
+@pytest.mark.parametrize("label", [[3, 3, 5], [[1], [2]], [], ["a"]])
+def test_a_list_that_is_none_of_labels(label: list[Any]) -> None:
+    """Votes are weights, {3: 2, 5: 1}; a list that says a label twice said nothing of them."""
+    rows = [{"image": b"x", "label": label}]
+    assert "row 0: " in one_line(lambda: list(dataset_samples(rows)))
+    ((*_, found),) = dataset_samples([{"image": b"x", "label": np.array([4, 2])}])
+    assert found == {4: 1.0, 2: 1.0}
 
 
 def test_shards_of_a_target_size(tmp_path: Path) -> None:

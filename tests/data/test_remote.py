@@ -1,7 +1,10 @@
 """Shards at an address give the bytes of the local ones, whatever the server does on the way."""
 
 import pickle
+import threading
 from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,25 @@ def test_without_a_cache_samples_come_by_ranges(local: ShardIndex) -> None:
         for shard, row in ((0, 0), (3, 2), (3, 3), (19, 4)):
             assert index.read(shard, row) == local.read(shard, row)
             assert index.sample_id(shard, row) == local.sample_id(shard, row)
+
+
+def test_a_server_without_ranges_is_named_at_once(local: ShardIndex) -> None:
+    """Every answer is a whole shard: asking again for five minutes would not change that."""
+
+    class Plain(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Plain, directory=str(path_of(local))))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        index = ShardIndex.load(f"http://127.0.0.1:{server.server_port}")
+        said = one_line(lambda: index.read(0, 0))
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert "does not answer requests for a part of a file: read through a cache" in said
 
 
 # ---- places that can be listed and written ------------------------------------------------------

@@ -1,20 +1,24 @@
 """An index gives a tar's bytes, changes with them, and refuses what it does not fit."""
 
+import errno
 import multiprocessing
 import os
 import pickle
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nfnets_xla.data import jobs
 from nfnets_xla.data.index import build_index
+from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.data.scan import Scan, scan_shard
 from nfnets_xla.data.shards import Line, ShardIndex, make_manifest, manifest_bytes
-from nfnets_xla.data.storage import OpenFile
+from nfnets_xla.data.storage import OpenFile, address
+from tests.data.images import noise_png
 from tests.data.tars import PACKED, one_line, sample, write_tar
 
 
@@ -117,6 +121,51 @@ def test_shards_may_lie_in_subfolders_but_not_share_a_file_name(tmp_path: Path) 
     (tmp_path / "two/b.tar").rename(tmp_path / "two/a.tar")
     message = one_line(lambda: build_index(tmp_path))
     assert "two/a.tar and one/a.tar have one file name: rename one of them" in message
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for lost+found, which is root's. Tests may be root's too, so the system's answer is
+    given here."""
+    scandir = os.scandir
+
+    def listing(path: Any) -> Any:
+        if Path(path).name in ("b", "lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    for name in ("a", "b", "lost+found"):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / f"{name}.tar", sample("x"))
+    monkeypatch.setattr(os, "scandir", listing)
+    with pytest.raises(PermissionError, match="b'"):
+        build_index(tmp_path)
+    (tmp_path / "b" / "b.tar").unlink()
+    (tmp_path / "b").rmdir()
+    assert build_index(tmp_path).num_shards == 1
+
+
+def test_a_link_that_names_another_shard_is_a_change(tmp_path: Path) -> None:
+    """Though that shard is older than the index, and holds the same images."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for label in (1, 2):
+        pack_samples(
+            [("k", noise_png(0), "png", label)], tmp_path / str(label), samples_per_shard=1
+        )
+    (old, new) = ((tmp_path / str(label) / "shard-000000.tar") for label in (1, 2))
+    link = shards / "a.tar"
+    for target, label in ((old, 1), (new, 2), (old, 1)):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        assert build_index(shards).labels(0, 0) == {label: 1.0}
+
+
+def test_a_local_folder_is_not_written_as_an_address(tmp_path: Path) -> None:
+    """`file://a/b` and `file:///a/b` are other folders to each who reads them."""
+    for where in (f"file://{tmp_path}", "file:/x"):
+        assert "give the path alone, /" in one_line(lambda: address(where))  # noqa: B023
 
 
 def test_links_to_folders_are_followed_and_none_is_read_twice(tmp_path: Path) -> None:

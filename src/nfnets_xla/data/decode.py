@@ -79,10 +79,11 @@ def _by_pillow(data: bytes) -> Pixels:
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
         image.load()
-        return np.array(_to_rgb(image))
+        return np.array(to_rgb(image))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """16 bits become 8, and transparency white."""
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

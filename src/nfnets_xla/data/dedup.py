@@ -14,9 +14,9 @@ Shape suffixes: P pictures, S shards or sides, M matches, C candidates.
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -42,6 +42,7 @@ Out = TypeVar("Out")
 Ints = NDArray[np.int64]
 
 FORMAT = 1  # of all files; it changes when what is in them does
+OPENED = 64  # shards at a time, of any number
 THUMBNAILS, MATCHES, REFERENCES = "thumbnails", "matches", "references"
 MOST_BITS = 44  # above, about every thousandth pair of pictures is near by chance
 FARTHEST = 0.7  # of what is kept: enough to choose a threshold from
@@ -173,13 +174,17 @@ class _Groups:
         self._before[second] = first
 
 
-def line(matches: Matches, double: Double) -> str:
+def exclusion_lines(matches: Matches, found: Iterable[Double]) -> Iterator[str]:
     """Of an exclusion list: id, matched id, distance, with tabs between."""
-    ids = [
-        of[shard].sample_id(0, row)
-        for of, (shard, row) in ((matches.train, double.sample), (matches.against, double.matched))
-    ]
-    return f"{ids[0]}\t{ids[1]}\t{double.distance:.3f}\n"
+
+    @lru_cache(OPENED)  # an index keeps the ids that it has read: copies go, of 400,000 shards
+    def opened(of_reference: bool, shard: int) -> ShardIndex:
+        return replace((matches.against if of_reference else matches.train)[shard])
+
+    for double in found:
+        (shard, row), (other, at) = double.sample, double.matched
+        ids = opened(False, shard).sample_id(0, row), opened(True, other).sample_id(0, at)
+        yield f"{ids[0]}\t{ids[1]}\t{double.distance:.3f}\n"
 
 
 # ---- jobs -------------------------------------------------------------------------------------

@@ -141,7 +141,12 @@ class RemoteFolder:
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         def ask() -> bytes:
             data = self._files.cat_file(self._at(name), start=offset, end=offset + size)
-            if len(data) != size:  # the whole file, if the server does not know ranges
+            if len(data) > size:  # the whole file, each time
+                raise NoRanges(
+                    f"{self.url} does not answer requests for a part of a file: read through a "
+                    "cache (data.cache_dir), or bring the shards to a local folder"
+                )
+            if len(data) != size:
                 raise OSError(f"{len(data)} bytes came instead of the {size} that were asked for")
             return data
 
@@ -222,7 +227,7 @@ class RemoteFolder:
         for attempt in count(1):
             try:
                 return ask()
-            except (FileNotFoundError, NotImplementedError, TypeError, AttributeError):
+            except (FileNotFoundError, NoRanges, NotImplementedError, TypeError, AttributeError):
                 raise
             except Exception as error:  # each of fsspec's file systems has its own
                 what = " ".join(f"{type(error).__name__} {error}".split())[:300]
@@ -261,6 +266,10 @@ class RemoteFolder:
         protocol = self.url.partition(":")[0]
         options = _options(protocol, self.patience.timeout)
         return fsspec.filesystem(protocol, use_listings_cache=False, **options)
+
+
+class NoRanges(ValueError):
+    """A server sends whole files only."""
 
 
 AnyFolder = Folder | RemoteFolder

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from nfnets_xla.data import labels
+from nfnets_xla.data.decode import to_rgb
 from nfnets_xla.data.pack import Sample, encode_image, pack_samples
 from nfnets_xla.data.scan import IMAGES
 
@@ -86,7 +87,7 @@ def dataset_samples(
     for number, row in enumerate(dataset):
         found = row[image].get("bytes") if isinstance(row[image], Mapping) else row[image]
         if isinstance(found, Image.Image):
-            data, extension = encode_image(np.asarray(found.convert("RGB"))), "png"
+            data, extension = encode_image(np.asarray(to_rgb(found))), "png"
         elif isinstance(found, bytes):
             data, extension = found, extension_of(found)
         else:
@@ -95,8 +96,9 @@ def dataset_samples(
                 "file's bytes"
             )
         found = row[label]
-        several = dict.fromkeys(found, 1.0) if isinstance(found, list | tuple) else found
-        yield f"{number:09d}", data, extension, several
+        if isinstance(found, list | tuple | np.ndarray):
+            found = _several(list(found), f"row {number}")
+        yield f"{number:09d}", data, extension, found
 
 
 def extension_of(data: bytes) -> str:
@@ -119,7 +121,8 @@ def _read_table(path: Path) -> Found:
         if not row.get("path") or row.get("label") in (None, ""):
             raise ValueError(f"{path}, row {number}: it must have a path and a label")
         image = path.parent / str(row["path"])
-        key = str(row.get("key") or Path(row["path"]).with_suffix(""))
+        given = row.get("key")
+        key = str(Path(row["path"]).with_suffix("") if given in (None, "") else given)
         key = key.replace("/", "_").replace(".", "_")
         if key in images:
             raise ValueError(f"{path}, row {number}: duplicate key {key}: give each its own")
@@ -149,13 +152,20 @@ TABLES = {".csv": _csv_rows, ".parquet": _parquet_rows}
 
 def _label(value: Any, where: str) -> Any:
     if isinstance(value, list):
-        return dict.fromkeys(value, 1.0)
+        return _several(value, where)
     if not isinstance(value, str):
         return value
     found = labels.parse("txt", value.encode())
     if found is None:
         raise ValueError(f"{where}: label {value!r} is none of 3, 3 7, 3:0.8 7:0.2")
     return found
+
+
+def _several(values: list[Any], where: str) -> dict[int, float]:
+    try:
+        return labels.checked(values, [1.0] * len(values))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {values!r} is no list of labels, each once ({error})") from None
 
 
 # ---- folders ----------------------------------------------------------------------------------

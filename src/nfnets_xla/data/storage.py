@@ -57,8 +57,8 @@ class Folder:
         while starts:
             linked: list[str] = []
             for start in starts:
-                for top, folders, files in os.walk(start):
-                    folders[:] = sorted(name for name in folders if not name.startswith("."))
+                for top, folders, files in os.walk(start, onerror=_unless_gone):
+                    folders[:] = sorted(filter(_is_ours, folders))
                     if (real := os.path.realpath(top)) in known:
                         folders.clear()
                         continue
@@ -77,12 +77,14 @@ class Folder:
 
     def placed(self, name: str) -> int | None:
         """The same, or when it was put there, if that was later: `cp -p` and `rsync -a` keep the
-        time at which a file was written elsewhere. Also when its owner or mode was changed."""
+        time at which a file was written elsewhere. Also when its owner or mode was changed, or a
+        link to it was made."""
+        path = self.path / name
         try:
-            stat = (self.path / name).stat()
+            stat, link = path.stat(), path.lstat()
         except FileNotFoundError:
             return None
-        return max(stat.st_mtime_ns, stat.st_ctime_ns)
+        return max(stat.st_mtime_ns, stat.st_ctime_ns, link.st_ctime_ns)
 
     def open(self, name: str) -> "OpenFile":
         return OpenFile(self.path / name)
@@ -132,6 +134,17 @@ class Folder:
             path.parent.rmdir()
 
 
+def _unless_gone(error: OSError) -> None:
+    """What cannot be listed is not empty: shards would be left out without a word."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
+
+
+def _is_ours(folder: str) -> bool:
+    """lost+found is root's, at the head of a disk."""
+    return not folder.startswith(".") and folder != "lost+found"
+
+
 def flush_to_disk(path: Path) -> None:
     """Of a file its content; of a folder the names in it."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -142,10 +155,12 @@ def flush_to_disk(path: Path) -> None:
 
 
 def address(where: object) -> str | None:
-    """The address, if this is one."""
+    """The address, if this is one. ValueError for file://, which is a local folder."""
     parts = re.fullmatch(
         r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*?)/*", str(where)
     )  # Path makes gs:/a of gs://a
+    if parts and parts[1].lower() == "file":
+        raise ValueError(f"{where} is on this machine: give the path alone, /{parts[2]}")
     return f"{parts[1]}://{parts[2]}" if parts else None
 
 
