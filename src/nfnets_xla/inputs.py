@@ -1,6 +1,7 @@
 """What a run reads: its shards, the classes they call for, the order, and the batches; and the
 network that is to read them."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,8 @@ def check_unshared(index: ShardIndex, held_out: ShardIndex) -> None:
 
 def open_index(run: Run, shards: str) -> ShardIndex:
     folder = run.data.cache_dir
-    cache = None if folder is None else open_cache(folder, run.data.cache_bytes)
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+    cache = None if folder is None else open_cache(folder, run.data.cache_bytes, sharers)
     return ShardIndex.load(shards, cache)
 
 

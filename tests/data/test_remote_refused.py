@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fsspec.registry import _registry
 
@@ -135,6 +136,18 @@ def test_a_cache_must_hold_two_windows_of_every_stream(local: ShardIndex, cache:
             f"data.cache_bytes is {need - 1}, and windows and the next ones hold up to {need} "
             f"bytes of {server.url}: raise it to that or more"
         )
+
+
+def test_a_cache_that_processes_share_must_hold_the_windows_of_all(
+    local: ShardIndex, cache: Cache
+) -> None:
+    """As torchrun starts them, one for each GPU; each reads the shards of its own streams."""
+    with serving(path_of(local)) as server:
+        need = int(np.sort(served(server, cache).manifest.bytes_S).sum())  # of all there are
+        alone = train(served(server, Cache(cache.folder, need - 1)))
+        assert len(alone) > 0
+        said = one_line(lambda: train(served(server, Cache(cache.folder, need - 1, sharers=9))))
+        assert "windows and the next ones of each of 9 processes hold up to" in said
 
 
 def test_an_address_that_nothing_installed_reads(monkeypatch: pytest.MonkeyPatch) -> None:

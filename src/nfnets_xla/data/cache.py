@@ -39,6 +39,7 @@ class Cache:
 
     folder: Path  # on a local disk: locks are flock's
     limit: float  # bytes
+    sharers: int = 1  # processes of this machine, each of which reads shards of its own through it
 
     def open(self, key: str, fetch: Fetch) -> OpenFile:
         """The copy, fetched if it is not there. Raises what `fetch` raises, and ValueError for a
@@ -140,7 +141,7 @@ class Cache:
         return self.folder / f"{key}{LOCK}"
 
 
-def open_cache(folder: str | Path, limit: float) -> Cache:
+def open_cache(folder: str | Path, limit: float, sharers: int = 1) -> Cache:
     """In a folder of its own within this one. Raises ValueError for a folder that cannot be made or
     written."""
     path = local(folder) / OWN
@@ -152,7 +153,7 @@ def open_cache(folder: str | Path, limit: float) -> Cache:
         raise ValueError(
             f"data.cache_dir is {folder}, where {OWN} cannot be written: name another folder"
         )
-    return Cache(path.resolve(), limit)
+    return Cache(path.resolve(), limit, sharers)
 
 
 class _Entry(NamedTuple):

@@ -204,14 +204,18 @@ class ShardIndex:
             file.bring()
 
     def check_room(self, num_shards: int, what: str) -> None:
-        """Raises ValueError if the cache cannot hold any so many shards at a time."""
+        """Raises ValueError if the cache cannot hold any so many shards of each of its sharers."""
         cache = self.folder.cache
+        if cache is None:
+            return
+        num_shards *= cache.sharers
         bytes_S = self.manifest.bytes_S + SIDECAR_SAMPLE * self.manifest.counts_S.astype(np.int64)
         need = int(np.sort(bytes_S)[-num_shards:].sum())
-        if cache is not None and cache.limit < need:
+        if cache.limit < need:
+            of_each = f" of each of {cache.sharers} processes" * (cache.sharers > 1)
             raise ValueError(
-                f"data.cache_bytes is {cache.limit:.0f}, and {what} hold up to {need} bytes of "
-                f"{self.folder}: raise it to that or more"
+                f"data.cache_bytes is {cache.limit:.0f}, and {what}{of_each} hold up to {need} "
+                f"bytes of {self.folder}: raise it to that or more"
             )
 
     def _at(self, shard: int, row: int) -> tuple[Records, int]:
