@@ -1,6 +1,7 @@
 """Weights into a network: all of them or none, a new classifier only when asked for."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,13 @@ def test_weights_round_trip_through_a_file(tmp_path: Path, suffix: str) -> None:
     other = create_network("nfnet_mini_f0", num_classes=7, checkpoint_path=path)
     for name, value in net.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_a_compiled_network_takes_weights() -> None:
+    compiled: Any = torch.compile(mini_f0(7))
+    state = mini_f0(7).state_dict()
+    load_into(compiled, state, source="mine")
+    assert torch.equal(compiled.state_dict()["_orig_mod.head.weight"], state["head.weight"])
 
 
 def test_a_new_head_is_made_only_when_allowed() -> None:

@@ -29,6 +29,12 @@ def test_convolution_equals_its_numpy_twin(
     np.testing.assert_allclose(conv(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_two_numbers_for_two_axes_are_refused() -> None:
+    for options in ({"kernel_size": (3, 5)}, {"kernel_size": 3, "stride": (1, 2)}):
+        with pytest.raises(ValueError, match="it must be one number, for both axes"):
+            WSConv2d(3, 4, **options)  # type: ignore[arg-type]
+
+
 def test_padding_is_tensorflows() -> None:
     """Which is written with the size of the output; ours with a remainder, for compilers."""
     for size, kernel, stride in product(range(1, 300), range(1, 8), range(1, 6)):

@@ -210,6 +210,15 @@ def test_a_state_dict_without_names_is_taken() -> None:
     assert optimizer.clipped_names[0] in dict(net.named_parameters())
 
 
+def test_a_scheduler_of_torchs_does_not_make_it_another_optimizer() -> None:
+    """Which adds an initial_lr to the groups, that a state saved without it has not."""
+    net = small_net()
+    state, optimizer = sgd(net, lr=0.25).state_dict(), sgd(net)
+    torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize("around", [lambda it: it, lambda it: SAM(it, rho=0.05)])
 @pytest.mark.parametrize("name", SETTINGS)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfnets_xla.optim import SAM, SGD_AGC, parameter_roles
+from nfnets_xla.optim.agc import gradient
 from tests.optim.network import closure_of, images_and_labels, small_net
 from tests.reference.sam import TwoPassSAM
 
@@ -122,6 +123,25 @@ def test_each_microbatch_ascends_by_itself() -> None:
         for parameter, grad in zip(twin.parameters(), total, strict=True):
             parameter.grad = grad
         theirs.step()
+    assert_close(net, twin)
+
+
+def test_gradients_may_live_in_buffers_that_are_written_again() -> None:
+    """As DistributedDataParallel's with gradient_as_bucket_view."""
+    net, twin = double_net(), double_net()
+    buckets = [torch.empty_like(parameter) for parameter in net.parameters()]
+    for each in (net, twin):
+        sam = SAM(sgd(each), rho=0.05, microbatches=3)
+
+        def closure(each: nn.Module = each, sam: SAM = sam) -> Tensor:
+            loss = backward(each, slice(2 * sam.microbatch, 2 * sam.microbatch + 2))
+            if each is net:
+                for parameter, bucket in zip(net.parameters(), buckets, strict=True):
+                    parameter.grad = bucket.copy_(gradient(parameter))
+            return loss
+
+        for _ in range(STEPS):
+            sam.step(closure)
     assert_close(net, twin)
 
 

@@ -144,6 +144,9 @@ class WSConv2d(nn.Conv2d):
         eps_mode: EpsMode = "floor",
     ) -> None:
         """`eps_mode="add"` is timm's: 1e-5 added to the variance instead of DeepMind's floor."""
+        for name, value in (("kernel_size", kernel_size), ("stride", stride)):
+            if not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ValueError(f"{name} is {value!r}; it must be one number, for both axes")
         super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=bias)
         self.gain = nn.Parameter(torch.ones(out_channels))
         self.fan_in = self.weight[0].numel()

@@ -37,6 +37,7 @@ def load_into(
     and `net` keeps its own: fine-tuning. `source` is what messages call the weights. Raises
     ValueError, changing nothing, if the weights are of another model or not all finite.
     """
+    net = getattr(net, "_orig_mod", net)  # of one that torch.compile wraps
     check_holds(net, source)
     state = in_our_names(net, state, source) if isinstance(net, NFNet) else net.at_our_size(state)
     expected = net.state_dict()

@@ -283,7 +283,8 @@ class ByRole(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's. ValueError for the state of an optimizer that keeps or needs less."""
-        needed = self.param_groups[0].keys() - {"param_names"}
+        # A scheduler adds keys of its own to the groups, and a copy has some in its defaults.
+        needed = self.param_groups[0].keys() & {"params", *self.defaults}
         kept: Mapping[int, Mapping[str, Any]] = state_dict["state"]
         first = state_dict["param_groups"][0]["params"][0]
         for group in state_dict["param_groups"]:

@@ -178,8 +178,12 @@ class SAM(torch.optim.Optimizer):
         """Add the parameters' gradients to `total`, and leave them without."""
         for parameter in (p for group in self.param_groups for p in group["params"]):
             grad, parameter.grad = parameter.grad, None
-            if grad is not None:
-                total[parameter] = total[parameter] + grad if parameter in total else grad
+            if grad is None:
+                continue
+            if parameter in total:
+                total[parameter] = total[parameter] + grad
+            else:  # a view of a bucket, with DDP, is overwritten by the next microbatch's
+                total[parameter] = grad.clone() if self.microbatches > 1 else grad
 
     @contextmanager
     @torch.no_grad()
