@@ -79,9 +79,10 @@ def main(device: str, fsdp: int, folder: Path) -> None:
     assert first(images).shape == (24, 4)  # on the host
     trainer = make_trainer(device, fsdp, folder, epochs=2)
     trainer.fit(module, loader, loader, ckpt_path=folder / "last.ckpt")
+    assert trainer.global_step == 6
     (tested,) = trainer.test(module, loader, verbose=False)
     (validated,) = trainer.validate(module, loader, verbose=False)
-    assert tested["test_accuracy"] == validated["accuracy"]
+    assert 0 <= tested["test_accuracy"] == validated["accuracy"] <= 1
     found: Any = trainer.predict(module, loader)
     right = torch.cat(found).cpu() == torch.arange(24) % 4
     assert right.float().mean() == pytest.approx(tested["test_accuracy"])

@@ -71,6 +71,16 @@ def test_a_model_and_its_epochs_have_a_cost(capsys: pytest.CaptureFixture[str]) 
     assert make_schedule(run, SimpleNamespace(num_samples=4096, num_steps=100)).warmup_steps == 5  # type: ignore[arg-type]
 
 
+def test_a_plan_by_runs_is_for_their_images(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("images", "4000000000"), ("image_size", "224")):
+        option = f"--{name.replace('_', '-')}"
+        with pytest.raises(SystemExit) as stopped:
+            main(["scaling", "plan", "--core-hours", "5", option, value, "--runs", str(runs)])
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{name} is {value}, and of the runs " in line
+
+
 def test_a_fit_says_what_the_runs_hold(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["scaling", "fit", str(runs)])
     out = capsys.readouterr().out

@@ -5,7 +5,6 @@ allow. A feature is the mean of a picture's and its mirror image's, so that mirr
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,9 +15,8 @@ from torch import Tensor
 from nfnets_xla import sources
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
-from nfnets_xla.data.dedup import OPENED, Matches
+from nfnets_xla.data.dedup import Matches, opener
 from nfnets_xla.data.jobs import Progress
-from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.registry import Network, create_network
 from nfnets_xla.models.weights import load_into
@@ -39,10 +37,7 @@ class Model(NamedTuple):
 
 def compared(matches: Matches, model: Model, on_progress: Progress | None = None) -> Matches:
     """The matches with distances of features."""
-
-    @lru_cache(OPENED)  # an index keeps its file open: copies go, those of the matches stay
-    def opened(is_reference: bool, shard: int) -> ShardIndex:
-        return replace((matches.against if is_reference else matches.train)[shard])
+    opened = opener(matches)
 
     @lru_cache(REMEMBERED)
     def feature(is_reference: bool, shard: int, row: int) -> Tensor:

@@ -13,7 +13,7 @@ strategies cannot run on the CPU runtime.
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -109,7 +109,7 @@ class SPMDStrategy(SingleDeviceStrategy):
         self.fsdp = fsdp
         self.trace_seconds = 0.0  # of training, in Python, until the graph of a step is complete
         self.dispatch_seconds = 0.0  # then, until the runtime took it; the first time it compiles
-        self._leave_weights: Callable[[], None] | None = None
+        self._at_teardown = ExitStack()
 
     def setup_environment(self) -> None:
         xla.start()
@@ -124,7 +124,7 @@ class SPMDStrategy(SingleDeviceStrategy):
         xla.shard(named, axes)
         if self.fsdp > 1:
             assert self.lightning_module is not None
-            self._leave_weights = gather_weights(self.lightning_module)
+            self._at_teardown.callback(gather_weights(self.lightning_module))
         # Lightning's default; views of inference tensors, such as F.linear's, fail in torch_xla.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
@@ -162,12 +162,7 @@ class SPMDStrategy(SingleDeviceStrategy):
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
         """Upload with the rows cut over the mesh; the module's transfer hooks then see that."""
-        on_host: list[Tensor] = []
-        apply_to_collection(batch, Tensor, on_host.append)
-        uploaded = iter(xla.upload_rows([t for t in on_host if t.device.type == "cpu"]))
-        batch = apply_to_collection(
-            batch, Tensor, lambda t: next(uploaded) if t.device.type == "cpu" else t
-        )
+        batch = _moved(batch, "cpu", xla.upload_rows)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def optimizer_step(
@@ -219,9 +214,7 @@ class SPMDStrategy(SingleDeviceStrategy):
     def teardown(self) -> None:
         if self.fsdp > 1 and self.lightning_module is not None:
             _to_host(self.lightning_module, self.optimizers)
-        if self._leave_weights is not None:
-            self._leave_weights()
-            self._leave_weights = None
+        self._at_teardown.close()
         super().teardown()
 
     def save_checkpoint(
@@ -229,21 +222,7 @@ class SPMDStrategy(SingleDeviceStrategy):
     ) -> None:
         """Lightning's own, of a user's module: with host copies of whatever is on the device, be it
         a callback's best score."""
-        on_device: list[Tensor] = []
-
-        def note(tensor: Tensor) -> None:
-            if tensor.device.type == "xla":
-                on_device.append(tensor)
-
-        apply_to_collection(checkpoint, Tensor, note, allow_frozen=True)
-        host = iter(xla.gather({str(n): tensor for n, tensor in enumerate(on_device)}).values())
-        copied: dict[str, Any] = apply_to_collection(
-            checkpoint,
-            Tensor,
-            lambda tensor: next(host) if tensor.device.type == "xla" else tensor,
-            allow_frozen=True,
-        )
-        super().save_checkpoint(copied, filepath, storage_options)
+        super().save_checkpoint(_gathered(checkpoint), filepath, storage_options)
 
 
 def _to_host(module: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -290,12 +269,27 @@ def _use_own(part: nn.Module, _inputs: Any, _output: Any) -> None:
 
 
 def _gathered(values: dict[str, Any]) -> dict[str, Any]:
-    on_device = {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, Tensor) and value.device.type == "xla"
-    }
-    return values | xla.gather(on_device)
+    """With host copies of the tensors on the device, however deep they lie."""
+
+    def gather(tensors: list[Tensor]) -> Iterable[Tensor]:
+        return xla.gather({str(n): tensor for n, tensor in enumerate(tensors)}).values()
+
+    return _moved(values, "xla", gather)
+
+
+def _moved(
+    collection: Any, device_type: str, move: Callable[[list[Tensor]], Iterable[Tensor]]
+) -> Any:
+    """A copy of `collection` whose tensors on such a device have been moved, all at once."""
+    found: list[Tensor] = []
+    apply_to_collection(collection, Tensor, found.append, allow_frozen=True)
+    moved = iter(move([tensor for tensor in found if tensor.device.type == device_type]))
+    return apply_to_collection(
+        collection,
+        Tensor,
+        lambda tensor: next(moved) if tensor.device.type == device_type else tensor,
+        allow_frozen=True,
+    )
 
 
 if "xla" not in AcceleratorRegistry:

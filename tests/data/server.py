@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 # What may be wrong with an answer: a status, or a body that is cut, is stated to be shorter than it
-# is, or stops half-way until the client gives up.
+# is, stops half-way until the client gives up, or is whole where a part was asked for.
 Fault = int | str | None
 Faults = Callable[[str, int], Fault]  # of a name, and how many requests there were before
 
@@ -63,7 +63,9 @@ class Server:
             request.end_headers()
             return
         body, status = path.read_bytes(), 200
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", "")):
+        if fault != "whole" and (
+            asked := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+        ):
             body, status = body[int(asked[1]) : int(asked[2]) + 1], 206
         if fault == "short":
             body = body[: len(body) // 2]

@@ -1,10 +1,7 @@
 """Shards at an address give the bytes of the local ones, whatever the server does on the way."""
 
 import pickle
-import threading
 from collections import Counter
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -131,20 +128,8 @@ def test_without_a_cache_samples_come_by_ranges(local: ShardIndex) -> None:
 
 def test_a_server_without_ranges_is_named_at_once(local: ShardIndex) -> None:
     """Every answer is a whole shard: asking again for five minutes would not change that."""
-
-    class Plain(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Plain, directory=str(path_of(local))))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        index = ShardIndex.load(f"http://127.0.0.1:{server.server_port}")
-        said = one_line(lambda: index.read(0, 0))
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(path_of(local), lambda name, number: "whole") as server:
+        said = one_line(lambda: served(server, patience=STALLING).read(0, 0))
     assert "does not answer requests for a part of a file: read through a cache" in said
 
 

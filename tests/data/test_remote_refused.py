@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from nfnets_xla.data.lint import lint
 from nfnets_xla.data.remote import Patience, RemoteFolder
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.storage import OpenFile
+from nfnets_xla.inputs import open_index
 from tests.data.remote_reader import QUICK
 from tests.data.remote_shards import (
     LARGE,
@@ -139,10 +141,15 @@ def test_a_cache_must_hold_two_windows_of_every_stream(local: ShardIndex, cache:
 
 
 def test_a_cache_that_processes_share_must_hold_the_windows_of_all(
-    local: ShardIndex, cache: Cache
+    local: ShardIndex, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As torchrun starts them, one for each GPU; each reads the shards of its own streams."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
+    run: Any = SimpleNamespace(data=SimpleNamespace(cache_dir=str(tmp_path), cache_bytes=1e9))
     with serving(path_of(local)) as server:
+        opened = open_index(run, server.url).folder.cache
+        assert opened is not None
+        assert opened.sharers == 9
         need = int(np.sort(served(server, cache).manifest.bytes_S).sum())  # of all there are
         alone = train(served(server, Cache(cache.folder, need - 1)))
         assert len(alone) > 0

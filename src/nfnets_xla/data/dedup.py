@@ -176,15 +176,22 @@ class _Groups:
 
 def exclusion_lines(matches: Matches, found: Iterable[Double]) -> Iterator[str]:
     """Of an exclusion list: id, matched id, distance, with tabs between."""
-
-    @lru_cache(OPENED)  # an index keeps the ids that it has read: copies go, of 400,000 shards
-    def opened(of_reference: bool, shard: int) -> ShardIndex:
-        return replace((matches.against if of_reference else matches.train)[shard])
-
+    opened = opener(matches)
     for double in found:
         (shard, row), (other, at) = double.sample, double.matched
         ids = opened(False, shard).sample_id(0, row), opened(True, other).sample_id(0, at)
         yield f"{ids[0]}\t{ids[1]}\t{double.distance:.3f}\n"
+
+
+def opener(matches: Matches) -> Callable[[bool, int], ShardIndex]:
+    """`opened(is_reference, shard)`: a copy of the matches' index, the last OPENED of which stay.
+    An index keeps its file open, and the ids that it has read."""
+
+    @lru_cache(OPENED)
+    def opened(is_reference: bool, shard: int) -> ShardIndex:
+        return replace((matches.against if is_reference else matches.train)[shard])
+
+    return opened
 
 
 # ---- jobs -------------------------------------------------------------------------------------

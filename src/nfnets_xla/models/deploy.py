@@ -27,6 +27,7 @@ from nfnets_xla.models.layers import (
     same_avg_pool2d,
     same_conv2d,
     same_padding,
+    uncompiled,
     without_autocast,
 )
 from nfnets_xla.models.nfnet import NFBlock, NFNet
@@ -41,7 +42,7 @@ def fuse(net: NFNet) -> "FusedNFNet":
     Device and dtypes are kept; `net` is left as it is. ValueError for another network, and for one
     whose last stages were dropped (`prune_intermediate_layers`).
     """
-    whole = getattr(net, "_orig_mod", net)  # of one that torch.compile wraps
+    whole = uncompiled(net)
     if not isinstance(whole, NFNet):
         raise ValueError(
             f"the network is a {type(whole).__name__}; only an NFNet can be fused: for feature "

@@ -23,6 +23,11 @@ WS_ADDEND = 1e-5  # timm's dm_nfnet (std_conv_eps): added to the variance
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # pyright: ignore[reportUnknownVariableType]
 
 
+def uncompiled(net: Any) -> Any:
+    """The network that torch.compile wraps, or the one given."""
+    return getattr(net, "_orig_mod", net)
+
+
 def gelu(x: Tensor, form: Gelu = "tanh") -> Tensor:
     """GELU without its gain, which the convolution that follows folds into its weight."""
     return F.gelu(x, approximate="tanh" if form == "tanh" else "none")

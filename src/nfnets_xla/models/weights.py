@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nfnets_xla.models.download import download, is_address
 from nfnets_xla.models.formats import read_weights
+from nfnets_xla.models.layers import uncompiled
 from nfnets_xla.models.names import in_our_names
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import Peer
@@ -37,7 +38,7 @@ def load_into(
     and `net` keeps its own: fine-tuning. `source` is what messages call the weights. Raises
     ValueError, changing nothing, if the weights are of another model or not all finite.
     """
-    net = getattr(net, "_orig_mod", net)  # of one that torch.compile wraps
+    net = uncompiled(net)
     check_holds(net, source)
     state = in_our_names(net, state, source) if isinstance(net, NFNet) else net.at_our_size(state)
     expected = net.state_dict()

@@ -61,13 +61,14 @@ def write_figures(
 def table(points: Sequence[Point], compute: Compute) -> list[dict[str, str]]:
     """Every run. Floats are written so that reading them gives the same number. What is drawn of a
     cell is the mean of its runs of the best rate."""
-    best = best_per_cell(pretrained(points))
+    sources = pretrained(points)
+    best = best_per_cell(sources)
     ours = nfnets(of_the_same_loss(best))
     frontier = {rate_of(point) for point in on_frontier(ours, compute.of)}
     chosen = {rate_of(point) for point in best}
     rows: list[dict[str, str]] = []
     for point in points:
-        source = source_of(point, pretrained(points))
+        source = source_of(point, sources)
         paid = source if point.is_finetuned else point
         values = {
             "run": point.run,

@@ -106,9 +106,8 @@ def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
     mfu, mfu_because = utilisation_for(job, points)
     if job.core_hours is not None:
         flops = account.flops_in(job.core_hours, job.hardware, mfu=mfu)
-        model, model_because = chosen_model(
-            flops / passes, job, study, points
-        )  # sizes are of one pass
+        one_pass = flops / passes  # which sizes are of
+        model, model_because = chosen_model(one_pass, job, study, points)
         macs = macs_per_image(model, study.image_size, study.num_classes)
         rows = flops / (passes * account.train_flops(macs, 1))
         core_hours, epochs = job.core_hours, rows / study.images
@@ -156,11 +155,11 @@ def study_of(job: Job, runs: Sequence[Point]) -> Study:
         return Study(**given)
     longest = max(runs, key=lambda point: point.rows)  # rows are rounded up to whole batches
     images = round(longest.rows / longest.epochs)
-    if abs(given.get("images", images) - images) * longest.epochs <= longest.batch_size:
-        images = given.get("images", images)
+    if "images" in given and abs(given["images"] - images) * longest.epochs <= longest.batch_size:
+        images = given["images"]
     own = Study(images, longest.image_size, longest.batch_size, longest.num_classes)
     for name in ("images", "image_size", "num_classes"):
-        if given.get(name, getattr(own, name)) != getattr(own, name):
+        if name in given and given[name] != getattr(own, name):
             raise ValueError(
                 f"{name} is {given[name]}, and of the runs {getattr(own, name)}: their losses, "
                 f"rates and epochs are of their own images; leave {name} out, or the runs"

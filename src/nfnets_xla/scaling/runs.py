@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from nfnets_xla.config import flat, identity_of
@@ -275,8 +275,8 @@ def source_of(point: Point, points: Iterable[Point]) -> Point | None:
     """
     if point.init_from is None:
         return None
-    path = _run_folder(PurePosixPath(Path(point.init_from).as_posix()))
-    names = {other.run: PurePosixPath(other.run).parts for other in points}
+    path = _run_folder(Path(point.init_from))
+    names = {other.run: Path(other.run).parts for other in points}
     named = [other for other in points if _ends_in(path.parts, names[other.run])]
     if named:
         return max(named, key=lambda other: len(other.run))
@@ -284,7 +284,7 @@ def source_of(point: Point, points: Iterable[Point]) -> Point | None:
     return below[0] if len({other.run for other in below}) == 1 else None
 
 
-def _run_folder(path: PurePosixPath) -> PurePosixPath:
+def _run_folder(path: Path) -> Path:
     """Of a run's folder, its folder of checkpoints, one of them, or a file of weights in any."""
     if path.suffix == ".safetensors":
         path = path.parent
@@ -293,8 +293,8 @@ def _run_folder(path: PurePosixPath) -> PurePosixPath:
     return path.parent if path.name == CHECKPOINTS else path
 
 
-def _ends_in(whole: Sequence[str], end: Sequence[str]) -> bool:
-    return len(end) > 0 and tuple(whole[-len(end) :]) == tuple(end)
+def _ends_in(whole: tuple[str, ...], end: tuple[str, ...]) -> bool:
+    return len(end) > 0 and whole[-len(end) :] == end
 
 
 def check_cells(points: Iterable[Point]) -> None:
