@@ -42,10 +42,10 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """TensorFlow's SAME: pixels before and after. A stride-2 3x3 on an even size pads (0, 1)."""
     if stride == 1:  # whatever the size, which then need not be known when a graph is exported
         return (kernel - 1) // 2, kernel // 2
-    # By the remainder: of a size that a compiler does not know, (size / stride rounded up) is a
-    # term that grows from layer to layer until nothing can be done with it.
-    rest = size % stride
-    total = max(kernel - (stride if rest == 0 else rest), 0)
+    # By the remainder, as a number: of a size that a compiler does not know, any other term grows
+    # from layer to layer until nothing can be done with it.
+    last = next(length for length in range(1, stride + 1) if (size - length) % stride == 0)
+    total = max(kernel - last, 0)
     return total // 2, total - total // 2
 
 
@@ -75,6 +75,47 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
+
+
+class PooledDropout(nn.Module):
+    """A network that drops of its pooled features what a mask says, or at a rate of its own.
+
+    The rate is kept in a tuple. torch.compile takes a bare float of a module for unknown once it
+    takes sizes for unknown, and torch 2.9 then no longer checks which sizes a graph is for: it
+    computed wrong logits without a word.
+    """
+
+    def __init__(self, drop_rate: float) -> None:
+        super().__init__()
+        self.drop_rate = drop_rate
+
+    @property
+    def drop_rate(self) -> float:
+        """In [0, 1), else ValueError."""
+        return self._drop_rate[0]
+
+    @drop_rate.setter
+    def drop_rate(self, rate: float) -> None:
+        check_rate("drop_rate", rate)
+        self._drop_rate = (rate,)
+
+    def drop(self, pooled_BF: Tensor, keep_BF: Tensor | None) -> Tensor:
+        """`keep_BF` is 1 for what stays, in either mode; without one, torch's own in training."""
+        if keep_BF is None:
+            return F.dropout(pooled_BF, self.drop_rate, self.training)
+        check_mask("dropout_keep_BF", keep_BF, tuple(pooled_BF.shape))
+        return pooled_BF * (keep_BF.to(pooled_BF.dtype) / (1 - self.drop_rate))
+
+
+def check_rate(name: str, rate: float) -> None:
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} is {rate}; it must be in [0, 1)")
+
+
+def check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    """A mask of another shape could broadcast, and drop the wrong thing without a word."""
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name} is {tuple(mask.shape)}; for these images it must be {shape}")
 
 
 class Standardise(torch.autograd.Function):
@@ -211,7 +252,7 @@ def same_avg_pool2d(x_BCHW: Tensor, stride: int) -> Tensor:
     """Mean over 2x2 windows; at an odd edge over the pixels that are there."""
     if stride == 1:
         return x_BCHW
-    window = [min(2, size) for size in pixels(x_BCHW)]  # XLA: no 2 over 1
+    window = [2 if size > 1 else 1 for size in pixels(x_BCHW)]  # XLA: no 2 over 1
     return F.avg_pool2d(x_BCHW, window, stride, ceil_mode=True, count_include_pad=False)
 
 

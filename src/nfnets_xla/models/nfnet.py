@@ -18,16 +18,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from nfnets_xla.models.layers import (
     GELU_GAIN,
     Linear,
+    PooledDropout,
     SqueezeExcite,
     WSConv2d,
     at_least_float32,
+    check_mask,
+    check_rate,
     gelu,
     same_avg_pool2d,
     scaled_gelu,
@@ -58,8 +60,7 @@ class NFBlock(nn.Module):
         self, variant: Variant, in_channels: int, out_channels: int, *, stride: int, beta: float
     ) -> None:
         super().__init__()
-        self.beta = beta
-        self.input_gain: float | Tensor = GELU_GAIN * beta  # a tensor in a stack of blocks
+        self._beta = (beta,)  # a constant to torch.compile: see PooledDropout
         self.stride = stride
         self.gelu: Gelu = variant.gelu
         mid, groups = bottleneck(variant, out_channels)
@@ -73,6 +74,16 @@ class NFBlock(nn.Module):
         self.conv_shortcut = None
         if stride > 1 or in_channels != out_channels:
             self.conv_shortcut = WSConv2d(in_channels, out_channels, 1, eps_mode=eps)
+
+    @property
+    def beta(self) -> float:
+        """The gain of the input: one over its expected standard deviation."""
+        return self._beta[0]
+
+    @property
+    def input_gain(self) -> float | Tensor:
+        """`beta` and what the activation takes away; a tensor in a stack of blocks."""
+        return GELU_GAIN * self.beta
 
     def forward(self, x_BCHW: Tensor, keep_B: Tensor | None = None) -> Tensor:
         """`(B, C, H, W)` to `(B, O, ceil(H / stride), ceil(W / stride))`.
@@ -120,7 +131,7 @@ def recompute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return result
 
 
-class NFNet(nn.Module):
+class NFNet(PooledDropout):
     """The network: stem, four stages, a last convolution to twice the width, pooling, head.
 
     Parameters are named by place, e.g. `stages.2.0.conv1b.gain`: stage, block in it, convolution.
@@ -151,17 +162,14 @@ class NFNet(nn.Module):
         with no classes, leaves the features unpooled. Raises ValueError for rates outside [0, 1)
         and for options that are none of these.
         """
-        super().__init__()
+        super().__init__(variant.drop_rate if drop_rate is None else drop_rate)
+        check_rate("drop_path_rate", drop_path_rate)
         _check_option("plus_bottleneck", plus_bottleneck, ("code", "paper"))
         _check_option("gelu", gelu, ("tanh", "erf"))
         _check_option("eps_mode", eps_mode, ("floor", "add"))
         if plus_bottleneck == "paper":
             variant = replace(variant, dense_remainder=True)
         self.variant = variant = replace(variant, gelu=gelu, eps_mode=eps_mode)
-        self.drop_rate = variant.drop_rate if drop_rate is None else drop_rate
-        for name, rate in (("drop_rate", self.drop_rate), ("drop_path_rate", drop_path_rate)):
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name} is {rate}; it must be in [0, 1)")
         self.num_blocks = sum(variant.depth)
         self.stochastic_depth_rates = tuple(  # nfnet.py:97: the first block is never dropped
             drop_path_rate * block / self.num_blocks for block in range(self.num_blocks)
@@ -224,7 +232,7 @@ class NFNet(nn.Module):
         """From `forward_features`' result to the logits, or with `pre_logits` to `(B, F)`."""
         if self.global_pool == "":
             return features_BFHW
-        pooled_BF = self._drop(at_least_float32(features_BFHW).mean(dim=(2, 3)), dropout_keep_BF)
+        pooled_BF = self.drop(at_least_float32(features_BFHW).mean(dim=(2, 3)), dropout_keep_BF)
         return pooled_BF if pre_logits else without_autocast(self.head, pooled_BF)
 
     def forward_intermediates(
@@ -278,14 +286,8 @@ class NFNet(nn.Module):
             keep_masks_BN = torch.rand(batch, self.num_blocks, device=device) >= rates_N
         if keep_masks_BN is None:
             return [None] * len(self.stages)
-        _check_shape("keep_masks_BN", keep_masks_BN, (batch, self.num_blocks))
+        check_mask("keep_masks_BN", keep_masks_BN, (batch, self.num_blocks))
         return torch.split(keep_masks_BN, [*self.variant.depth[: len(self.stages)]], dim=1)
-
-    def _drop(self, pooled_BF: Tensor, keep_BF: Tensor | None) -> Tensor:
-        if keep_BF is None:
-            return F.dropout(pooled_BF, self.drop_rate, self.training)
-        _check_shape("dropout_keep_BF", keep_BF, tuple(pooled_BF.shape))
-        return pooled_BF * (keep_BF.to(pooled_BF.dtype) / (1 - self.drop_rate))
 
     # ---- what timm's tools ask for ------------------------------------------------------------
 
@@ -387,12 +389,6 @@ class NFNet(nn.Module):
 
 def _conv_macs(conv: WSConv2d, out_size: int) -> int:
     return conv.weight.numel() * out_size**2
-
-
-def _check_shape(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
-    """A mask of another shape could broadcast, and drop the wrong thing without a word."""
-    if tuple(mask.shape) != shape:
-        raise ValueError(f"{name} is {tuple(mask.shape)}; for these images it must be {shape}")
 
 
 def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:

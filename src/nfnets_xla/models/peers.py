@@ -19,7 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nfnets_xla.models.layers import at_least_float32, without_autocast
+from nfnets_xla.models.layers import (
+    PooledDropout,
+    at_least_float32,
+    check_rate,
+    without_autocast,
+)
 
 TIMM = "timm/"
 POSITIONS = "net.pos_embed"  # (1, tokens, F), in a ViT's state dict
@@ -50,7 +55,7 @@ VITS: dict[str, Encoder] = {
 }
 
 
-class Peer(nn.Module):
+class Peer(PooledDropout):
     """A timm model that trains as an NFNet does."""
 
     stochastic_depth_rates: tuple[float, ...] = ()
@@ -65,10 +70,9 @@ class Peer(nn.Module):
     ) -> None:
         """`make(size=..., pretrained=...)` builds the timm model; `drop_rate` is of the pooled
         features."""
-        super().__init__()
+        super().__init__(drop_rate)
         self.make, self.in_chans = make, in_chans
         self.net: Any = make(pretrained=pretrained)
-        self.drop_rate = drop_rate
         self.num_features = int(self.net.head_hidden_size)
         self.num_classes = int(self.net.num_classes)
         self.pretrained_cfg: dict[str, Any] = self.net.pretrained_cfg  # for timm.data's transforms
@@ -92,10 +96,7 @@ class Peer(nn.Module):
             features = self.net.forward_features(images_BCHW)
             pooled_BF = self.net.forward_head(features, pre_logits=True)
         pooled_BF = pooled_BF.float() if lower else pooled_BF
-        if dropout_keep_BF is not None:
-            pooled_BF = pooled_BF * (dropout_keep_BF.to(pooled_BF.dtype) / (1 - self.drop_rate))
-        else:
-            pooled_BF = nn.functional.dropout(pooled_BF, self.drop_rate, self.training)
+        pooled_BF = self.drop(pooled_BF, dropout_keep_BF)
         head = self.net.get_classifier()
         weight = next(head.parameters(), pooled_BF)
         return at_least_float32(without_autocast(head, pooled_BF.to(weight.dtype)))
@@ -165,8 +166,7 @@ def create_peer(
     `image_size`, in pixels, is for networks made for one (ViTs), which then take some others too;
     ValueError if `eval_image_size` is not one of them.
     """
-    if not 0 <= drop_rate < 1:
-        raise ValueError(f"drop_rate is {drop_rate}; it must be in [0, 1)")
+    check_rate("drop_rate", drop_rate)
     for option, rate in options.items():
         if "drop" in option and rate:
             raise ValueError(

@@ -79,8 +79,12 @@ class StackedBlocks(NFBlock):
             value = torch.stack([part.detach() for part in parts])
             _set_parameter(self, name, value, requires_grad=parts[0].requires_grad)
         self.betas = [block.beta for block in blocks]
-        del self.input_gain
-        self.register_buffer("input_gain", self._gains_D(), persistent=False)
+        self.register_buffer("gains_D", self._gains_D(), persistent=False)
+
+    @property
+    def input_gain(self) -> Tensor:
+        """Of the one block whose slices stand in for the parameters and buffers."""
+        return self.gains_D
 
     def _gains_D(self) -> Tensor:
         gains, like = [GELU_GAIN * beta for beta in self.betas], self.skip_gain
@@ -89,7 +93,7 @@ class StackedBlocks(NFBlock):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "StackedBlocks":
         """Made anew: a smaller dtype would have rounded them, and `to_empty` lost them."""
         super()._apply(fn, recurse)
-        self.input_gain = self._gains_D()
+        self.gains_D = self._gains_D()
         return self
 
     def blocks(self, variant: Variant) -> list[NFBlock]:
