@@ -284,7 +284,7 @@ def convert(arguments: list[str]) -> None:
 
     parser = Parser(prog="nfnets-xla convert", description=convert.__doc__)
     parser.add_argument("source", help="file of weights of any form, or its http(s) address")
-    parser.add_argument("target", type=Path, help="file to write")
+    parser.add_argument("target", type=Path, help="the .safetensors file to write")
     parser.add_argument("--model", required=True, help="a name of `nfnets-xla models`")
     parser.add_argument("--to", choices=TARGETS, default="ours", help="whose names to write")
     parser.add_argument(

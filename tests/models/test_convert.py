@@ -25,7 +25,7 @@ def test_there_and_back(
     net: NFNet, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(net.state_dict(), tmp_path / "ours.pth")
-    there, back = tmp_path / "there", tmp_path / "back.safetensors"
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
     main(["convert", f"{tmp_path}/ours.pth", str(there), "--model", "mini_f0", "--to", to])
     assert "nfnet_mini_f0, 7 classes" in capsys.readouterr().out
     theirs = load_file(there)
@@ -43,15 +43,18 @@ def test_there_and_back(
 def test_mistakes_are_one_line_and_write_nothing(
     net: NFNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, target = tmp_path / "ours.pth", tmp_path / "out"
+    source, target = tmp_path / "ours.pth", tmp_path / "out.safetensors"
     torch.save(net.state_dict(), source)
-    (tmp_path / "taken").write_text("precious")
+    (tmp_path / "taken.safetensors").write_text("precious")
+    (folder := tmp_path / "folder.safetensors").mkdir()
     given = [str(source), str(target), "--model", "nfnet_mini_f0"]
     for arguments, message in (
         ([*given[:3], "nfnet_mini_f1"], "of another model"),
         ([*given[:3], "nfnet_f9"], "no model 'nfnet_f9'"),
-        ([str(source), str(tmp_path / "taken"), *given[2:]], "give --force"),
-        ([str(source), str(tmp_path / "no" / "out"), *given[2:]], "is not a folder"),
+        ([str(source), str(tmp_path / "taken.safetensors"), *given[2:]], "give --force"),
+        ([str(source), str(tmp_path / "out.npz"), *given[2:]], "has to end in .safetensors"),
+        ([str(source), str(folder), *given[2:], "--force"], "is a folder"),
+        ([str(source), str(tmp_path / "no" / "out.safetensors"), *given[2:]], "is not a folder"),
         ([str(tmp_path / "none"), *given[1:]], "there is no weights file"),
         ([*given, "--to", "jax"], "invalid choice: 'jax'"),
         (given[:2], "--model"),
@@ -62,7 +65,17 @@ def test_mistakes_are_one_line_and_write_nothing(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.pth", "taken"]
-    assert (tmp_path / "taken").read_text() == "precious"
-    main(["convert", str(source), str(tmp_path / "taken"), "--model", "mini_f0", "--force"])
-    assert load_file(tmp_path / "taken").keys() == net.state_dict().keys()
+    there = {"folder.safetensors", "ours.pth", "taken.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == there
+    assert (tmp_path / "taken.safetensors").read_text() == "precious"
+    main(
+        [
+            "convert",
+            str(source),
+            str(tmp_path / "taken.safetensors"),
+            "--model",
+            "mini_f0",
+            "--force",
+        ]
+    )
+    assert load_file(tmp_path / "taken.safetensors").keys() == net.state_dict().keys()

@@ -8,6 +8,7 @@ import struct
 import sys
 import tracemalloc
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.utils.checkpoint_saver import CheckpointSaver
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from nfnets_xla.models.formats import NPZ, PICKLE, SAFETENSORS, TORCH, read_weights, recognise
 from nfnets_xla.models.haiku_pickle import read_haiku_pickle
@@ -158,9 +162,24 @@ def test_a_state_dict_inside_a_training_scripts_file_is_found(tmp_path: Path) ->
         both = {"state_dict": {"a": torch.zeros(2)}, average: {"a": torch.ones(2)}}
         torch.save(both, tmp_path / "x.pth")
         assert read_weights(tmp_path / "x.pth")["a"].tolist() == [1, 1]
+    averaged = AveragedModel(nn.Linear(2, 1))  # which counts its updates in its state
+    torch.save({"model_ema": averaged.state_dict()}, tmp_path / "x.pth")
+    assert read_weights(tmp_path / "x.pth").keys() == {"weight", "bias"}
     torch.save({"epoch": 3, "weights": {"a": torch.zeros(2)}}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="not a plain state dict"):
         read_weights(tmp_path / "x.pth")
+
+
+def test_a_checkpoint_of_timms_train_script_is_read(tmp_path: Path) -> None:
+    """Which holds the command's arguments, an argparse.Namespace, beside the weights."""
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    arguments = Namespace(model="dm_nfnet_f0", opt_betas=(0.9, 0.99), log_dir=None)
+    saver = CheckpointSaver(net, optimizer, args=arguments, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(epoch=3, metric=71.5)
+    state = read_weights(tmp_path / "last.pth.tar")
+    assert torch.equal(state["weight"], net.weight)
+    assert state.keys() == {"weight", "bias"}
 
 
 # ---- hostile and broken files -----------------------------------------------------------------

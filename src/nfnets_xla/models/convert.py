@@ -33,8 +33,12 @@ def convert_weights(
 
     Every name, shape and value is checked against the model first. DeepMind's names come with
     their layouts. Returns one line to be printed. Raises ValueError, writing nothing, for weights
-    of another model, and for a target that exists unless `force`.
+    of another model, for a target of another suffix, and for one that exists unless `force`.
     """
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target} has to end in .safetensors, which is what is written")
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder; give the name of a file")
     if target.exists() and not force:
         raise ValueError(f"{target} exists; give --force to overwrite it")
     if not target.parent.is_dir():

@@ -12,6 +12,7 @@ turns them into ours.
 # pyright: reportUnknownMemberType=false
 # torch types its own signatures in part.
 
+import argparse
 import json
 import struct
 import zipfile
@@ -39,6 +40,7 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 def read_weights(path: Path) -> dict[str, Tensor]:
     """{name: tensor} as the file has it, on the CPU. Raises ValueError for anything else."""
     state = _read(path)
+    state.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel, beside "module."
     for prefix in (*PREFIXES, *PREFIXES):  # one may be around the other, either way
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -129,7 +131,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     _check_torch_zip(path)
     try:
-        state: object = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py adds one
+            state: object = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # refused, or broken in one of many ways
         raise ValueError(
             f"{path} is not a file of tensors alone ({type(error).__name__}), and nothing else is "
