@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nfnets_xla import checkpoint
 from nfnets_xla.cli import main
 from tests.runs import PLAIN_CPU, RECIPE, SMALL
 
@@ -50,6 +51,14 @@ def test_the_checkpoint_commands(
         assert "step-00000002 is not a complete checkpoint: state.json is missing" in (
             capsys.readouterr().out
         )
+    with monkeypatch.context() as older:
+        older.setattr(checkpoint, "FORMAT", 0)
+        with pytest.raises(SystemExit) as stopped:
+            main(["checkpoint", "verify", str(folder)])
+    assert stopped.value.code == 1
+    told = capsys.readouterr().out
+    assert "step-00000002 is not a complete checkpoint" in told
+    assert "step-00000001 has format 1, of a newer release" in told
     for command in ("show", "verify"):
         with pytest.raises(SystemExit) as stopped:
             main(["checkpoint", command, str(tmp_path / "nothing")])

@@ -137,7 +137,8 @@ def test_watching_ends_when_nothing_runs(runs: Path, capsys: pytest.CaptureFixtu
     [
         (["--flops", "0"], "--flops is 0; it must be greater than 0"),
         (["--flops", "1e30"], "none of the 3 training runs below"),
-        (["--every", "-1"], "--every is -1"),
+        (["--every", "-1"], "--every is -1; it must be in (0, 86,400] seconds"),
+        (["--every", "1e30", "--watch"], "--every is 1e+30"),  # which no timer takes
     ],
 )
 def test_mistakes_are_one_line(

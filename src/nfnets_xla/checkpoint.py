@@ -173,14 +173,18 @@ def steps(root: str | Path) -> list[int]:
     return sorted({step for step in found if step is not None}, reverse=True)
 
 
+def folders(root: str | Path) -> list[str]:
+    """The same, each as `load` and `verify_one` take it."""
+    return [_at(root, step) for step in steps(root)]
+
+
 def verify(root: str | Path, run: Path | None = None) -> Iterator[Checkpoint | str]:
     """Of every step in `root`, the newest first: the checkpoint, or why it is none."""
-    for step in steps(root):
-        yield verify_one(_at(root, step), run)
+    return (verify_one(each, run) for each in folders(root))
 
 
 def verify_one(where: str | Path, run: Path | None = None) -> Checkpoint | str:
-    """The checkpoint, or why it is none. Raises ValueError for one of a newer release, which is
+    """The checkpoint, or why it is none. Raises Newer for one of a newer release, which is
     whole, and which nobody may go past, replace or delete."""
     try:
         return _open(where, run)
@@ -195,7 +199,7 @@ def is_one(where: str | Path) -> bool:
 
 def latest(root: str | Path, run: Path | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint in `root` that verifies, and why each newer one does not. Raises
-    ValueError if one of these is of a newer release."""
+    Newer if one of these is of a newer release."""
     skipped: list[str] = []
     for found in verify(root, run):
         if isinstance(found, Checkpoint):
@@ -267,7 +271,7 @@ class OtherRun(ValueError):
     """Two runs keep their checkpoints in one folder."""
 
 
-class Newer(Exception):
+class Newer(ValueError):
     """What is whole, and to be read by a newer release."""
 
 
@@ -288,7 +292,7 @@ def _open(where: str | Path, run: Path | None) -> Checkpoint:
     except Fault as fault:
         raise Fault(f"{where} is not a complete checkpoint: {fault}; use an earlier one") from None
     except Newer as newer:
-        raise ValueError(
+        raise Newer(
             f"{where} {newer}: give the command to that release, or choose another folder"
         ) from None
 

@@ -57,15 +57,23 @@ def parser() -> Parser:
 def verify(given: Any) -> int:
     where, faults = given.where, 0
     root = where if address(where) else sources.checkpoints_of(Path(where))
-    found = list(checkpoint.verify(root))
-    if not found and checkpoint.is_one(where):
-        found = [checkpoint.verify_one(where)]
-    if not found:
+    folders = checkpoint.folders(root)
+    if not folders and checkpoint.is_one(where):
+        folders = [where]
+    if not folders:
         raise ValueError(f"{given.where} holds no checkpoint: give a run's folder, or one of them")
-    for each in found:
+    for each in map(verified, folders):
         faults += isinstance(each, str)
         print(each if isinstance(each, str) else one_line(each))
     return 1 if faults else 0
+
+
+def verified(where: str) -> Checkpoint | str:
+    """The checkpoint, or why it is not verified; those beside it are still to be."""
+    try:
+        return checkpoint.verify_one(where)
+    except checkpoint.Newer as newer:
+        return str(newer)
 
 
 def one_line(found: Checkpoint) -> str:

@@ -23,6 +23,7 @@ from nfnets_xla.shards_cli import Parser
 # logged step, which comes after compiling and is written an interval late.
 QUIET, STARTING = 120.0, 3600.0
 WITHIN = 1.25  # of --flops, either way
+DAY = 86_400  # seconds; a timer takes no more than some years
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,10 @@ def cells(run: Overview) -> dict[str, str]:
 
 def runs(arguments: Sequence[str]) -> None:
     given = parser().parse_args(arguments)
-    for name in ("flops", "every"):
-        value = getattr(given, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} is {value:g}; it must be greater than 0")
+    if given.flops is not None and not given.flops > 0:
+        raise ValueError(f"--flops is {given.flops:g}; it must be greater than 0")
+    if not 0 < given.every <= DAY:
+        raise ValueError(f"--every is {given.every:g}; it must be in (0, {DAY:,}] seconds")
     if given.watch:
         watch(given)
         return

@@ -181,6 +181,10 @@ def test_what_a_logarithm_cannot_show_is_left_out_and_said(points: list[Point]) 
     assert len(marks_of(chart)) == len(marks_of(finetuned_errors(points, compute_axis(points)))) - 2
     assert "left out: 1 fine-tuned runs that diverged" in chart.notes
     assert "left out: 1 fine-tuned runs without an error" in " ".join(chart.notes)
+    odd = [replace(point, loss=0.0) if point is others[0] else point for point in others]
+    drawn = losses(odd, compute_axis(odd))
+    assert all(mark.y > 0 for mark in marks_of(drawn))
+    assert "left out: 1 runs without a loss, which the axis cannot show" in drawn.notes
     draw(chart)
 
 

@@ -175,8 +175,11 @@ def losses(points: Sequence[Point], compute: Compute) -> Chart:
     """Of each model the runs of the best rate; the law goes through the NFNets' frontier."""
     trained = pretrained(points)
     kept = of_the_same_loss(trained)
-    best = best_of_study(kept or points)
+    studied = best_of_study(kept or points)
+    best = [point for point in studied if point.loss > 0]
     notes = [*compute.notes]
+    if lost := len(studied) - len(best):
+        notes.append(f"left out: {lost} runs without a loss, which the axis cannot show")
     if others := models_without(trained, kept):
         notes.append(f"left out: {others}, whose loss is another and compares with none here")
     curves: list[Curve] = []
