@@ -195,7 +195,7 @@ def test_the_onnx_file_gives_the_same_logits(fused: bool, tmp_path: Any) -> None
     torch.testing.assert_close(torch.from_numpy(logits), net(images), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
 @torch.no_grad()
 def test_compiled_networks_give_the_same_logits(fused: bool) -> None:
     net: nn.Module = fuse(trained()) if fused else trained().eval()
