@@ -1,9 +1,22 @@
-"""Top-k of samples with several labels, and rows of several hosts."""
+"""A whole step written out, top-k of samples with several labels, and rows of several hosts."""
 
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from nfnets_xla.data.mix import Layout
+from nfnets_xla.models import NFNet
+from nfnets_xla.optim import SGD_AGC, parameter_roles
+from nfnets_xla.optim.schedule import Schedule
 from nfnets_xla.task import Batch, _rank, rows_of
+from tests.steps import CLASSES, PLAIN, ROWS, SAM, batch, network, task
+
+# ImageNet's, as dataset.py:34-35 of the reference has them: red, green, blue of bytes.
+MEAN, STDDEV = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 BATCH = {
     "labels_B": torch.tensor([4, 2, 0]),
@@ -35,3 +48,74 @@ def test_rows_of_all_hosts_are_mixed_as_each_hosts_own() -> None:
     together = {name: torch.cat([host[name] for host in hosts]) for name in hosts[0]}
     alone = [rows_of({**host, "layout": layout})["images_BHWC"] for host in hosts]
     assert torch.equal(rows_of({**together, "layout": layout})["images_BHWC"], torch.cat(alone))
+
+
+def logits_and_losses(net: NFNet, rows: Batch) -> tuple[Tensor, Tensor]:
+    """From bytes to the smoothed loss of each row, with the masks that came with them."""
+    mixed = rows_of(rows)["images_BHWC"].float()
+    images = (mixed - torch.tensor(MEAN)) / torch.tensor(STDDEV)
+    bits = np.unpackbits(rows["dropout_bits_BP"].numpy(), axis=1, bitorder="little")
+    keep_BF = torch.from_numpy(bits[:, : net.num_features])
+    logits_BK = net(images.permute(0, 3, 1, 2), rows["keep_masks_BN"], keep_BF)
+    ratio_B1 = rows["mix_ratio_B"][:, None]
+    own, partners = (F.one_hot(rows[name], CLASSES) for name in ("labels_B", "mix_labels_B"))
+    target_BK = 0.9 * (ratio_B1 * own + (1 - ratio_B1) * partners) + 0.1 / CLASSES
+    return logits_BK, -(target_BK * logits_BK.log_softmax(dim=1)).sum(dim=1)
+
+
+@pytest.mark.parametrize("form", [PLAIN, SAM], ids=["sgd", "sam"])
+def test_steps_are_what_is_written_out_here(form: dict[str, Any]) -> None:
+    """Normalised, masked, mixed, smoothed, weighed; each step's rate; SAM's two passes; the average
+    and its rising decay; metrics of the weights before the step. Three steps, 1e-5 of each."""
+    rates = Schedule("cosine", 0.3, 2, 5)
+    of = task(**form, ema_decay=0.9)
+    of.schedule = rates
+    net = network().train()
+    sgd = SGD_AGC(
+        net.named_parameters(),
+        parameter_roles(net, classifier="head"),
+        lr=0.3,
+        momentum=0.9,
+        weight_decay=1e-3,
+        clipping=0.05,
+    )
+    average = {name: p.detach().clone() for name, p in net.named_parameters()}
+    weight_B = torch.ones(ROWS)
+    weight_B[-3:] = 0
+    for step in range(1, 4):
+        rows = batch(step, mix=True, weights=weight_B)
+        of.net.train()
+        of.training_step(rows, step)
+
+        def gradient(rows: Batch = rows) -> tuple[float, float]:
+            net.zero_grad()
+            logits_BK, losses_B = logits_and_losses(net, rows)
+            loss = (losses_B * weight_B).sum() / weight_B.sum()
+            loss.backward()
+            right_B = logits_BK.argmax(dim=1) == rows["labels_B"]
+            return float(loss.detach()), float((right_B * weight_B).sum() / weight_B.sum())
+
+        metrics = gradient()
+        if form["sam_rho"] is not None:
+            ascents = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+            norm = torch.stack([ascent.norm() for ascent in ascents]).norm()
+            kept = [p.detach().clone() for p in net.parameters()]
+            with torch.no_grad():
+                for parameter, ascent in zip(net.parameters(), ascents, strict=True):
+                    parameter += form["sam_rho"] * ascent / norm
+            gradient()
+            with torch.no_grad():
+                for parameter, before in zip(net.parameters(), kept, strict=True):
+                    parameter.copy_(before)
+        sgd.set_lr(torch.tensor([rates(step)]))
+        sgd.step()
+        decay = (1 + step) / (10 + step)  # still under 0.9
+        for name, parameter in net.named_parameters():
+            average[name] = decay * average[name] + (1 - decay) * parameter.detach()
+
+        assert of.step_metrics_M is not None
+        assert of.ema is not None
+        np.testing.assert_allclose(of.step_metrics_M[:2].tolist(), metrics, rtol=1e-5)
+        for name, parameter in of.net.named_parameters():
+            torch.testing.assert_close(parameter, net.get_parameter(name), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(of.ema.shadow[name], average[name], rtol=1e-5, atol=1e-6)
