@@ -21,7 +21,7 @@ from tests.test_cli import refused
         ("--bogus", "no option --bogus (see nfnets-xla pretrain --help)"),
         ("--cfg", "argument --cfg/-c: expected one argument"),
         ("data.shards S", "'data.shards' is no setting: give key=value"),
-        ("data.shards=~/x", "after a = no shell expands ~; write data.shards=$HOME/x"),
+        ("data.shards=~/x", "no shell expanded the ~; write data.shards=$HOME/x"),
         ("data.shards=/a=b", "cannot be read: quote the value twice, 'data.shards=\"/a=b\"'"),
         (
             "data.shards=a,b",

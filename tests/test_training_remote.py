@@ -56,6 +56,11 @@ def test_the_shards_commands_take_addresses(
         main(["shards", "show", url, "--out", str(tmp_path / "a.png"), "--rows", "2", *SMALL[:1]])
         assert (tmp_path / "a.png").stat().st_size > 0
         assert set(server.shard_requests.values()) != {1}  # samples, by ranges
+        cached = [f"data.cache_dir={tmp_path / 'cache'}", "data.cache_bytes=9e4"]
+        plan = ["check", "pretrain_demo", *SMALL, f"data.shards={url}", "data.eval_shards=null"]
+        with pytest.raises(SystemExit, match="2"):  # as the run would be, on the slice
+            main([*plan, *cached])
+        assert "data.cache_bytes is 90000, and windows" in capsys.readouterr().err
         for command in ("index", "lint"):
             with pytest.raises(SystemExit, match="2"):
                 main(["shards", command, url])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from nfnets_xla.config import Run
+from nfnets_xla.data.batches import check_evaluation_room, check_window_room
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.devices import GIB, smallest_fsdp
 from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards, untrained
@@ -24,6 +25,7 @@ from nfnets_xla.steps import (
 )
 
 FLOAT32 = 4  # bytes of each number that is kept
+CHIPS_OF_A_HOST = 4  # of v4; where a machine has more, a cache needs more room than is asked for
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def forecast(run: Run, terms: Terms) -> list[Line]:
     order = make_order(run, index)
     schedule, passes = make_schedule(run, order), make_passes(run, order)
     check_devices(run, terms)
+    check_cached(run, terms, index, held_out)
     with torch.device("meta"):
         net = untrained(run, num_classes)
     parameters = sum(parameter.numel() for parameter in net.parameters())
@@ -113,6 +116,14 @@ def check_devices(run: Run, terms: Terms) -> None:
             )
 
 
+def check_cached(run: Run, terms: Terms, index: ShardIndex, held_out: ShardIndex | None) -> None:
+    """A cache, `data.cache_dir`, has to hold what the processes of a host read of a batch."""
+    hosts = max(1, terms.chips // CHIPS_OF_A_HOST)
+    check_window_room(index, -(-run.data.num_streams // hosts), run.data.window_shards)
+    if held_out is not None:
+        check_evaluation_room(held_out)
+
+
 def price_of(flops: float, terms: Terms) -> list[Line]:
     hours = account.core_hours(flops, terms.hardware, mfu=terms.mfu)
     booked = account.chip_hours(hours, terms.hardware)
@@ -143,8 +154,16 @@ def memory(run: Run, parameters: int, terms: Terms) -> list[Line]:
     hardware, devices, cut = account.device(terms.hardware), devices_of(terms), run.trainer.fsdp
     kept = copies * FLOAT32 * parameters
     parts = smallest_fsdp(kept, hardware, devices) if cut == "auto" else int(cut)
+    if parts > 1 and not terms.hardware.startswith("v"):
+        raise ValueError(f"trainer.fsdp is {parts}; on GPUs each keeps all parameters: use 1")
     if devices % parts:
         raise ValueError(f"trainer.fsdp is {parts}; it must divide the {devices} devices (--chips)")
+    if kept / parts > hardware.memory:
+        have = f"{terms.hardware} has {hardware.memory / GIB:.0f}"
+        raise ValueError(
+            f"{copies} copies of the parameters, cut over {parts}, are {kept / parts / GIB:.1f} "
+            f"GiB a device, and {have}: raise trainer.fsdp"
+        )
     saved = saved_copies(run.optim) * FLOAT32 * parameters
     return [
         (

@@ -40,7 +40,7 @@ def unreadable(word: str) -> str:
     if not equals:
         return f"{word!r} is no setting: give key=value ({LIST})"
     if value.startswith("~"):
-        return f"{word}: after a = no shell expands ~; write {key}=$HOME{value[1:]}"
+        return f"{word}: no shell expanded the ~; write {key}=$HOME{value[1:]}"
     return f"{word} cannot be read: quote the value twice, '{key}=\"{value}\"'"
 
 

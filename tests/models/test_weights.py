@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
 
 from nfnets_xla.models.formats import read_metadata
 from nfnets_xla.models.nfnet import NFNet
@@ -33,6 +34,14 @@ def test_a_compiled_network_takes_weights() -> None:
     state = mini_f0(7).state_dict()
     load_into(compiled, state, source="mine")
     assert torch.equal(compiled.state_dict()["_orig_mod.head.weight"], state["head.weight"])
+
+
+def test_wrapped_networks_give_weights() -> None:
+    for wrapper in (torch.compile, AveragedModel):
+        net, other = mini_f0(7), mini_f0(7)
+        wrapped: Any = wrapper(other)
+        load_into(net, wrapped.state_dict(), source="mine")
+        assert torch.equal(net.state_dict()["head.weight"], other.state_dict()["head.weight"])
 
 
 def test_a_new_head_is_made_only_when_allowed() -> None:

@@ -51,6 +51,15 @@ Batch = dict[str, Any]
 GREY = 128  # of the row that stands for an image that cannot be decoded
 
 
+def check_window_room(index: ShardIndex, num_streams: int, window_shards: int) -> None:
+    """ValueError if a cache cannot hold what is read and what is fetched next for the streams."""
+    index.check_room(2 * num_streams * window_shards, "windows and the next ones")
+
+
+def check_evaluation_room(index: ShardIndex) -> None:
+    index.check_room(2 * SequentialOrder.ahead, "shards that are evaluated")
+
+
 class Samples:
     """The images and labels of an index, by shard and row. Its errors name the sample."""
 
@@ -142,7 +151,7 @@ class TrainBatches(Dataset[Batch]):
         # A batch touches a window of every stream, and two where one gives way to the next.
         touched = 2 * len(self.streams) * (order.window_shards + 1)
         self.samples = Samples(index.keeping(touched), num_classes)
-        index.check_room(2 * len(self.streams) * order.window_shards, "windows and the next ones")
+        check_window_room(index, len(self.streams), order.window_shards)
         self.order = order
         self.seed = seed
         self.image_size = image_size
@@ -261,7 +270,7 @@ class EvalBatches(Dataset[Batch]):
         part: slice = slice(None),
     ) -> None:
         """`part` of every global batch's rows: one host's of several."""
-        index.check_room(2 * SequentialOrder.ahead, "shards that are evaluated")
+        check_evaluation_room(index)
         self.samples = Samples(index, num_classes)
         self.order = SequentialOrder(index.counts, batch_size)
         self.image_size = image_size

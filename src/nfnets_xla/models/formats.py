@@ -27,24 +27,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nfnets_xla.models.haiku_pickle import MAX_BYTES, read_haiku_pickle
+from nfnets_xla.models.names import unwrapped
 
 SAFETENSORS, TORCH, NPZ, PICKLE = "safetensors", "torch", "npz", "pickle"
 MAX_HEADER = 100_000_000  # bytes; as the safetensors library has it
 # How torch.save's older form begins: protocol 2, then a number of ten bytes.
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
 # Under which training scripts keep their weights; where there is an average, it, as timm's loader.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """{name: tensor} as the file has it, on the CPU. Raises ValueError for anything else."""
-    state = _read(path)
-    state.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel, beside "module."
-    for prefix in (*PREFIXES, *PREFIXES):  # one may be around the other, either way
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+    return unwrapped(_read(path))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

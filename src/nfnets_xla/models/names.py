@@ -26,6 +26,17 @@ TIMM_PARTS = {
     "skip_gain": "skipinit_gain",
 }
 HEAD = ("head.weight", "head.bias")
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
+
+
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what torch's wrappers put before every name, or add of their own."""
+    rest = dict(state)
+    rest.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel, beside "module."
+    for prefix in (*PREFIXES, *PREFIXES):  # one may be around the other, either way
+        if all(name.startswith(prefix) for name in rest):
+            rest = {name.removeprefix(prefix): tensor for name, tensor in rest.items()}
+    return rest
 
 
 def haiku_names(net: NFNet) -> dict[str, str]:

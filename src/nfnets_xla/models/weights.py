@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nfnets_xla.models.download import download, is_address
 from nfnets_xla.models.formats import read_weights
 from nfnets_xla.models.layers import uncompiled
-from nfnets_xla.models.names import in_our_names
+from nfnets_xla.models.names import in_our_names, unwrapped
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import Peer
 
@@ -40,6 +40,7 @@ def load_into(
     """
     net = uncompiled(net)
     check_holds(net, source)
+    state = unwrapped(state)
     state = in_our_names(net, state, source) if isinstance(net, NFNet) else net.at_our_size(state)
     expected = net.state_dict()
     _check_body(state, expected, source)

@@ -325,7 +325,9 @@ def describe(plan: Plan, price: float | None = None) -> str:
     low, high = sorted(plan.trials.rates)
     share = LR_BATCH / study.batch_size
     of_rows = f"{high * share:.4g} and {low * share:.4g} for each {LR_BATCH} rows"
-    senseless = "; far too many of so few images: give fewer core-hours"
+    senseless = ""
+    if job.epochs is None and plan.epochs > MOST_EPOCHS:
+        senseless = "; far too many of so few images: give fewer core-hours"
     shown = ",.10g" if job.core_hours is not None else ",.4g"
     booked = f"{plan.core_hours:{shown}} core-hours = {chips:{shown}} chip-hours"
     if price is not None:
@@ -338,7 +340,7 @@ def describe(plan: Plan, price: float | None = None) -> str:
         (
             "epochs",
             f"{plan.epochs:.3g} of {study.images:,} images",
-            plan.because["epochs"] + senseless * (plan.epochs > MOST_EPOCHS),
+            plan.because["epochs"] + senseless,
         ),
         ("steps", f"{plan.steps:,} of {study.batch_size} images", plan.because["steps"]),
         (
