@@ -89,11 +89,14 @@ def test_timm_alone_loads_what_it_has(tmp_path: Path) -> None:
     assert torch.equal(ours(images), net(images))
 
 
-def test_a_card_of_a_run(tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_card_of_a_run(
+    tmp_path: Path, picture: str, loss: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     net = trained("nfnet_mini_f0")
     data = {"image_size": 32, "eval_image_size": 64, "eval_margin": 8, "batch_size": 8}
     identity = {"model": {"name": "nfnet_mini_f0"}, "num_classes": CLASSES, "seed": 0}
-    identity |= {"data": data, "shards": "f" * 64}
+    identity |= {"data": data, "shards": "f" * 64, "optim": {"loss": loss}}
     state = {"identity": identity, "seconds": 1.0}
     checkpoint.save(tmp_path / "run", 5, {"model": dict(net.state_dict())}, state)
     main(["checkpoint", "card", str(tmp_path / "run"), str(tmp_path / "card")])
@@ -116,7 +119,9 @@ def test_a_card_of_a_run(tmp_path: Path, picture: str, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == said
     with Image.open(picture) as image:
         pixels = np.array(image)
-    shown = [f"{share:6.1%}  {label}" for label, share in best(net, pixels, Sizes(32, 64, 8), 5)]
+    shares = [*best(net, pixels, Sizes(32, 64, 8), CLASSES, loss)]
+    assert (sum(share for _, share in shares) == pytest.approx(1)) == (loss == "softmax")
+    shown = [f"{share:6.1%}  {label}" for label, share in shares[:5]]
     assert [line.strip() for line in said.splitlines()[1:]] == [line.strip() for line in shown]
     with pytest.raises(SystemExit):  # never over another
         main(["checkpoint", "card", str(tmp_path / "run"), str(tmp_path / "card")])
@@ -161,6 +166,7 @@ def test_a_peer_of_a_run_says_what_it_sees(
     net = create_network(name, num_classes=CLASSES, image_size=64, eval_image_size=48).eval()
     identity = {"model": {"name": name}, "num_classes": CLASSES}
     identity |= {"data": {"image_size": 64, "eval_image_size": 48, "eval_margin": 8}}
+    identity |= {"optim": {"loss": "softmax"}}
     tensors = dict(net.state_dict())
     checkpoint.save(tmp_path / "run", 5, {"model": tensors}, {"identity": identity})
     main(["predict", name, picture, "--weights", str(tmp_path / "run")])
@@ -184,11 +190,16 @@ def test_mistakes_are_one_line(
 ) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
     for words, part in (
-        (["nfnet_f7", picture], "nfnet_f7 has no weights"),
+        (["nfnet_f7", picture], "nfnet_f7 has no weights of its own: give --weights RUN\n"),
+        (
+            ["f0", picture],
+            "f0 has no weights of its own: give --weights RUN, or nfnet_f0.dm_in1k\n",
+        ),
         (["nfnet_f0", str(tmp_path / "text.jpg")], "text.jpg: 10 bytes do not decode"),
         (["nfnet_f0", str(tmp_path / "absent.jpg")], "absent.jpg"),
         ([f"local-dir:{tmp_path}", picture], "checkpoint card` wrote: it has no config.json"),
         (["nfnet_f0", picture, "--top", "0"], "--top is 0"),
+        (["nfnet_f0", picture, "--ema"], "--ema is for --weights RUN: these weights have no av"),
         (["local-dir:X", picture, "--weights", "R"], "its own weights: leave out --weights R"),
     ):
         with pytest.raises(SystemExit) as stopped:

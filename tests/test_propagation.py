@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from nfnets_xla.cli import main
+from nfnets_xla.models.card import write_card
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import ALPHA, VARIANTS
 from nfnets_xla.models.weights import save_weights
@@ -66,6 +67,28 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
         main(["signal", "local-dir:X", "--out", str(out), "--checkpoint", "R"])
     assert stopped.value.code == 2
     assert "its own weights: leave out --checkpoint R" in capsys.readouterr().err
+
+
+def test_a_card_is_measured_with_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if their file had been given, and not with branches that are open."""
+    net = NFNet(VARIANTS["nfnet_mini_f0"], num_classes=3)
+    for name, parameter in net.named_parameters():
+        if name.endswith("skip_gain"):
+            torch.nn.init.constant_(parameter, 0.3)
+    write_card(net, "nfnet_mini_f0", tmp_path / "card", {}, "a test")
+    monkeypatch.chdir(tmp_path)
+    small = ["--batch", "2", "--size", "32"]
+    main(["signal", f"local-dir:{tmp_path / 'card'}", *small])
+    of_card = capsys.readouterr().out.replace("card-signal", "")
+    assert (tmp_path / "card-signal.png").is_file()
+    file = str(tmp_path / "card" / "model.safetensors")
+    main(["signal", "nfnet_mini_f0", "--checkpoint", file, *small])
+    assert capsys.readouterr().out.replace("nfnet_mini_f0-signal", "") == of_card
+    with pytest.raises(SystemExit, match="2"):
+        main(["signal", "nfnet_mini_f0", "--out", "plot"])
+    assert "--out is plot; it has to end in .png" in capsys.readouterr().err
 
 
 def test_the_command_takes_weights_of_any_number_of_classes(

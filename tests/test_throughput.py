@@ -1,12 +1,18 @@
 """The step without its data, and the check of a machine: what they write and what they refuse."""
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nfnets_xla import smoke as smoke_module
 from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, execute, to_run
+from nfnets_xla.data.fractals import fractal_samples
+from nfnets_xla.data.pack import Sample
+from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.record import RecordWriter, read_record
 from tests.runs import PLAIN_CPU, run, xla
@@ -72,6 +78,23 @@ def test_smoke(device: list[str], tmp_path: Path) -> None:
     assert "the loss came back" in (tmp_path / "log").read_text()
     run(["smoke", *device, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")  # and once more
     assert len(list((tmp_path / "run").glob("run-*.jsonl"))) == 1
+
+
+def test_smoke_that_was_stopped_while_it_packed_packs_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any, **options: Any) -> Iterator[Sample]:
+        samples = fractal_samples(*args, **options)
+        yield from islice(samples, 40)  # a shard, and some of the next
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as first:
+        first.setattr(smoke_module, "fractal_samples", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            smoke_module._pack(tmp_path / "train", per_class=10, first=0, size=32)
+    smoke_module._pack(tmp_path / "train", per_class=10, first=0, size=32)
+    assert ShardIndex.load(tmp_path / "train").num_samples == 10 * smoke_module.CLASSES
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
 def test_smoke_sees_weights_that_are_not_what_was_saved(

@@ -138,7 +138,8 @@ def card(given: Any) -> None:
         "recipe": found.state.get("recipe", "")[:16],
         **found.state.get("versions", {}),
     }
-    write_card(net, name, given.folder, facts, f"{name}, update {found.step}", sizes)
+    provenance, loss = f"{name}, update {found.step}", identity["optim"]["loss"]
+    write_card(net, name, given.folder, facts, provenance, sizes, loss)
     print(f"{given.folder}: {name}, {identity['num_classes']} classes, from {found}")
 
 

@@ -17,6 +17,7 @@ from nfnets_xla.data.records import DIGEST
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.storage import address, is_below
 from nfnets_xla.hosts import Hosts
+from nfnets_xla.models.card import SCHEME, WEIGHTS
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network
 
@@ -92,6 +93,11 @@ def untrained(run: Run, num_classes: int) -> Network:
     """With random weights; ValueError for what cannot be trained. On meta it costs nothing."""
     name, drop_path_rate = run.model.name, run.model.drop_path_rate
     options: dict[str, Any] = {"drop_path_rate": drop_path_rate}
+    if name.startswith(SCHEME):
+        raise ValueError(
+            f"model.name is {name}: train the model that it is of, with model.init_from="
+            f"{name.removeprefix(SCHEME)}/{WEIGHTS}"
+        )
     if is_peer(name):
         if drop_path_rate:
             raise ValueError(

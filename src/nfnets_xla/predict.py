@@ -17,9 +17,10 @@ import torch
 from nfnets_xla import sources
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
-from nfnets_xla.models.card import SCHEME, has_its_own
+from nfnets_xla.models.card import SCHEME, has_its_own, loss_of_card
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
+from nfnets_xla.models.published import IMAGENET
 from nfnets_xla.models.registry import Network, count_classes, create_network, split_tag
 from nfnets_xla.models.timm_names import Sizes, sizes_of_cfg
 from nfnets_xla.models.weights import load_into
@@ -33,38 +34,45 @@ def predict(arguments: Sequence[str]) -> None:
     if given.top < 1 or (given.size is not None and given.size < 32):
         raise ValueError(f"--top is {given.top} and --size {given.size}; at least 1 and 32")
     pictures = [(path, _read(path)) for path in given.image]  # refuse before weights are fetched
-    net, sizes = load(given.model, given.weights, given.ema, given.size)
+    net, sizes, loss = load(given.model, given.weights, given.ema, given.size)
     sizes = sizes._replace(test=given.size or sizes.test)
     names = class_names(net.num_classes)
     for path, pixels in pictures:
         print(path)
-        for label, share in best(net, pixels, sizes, given.top):
+        for label, share in best(net, pixels, sizes, given.top, loss):
             print(f"  {share:6.1%}  {label}{f'  {names[label]}' if names else ''}")
 
 
-def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[Network, Sizes]:
-    """The network in evaluation mode, and its images' sizes without `size`, which it must take.
+def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[Network, Sizes, str]:
+    """The network in evaluation mode, its images' sizes without `size`, which it must take, and
+    its loss, which says what probabilities are.
 
     ValueError for weights of another model, and for none.
     """
-    sizes = None
+    sizes, loss = None, "softmax"
+    if ema and weights is None:
+        raise ValueError("--ema is for --weights RUN: these weights have no average beside them")
     if name.startswith(SCHEME):
         if weights is not None:
             raise has_its_own(name, f"--weights {weights}")
-        net = create_network(name)
+        net, loss = create_network(name), loss_of_card(name)
     elif weights is not None:
-        net, sizes = of_weights(name, sources.find_weights(weights, "ema" if ema else "raw"), size)
+        found = sources.find_weights(weights, "ema" if ema else "raw")
+        if ema and found.of is None:
+            raise ValueError(f"--ema is for --weights RUN: {weights} is a file of its own")
+        (net, sizes), loss = of_weights(name, found, size), found.loss
     elif is_peer(name):
         raise ValueError(f"{name} has no weights here: give --weights RUN")
     else:
-        _, tag = split_tag(name)
+        plain, tag = split_tag(name)
         if tag is None:
-            raise ValueError(f"{name} has no weights: give --weights, or {name}.dm_in1k")
+            public = f", or {plain}.dm_in1k" if plain in IMAGENET else ""
+            raise ValueError(f"{name} has no weights of its own: give --weights RUN{public}")
         net = create_network(name, pretrained=True)
     if sizes is None:
         assert isinstance(net, NFNet)
         sizes = sizes_of_cfg(net.pretrained_cfg)
-    return net.eval(), sizes
+    return net.eval(), sizes, loss
 
 
 def of_weights(name: str, found: Weights, size: int | None) -> tuple[Network, Sizes | None]:
@@ -87,12 +95,15 @@ def of_weights(name: str, found: Weights, size: int | None) -> tuple[Network, Si
     return net, sizes
 
 
-def best(net: Network, pixels: Any, sizes: Sizes, top: int) -> Iterator[tuple[int, float]]:
-    """(class, probability), the most probable first."""
+def best(
+    net: Network, pixels: Any, sizes: Sizes, top: int, loss: str = "softmax"
+) -> Iterator[tuple[int, float]]:
+    """(class, probability), the most probable first; of a sigmoid loss each class by itself."""
     view_HWC = torch.from_numpy(eval_view(pixels, size=sizes.test, margin=sizes.margin)).float()
     image_CHW = ((view_HWC - torch.tensor(MEAN_RGB)) / torch.tensor(STDDEV_RGB)).permute(2, 0, 1)
     with torch.inference_mode():
-        shares_K = net(image_CHW[None])[0].softmax(0)
+        logits_K = net(image_CHW[None])[0]
+        shares_K = logits_K.sigmoid() if loss == "sigmoid" else logits_K.softmax(0)
     found = shares_K.topk(min(top, len(shares_K)))
     yield from zip(found.indices.tolist(), found.values.tolist(), strict=True)
 

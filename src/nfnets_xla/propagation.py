@@ -136,22 +136,27 @@ def signal(arguments: Sequence[str]) -> None:
         raise ValueError(
             f"--batch is {given.batch} and --size {given.size}; they must be 1 or more"
         )
-    out = given.out or Path(f"{given.name}-signal.png")
+    is_card = given.name.startswith(SCHEME)
+    out = given.out or Path(f"{Path(given.name.removeprefix(SCHEME)).name}-signal.png")
+    if out.suffix != ".png":
+        raise ValueError(f"--out is {out}; it has to end in .png")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out is {out}: there is no folder {out.parent}")
     if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'nfnets_xla[scaling]'")
-    if given.checkpoint is not None and given.name.startswith(SCHEME):
+    if given.checkpoint is not None and is_card:
         raise has_its_own(given.name, f"--checkpoint {given.checkpoint}")
     torch.manual_seed(given.seed)
     if given.checkpoint is None:
         net = create_network(given.name)
-        open_branches(net)
+        if not is_card:
+            open_branches(net)
     else:
         weights = load_checkpoint(given.checkpoint)
         net = create_network(given.name, num_classes=count_classes(given.name, weights))
         load_into(net, weights, source=given.checkpoint)
-    title = f"{given.name}, {given.checkpoint or 'new weights, skip gains 1'}, Gaussian noise"
+    whose = "its weights" if is_card else given.checkpoint or "new weights, skip gains 1"
+    title = f"{given.name}, {whose}, Gaussian noise"
     size = given.size or getattr(getattr(net, "variant", None), "train_size", 224)
     found = signals(net, torch.randn(given.batch, 3, size, size))
     print(table(found))

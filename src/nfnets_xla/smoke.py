@@ -4,6 +4,7 @@ Packs fractals, trains a mini NFNet on them with SAM, saves, loads what was save
 the loss must be that of the training's own last evaluation. All on the device a run would take.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,9 +54,10 @@ def _same(loaded: float, saved: float, say: Callable[[str], None]) -> None:
 
 
 def _pack(folder: Path, per_class: int, first: int, size: int) -> None:
-    if folder.is_dir():
-        build_index(folder)
-        return
-    samples = fractal_samples(CLASSES, per_class, size=size, seed=0, first_instance=first)
-    pack_samples(samples, folder, samples_per_shard=32)
+    if not folder.is_dir():  # whole or not there: a start may be stopped while it packs
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        samples = fractal_samples(CLASSES, per_class, size=size, seed=0, first_instance=first)
+        pack_samples(samples, part, samples_per_shard=32)
+        part.rename(folder)
     build_index(folder)

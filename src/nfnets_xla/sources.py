@@ -138,6 +138,11 @@ class Weights:
         """Of the images of the run that they are of; a file does not say."""
         return None if self.of is None else Sizes.of_run(self.of.state["identity"]["data"])
 
+    @property
+    def loss(self) -> str:
+        """What they were trained for, "softmax" or "sigmoid"; of a file the usual one."""
+        return "softmax" if self.of is None else self.of.state["identity"]["optim"]["loss"]
+
     def tensors(self) -> dict[str, Tensor]:
         return load_checkpoint(self.file) if self.of is None else load_file(self.file)
 

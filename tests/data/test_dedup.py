@@ -70,6 +70,16 @@ def test_every_copy_is_found_and_nothing_else(matches: Matches) -> None:
     assert matches.undecodable == 1
 
 
+def test_the_same_picture_is_at_distance_0(
+    indexes: tuple[ShardIndex, ShardIndex], tmp_path: Path
+) -> None:
+    """Which `--distance 0` asks for; fitting light and contrast left some 1e-4."""
+    samples: list[Sample] = [(f"again-{n}", jpeg(picture(n)), "jpg", 0) for n in range(10)]
+    again = packed(tmp_path / "again", samples)
+    found = lines(find([again], [indexes[1]], tmp_path / "out", Settings()), most=0.0)
+    assert [(one, other) for one, other, _ in found] == [(f"again-{n}", f"e{n}") for n in range(10)]
+
+
 def test_what_is_listed_is_excluded(
     matches: Matches, indexes: tuple[ShardIndex, ShardIndex], tmp_path: Path
 ) -> None:

@@ -267,7 +267,9 @@ def _near(
         copies = pictures[found.query_C]
         copies[found.mirrored_C] = copies[found.mirrored_C, :, ::-1]
         placed = [references.views[view] for view in found.view_C]
-        distance_C = 1 - likeness(copies, references.pictures_PSS[found.reference_C], placed)
+        theirs = references.pictures_PSS[found.reference_C]
+        distance_C = 1 - likeness(copies, theirs, placed)
+        distance_C[(copies == theirs).all(axis=(1, 2))] = 0  # the fit's rounding is none of theirs
     # A sample has two pictures if it has a border: the nearest pair counts.
     order = np.lexsort([found.bits_C, distance_C, *reference_C2.T[::-1], row_C])
     order = order[distance_C[order] <= FARTHEST]

@@ -39,9 +39,10 @@ def write_card(
     facts: Mapping[str, Any],
     provenance: str,
     sizes: Sizes | None = None,
+    loss: str = "softmax",
 ) -> None:
     """All of it or nothing. `facts` are what a person is told, `sizes` those of the run, or the
-    variant's. ValueError if `folder` exists."""
+    variant's, `loss` what its logits were trained for. ValueError if `folder` exists."""
     if folder.exists():
         raise ValueError(f"{folder} exists: name a folder that does not")
     if not folder.parent.is_dir():
@@ -63,7 +64,12 @@ def write_card(
         "num_features": net.num_features,
         "pretrained_cfg": cfg,
         **({} if in_timm else {"model_args": made_otherwise(net)}),
-        "nfnets_xla": {"model": name, "in_chans": net.in_chans, **made_otherwise(net)},
+        "nfnets_xla": {
+            "model": name,
+            "in_chans": net.in_chans,
+            "loss": loss,
+            **made_otherwise(net),
+        },
     }
     state = to_timm(net) if in_timm else net.state_dict()
     made = folder.with_name(f".{folder.name}.{uuid4().hex}")
@@ -106,6 +112,13 @@ def read_card(name: str) -> tuple[str, dict[str, Any], Path, Sizes]:
     if model not in VARIANTS or not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} is of model {model!r}, and holds no {WEIGHTS}: write it anew")
     return model, options, folder / WEIGHTS, sizes
+
+
+def loss_of_card(name: str) -> str:
+    """ "softmax" or "sigmoid": what makes probabilities of the logits. As `read_card`'s name."""
+    read_card(name)
+    config = (Path(name.removeprefix(SCHEME)) / CONFIG).read_text(encoding="utf-8")
+    return json.loads(config)["nfnets_xla"].get("loss", "softmax")
 
 
 def _page(name: str, architecture: str, facts: Mapping[str, Any], sizes: Sizes) -> str:
