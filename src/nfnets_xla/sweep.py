@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nfnets_xla.config import Run, differences
+from nfnets_xla.config import GROUPS, Run, differences
 from nfnets_xla.exits import START_AGAIN, CellFailed, Interrupted, Unreachable
 from nfnets_xla.history import ended
 from nfnets_xla.inputs import open_index, open_shards
@@ -42,9 +42,14 @@ class Cell:
         """
         if self.run.run_dir is None:
             raise ValueError("run_dir is not set; it must name the folder of the sweep's runs")
-        values = asdict(self.run)
+        values = asdict(self.run) | self._choices()
         words = [_word(key, _lookup(values, key)) for key in self.keys if key != "run_dir"]
         return Path(self.run.run_dir) / ("-".join(words) or "run")
+
+    def _choices(self) -> dict[str, str]:
+        """Of the groups that are swept: `optim=vit` has a name, where its values would be many."""
+        given = dict(word.split("=", 1) for word in self.overrides if "=" in word)
+        return {group: given[group] for group in GROUPS if group in self.keys}
 
     @property
     def command(self) -> list[str]:
@@ -138,7 +143,9 @@ def _lookup(values: dict[str, Any], key: str) -> Any:
 
 
 def _word(key: str, value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value).rstrip("/").rpartition("/")[2]
+    text = str(value).rstrip("/").rpartition("/")[2]
+    if isinstance(value, float) and float(short := f"{value:g}") == value:
+        text = short
     text = "".join(char if char.isalnum() or char in "-_.+" else "_" for char in text)
     return text if key in ("model.name", "model.init_from") else f"{key.rpartition('.')[2]}_{text}"
 
