@@ -1,13 +1,19 @@
 """What a run would cost, against sums done by hand; and what it could not do."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from nfnets_xla.cli import main
+from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.inputs import make_order
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import VARIANTS
+from nfnets_xla.steps import make_schedule
 
 SLICES = ["data.batch_size=16", "data.eval_batch_size=16", "data.num_streams=4"]
 
@@ -100,3 +106,14 @@ def test_what_cannot_be_is_refused_in_one_line(
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_rates_know_rows_and_epochs_of_views(repeats: int) -> None:
+    """Of repeated augmentation: a batch is its rows, an epoch as many views as there are images."""
+    given = ["data.shards=S", "run_dir=R", f"data.repeats={repeats}", "data.batch_size=256"]
+    given += ["optim.peak_lr=0.1", "optim.lr_batch=128", "optim.warmup_epochs=2"]
+    run = to_run(composed("imagenet", [*given, "data.eval_shards=E"]))
+    index: Any = SimpleNamespace(counts=np.full(64, 400), folder="S")
+    schedule = make_schedule(run, make_order(run, index))
+    assert (schedule.peak, schedule.warmup_steps) == (pytest.approx(0.2), 200)

@@ -1,5 +1,6 @@
 """Rates of an interval, from clocks and counts that the test sets."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,15 +10,17 @@ from lightning.pytorch import Callback
 from nfnets_xla import create_model, monitor
 from nfnets_xla.backend import open_backend
 from nfnets_xla.compose import composed, to_run
+from nfnets_xla.curves import NoCurves
 from nfnets_xla.display import Lines, summary
 from nfnets_xla.models.registry import create_network
-from nfnets_xla.monitor import Peaks, _Interval, clipped_by_block
+from nfnets_xla.monitor import Monitor, Peaks, _Interval, clipped_by_block
 from nfnets_xla.optim import SGD_AGC, parameter_roles
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.record import Discard
 from nfnets_xla.task import Classification
 from nfnets_xla.trainer import make_monitor, make_trainer
 from tests.runs import PLAIN_CPU
+from tests.steps import PLAIN, batch, task
 
 
 def test_rates_are_of_the_interval_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,3 +115,32 @@ def test_clipping_is_told_by_block_and_weighed_by_units() -> None:
         "stages.2.1": round(7 / of_block, 4),
     }
     assert row["share"] == round(8 / sum(units.values()), 6)
+
+
+def test_an_evaluation_is_no_time_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two steps of a second each, between which a minute goes into an evaluation."""
+    now = 0.0
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now)
+    rows: list[dict[str, Any]] = []
+    record = Discard()
+    record.write = lambda kind, step, **row: rows.append({"kind": kind, **row})  # type: ignore[method-assign]
+    of = task(**PLAIN)
+    watched = Monitor(
+        record, NoCurves(), Lines(lambda _: None), skips=None, total_steps=2, epochs=1.0,
+        log_every=1, batch_size=16, trace=None, peaks=Peaks(None, 1.0, 1.0), totals=dict,
+        lost_seconds=0.0,
+    )  # fmt: skip
+    trainer: Any = SimpleNamespace(global_step=1)
+    for step in range(2):
+        watched.on_train_batch_start(trainer, of, {}, step)
+        of.training_step(batch(step), step)
+        now += 1
+        watched.on_train_batch_end(trainer, of, None, {"step": step}, step)
+        if step == 0:
+            now += 60
+            watched.on_validation_end(trainer, of)
+            watched.batch_asked()
+    watched.on_train_end(trainer, of)
+    assert [row["images_per_second"] for row in rows if row["kind"] == "train"] == [16, 16]
+    rates = [row["learning_rate"] for row in rows if row["kind"] == "train"]
+    assert rates == [of.learning_rate(0), of.learning_rate(1)]

@@ -1,5 +1,8 @@
 """A whole step written out, top-k of samples with several labels, and rows of several hosts."""
 
+import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,11 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nfnets_xla import checkpoint
+from nfnets_xla.backend import open_backend
+from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.mix import Layout
+from nfnets_xla.hooks import host_copies
 from nfnets_xla.models import NFNet
+from nfnets_xla.network import restore
 from nfnets_xla.optim import SGD_AGC, parameter_roles
 from nfnets_xla.optim.schedule import Schedule
 from nfnets_xla.task import Batch, _rank, rows_of
+from tests.runs import PLAIN_CPU
 from tests.steps import CLASSES, PLAIN, ROWS, SAM, batch, network, task
 
 # ImageNet's, as dataset.py:34-35 of the reference has them: red, green, blue of bytes.
@@ -50,13 +59,17 @@ def test_rows_of_all_hosts_are_mixed_as_each_hosts_own() -> None:
     assert torch.equal(rows_of({**together, "layout": layout})["images_BHWC"], torch.cat(alone))
 
 
+def normalised(images_BHWC: Tensor) -> Tensor:
+    images = (images_BHWC.float() - torch.tensor(MEAN)) / torch.tensor(STDDEV)
+    return images.permute(0, 3, 1, 2)
+
+
 def logits_and_losses(net: NFNet, rows: Batch) -> tuple[Tensor, Tensor]:
     """From bytes to the smoothed loss of each row, with the masks that came with them."""
-    mixed = rows_of(rows)["images_BHWC"].float()
-    images = (mixed - torch.tensor(MEAN)) / torch.tensor(STDDEV)
     bits = np.unpackbits(rows["dropout_bits_BP"].numpy(), axis=1, bitorder="little")
     keep_BF = torch.from_numpy(bits[:, : net.num_features])
-    logits_BK = net(images.permute(0, 3, 1, 2), rows["keep_masks_BN"], keep_BF)
+    images_BCHW = normalised(rows_of(rows)["images_BHWC"])
+    logits_BK = net(images_BCHW, rows["keep_masks_BN"], keep_BF)
     ratio_B1 = rows["mix_ratio_B"][:, None]
     own, partners = (F.one_hot(rows[name], CLASSES) for name in ("labels_B", "mix_labels_B"))
     target_BK = 0.9 * (ratio_B1 * own + (1 - ratio_B1) * partners) + 0.1 / CLASSES
@@ -119,3 +132,72 @@ def test_steps_are_what_is_written_out_here(form: dict[str, Any]) -> None:
         for name, parameter in of.net.named_parameters():
             torch.testing.assert_close(parameter, net.get_parameter(name), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(of.ema.shadow[name], average[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_held_out_loss_is_not_smoothed_and_in_float32(loss: str, dtype: torch.dtype) -> None:
+    of = task(**PLAIN, loss=loss, compute_dtype=dtype)
+    of.eval()
+    totals = []
+    of.on_validation_epoch_start()
+    for step in range(2):
+        rows = batch(step)
+        rows["weight_B"][-5:] = 0
+        with torch.no_grad():
+            of.validation_step(rows, step)
+            logits = network().eval()(normalised(rows["images_BHWC"]))[:-5]
+        labels = rows["labels_B"][:-5]
+        if loss == "softmax":
+            totals.append(F.cross_entropy(logits, labels, reduction="none"))
+        else:
+            target = F.one_hot(labels, CLASSES).float()
+            each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+            totals.append(each.sum(dim=1))
+    of.on_validation_epoch_end()
+    found = of.evaluation["raw"]
+    assert found["images"] == 2 * (ROWS - 5)
+    assert math.isclose(found["loss"], float(torch.cat(totals).mean()), rel_tol=1e-5)
+
+
+def test_microbatches_are_weighed_as_parts_of_the_batch() -> None:
+    """Where the ascent is nothing, all that is left of SAM is the sum over its microbatches."""
+    whole, parts = task(**PLAIN), task(sam_rho=1e-9, microbatches=4)
+    weight = torch.ones(ROWS).reshape(2, -1)
+    weight[:, 5:] = 0  # the third microbatch weighs half, the last nothing
+    for of in (whole, parts):
+        of.training_step(batch(0, weights=weight.flatten()), 0)
+    for name, parameter in whole.net.named_parameters():
+        other = parts.net.get_parameter(name)
+        torch.testing.assert_close(other, parameter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_restored_task_goes_on_to_the_bit(optimizer: str, tmp_path: Path) -> None:
+    """AdamW's corrections of its bias count the updates of all starts."""
+    options = {**PLAIN, "optimizer": optimizer, "peak_lr": 0.01, "ema_decay": 0.9}
+    options["beta2"] = None if optimizer == "sgd" else 0.9
+    whole, begun, rest = task(**options), task(**options), task(**options)
+    for step in range(5):
+        whole.training_step(batch(step), step)
+    for step in range(3):
+        begun.training_step(batch(step), step)
+    checkpoint.save(tmp_path, 3, host_copies(begun)[0], {})
+    of_run: Any = SimpleNamespace(optim=rest.optim)
+    rest._restored = restore(rest.net, checkpoint.load(tmp_path / "step-00000003"), of_run)
+    made = rest.configure_optimizers()
+    rest.optimizers = lambda: made  # type: ignore[method-assign, assignment]
+    for step in (3, 4):
+        rest.training_step(batch(step), step)
+    ours, theirs = host_copies(rest)[0], host_copies(whole)[0]
+    for form, tensors in theirs.items():
+        assert all(torch.equal(ours[form][name], value) for name, value in tensors.items()), form
+
+
+def test_what_is_fetched_is_a_copy() -> None:
+    """A checkpoint is written while the next steps change the weights."""
+    backend = open_backend(to_run(composed("smoke", [*PLAIN_CPU, "run_dir=R"])).trainer)
+    weight = torch.zeros(3)
+    found = backend.fetch({"w": weight})["w"]
+    weight.add_(1)
+    assert found.tolist() == [0, 0, 0]

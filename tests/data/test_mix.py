@@ -1,9 +1,13 @@
 """Who is mixed with whom, in what shares, and that the device does what the host drew."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from nfnets_xla.data.index import build_index
 from nfnets_xla.data.mix import (
     Layout,
     Mixes,
@@ -13,6 +17,8 @@ from nfnets_xla.data.mix import (
     mixup_share,
     partner_rows,
 )
+from nfnets_xla.data.pack import pack_samples
+from tests.data.loading import SAMPLES, pack, picture, png, train
 
 LAYOUTS = [Layout(2, 2, 1), Layout(4, 3, 1), Layout(2, 4, 3), Layout(2, 2, 4), Layout(1, 5, 7)]
 
@@ -161,3 +167,27 @@ def test_the_device_mixes_what_the_host_drew(layout: Layout) -> None:
         np.testing.assert_allclose(result[row], expected, atol=0.03)
         # The share of pixels that are the row's own is the share of its label.
         assert share.mean() == pytest.approx(float(mixes.ratio_B[row]), abs=1e-6)
+
+
+def test_nothing_is_mixed_with_an_image_that_does_not_decode(tmp_path: Path) -> None:
+    images = [png(picture(n)) for n in range(SAMPLES)]
+    images[9] = images[9][:100]
+    dataset = train(pack(tmp_path, images), mix=True)
+    seen = 0
+    for step in range(len(dataset)):
+        batch = dataset[step]
+        beside_B = batch["weight_B"].numpy()[partner_rows(batch["layout"])] == 0
+        assert (batch["mix_ratio_B"].numpy()[beside_B] == 1).all()
+        assert (batch["mix_outside_B"].numpy()[beside_B] == 1).all()
+        seen += any(sample["sample"] == 9 for sample in batch["missed"])
+    assert seen
+
+
+def test_partners_bring_all_of_their_labels(tmp_path: Path) -> None:
+    labels: list[Any] = [3, {1: 1.0, 4: 3.0}, {0: 0.5, 1: 0.25, 2: 0.25}, {2: 1.0, 3: 1.0}] * 3
+    samples = ((f"{n}", png(picture(n)), "png", label) for n, label in enumerate(labels))
+    pack_samples(samples, tmp_path, samples_per_shard=4)
+    batch = train(build_index(tmp_path), mix=True)[0]
+    partner = partner_rows(batch["layout"])
+    for name in ("labels_B", "labels_BL", "label_weights_BL"):
+        assert np.array_equal(batch[f"mix_{name}"], batch[name][partner]), name
