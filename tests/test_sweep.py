@@ -53,8 +53,8 @@ def test_a_cell_is_named_after_what_is_swept() -> None:
     assert "," not in str(cell.folder)
     run.optim.peak_lr = 0.1234567  # which another, 0.1234568, is not to share a folder with
     assert Cell(run, ["optim.peak_lr"], "pretrain", []).folder == Path("R/peak_lr_0.1234567")
-    chosen = Cell(run, ["optim", "seed"], "pretrain", ["seed=0", "optim=vit"])
-    assert chosen.folder == Path("R/optim_vit-seed_0")  # a group, not the values in it
+    chosen = Cell(run, ["optim", "optim.epochs"], "pretrain", ["seed=0", "optim=vit"])
+    assert chosen.folder == Path("R/optim_vit-epochs_0.25")  # a group, not the values in it
 
 
 def test_a_cell_is_given_its_folder_as_it_is() -> None:

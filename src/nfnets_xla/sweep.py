@@ -42,14 +42,14 @@ class Cell:
         """
         if self.run.run_dir is None:
             raise ValueError("run_dir is not set; it must name the folder of the sweep's runs")
-        values = asdict(self.run) | self._choices()
-        words = [_word(key, _lookup(values, key)) for key in self.keys if key != "run_dir"]
+        words = [_word(key, self._value(key)) for key in self.keys if key != "run_dir"]
         return Path(self.run.run_dir) / ("-".join(words) or "run")
 
-    def _choices(self) -> dict[str, str]:
-        """Of the groups that are swept: `optim=vit` has a name, where its values would be many."""
-        given = dict(word.split("=", 1) for word in self.overrides if "=" in word)
-        return {group: given[group] for group in GROUPS if group in self.keys}
+    def _value(self, key: str) -> Any:
+        """Of a group, `optim=vit`, what was chosen: its own values would be many."""
+        if key in GROUPS:
+            return dict(word.split("=", 1) for word in self.overrides if "=" in word)[key]
+        return _lookup(asdict(self.run), key)
 
     @property
     def command(self) -> list[str]:
