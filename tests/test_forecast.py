@@ -83,10 +83,13 @@ def test_what_costs_more_is_counted(recipe: list[str], capsys: pytest.CaptureFix
             ["--chips", "4", "trainer.fsdp=3"],
             "it must divide the 4 devices (--chips)",
         ),
-        (["--chips", "4", "trainer.fsdp=4", "--hardware", "H100"], "on GPUs each keeps all parame"),
+        (
+            ["--chips", "4", "trainer.fsdp=4", "--hardware", "H100"],
+            "on H100 every process keeps all",
+        ),
         (
             ["--hardware", "v2", "model.name=nfnet_f7_plus", "trainer.fsdp=1"],
-            "are 9.2 GiB a device, and v2 has 8: raise trainer.fsdp",
+            "are 9.2 GiB a device, and v2 has 8: cut them over more",
         ),
         (["model.name=vit_mini_d3_4", "model.drop_path_rate=0.2"], "model.drop_path_rate is 0.2"),
         (["model.name=vit_mini_d3_4", "model.pretrained=dm_in1k"], "it is for NFNets; give null"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nfnets_xla import inductor, xla
 from nfnets_xla.config import TrainerConfig
-from nfnets_xla.devices import find_device, measured_cpu_peak, smallest_fsdp
+from nfnets_xla.devices import check_uncut, find_device, measured_cpu_peak, smallest_fsdp
 from nfnets_xla.hosts import Hosts, open_hosts
 from nfnets_xla.models.nfnet import Checkpoint, recompute
 from nfnets_xla.models.stacked import Scan, loop
@@ -54,11 +54,7 @@ def open_backend(trainer: TrainerConfig, kept_bytes: int = 0) -> Backend:
         name = "xla" if xla.tpu_is_attached() else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "xla":
         return _xla_backend(trainer.virtual_devices, trainer.fsdp, kept_bytes)
-    if trainer.fsdp not in ("auto", 1):
-        raise ValueError(
-            f"trainer.fsdp is {trainer.fsdp}; on {name} every process keeps all parameters "
-            "(docs/gpu.md says why): use 1"
-        )
+    check_uncut(trainer.fsdp, name)
     xla.stay_out()
     return _cuda_backend(trainer) if name == "cuda" else _cpu_backend(trainer)
 

@@ -61,6 +61,15 @@ def measured_cpu_peak() -> float:
     return 2 * size**3 / best
 
 
+def check_uncut(fsdp: int | str, where: str) -> None:
+    """ValueError for a `trainer.fsdp` that cuts parameters where there is no XLA."""
+    if fsdp not in ("auto", 1):
+        raise ValueError(
+            f"trainer.fsdp is {fsdp}; on {where} every process keeps all parameters "
+            "(docs/gpu.md says why): use 1"
+        )
+
+
 def smallest_fsdp(kept_bytes: int, device: Device | None, num_devices: int) -> int:
     """Over how many devices to cut parameters, so that what a step keeps fits with room to spare.
 

@@ -11,7 +11,7 @@ import torch
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import check_evaluation_room, check_window_room
 from nfnets_xla.data.shards import ShardIndex
-from nfnets_xla.devices import GIB, smallest_fsdp
+from nfnets_xla.devices import GIB, check_uncut, smallest_fsdp
 from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards, untrained
 from nfnets_xla.models.registry import Network
 from nfnets_xla.scaling import account, published
@@ -153,16 +153,17 @@ def memory(run: Run, parameters: int, terms: Terms) -> list[Line]:
     copies = kept_copies(run.optim)
     hardware, devices, cut = account.device(terms.hardware), devices_of(terms), run.trainer.fsdp
     kept = copies * FLOAT32 * parameters
+    if not terms.hardware.startswith("v"):
+        check_uncut(cut, terms.hardware)
+        cut = 1
     parts = smallest_fsdp(kept, hardware, devices) if cut == "auto" else int(cut)
-    if parts > 1 and not terms.hardware.startswith("v"):
-        raise ValueError(f"trainer.fsdp is {parts}; on GPUs each keeps all parameters: use 1")
     if devices % parts:
         raise ValueError(f"trainer.fsdp is {parts}; it must divide the {devices} devices (--chips)")
     if kept / parts > hardware.memory:
         have = f"{terms.hardware} has {hardware.memory / GIB:.0f}"
         raise ValueError(
             f"{copies} copies of the parameters, cut over {parts}, are {kept / parts / GIB:.1f} "
-            f"GiB a device, and {have}: raise trainer.fsdp"
+            f"GiB a device, and {have}: cut them over more, or use a larger one"
         )
     saved = saved_copies(run.optim) * FLOAT32 * parameters
     return [

@@ -43,6 +43,11 @@ def sigmoid_losses(
 LOSSES: Mapping[str, Loss] = {"softmax": softmax_losses, "sigmoid": sigmoid_losses}
 
 
+def probabilities(logits_BK: Tensor, loss: str) -> Tensor:
+    """(B, K), of classes that exclude each other, or with "sigmoid" of each by itself."""
+    return logits_BK.sigmoid() if loss == "sigmoid" else logits_BK.softmax(dim=1)
+
+
 def _along_target(
     logits_BK: Tensor, labels_BL: Tensor, shares_BL: Tensor, smoothing: float
 ) -> Tensor:

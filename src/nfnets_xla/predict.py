@@ -17,7 +17,8 @@ import torch
 from nfnets_xla import sources
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
-from nfnets_xla.models.card import SCHEME, has_its_own, loss_of_card
+from nfnets_xla.losses import probabilities
+from nfnets_xla.models.card import SCHEME, has_its_own, read_card
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.published import IMAGENET
@@ -55,7 +56,7 @@ def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[N
     if name.startswith(SCHEME):
         if weights is not None:
             raise has_its_own(name, f"--weights {weights}")
-        net, loss = create_network(name), loss_of_card(name)
+        net, loss = create_network(name), read_card(name).loss
     elif weights is not None:
         found = sources.find_weights(weights, "ema" if ema else "raw")
         if ema and found.of is None:
@@ -102,8 +103,7 @@ def best(
     view_HWC = torch.from_numpy(eval_view(pixels, size=sizes.test, margin=sizes.margin)).float()
     image_CHW = ((view_HWC - torch.tensor(MEAN_RGB)) / torch.tensor(STDDEV_RGB)).permute(2, 0, 1)
     with torch.inference_mode():
-        logits_K = net(image_CHW[None])[0]
-        shares_K = logits_K.sigmoid() if loss == "sigmoid" else logits_K.softmax(0)
+        (shares_K,) = probabilities(net(image_CHW[None]), loss)
     found = shares_K.topk(min(top, len(shares_K)))
     yield from zip(found.indices.tolist(), found.values.tolist(), strict=True)
 

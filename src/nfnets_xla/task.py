@@ -25,7 +25,7 @@ from nfnets_xla.config import OptimConfig
 from nfnets_xla.data.mix import mixed
 from nfnets_xla.ema import EMA
 from nfnets_xla.inductor import as_it_is
-from nfnets_xla.losses import LOSSES, target_of
+from nfnets_xla.losses import LOSSES, probabilities, target_of
 from nfnets_xla.models.registry import Network
 from nfnets_xla.models.stacked import output_axes
 from nfnets_xla.optim.by_role import ByRole
@@ -306,8 +306,7 @@ class Classification(LightningModule):
 
     def _answers(self, logits_BK: Tensor, batch: Batch) -> Tensor:
         """(B, A) float32, columns as ANSWERS has them."""
-        shares_BK = logits_BK.sigmoid() if self.optim.loss == "sigmoid" else logits_BK.softmax(1)
-        probability_B, predicted_B = shares_BK.max(dim=1)
+        probability_B, predicted_B = probabilities(logits_BK, self.optim.loss).max(dim=1)
         columns = predicted_B, probability_B, _rank(logits_BK, batch), batch["weight_B"]
         return torch.stack([column.float() for column in columns], dim=1)
 

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from nfnets_xla.models.names import to_timm
@@ -94,8 +94,16 @@ def made_otherwise(net: NFNet) -> dict[str, str]:
     return {name: value for name, value in its.items() if value != HOW[name]}
 
 
-def read_card(name: str) -> tuple[str, dict[str, Any], Path, Sizes]:
-    """(model, options, weights, sizes) of "local-dir:FOLDER". ValueError for any other folder."""
+class Card(NamedTuple):
+    model: str
+    options: dict[str, Any]
+    weights: Path
+    sizes: Sizes
+    loss: str  # "softmax" or "sigmoid": what makes probabilities of the logits
+
+
+def read_card(name: str) -> Card:
+    """Of "local-dir:FOLDER". ValueError for any other folder."""
     folder = Path(name.removeprefix(SCHEME))
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -103,7 +111,7 @@ def read_card(name: str) -> tuple[str, dict[str, Any], Path, Sizes]:
         model = ours["model"]
         options = {"num_classes": int(config["num_classes"]), "in_chans": int(ours["in_chans"])}
         options |= {name: ours[name] for name in HOW if name in ours}
-        sizes = sizes_of_cfg(config["pretrained_cfg"])
+        sizes, loss = sizes_of_cfg(config["pretrained_cfg"]), ours.get("loss", "softmax")
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"it has no {CONFIG}" if isinstance(error, OSError) else f"{CONFIG}: {error}"
         raise ValueError(
@@ -111,14 +119,7 @@ def read_card(name: str) -> tuple[str, dict[str, Any], Path, Sizes]:
         ) from None
     if model not in VARIANTS or not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} is of model {model!r}, and holds no {WEIGHTS}: write it anew")
-    return model, options, folder / WEIGHTS, sizes
-
-
-def loss_of_card(name: str) -> str:
-    """ "softmax" or "sigmoid": what makes probabilities of the logits. As `read_card`'s name."""
-    read_card(name)
-    config = (Path(name.removeprefix(SCHEME)) / CONFIG).read_text(encoding="utf-8")
-    return json.loads(config)["nfnets_xla"].get("loss", "softmax")
+    return Card(model, options, folder / WEIGHTS, sizes, loss)
 
 
 def _page(name: str, architecture: str, facts: Mapping[str, Any], sizes: Sizes) -> str:

@@ -19,12 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nfnets_xla.models.layers import (
-    PooledDropout,
-    at_least_float32,
-    check_rate,
-    without_autocast,
-)
+from nfnets_xla.models.layers import PooledDropout, at_least_float32, without_autocast
 
 TIMM = "timm/"
 POSITIONS = "net.pos_embed"  # (1, tokens, F), in a ViT's state dict
@@ -166,7 +161,6 @@ def create_peer(
     `image_size`, in pixels, is for networks made for one (ViTs), which then take some others too;
     ValueError if `eval_image_size` is not one of them.
     """
-    check_rate("drop_rate", drop_rate)
     for option, rate in options.items():
         if "drop" in option and rate:
             raise ValueError(

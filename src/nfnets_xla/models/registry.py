@@ -113,16 +113,17 @@ def _of_card(
     other_weights: object,
     options: dict[str, Any],
 ) -> NFNet:
-    model, its, file, sizes = read_card(name)
+    card = read_card(name)
+    its = card.options
     if other_weights:
         raise has_its_own(name, "pretrained and checkpoint_path")
     if in_chans not in (None, its["in_chans"]):
         raise ValueError(f"in_chans is {in_chans}; {name} has {its['in_chans']}")
     classes = its["num_classes"] if num_classes is None else num_classes
     chosen: dict[str, Any] = its | {"num_classes": classes} | options
-    net = NFNet(VARIANTS[model], **chosen)
-    net.pretrained_cfg = timm_cfg(model, net.variant) | sized_cfg(sizes)
-    load_into(net, load_checkpoint(file), source=name, allow_new_head=True)
+    net = NFNet(VARIANTS[card.model], **chosen)
+    net.pretrained_cfg = timm_cfg(card.model, net.variant) | sized_cfg(card.sizes)
+    load_into(net, load_checkpoint(card.weights), source=name, allow_new_head=True)
     return net
 
 
