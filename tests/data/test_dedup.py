@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from scipy.fft import dctn
 
 from nfnets_xla.cli import main
-from nfnets_xla.data import dedup
+from nfnets_xla.data import dedup, references
 from nfnets_xla.data.dedup import Matches, Settings, doubles, exclusion_lines, find
 from nfnets_xla.data.exclude import read_pairs, without
 from nfnets_xla.data.holdout import choose, hold_out
@@ -138,6 +138,42 @@ def test_within_a_set_the_first_of_each_group_stays(folder: Path, tmp_path: Path
     assert lines(find([whole], [], tmp_path / "out", Settings())) == found
 
 
+def test_a_picture_that_recurs_is_searched_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The placeholder of a web site: each pair of its copies took memory and time."""
+    framed = jpeg(COPIES["framed"](picture(3)))  # two thumbnails of one sample
+    shown = [jpeg(picture(n)) for n in (9, 1, 1, 2, 1)] + [framed, framed, jpeg(picture(1))]
+    samples: list[Sample] = [(f"{n}", data, "jpg", 0) for n, data in enumerate(shown)]
+    searched: list[int] = []
+    search = references.References.search
+
+    def counted(self: references.References, pictures: np.ndarray, bits: int) -> references.Found:
+        searched.append(len(pictures))
+        return search(self, pictures, bits)
+
+    monkeypatch.setattr(references.References, "search", counted)
+    found = lines(find([packed(tmp_path / "s", samples, 3)], [], tmp_path / "out", Settings()))
+    assert found == [("2", "1", 0.0), ("4", "1", 0.0), ("6", "5", 0.0), ("7", "1", 0.0)]
+    assert sum(searched) == 5
+    (kept,) = (tmp_path / "out").glob("*.pictures")
+    assert kept.stat().st_size == 5 * SIDE * SIDE
+
+
+def test_a_picture_of_one_colour_matches_none(tmp_path: Path) -> None:
+    plain = [jpeg(Image.new("RGB", (240, 180), (n, n, 90))) for n in (30, 30, 200)]
+    samples: list[Sample] = [(f"{n}", data, "jpg", 0) for n, data in enumerate(plain)]
+    alone = packed(tmp_path / "plain", samples)
+    mixed = packed(tmp_path / "mixed", [*samples, ("a", jpeg(picture(1)), "jpg", 0)])
+    for train, against, rows in ([alone], [mixed], []), ([mixed], [mixed], [3]), ([mixed], [], []):
+        found = find(train, against, tmp_path / "out", Settings())
+        assert found.sample_M2[:, 1].tolist() == rows
+        assert found.undecodable == 0
+    for train, against in ([mixed], [alone]), ([alone], []):
+        with pytest.raises(ValueError, match="no reference shows anything: give shards of whole"):
+            find(train, against, tmp_path / "out", Settings())
+
+
 def test_a_chain_is_one_group() -> None:
     pairs = np.array([[[0, 4], [0, 3]], [[0, 3], [0, 1]], [[0, 7], [0, 6]]])
     distance = np.array([0.1, 0.2, 0.3], np.float32)
@@ -231,15 +267,17 @@ def test_crops_are_near_one_of_the_views() -> None:
             views(crop)
 
 
-def test_multi_index_hashing_finds_what_comparing_with_all_finds(tmp_path: Path) -> None:
+def test_multi_index_hashing_finds_what_comparing_with_all_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures, rng = some(40), np.random.default_rng(0)
     rows = np.stack([np.zeros(40, int), np.arange(40)], axis=1)
     parts = [(pictures[:25], rows[:25]), (pictures[25:], rows[25:])]
-    build_references(tmp_path / "r.faiss", parts, 40, 0.7)
-    references = load_references(tmp_path / "r.faiss", 0.7)
+    build_references(tmp_path / "r.faiss", parts, 0.7)
+    known = load_references(tmp_path / "r.faiss", 0.7)
     noisy = (pictures + rng.normal(0, 25, pictures.shape)).clip(0, 255).astype(np.uint8)
-    found = references.search(noisy, 32)
-    own = codes(pictures, references.views)
+    found = known.search(noisy, 32)
+    own = codes(pictures, known.views)
     wanted: dict[tuple[int, int], int] = {}
     upright = codes(noisy)[:, 0]
     for query, sides in enumerate(zip(upright, mirrored(upright), strict=True)):
@@ -251,6 +289,9 @@ def test_multi_index_hashing_finds_what_comparing_with_all_finds(tmp_path: Path)
     assert len(got) >= 0.95 * len(wanted)
     assert {pair: wanted[pair] for pair in got} == got
     assert {(n, n) for n in range(40)} <= set(got)
+    monkeypatch.setattr(references, "SEARCHED", 1000)  # together or in blocks
+    for blocks, together in zip(found, known.search(noisy, 32), strict=True):
+        np.testing.assert_array_equal(blocks, together)
 
 
 @pytest.mark.parametrize("name", ["framed", "barred"])

@@ -28,6 +28,7 @@ from nfnets_xla.data.likeness import likeness
 from nfnets_xla.data.perceptual import views
 from nfnets_xla.data.references import (
     AT_A_TIME,
+    Found,
     References,
     build_references,
     is_first,
@@ -41,7 +42,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 Ints = NDArray[np.int64]
 
-FORMAT = 1  # of all files; it changes when what is in them does
+FORMAT = 2  # of all files; it changes when what is in them does
 OPENED = 64  # shards at a time, of any number
 THUMBNAILS, MATCHES, REFERENCES = "thumbnails", "matches", "references"
 MOST_BITS = 44  # above, about every thousandth pair of pictures is near by chance
@@ -104,9 +105,8 @@ def find(
         bar = on_progress(verb)
         return list(map_jobs(job, items, engine=engine, jobs=jobs, on_progress=bar))
 
-    counts = mapped(partial(_keep, where), every, "hashed")
-    pictures = {_file(shard): num for shard, (num, _) in zip(every, counts, strict=True)}
-    name = _refer(where, references, sum(pictures[_file(s)] for s in references), settings.crop)
+    undecodable = mapped(partial(_keep, where), every, "hashed")
+    name = _refer(where, references, settings.crop)
     job = partial(_search, where, name, settings, not against)
     files = mapped(job, list(enumerate(shards)), "searched")
     found = [_read(where, file) for file in files]
@@ -117,7 +117,7 @@ def find(
         reference_M2=np.concatenate([part["reference"] for part in found]),
         bits_M=np.concatenate([part["bits"] for part in found]),
         distance_M=np.concatenate([part["distance"] for part in found]),
-        undecodable=sum(undecodable for _, undecodable in counts),
+        undecodable=sum(undecodable),
     )
 
 
@@ -197,8 +197,8 @@ def opener(matches: Matches) -> Callable[[bool, int], ShardIndex]:
 # ---- jobs -------------------------------------------------------------------------------------
 
 
-def _keep(where: Folder, shard: ShardIndex) -> tuple[int, int]:
-    """Have the thumbnails of a shard: how many, and the number of samples that do not decode."""
+def _keep(where: Folder, shard: ShardIndex) -> int:
+    """Have the thumbnails of a shard: the number of samples that do not decode."""
     kept = _kept(where, shard)
     if kept is None:
         shard = replace(shard)  # an index keeps its file open: this one goes at the end
@@ -212,21 +212,22 @@ def _keep(where: Folder, shard: ShardIndex) -> tuple[int, int]:
             rows += [row] * len(pictures[-1])
         kept = Kept(np.concatenate(pictures), np.array(rows, np.int64))
         _write(where, _file(shard), {"pictures": kept.pictures_PSS, "rows": kept.rows_P})
-    return len(kept.rows_P), shard.num_samples - len(np.unique(kept.rows_P))
+    return shard.num_samples - len(np.unique(kept.rows_P))
 
 
-def _refer(where: Folder, references: list[ShardIndex], num_pictures: int, crop: float) -> str:
+def _refer(where: Folder, references: list[ShardIndex], crop: float) -> str:
     """Have the index of references; its name, without the ending."""
-    if not num_pictures:
-        raise ValueError("no reference can be decoded: give shards of whole pictures")
     sha = hashlib.sha256(f"{FORMAT} {crop}".encode())
     for shard in references:
         sha.update(shard.manifest.digests_S.tobytes())
     name = f"{REFERENCES}-{sha.hexdigest()[:16]}"
     kept = (_known(where, shard) for shard in references)
     parts = ((part.pictures_PSS, _numbered(n, part.rows_P)) for n, part in enumerate(kept))
-    build_references(where.path / f"{name}.faiss", parts, num_pictures, crop)
+    build_references(where.path / f"{name}.faiss", parts, crop)
     return name
+
+
+COLUMNS = ("row", "reference", "bits", "distance")
 
 
 def _search(
@@ -234,51 +235,59 @@ def _search(
 ) -> str:
     """Have the matches of a shard; the name of their file."""
     number, shard = item
-    key = f"{name} {settings} {number if within else ''} {shard.manifest.key(0)}"
-    file = f"{MATCHES}/{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    described = f"{name} {settings} {number if within else ''} {shard.manifest.key(0)}"
+    file = f"{MATCHES}/{hashlib.sha256(described.encode()).hexdigest()[:32]}.npz"
     if where.modified(file) is not None:
         return file
     references = load_references(where.path / f"{name}.faiss", settings.crop)
-    kept = _known(where, shard)
-    parts = [
-        _near(references, settings, number if within else -1, kept, first)
-        for first in range(0, len(kept.rows_P), AT_A_TIME)
-    ]
-    columns = [np.concatenate(part) for part in zip(*parts, strict=True)] if parts else _nothing()
-    _write(where, file, dict(zip(COLUMNS, columns, strict=True)))
+    kept, parts = _known(where, shard), [_nothing()]
+    if within:
+        # What an earlier sample shows is looked for there: this one is like that, and done.
+        first_K2 = references.first_P2[references.shown_by(number)]
+        again = (first_K2 != _numbered(number, kept.rows_P)).any(axis=1)
+        zeros = np.zeros(int(again.sum()))
+        parts.append([kept.rows_P[again], first_K2[again], zeros, zeros])
+        kept = Kept(kept.pictures_PSS[~again], kept.rows_P[~again])
+    for first in range(0, len(kept.rows_P), AT_A_TIME):
+        pictures = kept.pictures_PSS[first : first + AT_A_TIME]
+        found, distance_C = _near(references, settings, pictures)
+        row_C = kept.rows_P[first + found.query_C]
+        parts.append([row_C, references.first_P2[found.reference_C], found.bits_C, distance_C])
+    columns = [np.concatenate(part) for part in zip(*parts, strict=True)]
+    chosen = _chosen(columns, number if within else -1)
+    _write(where, file, {key: part[chosen] for key, part in zip(COLUMNS, columns, strict=True)})
     return file
 
 
-COLUMNS = ("row", "reference", "bits", "distance")
-
-
 def _near(
-    references: References, settings: Settings, number: int, kept: Kept, first: int
-) -> list[NDArray]:
-    """Of some pictures, the columns of a file of matches; `number` is that of the shard among the
-    references, or -1."""
-    pictures = kept.pictures_PSS[first : first + AT_A_TIME]
-    found = references.search(pictures, settings.most_bits)
-    row_C, reference_C2 = kept.rows_P[first + found.query_C], references.rows_P2[found.reference_C]
-    other = (reference_C2 != np.stack([np.full_like(row_C, number), row_C], 1)).any(axis=1)
-    found, row_C, reference_C2 = found.of(other), row_C[other], reference_C2[other]
-    distance_C = np.zeros(len(row_C), np.float32)
-    if settings.compare:
-        copies = pictures[found.query_C]
-        copies[found.mirrored_C] = copies[found.mirrored_C, :, ::-1]
-        placed = [references.views[view] for view in found.view_C]
-        theirs = references.pictures_PSS[found.reference_C]
-        distance_C = 1 - likeness(copies, theirs, placed)
-        distance_C[(copies == theirs).all(axis=(1, 2))] = 0  # the fit's rounding is none of theirs
-    # A sample has two pictures if it has a border: the nearest pair counts.
-    order = np.lexsort([found.bits_C, distance_C, *reference_C2.T[::-1], row_C])
-    order = order[distance_C[order] <= FARTHEST]
-    order = order[is_first(np.column_stack([row_C, reference_C2])[order])]
-    return [row_C[order], reference_C2[order], found.bits_C[order], distance_C[order]]
+    references: References, settings: Settings, pictures_QSS: Thumbnails
+) -> tuple[Found, NDArray[np.float32]]:
+    """References whose hashes are near, and the distances of their pictures."""
+    found = references.search(pictures_QSS, settings.most_bits)
+    if not settings.compare:
+        return found, np.zeros(len(found.query_C), np.float32)
+    copies = pictures_QSS[found.query_C]
+    copies[found.mirrored_C] = copies[found.mirrored_C, :, ::-1]
+    placed = [references.views[view] for view in found.view_C]
+    theirs = references.pictures_PSS[found.reference_C]
+    distance_C = 1 - likeness(copies, theirs, placed)
+    distance_C[(copies == theirs).all(axis=(1, 2))] = 0  # the fit's rounding is none of theirs
+    return found, distance_C
+
+
+def _chosen(columns: list[NDArray], number: int) -> Ints:
+    """What is worth keeping, in order: not a sample's likeness to itself; and of a sample that has
+    two pictures, for it has a border, the nearer."""
+    row_M, reference_M2, bits_M, distance_M = columns
+    is_other_M = (reference_M2 != _numbered(number, row_M)).any(axis=1)
+    order = np.lexsort([bits_M, distance_M, *reference_M2.T[::-1], row_M])
+    order = order[(is_other_M & (distance_M <= FARTHEST))[order]]
+    return order[is_first(np.column_stack([row_M, reference_M2])[order])]
 
 
 def _nothing() -> list[NDArray]:
-    return [np.zeros(0, np.int64), np.zeros((0, 2), np.int64), *([np.zeros(0, np.float32)] * 2)]
+    ints = np.zeros(0, np.int64)
+    return [ints, np.zeros((0, 2), np.int64), ints, np.zeros(0, np.float32)]
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -306,10 +315,12 @@ def _file(shard: ShardIndex) -> str:
 
 
 def _known(where: Folder, shard: ShardIndex) -> Kept:
+    """What is searched: not pictures of one colour, which are like every other such picture."""
     kept = _kept(where, shard)
     if kept is None:
         raise ValueError(f"{where}/{_file(shard)} is missing or damaged: give the command again")
-    return kept
+    plain_P = np.ptp(kept.pictures_PSS, axis=(1, 2)) == 0
+    return Kept(kept.pictures_PSS[~plain_P], kept.rows_P[~plain_P])
 
 
 def _kept(where: Folder, shard: ShardIndex) -> Kept | None:

@@ -3,10 +3,13 @@
 An index holds the codes of all views of a picture (`perceptual.py`), and is searched by multi-index
 hashing (Norouzi, Punjani and Fleet, 2012): codes that are near have a part in common, or nearly so,
 and only those that have are compared. It is a file, which every process that searches reads once.
+A picture that recurs, like the placeholder of a web site, is in it once.
 
-Shape suffixes: P pictures, S sides of a thumbnail, V views, B bytes of a code, Q queries, C found.
+Shape suffixes: P pictures, N of all samples, S sides of a thumbnail, V views, B bytes of a code,
+Q queries, C found.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -26,7 +29,8 @@ from nfnets_xla.data.thumbnail import SIDE, Thumbnails
 PARTS, PART_BITS, FLIPPED = 6, 20, 2
 MOST = 32  # references that a picture is compared with: the nearest
 AT_A_TIME = 1024  # pictures whose codes are computed together: 70 MB
-PICTURES, ROWS = ".pictures.npy", ".rows.npy"
+SEARCHED = 16  # pictures together: if all are near all, the candidates are thousands for each
+PICTURES, SAMPLES = ".pictures", ".samples.npy"
 
 
 class Found(NamedTuple):
@@ -44,14 +48,27 @@ class Found(NamedTuple):
 
 
 class References(NamedTuple):
-    pictures_PSS: Thumbnails
-    rows_P2: NDArray[np.int64]  # number of the shard, and row
+    pictures_PSS: Thumbnails  # each different from the others
+    first_P2: NDArray[np.int64]  # shard and row of the first sample that shows it
+    samples_N3: NDArray[np.int64]  # shard, row, and number of the picture: what every sample shows
     views: list[View]
     index: Any
+
+    def shown_by(self, shard: int) -> NDArray[np.int64]:
+        """Numbers of the pictures that a shard's samples show, in their order."""
+        begin, end = np.searchsorted(self.samples_N3[:, 0], [shard, shard + 1])
+        return self.samples_N3[begin:end, 2]
 
     def search(self, pictures_QSS: Thumbnails, bits: int) -> Found:
         """References within so many bits of each query, or of its mirror image."""
         upright = codes(pictures_QSS)[:, 0]
+        found = [
+            self._search(first, upright[first : first + SEARCHED], bits)
+            for first in range(0, len(upright), SEARCHED)
+        ]
+        return Found(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+    def _search(self, first: int, upright: NDArray[np.uint8], bits: int) -> Found:
         sides = [self._within(queries, bits) for queries in (upright, mirrored(upright))]
         query, code, distance = (np.concatenate(parts) for parts in zip(*sides, strict=True))
         is_mirrored = np.repeat([False, True], [len(part[0]) for part in sides])
@@ -62,8 +79,8 @@ class References(NamedTuple):
         order = order[is_first(pairs)]
         order = order[np.lexsort([reference[order], distance[order], query[order]])]
         order = order[_place_among_equals(query[order]) < MOST]
-        found = (values[order] for values in (query, reference, distance, view, is_mirrored))
-        return Found(*found)
+        found = (values[order] for values in (query + first, reference, distance, view))
+        return Found(*found, mirrored_C=is_mirrored[order])
 
     def _within(self, queries_QB: NDArray[np.uint8], bits: int) -> tuple[NDArray[np.int64], ...]:
         ends, distances, found = self.index.range_search(queries_QB, bits + 1)
@@ -72,33 +89,35 @@ class References(NamedTuple):
 
 
 def build_references(
-    path: Path,
-    parts: Iterable[tuple[Thumbnails, NDArray[np.int64]]],
-    num_pictures: int,
-    crop: float,
+    path: Path, parts: Iterable[tuple[Thumbnails, NDArray[np.int64]]], crop: float
 ) -> None:
     """Write thumbnails and their samples beside `path`, the index at it; or leave what is there.
 
+    A part has thumbnails, and the shard and row of each; ValueError if there is none.
     The index is what takes memory, here and where it is searched: docs/dedup.md says how much."""
     faiss = _faiss()
     of = views(crop)
     if path.is_file():
         return
     index = faiss.IndexBinaryMultiHash(BITS, PARTS, PART_BITS)
-    with _replaced(path.with_suffix(PICTURES)) as temporary:
-        shape = (num_pictures, SIDE, SIDE)
-        pictures_PSS = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        end, rows = 0, []
-        for part, rows_P2 in parts:
-            rows.append(rows_P2)
-            for first in range(0, len(part), AT_A_TIME):
-                some = part[first : first + AT_A_TIME]
-                pictures_PSS[end : end + len(some)] = some
+    numbers: dict[bytes, int] = {}  # of pictures, by the hash of their bytes
+    samples = []
+    with _replaced(path.with_suffix(PICTURES)) as temporary, temporary.open("wb") as file:
+        for part_PSS, rows_P2 in parts:
+            known = len(numbers)
+            hashes = [hashlib.blake2b(picture, digest_size=16).digest() for picture in part_PSS]
+            shown_P = np.array([numbers.setdefault(key, len(numbers)) for key in hashes], np.int64)
+            samples.append(np.column_stack([rows_P2, shown_P]))
+            _, first_P = np.unique(shown_P, return_index=True)
+            new = part_PSS[first_P[shown_P[first_P] >= known]]
+            for first in range(0, len(new), AT_A_TIME):
+                some = new[first : first + AT_A_TIME]
+                file.write(some.tobytes())
                 index.add(codes(some, of).reshape(-1, BITS // 8))
-                end += len(some)
-        pictures_PSS.flush()
-    with _replaced(path.with_suffix(ROWS)) as temporary, temporary.open("wb") as file:
-        np.save(file, np.concatenate(rows))
+        if not numbers:
+            raise ValueError("no reference shows anything: give shards of whole pictures")
+    with _replaced(path.with_suffix(SAMPLES)) as temporary, temporary.open("wb") as file:
+        np.save(file, np.concatenate(samples))
     with _replaced(path) as temporary:
         faiss.write_index_binary(index, str(temporary))
 
@@ -107,8 +126,11 @@ def build_references(
 def load_references(path: Path, crop: float) -> References:
     index = _faiss().read_index_binary(str(path))
     index.nflip = FLIPPED
-    pictures_PSS = np.load(path.with_suffix(PICTURES), mmap_mode="r")
-    return References(pictures_PSS, np.load(path.with_suffix(ROWS)), views(crop), index)
+    pictures = np.memmap(path.with_suffix(PICTURES), np.uint8, mode="r")
+    samples_N3 = np.load(path.with_suffix(SAMPLES))
+    _, first_P = np.unique(samples_N3[:, 2], return_index=True)
+    first_P2 = samples_N3[first_P, :2]
+    return References(pictures.reshape(-1, SIDE, SIDE), first_P2, samples_N3, views(crop), index)
 
 
 @contextmanager
