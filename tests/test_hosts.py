@@ -15,6 +15,7 @@ import torch
 from nfnets_xla import checkpoint
 from nfnets_xla.exits import START_AGAIN, Interrupted
 from nfnets_xla.hosts import Hosts, open_hosts
+from nfnets_xla.ledger import audit
 from nfnets_xla.record import read_record
 from tests.data.images import packed
 from tests.runs import (
@@ -181,6 +182,7 @@ def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data:
     assert [header["hosts"] for header in record.headers] == [2, 1, 4, 2]
     assert len(list(hosts.glob("run-*.jsonl"))) == 4  # host 0 alone writes
     assert samples(hosts) == samples(whole)
+    assert audit(hosts).report()[-1] == "every sample exactly once"
     assert len(losses(whole)) == 10
     np.testing.assert_allclose(losses(hosts), losses(whole), rtol=TOLERANCE)
     for mine, other in zip(record.of_kind("eval"), read_record(whole).of_kind("eval"), strict=True):
