@@ -1,5 +1,6 @@
 """`nfnets-xla convert`: round trips through everybody's names, and nothing written by mistake."""
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +80,24 @@ def test_mistakes_are_one_line_and_write_nothing(
         ]
     )
     assert load_file(tmp_path / "taken.safetensors").keys() == net.state_dict().keys()
+
+
+def test_a_full_disk_leaves_what_there_was(
+    net: NFNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where files may not grow safetensors' error is neither OSError nor ValueError."""
+    torch.save(net.state_dict(), tmp_path / "ours.pth")
+    target = tmp_path / "weights.safetensors"
+    target.write_bytes(b"of another day")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(SystemExit) as exit:
+            main(["convert", f"{tmp_path}/ours.pth", str(target), "--model", "mini_f0", "--force"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert exit.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"nfnets-xla: {target} could not be written: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.pth", target.name]
+    assert target.read_bytes() == b"of another day"

@@ -8,6 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
@@ -87,12 +88,15 @@ def save_weights(net: nn.Module, path: Path, about: Mapping[str, str]) -> None:
 
 
 def save_tensors(state: dict[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
+    """Raises OSError if they cannot be written; what was at the path stays until they are."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         save_file(state, temporary, metadata=dict(about))
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
