@@ -1,5 +1,6 @@
 """Copies are found however they were altered, other pictures are not, and nothing is done twice."""
 
+import resource
 from itertools import product
 from pathlib import Path
 
@@ -292,6 +293,19 @@ def test_multi_index_hashing_finds_what_comparing_with_all_finds(
     monkeypatch.setattr(references, "SEARCHED", 1000)  # together or in blocks
     for blocks, together in zip(found, known.search(noisy, 32), strict=True):
         np.testing.assert_array_equal(blocks, together)
+
+
+def test_a_full_disk_leaves_no_part_of_an_index(tmp_path: Path) -> None:
+    """faiss' error is no OSError, which the command line would report in one line."""
+    pictures, rows = some(60), np.stack([np.zeros(60, int), np.arange(60)], axis=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"r\.faiss could not be written: .*write error"):
+            build_references(tmp_path / "r.faiss", [(pictures, rows)], 0.7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npy", ".pictures"]
 
 
 @pytest.mark.parametrize("name", ["framed", "barred"])

@@ -119,7 +119,10 @@ def build_references(
     with _replaced(path.with_suffix(SAMPLES)) as temporary, temporary.open("wb") as file:
         np.save(file, np.concatenate(samples))
     with _replaced(path) as temporary:
-        faiss.write_index_binary(index, str(temporary))
+        try:
+            faiss.write_index_binary(index, str(temporary))
+        except RuntimeError as error:  # of a full disk, too
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 @lru_cache(1)  # of a process that searches one shard after another
