@@ -85,7 +85,7 @@ def test_workers_share_what_comes(local: ShardIndex, cache: Cache) -> None:
             assert_same(batch, at_home[step])
         del batches
         assert len(server.shard_requests) == 20
-        assert set(server.asked.values()) == {1}
+        assert set(server.asked.values()) == {1}, server.asked
 
 
 def test_evaluation_reads_each_shard_once(local: ShardIndex, cache: Cache) -> None:
@@ -96,7 +96,7 @@ def test_evaluation_reads_each_shard_once(local: ShardIndex, cache: Cache) -> No
         at_home = EvalBatches(local, **options)
         for step in range(len(at_home)):
             assert_same(remote[step], at_home[step])
-        assert set(server.asked.values()) == {1}
+        assert set(server.asked.values()) == {1}, server.asked
 
 
 def test_the_next_window_comes_before_it_is_read(local: ShardIndex, cache: Cache) -> None:

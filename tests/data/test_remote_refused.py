@@ -16,7 +16,7 @@ from fsspec.registry import _registry
 from nfnets_xla.data.cache import Cache, Fetch
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.lint import lint
-from nfnets_xla.data.remote import Patience, RemoteFolder
+from nfnets_xla.data.remote import PATIENCE, Patience, RemoteFolder
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.storage import OpenFile
 from nfnets_xla.inputs import open_index
@@ -56,6 +56,28 @@ def test_a_server_that_does_not_recover_ends_the_run_with_its_last_word(
             assert "503" in message
     assert "503, message='Service Unavailable'" in caplog.text
     assert "attempt 4 in" in caplog.text
+
+
+def test_waits_double_to_a_minute_and_end_with_the_patience(
+    local: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands but for the waits."""
+    now, waits = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        waits.append(seconds)
+
+    with serving(path_of(local), lambda name, _: 503) as server:
+        folder = RemoteFolder(server.url, patience=PATIENCE)
+        clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+        monkeypatch.setattr("nfnets_xla.data.remote.time", clock)
+        assert "could not be had in 300 s" in one_line(lambda: folder.read("index.npz"))
+    assert sum(waits) == pytest.approx(300)
+    wanted = [min(2.0**n, 60) for n in range(len(waits))]  # and up to half less: a jitter
+    assert all(w / 2 <= wait <= w for wait, w in zip(waits[:-1], wanted, strict=False)), waits
+    assert len({wait / w for wait, w in zip(waits, wanted, strict=True)}) > 3
+    assert server.asked["index.npz"] == len(waits) + 1
 
 
 def test_who_waited_while_another_tried_in_vain_does_not_begin_anew(
