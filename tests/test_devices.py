@@ -36,6 +36,22 @@ def test_how_many_devices_the_strategy_is_given() -> None:
             XLAAccelerator.parse_devices(wrong)
 
 
+def test_a_network_card_of_google_is_no_tpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xla, "PCI_DEVICES", tmp_path)
+    assert not xla.tpu_is_attached()
+    for name, vendor, device, attached in (
+        ("gpu", "0x10de", "0x0027", False),
+        ("gvnic", "0x1ae0", "0x0042", False),
+        ("v4", "0x1ae0", "0x005e", True),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / name / "device").write_text(f"{device}\n")
+        assert xla.tpu_is_attached() == attached
+
+
 def test_a_tpu_is_called_what_its_machine_calls_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,7 @@ class Backend:
     add_up: Callable[[Sequence[Tensor]], None] = ALONE.add  # gradients of all hosts' rows, in place
     scan: Scan = loop  # runs a stacked network's loops
     cache_compilations: Callable[[Path], bool] = lambda _: True  # there is nothing to keep
-    peak_memory: Callable[[], int | None] = lambda: None  # bytes of a device; None: not counted
+    peak_memory: Callable[[], int | None] = lambda: None  # bytes of a device; None: not told
     checkpoint: Checkpoint = recompute  # computes a block again in the backward pass
     compile: Callable[[Any], Any] = inductor.as_it_is  # a function of tensors, before its first use
     channels_last: bool = False  # how convolutions' weights are to lie in memory
@@ -139,6 +139,7 @@ def _fetch(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _xla_backend(virtual_devices: int | None, fsdp: int | str, kept_bytes: int) -> Backend:
     xla.start(virtual_devices)
+    xla.multiply_in_float32()  # the head and the evaluation, as on a GPU
     from nfnets_xla.strategy import SPMDStrategy, XLAAccelerator  # after the runtime has started
 
     kind, count = xla.device_kind(), xla.num_devices()
@@ -177,5 +178,4 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, kept_bytes: int) 
         cache_compilations=xla.cache_compilations,
         scan=xla.scan,
         checkpoint=xla.recompute,
-        peak_memory=xla.peak_memory,
     )

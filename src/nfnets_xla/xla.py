@@ -22,9 +22,14 @@ import torch
 from torch import Tensor
 
 from nfnets_xla.devices import Counters
+from nfnets_xla.exits import Interrupted
 from nfnets_xla.hosts import Hosts
 
-GOOGLE_PCI_VENDOR = "0x1ae0"  # what a TPU chip answers on the PCI bus of a Cloud TPU VM
+# What answers on the PCI bus of a TPU VM (torch_xla/_internal/tpu.py; 0x0062, v5p, has JAX's list).
+# Google's network card, which its machines with GPUs have too, is another device of the vendor.
+GOOGLE_PCI_VENDOR = "0x1ae0"
+TPU_PCI_DEVICES = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # v2 to 7x
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def is_installed() -> bool:
@@ -33,8 +38,11 @@ def is_installed() -> bool:
 
 def tpu_is_attached() -> bool:
     """Whether this host has a TPU chip, found without loading any runtime."""
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    return any(path.read_text().strip() == GOOGLE_PCI_VENDOR for path in vendors)
+    return any(
+        path.read_text().strip() == GOOGLE_PCI_VENDOR
+        and path.with_name("device").read_text().strip() in TPU_PCI_DEVICES
+        for path in PCI_DEVICES.glob("*/vendor")
+    )
 
 
 def start(virtual_devices: int | None = None) -> None:
@@ -42,7 +50,7 @@ def start(virtual_devices: int | None = None) -> None:
 
     `virtual_devices` asks for the CPU runtime with so many devices; None takes the attached TPU,
     or one CPU device. Settings are read once per process, so asking a started runtime for another
-    number of devices is a ValueError.
+    number of devices is a ValueError. Interrupted if a TPU does not start, which may pass.
     """
     if not is_installed():
         raise ValueError(
@@ -60,9 +68,15 @@ def start(virtual_devices: int | None = None) -> None:
         _choose_environment(virtual_devices)
     import torch_xla.runtime as xr
 
-    if not xr.is_spmd():
-        xr.use_spmd()
-    found = xr.global_runtime_device_count()
+    try:
+        if not xr.is_spmd():
+            xr.use_spmd()
+        found = xr.global_runtime_device_count()
+    except RuntimeError as error:
+        raise Interrupted(
+            f"the TPU does not start ({error}): another process may have it, or another host of "
+            "the slice may not be there yet; the same command may succeed"
+        ) from error
     if virtual_devices is not None and found != virtual_devices:
         raise ValueError(
             f"{virtual_devices} virtual devices were asked for, but this process already runs "
@@ -87,10 +101,28 @@ def _choose_environment(virtual_devices: int | None) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # GSPMD's deprecation notice, per compile
 
 
+def multiply_in_float32() -> None:
+    """Have products of float32 computed as such; comes before the first step.
+
+    A TPU rounds their factors to bfloat16 unless it is told; exact they take six passes. On
+    products of bfloat16 it has no effect; nor, in torch_xla 2.9, on the gradient of a convolution
+    by its input.
+    """
+    from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
+
+    _XLAC._xla_set_mat_mul_precision("highest")  # without the warning of torch_xla.backends
+
+
 def device() -> torch.device:
     import torch_xla
 
     return torch_xla.device()
+
+
+def num_hosts() -> int:
+    import torch_xla.runtime as xr
+
+    return xr.process_count()
 
 
 def num_devices() -> int:
@@ -158,11 +190,11 @@ def open_hosts() -> Hosts:
     """The hosts of a TPU slice. Not run: there was never more than one at hand."""
     import torch_xla.runtime as xr
 
-    if xr.process_count() == 1:
+    if num_hosts() == 1:
         return Hosts()
     import torch_xla.distributed.xla_backend  # noqa: F401  # knows init_method "xla://"
 
-    hosts = Hosts(xr.process_index(), xr.process_count())
+    hosts = Hosts(xr.process_index(), num_hosts())
     if not torch.distributed.is_initialized():
         hosts.heard(lambda: torch.distributed.init_process_group("gloo", "xla://"))
     return hosts
@@ -201,7 +233,7 @@ class _Rows:
     def __init__(self) -> None:
         import torch_xla.runtime as xr
 
-        self.minibatch = xr.process_count() > 1
+        self.minibatch = num_hosts() > 1
         self._local_devices = xr.addressable_runtime_device_count()
 
     def xla_spec(self, tensor: Tensor) -> Any:
@@ -363,17 +395,6 @@ def gather(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 _compiled_to_gather: list[int] = []
-
-
-def peak_memory() -> int | None:
-    """Bytes of a device so far, where the runtime counts them: on a TPU, not on XLA:CPU."""
-    import torch_xla.core.xla_model as xm
-
-    try:
-        found: Any = xm.get_memory_info(device())
-    except RuntimeError:
-        return None
-    return int(found["peak_bytes_used"])
 
 
 def counters() -> Counters:
