@@ -17,7 +17,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from nfnets_xla import WSConv2d
+from nfnets_xla import WSConv2d, xla
+from nfnets_xla.exits import HostLost
+from nfnets_xla.hosts import Hosts
 from nfnets_xla.strategy import SPMDStrategy  # the import registers accelerator and strategy
 
 
@@ -62,6 +64,28 @@ class Mistaken(Module):
         raise RuntimeError("the user's own mistake")
 
 
+class OfTwoHosts(Module):
+    """On one of two hosts, as it believes; after a step the other is gone."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.trainer.strategy._num_hosts = 2  # type: ignore[attr-defined]
+            xla.open_hosts = lambda: Hosts(0, 2)
+            xla.sync = xla.gather = self.fail
+
+    def fail(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("the peer is gone")
+
+
+def lose_a_host(fsdp: int, folder: Path, loader: Any) -> None:
+    """What is on the devices is left there: it may wait for a step of all hosts."""
+    module, before = OfTwoHosts(), (xla.sync, xla.gather, xla.open_hosts)
+    with pytest.raises(HostLost, match=r"host 0 of 2 lost another one \(the peer is gone\): start"):
+        make_trainer("xla", fsdp, folder, epochs=1).fit(module, loader)
+    xla.sync, xla.gather, xla.open_hosts = before
+    assert {parameter.device.type for parameter in module.parameters()} == {"xla"}
+
+
 def main(device: str, fsdp: int, folder: Path) -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     generator = torch.Generator().manual_seed(0)
@@ -69,6 +93,8 @@ def main(device: str, fsdp: int, folder: Path) -> None:
     loader = DataLoader(TensorDataset(images, torch.arange(24) % 4), batch_size=8)
     with pytest.raises(RuntimeError, match="the user's own mistake"):
         make_trainer(device, fsdp, folder, epochs=1).fit(Mistaken(), loader)
+    if device == "xla":
+        lose_a_host(fsdp, folder, loader)
     first, module = Module(), Module()
     trainer = make_trainer(device, fsdp, folder, epochs=1)
     trainer.fit(first, loader, loader)

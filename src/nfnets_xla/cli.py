@@ -20,7 +20,7 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
-from nfnets_xla.exits import INTERRUPTED, START_AGAIN, Failed, Interrupted
+from nfnets_xla.exits import INTERRUPTED, START_AGAIN, Failed, HostLost, Interrupted
 from nfnets_xla.manual import recipes
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.shards_cli import Parser
@@ -72,15 +72,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse(error, 2)
     except Failed as error:
         refuse(error, 1)
+    except HostLost as error:
+        refuse(error, START_AGAIN, at_once=True)
     except Interrupted as error:
         refuse(error, START_AGAIN)
     except KeyboardInterrupt:
         refuse("interrupted", INTERRUPTED)
 
 
-def refuse(error: Exception | str, code: int) -> None:
-    print(f"nfnets-xla: {one_line(error)}", file=sys.stderr)
+def refuse(error: Exception | str, code: int, *, at_once: bool = False) -> None:
+    """`at_once` does without what libraries do at the end of a process: torch_xla and NCCL wait
+    there for the devices."""
+    print(f"nfnets-xla: {one_line(error)}", file=sys.stderr, flush=True)
     let_go_of_output()
+    if at_once:
+        os._exit(code)
     sys.exit(code)
 
 

@@ -8,6 +8,11 @@ class Interrupted(Exception):
     """The run ends now, and the same command would go on from its newest checkpoint."""
 
 
+class HostLost(Interrupted):
+    """Another process of the run has ended. What is on the devices may wait for it for ever: no one
+    may wait for that, not even at the end of the process."""
+
+
 class Unreachable(ValueError):
     """What is at an address could not be had for as long as a request is repeated. Nothing may be
     wrong with what was asked for."""

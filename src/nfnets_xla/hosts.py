@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nfnets_xla.exits import Interrupted, Unreachable
+from nfnets_xla.exits import HostLost, Unreachable
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ BUCKET = 2**26  # bytes of a message: two of them are all the memory that a sum 
 @dataclass(frozen=True)
 class Hosts:
     """Of one, nothing is sent. Each method but `rows` is called by every host, in one order; it
-    raises Interrupted if one of them has ended or does not answer for half an hour."""
+    raises HostLost if one of them has ended or does not answer for half an hour."""
 
     number: int = 0  # of this one, from 0
     count: int = 1
@@ -122,14 +122,17 @@ class Hosts:
         return result
 
     def heard(self, exchange: Callable[[], Any]) -> Any:
-        """What an exchange gives; Interrupted if it fails."""
+        """What an exchange gives; HostLost if it fails."""
         try:
             return exchange()
         except RuntimeError as error:
-            raise Interrupted(
-                f"host {self.number} of {self.count} lost another one ({error}): start all of them "
-                "again, and the run goes on from its newest checkpoint"
-            ) from error
+            raise self.lost(error) from error
+
+    def lost(self, error: Exception) -> HostLost:
+        return HostLost(
+            f"host {self.number} of {self.count} lost another one ({error}): start all of them "
+            "again, and the run goes on from its newest checkpoint"
+        )
 
 
 def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -109,11 +109,15 @@ class SPMDStrategy(SingleDeviceStrategy):
         self.fsdp = fsdp
         self.trace_seconds = 0.0  # of training, in Python, until the graph of a step is complete
         self.dispatch_seconds = 0.0  # then, until the runtime took it; the first time it compiles
+        self._num_hosts = 1
+        self._has_stepped = False
+        self._has_failed = False
         self._at_teardown = ExitStack()
 
     def setup_environment(self) -> None:
         xla.start()
         xla.make_mesh(self.fsdp)
+        self._num_hosts = xla.num_hosts()
         self._root_device = xla.device()
         super().setup_environment()
 
@@ -185,10 +189,21 @@ class SPMDStrategy(SingleDeviceStrategy):
         start = time.perf_counter()
         output = step(*args, **kwargs)
         traced = time.perf_counter()
-        xla.sync()
+        self._sync()
+        self._has_stepped = True
         self.trace_seconds += traced - start
         self.dispatch_seconds += time.perf_counter() - traced
         return output
+
+    def _sync(self) -> None:
+        """HostLost for what the runtime raises after the first step, of several hosts: it is not
+        the program's fault then."""
+        try:
+            xla.sync()
+        except RuntimeError as error:
+            if self._has_stepped and self._num_hosts > 1:
+                raise xla.open_hosts().lost(error) from error
+            raise
 
     @property
     def _is_automatic(self) -> bool:
@@ -198,23 +213,31 @@ class SPMDStrategy(SingleDeviceStrategy):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().validation_step(*args, **kwargs)
-        xla.sync()
+        self._sync()
         return output
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().test_step(*args, **kwargs)
-        xla.sync()
+        self._sync()
         return output
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().predict_step(*args, **kwargs)
-        xla.sync()
+        self._sync()
         return output
 
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        self._has_failed = True
+
     def teardown(self) -> None:
+        """Brings weights and optimizer state to the host; not where one of several hosts failed: to
+        gather takes all of them, and a step that is under way may wait for one that is gone."""
+        self._at_teardown.close()
+        if self._has_failed and self._num_hosts > 1:
+            return
         if self.fsdp > 1 and self.lightning_module is not None:
             _to_host(self.lightning_module, self.optimizers)
-        self._at_teardown.close()
         super().teardown()
 
     def save_checkpoint(
