@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 STATES = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
@@ -36,6 +37,7 @@ echo "uv $*" >> "$CLOUD/calls"
 """
 ON_A_WORKER = {
     "mountpoint": '#!/bin/bash\ntest -e "$HOME/mounted"\n',
+    "sleep": '#!/bin/bash\n[ "$1" != 10 ] || set -- 0.05\nexec /bin/sleep "$@"\n',
     "sudo": (
         '#!/bin/bash\necho "sudo $*" >> "$CLOUD/calls"\n'
         '[ "$1" != mount ] || touch "$HOME/mounted"\n'
@@ -91,6 +93,9 @@ def gcloud(folder: Path, arguments: list[str]) -> int:
         (folder / "down").unlink()
         print("ERROR: gcloud crashed\n  the network is down", file=sys.stderr)
         return 1
+    if (folder / "hangs").exists():
+        (folder / "hangs").unlink()
+        time.sleep(60)
     kind, verb, *rest = arguments[2:]
     if kind == "queued-resources":
         return queued_resource(folder, verb, rest)

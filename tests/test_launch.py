@@ -208,6 +208,9 @@ def test_step_by_step(
     for number in (0, 1):
         (ran,) = made.runs(number)
         assert ran.startswith("pretrain run_dir=/mnt/share/nfnet-f3 model.name=nfnet_f3 ")
+    asked = [shlex.split(call) for call in made.calls() if call.split()[3:4] == ["tpu-vm"]]
+    for call in asked:  # a worker that is gone says nothing
+        assert f"--{call[4]}-flag=-oServerAliveInterval=15" in call
     mounts = [call for call in made.calls() if call.startswith("sudo mount")]
     assert mounts == ["sudo mount -t nfs 10.0.0.2:/runs /mnt/share"] * 2
     assert "uv pip sync -q --require-hashes --python venv/bin/python lock.txt" in made.calls()
@@ -244,6 +247,30 @@ def test_a_run_that_fails_is_not_repeated(
     assert launch("start", overrides) == 0  # what was wrong is mended
     until(lambda: (made.home(0) / "nfnets-xla" / "exit").exists())
     assert launch("watch", overrides) == 0
+
+
+def test_what_is_interrupted_at_once_is_repeated_ten_times(
+    overrides: list[str], cloud: Callable[..., Cloud], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A slice whose TPU never starts would cost until someone looks."""
+    made = cloud(*["75"] * 12)
+    assert launch("watch", overrides) == 1
+    assert "the run ended on 2 of 2 workers (host-0: exit 75)" in capsys.readouterr().err
+    assert [len(made.runs(number)) for number in (0, 1)] == [10, 10]
+
+
+def test_gcloud_that_hangs_is_asked_again(
+    overrides: list[str],
+    cloud: Callable[..., Cloud],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As ssh does to a worker that is gone."""
+    made = cloud("0")
+    monkeypatch.setattr("nfnets_xla.launch.ANSWERS_IN", 2)
+    (made.folder / "hangs").touch()
+    assert launch("watch", overrides) == 0
+    assert "has not answered in 2 s; trying again\n" in capsys.readouterr().err
 
 
 def test_a_killed_loop_is_started_again(overrides: list[str], cloud: Callable[..., Cloud]) -> None:

@@ -6,9 +6,11 @@ wheel=$1 lock=$2 share=$3 mount=$4
 
 if ! mountpoint -q "$mount"; then
     # A new worker updates itself, and holds the lock of its packages meanwhile.
+    sudo apt-get -q -o DPkg::Lock::Timeout=600 update
     sudo apt-get -q -o DPkg::Lock::Timeout=600 install -y nfs-common
     sudo mkdir -p "$mount"
     sudo mount -t nfs "$share" "$mount"
+    test -w "$mount" || sudo chmod a+rwx "$mount" # a new share is root's alone
 fi
 
 # The image's own Python is older than the library's; uv brings one.

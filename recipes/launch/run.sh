@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On every worker: `nfnets-xla ARGUMENTS`, again for as long as it says that it was interrupted and
-# has saved (exit code 75), or was before it had begun (143), unless the file `stop` is there. While
-# it lives it holds the lock; `pid` is the process to ask to stop; `exit` is what it ended with.
+# has saved (exit code 75), or was before it had begun (143), unless the file `stop` is there; or it
+# was ten times in a row within five minutes, which will not pass. While it lives it holds the lock;
+# `pid` is the process to ask to stop; `exit` is what it ended with.
 #   bash run.sh HOST:/FOLDER MOUNT ARGUMENTS
 set -u
 share=$1 mount=$2
@@ -14,14 +15,19 @@ rm -f stop
 # A reboot leaves no mount. Without one the run would begin anew, on a disk of the worker; this ends
 # as "stopped", which is started again.
 mountpoint -q "$mount" || sudo mount -t nfs "$share" "$mount" 9>&- || exit 1
-code=75
-while [[ "$code" =~ ^(75|143)$ ]] && [ ! -e stop ]; do
+short=0
+while :; do
     echo "$(date -u +%FT%TZ) nfnets-xla $*"
+    began=$SECONDS
     venv/bin/nfnets-xla "$@" &
     echo $! > pid
     wait $!
     code=$?
+    rm -f pid
+    if ((SECONDS - began < 300)); then ((short += 1)); else short=0; fi
+    [[ "$code" =~ ^(75|143)$ ]] && [ ! -e stop ] && ((short < 10)) || break
+    sleep 10 9>&-
+    [ ! -e stop ] || break
 done
-rm -f pid
 echo "$(date -u +%FT%TZ) ended with $code"
 echo "$code" > exit

@@ -31,6 +31,12 @@ GONE = ("SUSPENDED", "FAILED")  # never become ACTIVE again: to be deleted and a
 GOING = ("SUSPENDING", "DELETING")
 ABSENT = "NOT_FOUND"  # what gcloud says of one that does not exist
 DAY = 24 * 3600  # seconds
+ANSWERS_IN = 600  # seconds, or a question has failed
+# A connection to a worker that is gone ends after two minutes; by itself it would after two hours.
+CONNECTED = [
+    f"-o{option}"
+    for option in ("ServerAliveInterval=15", "ServerAliveCountMax=8", "ConnectTimeout=30")
+]
 FAILURES_IN_A_ROW = 10  # of `watch`: the network may be down, or a slice go while it is asked
 
 # A line per worker. A lock that is held is a run that lives: no way to end leaves it behind.
@@ -147,7 +153,8 @@ class Slice:
             scripts = [open_files.enter_context(_shipped(name)) for name in SCRIPTS]
             sources = [str(path) for path in (wheel, lock, *scripts)]
             node = f"{self.settings.name}:{FOLDER}/"
-            self._gcloud("tpu-vm", "scp", *sources, node, "--worker=all")
+            flags = [f"--scp-flag={option}" for option in CONNECTED]
+            self._gcloud("tpu-vm", "scp", *sources, node, "--worker=all", *flags)
         arguments = shlex.join([wheel.name, lock.name, self.settings.share, SHARE])
         self._on_workers(f"cd {FOLDER} && bash install.sh {arguments}")
 
@@ -174,7 +181,8 @@ class Slice:
 
     def _on_workers(self, command: str, *, worker: str = "all", ask: bool = False) -> str:
         to = (self.settings.name, f"--worker={worker}", f"--command={command}")
-        return self._gcloud("tpu-vm", "ssh", *to, ask=ask)
+        flags = [f"--ssh-flag={option}" for option in CONNECTED]
+        return self._gcloud("tpu-vm", "ssh", *to, *flags, ask=ask)
 
     def _queue(self, verb: str, *options: str, ask: bool = False) -> str:
         return self._gcloud("queued-resources", verb, self.settings.name, *options, ask=ask)
@@ -194,7 +202,12 @@ class Slice:
                 stderr=subprocess.PIPE if ask else None,
                 text=True,
                 check=False,
+                timeout=ANSWERS_IN if ask else None,
             )
+        except subprocess.TimeoutExpired:
+            raise Failed(
+                f"gcloud {' '.join(arguments[:2])} has not answered in {ANSWERS_IN} s"
+            ) from None
         except FileNotFoundError:
             raise ValueError(
                 "there is no gcloud on the PATH: install Google Cloud's command line tools, or add "
