@@ -266,7 +266,7 @@ def report_search(report: Report, pictures: list[Picture], folder: Path) -> None
     noise = np.concatenate([clouds(rng, 500) for _ in range(NOISE_REFERENCES // 500)])
     rows = np.zeros((len(noise), 2), np.int64)
     start = time.process_time()
-    build_references(folder / "noise.faiss", [(noise, rows)], len(noise), Settings.crop)
+    build_references(folder / "noise.faiss", [(noise, rows)], Settings.crop)
     built = time.process_time() - start
     references = load_references(folder / "noise.faiss", Settings.crop)
     queries = np.concatenate([thumbnails(as_jpeg(image, 95)) for _, image in pictures])
