@@ -3,15 +3,11 @@
 import copy
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed import destroy_process_group, init_process_group
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
 
 from nfnets_xla import config
 from nfnets_xla.optim import (
@@ -61,25 +57,6 @@ def test_a_classifier_that_is_no_linear_is_refused_by_name() -> None:
         parameter_roles(small_net(), "stem")
     with pytest.raises(ValueError, match="its last is 'head'"):
         parameter_roles(small_net(), "fc")
-
-
-def test_shards_of_fsdp2_are_refused(tmp_path: Path) -> None:
-    """They show the shape of the whole, so that only their kind tells them."""
-    net = small_net()
-    whole = parameter_roles(net, "head")
-    store = f"file://{tmp_path}/store"
-    init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        shards = distribute_tensor(net.stem.weight.detach(), init_device_mesh("cpu", (1,)))
-        net.stem.weight = nn.Parameter(shards)
-        with pytest.raises(ValueError, match=r"'stem.weight' is a DTensor, .* it is sharded"):
-            parameter_roles(net, "head")
-        with pytest.raises(ValueError, match=r"'stem.weight' is a DTensor, .* it is sharded"):
-            SGD_AGC(net.named_parameters(), whole, lr=0.1)
-        with pytest.raises(ValueError, match=r"'stem.weight' is a DTensor, .* it is sharded"):
-            agc_(net.named_parameters(), whole)
-    finally:
-        destroy_process_group()
 
 
 def test_parameters_without_names_are_refused() -> None:
@@ -263,6 +240,26 @@ def test_a_state_dict_of_another_optimizer_is_refused() -> None:
     without["state"] = {}
     with pytest.raises(ValueError, match="the state has no 'momentum', which SGD_AGC needs"):
         sgd(net).load_state_dict(without)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("theirs", "ours"), [(7, 3), (3, 7), (1, 3)])
+def test_state_of_another_shape_is_refused_and_changes_nothing(
+    name: str, theirs: int, ours: int
+) -> None:
+    """A new head, and the state of the old one: torch's fused kernel writes beside it."""
+    nets = [small_net() for _ in range(2)]
+    for net, classes in zip(nets, (theirs, ours), strict=True):
+        net.head = nn.Linear(net.head.in_features, classes)
+    one, other = (an_optimizer(name, net, parameter_roles(net, "head"), lr=0.1) for net in nets)
+    before = copy.deepcopy(other.state_dict())
+    slot = other.SLOTS[0]
+    with pytest.raises(
+        ValueError,
+        match=rf"{slot} of another model: that of 'head.bias' has shape \({theirs},\), the p",
+    ):
+        other.load_state_dict(one.state_dict())
+    torch.testing.assert_close(other.state_dict()["state"], before["state"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

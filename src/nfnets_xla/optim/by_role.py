@@ -282,11 +282,21 @@ class ByRole(torch.optim.Optimizer):
                 self.state[parameter][slot] = copies[slot][name]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's. ValueError for the state of an optimizer that keeps or needs less."""
+        """torch's. ValueError for the state of an optimizer that keeps or needs less, or of another
+        model. What torch.distributed.checkpoint leaves out, of the frozen, stays what it is here.
+        """
         # A scheduler adds keys of its own to the groups, and a copy has some in its defaults.
         needed = self.param_groups[0].keys() & {"params", *self.defaults}
-        kept: Mapping[int, Mapping[str, Any]] = state_dict["state"]
-        first = state_dict["param_groups"][0]["params"][0]
+        kept: dict[int, Mapping[str, Any]] = {**state_dict["state"]}
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        first, named = numbers[0], self._named()
+        if len(numbers) == len(named):  # else torch says so
+            for number, (name, parameter) in zip(numbers, named, strict=True):
+                if number not in kept and not parameter.requires_grad:
+                    own = self.state[parameter]
+                    kept[number] = {slot: own[slot] for slot in self.SLOTS}
+                for slot in self.SLOTS:
+                    check_shape(slot, name, parameter, kept.get(number, {}).get(slot, parameter))
         for group in state_dict["param_groups"]:
             missing = sorted(needed - group.keys())
             for parameter in group["params"]:
@@ -297,7 +307,7 @@ class ByRole(torch.optim.Optimizer):
                     f"the state has no {missing[0]!r}, which {type(self).__name__} needs: it is of "
                     f"another optimizer; give what {type(self).__name__}.state_dict() returned"
                 )
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "state": kept})
 
     @property
     def _first(self) -> Tensor:
@@ -347,6 +357,15 @@ def checked_hyperparameter(name: str, value: float | Tensor, like: Tensor) -> An
     return value
 
 
+def check_shape(what: str, name: str, own: Tensor, source: Tensor) -> None:
+    """ValueError if they differ: torch takes any, and its fused kernels then write beside it."""
+    if source.shape != own.shape:
+        raise ValueError(
+            f"{what} of another model: that of {name!r} has shape {tuple(source.shape)}, the "
+            f"parameter here {tuple(own.shape)}"
+        )
+
+
 def copies_like(
     what: str, own: Mapping[str, Tensor], source: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -359,11 +378,7 @@ def copies_like(
         problem = "is missing" if name in own else "has no parameter"
         raise ValueError(f"{what} of another model: that of {name!r} {problem} here")
     for name, tensor in own.items():
-        if source[name].shape != tensor.shape:
-            raise ValueError(
-                f"{what} of another model: that of {name!r} has shape {tuple(source[name].shape)}, "
-                f"the parameter here {tuple(tensor.shape)}"
-            )
+        check_shape(what, name, tensor, source[name])
     return {
         name: source[name].detach().to("cpu", tensor.dtype, copy=True).to(tensor.device)
         for name, tensor in own.items()

@@ -101,8 +101,12 @@ def in_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[s
 
 def check_whole(name: str, parameter: Tensor) -> None:
     """ValueError for a DTensor, as `fully_shard` makes them: its shape is the whole one's."""
-    if hasattr(parameter, "placements"):  # its class takes a second to import
+    if is_dtensor(parameter):
         raise _cut(f"parameter {name!r} is a DTensor, a shard of the whole")
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements")  # its class takes a second to import
 
 
 def _cut(what: str) -> ValueError:

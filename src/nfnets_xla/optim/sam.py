@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nfnets_xla.optim import roles as role
 from nfnets_xla.optim.agc import gradient, vector_norm
 from nfnets_xla.optim.by_role import checked_hyperparameter, wider
 
@@ -32,7 +33,8 @@ NORM_FLOOR = 1e-12  # big_vision's gsam.py: a gradient of zeros leaves the weigh
 class SAM(torch.optim.Optimizer):
     """`SAM(SGD_AGC(...), rho=0.05)`: the wrapped optimizer's groups and state, two passes a step.
 
-    Both objects show the same `param_groups` and `state`, whichever of them loads a state dict.
+    Both objects show the same `param_groups` and `state`, whichever of them loads a state dict:
+    give torch.distributed.checkpoint `base_optimizer`, for it makes state by a step of its own.
     While `step` calls its closure, `ascending` and `microbatch` say what for.
     """
 
@@ -118,7 +120,7 @@ class SAM(torch.optim.Optimizer):
             raise ValueError(
                 "SAM.step needs a closure, because it runs forward and backward twice: "
                 "call step(closure), where closure() zeroes the gradients, calls backward and "
-                "returns the loss"
+                "returns the loss (and give torch.distributed.checkpoint its base_optimizer)"
             )
         loss = None
         descent: dict[Tensor, Tensor] = {}  # gradients found at w + e, summed over microbatches
@@ -171,7 +173,11 @@ class SAM(torch.optim.Optimizer):
         """Copied back, because (w + e) - e is not w in floating point."""
         if self._kept:
             parameters, weights = zip(*self._kept, strict=True)
-            torch._foreach_copy_(parameters, weights)
+            if any(role.is_dtensor(parameter) for parameter in parameters):
+                for parameter, weight in self._kept:  # torch 2.9 has no rule for lists of DTensors
+                    parameter.copy_(weight)
+            else:
+                torch._foreach_copy_(parameters, weights)
             self._kept = []
 
     def _take_gradients(self, total: dict[Tensor, Tensor]) -> None:
