@@ -7,6 +7,8 @@ import pytest
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from nfnets_xla import create_model, fuse
 from nfnets_xla.models.layers import WSConv2d
@@ -57,6 +59,18 @@ def test_a_state_dict_is_the_whole_network() -> None:
     fresh.load_state_dict(fused.state_dict())
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(fresh(images), fused(images))
+
+
+@torch.no_grad()
+def test_what_is_pruned_or_parametrised_is_fused_as_it_computes() -> None:
+    """Convolutions and linears alike: their weights are no parameters then."""
+    for put in (lambda module: prune.l1_unstructured(module, "weight", 0.5), weight_norm):
+        net = trained().eval()
+        for module in list(net.modules()):
+            if isinstance(module, WSConv2d | nn.Linear):
+                put(module)
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(fuse(net)(images), net(images), atol=1e-5, rtol=1e-4)
 
 
 def test_a_network_without_its_end_is_refused() -> None:

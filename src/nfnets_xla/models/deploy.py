@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nfnets_xla.models.layers import (
     GELU_GAIN,
     Gelu,
+    Linear,
     WSConv2d,
     at_least_float32,
     gelu,
@@ -80,7 +81,8 @@ class FusedNFNet(nn.Module):
             FusedBlock(block) for stage in net.stages for block in stage.children()
         )
         self.final_conv = _plain(net.final_conv)
-        self.head = deepcopy(net.head)
+        own = isinstance(net.head, Linear)
+        self.head = _plain_linear(net.head, Linear) if own else deepcopy(net.head)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits `(B, K)` in float32, or pooled features `(B, F)` without a classifier; or what
@@ -114,9 +116,8 @@ class FusedBlock(nn.Module):
         self.conv_shortcut = None
         if block.conv_shortcut is not None:
             self.conv_shortcut = _plain(block.conv_shortcut, GELU_GAIN * block.beta)
-        self.squeeze_excite = deepcopy(block.squeeze_excite)
-        for name, linear in block.squeeze_excite.named_children():
-            setattr(self.squeeze_excite, name, _plain_linear(linear))
+        plain = {id(linear): _plain_linear(linear) for linear in block.squeeze_excite.children()}
+        self.squeeze_excite = deepcopy(block.squeeze_excite, plain)  # with these in their places
         # A buffer, so that a state dict is the whole network.
         self.branch_gain: Tensor
         self.register_buffer("branch_gain", block.skip_gain.detach() * (2 * ALPHA))
@@ -144,12 +145,14 @@ def gelu_(x: Tensor, form: Gelu) -> Tensor:
     return torch.ops.aten.gelu_(x, approximate="tanh" if form == "tanh" else "none")
 
 
-def _plain_linear(linear: nn.Module) -> nn.Linear:
-    """Of torch's own class, by which quantisation knows it. Here inputs have the weights' dtype."""
+def _plain_linear(linear: nn.Module, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    """Of torch's own class, by which quantisation knows it, where inputs have the weights' dtype;
+    without what torch.nn.utils has put on it."""
     assert isinstance(linear, nn.Linear)
     with torch.device("meta"):
-        plain = nn.Linear(linear.in_features, linear.out_features)
-    plain.weight, plain.bias = deepcopy(linear.weight), deepcopy(linear.bias)
+        plain = kind(linear.in_features, linear.out_features)
+    plain.weight = nn.Parameter(linear.weight.detach().clone())
+    plain.bias = nn.Parameter(linear.bias.detach().clone())
     return plain
 
 
@@ -170,5 +173,6 @@ def _plain(conv: nn.Module, input_gain: float = 1.0) -> nn.Conv2d:
             dtype=weight.dtype,
         )
     plain.weight = nn.Parameter(weight)
-    plain.bias = deepcopy(conv.bias)
+    assert conv.bias is not None
+    plain.bias = nn.Parameter(conv.bias.detach().clone())
     return plain
