@@ -1,5 +1,6 @@
 """What goes wrong while batches are made is named, refused or counted; workers start and end."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -161,7 +162,13 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_of_a_killed_run_end_too(tmp_path: Path) -> None:
+def blocked(pid: int) -> set[int]:
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = int(status.partition("SigBlk:")[2].split()[0], 16)
+    return {number for number in (signal.SIGINT, signal.SIGTERM) if mask >> (number - 1) & 1}
+
+
+def test_workers_hear_no_signal_of_the_group_and_end_when_the_run_is_killed(tmp_path: Path) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
     run = subprocess.Popen(
         [sys.executable, tmp_path / "killed.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -169,6 +176,8 @@ def test_workers_of_a_killed_run_end_too(tmp_path: Path) -> None:
     assert run.stdout is not None
     workers = [int(pid) for pid in run.stdout.readline().split()]
     assert len(workers) == 2
+    assert all(blocked(pid) == {signal.SIGINT, signal.SIGTERM} for pid in workers)
+    assert blocked(run.pid) == set()
     run.kill()
     run.communicate()
     end = time.monotonic() + 30
