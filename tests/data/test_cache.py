@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from nfnets_xla.data.ahead import ReadAhead
 from nfnets_xla.data.cache import Cache, Fetch, Room, open_cache
 from tests.data.tars import one_line
 
@@ -40,9 +41,38 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     cache.bring("c", never)  # what is wanted soon counts as used
     cache.open("e", giving(b"e" * 15))
     assert names(cache) == {"c", "e"}
+    cache.open("f", giving(b"f" * 5))
+    cache.keep("c")
+    cache.keep("nothing of that name")
+    cache.open("g", giving(b"g" * 20))
+    assert names(cache) == {"c", "g"}
     cache.drop("c")
     cache.drop("c")
     assert cache.open("c", giving(b"another")).whole() == b"another"
+
+
+def test_what_is_wanted_is_kept_before_anything_is_fetched() -> None:
+    """Or what is fetched first drives out what is wanted and not read yet: by four threads, of
+    which one may be late."""
+    calls: list[tuple[str, int]] = []
+    fetched = threading.Event()
+
+    def bring(shard: int) -> None:
+        calls.append(("bring", shard))
+        if len(calls) % 6 == 0:
+            fetched.set()
+
+    ahead = ReadAhead(bring, lambda shard: calls.append(("keep", shard)))
+    for first in (0, 1):
+        shards = [first, first + 1, first + 2]
+        ahead.want(first, lambda _, shards=shards: shards)
+        assert fetched.wait(10)
+        fetched.clear()
+        now = calls[-6:]
+        assert now[:3] == [("keep", shard) for shard in shards]
+        assert sorted(now[3:]) == [("bring", shard) for shard in shards]
+    ahead.want(2, lambda _: [1, 2, 3])  # the same: nothing to do
+    assert len(calls) == 12
 
 
 def test_what_else_lies_in_the_folder_stays_and_counts_for_nothing(tmp_path: Path) -> None:
@@ -134,17 +164,19 @@ def test_room_that_a_living_one_reserved_is_waited_for(
         waits.set()
         time.sleep(seconds)
 
-    monkeypatch.setattr("nfnets_xla.data.cache.time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(
+        "nfnets_xla.data.cache.time", SimpleNamespace(sleep=sleep, time_ns=time.time_ns)
+    )
 
     def slow(room: Room) -> None:
         part = room(15)
         begun.set()
-        go_on.wait()
+        assert go_on.wait(30)
         part.write_bytes(b"a" * 15)
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(cache.open, "a", slow)
-        begun.wait()
+        assert begun.wait(30)
         cache.bring("a", never)  # does not wait for it
         second = threads.submit(cache.open, "b", giving(b"b" * 10))
         while not waits.wait(0.01):

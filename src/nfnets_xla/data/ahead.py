@@ -18,10 +18,10 @@ THREADS = 4  # of each worker; one connection to an object store gives 0.1 to 0.
 class ReadAhead:
     """Fetches what is wanted, in the order of need, until it is garbage."""
 
-    def __init__(self, bring: Callable[[int], None]) -> None:
+    def __init__(self, bring: Callable[[int], None], keep: Callable[[int], None]) -> None:
         """`bring(shard)` has the shard fetched, unless it is there. What it raises is left to the
-        reader, who will meet it again."""
-        self._state = _State(bring)
+        reader, who will meet it again. `keep(shard)` has it, if it is there, give way last."""
+        self._state = _State(bring, keep)
         self._first: int | None = None
         for _ in range(THREADS):
             threading.Thread(target=self._state.work, daemon=True, name="read-ahead").start()
@@ -29,7 +29,7 @@ class ReadAhead:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without its threads, for the loader's workers."""
-        return ReadAhead, (self._state.bring,)
+        return ReadAhead, (self._state.bring, self._state.keep)
 
     def want(self, step: int, shards_ahead: Callable[[int], list[int]]) -> None:
         """Replaces what was wanted before; what is being fetched is finished.
@@ -46,8 +46,8 @@ class ReadAhead:
 class _State:
     """What the threads share; they do not hold the ReadAhead itself, which may go."""
 
-    def __init__(self, bring: Callable[[int], None]) -> None:
-        self.bring = bring
+    def __init__(self, bring: Callable[[int], None], keep: Callable[[int], None]) -> None:
+        self.bring, self.keep = bring, keep
         self.changed = threading.Condition()
         self.wanted: list[int] = []
         self.to_do: list[int] = []  # in reverse
@@ -56,6 +56,8 @@ class _State:
     def want(self, shards: list[int]) -> None:
         with self.changed:
             if shards != self.wanted:
+                for shard in shards:  # before one is fetched, for which another has to go
+                    self.keep(shard)
                 self.wanted, self.to_do = shards, shards[::-1]
                 self.changed.notify_all()
 

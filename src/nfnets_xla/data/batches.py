@@ -74,7 +74,8 @@ class Samples:
 
     @cached_property
     def ahead(self) -> ReadAhead | None:
-        return ReadAhead(self.index.bring) if self.index.folder.cache else None
+        index = self.index
+        return ReadAhead(index.bring, index.keep) if index.folder.cache else None
 
     def place(self, number: int) -> tuple[int, int]:
         """Shard and row."""

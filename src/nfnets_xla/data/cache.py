@@ -58,15 +58,19 @@ class Cache:
             if held and not self._opened(key):
                 self._fetched(key, fetch)
 
+    def keep(self, key: str) -> None:
+        """Have a copy, if it is there, be the last to give way."""
+        with suppress(FileNotFoundError):
+            _use(self.folder / key)
+
     def drop(self, key: str) -> None:
         """Forget a copy that is not what it should be."""
         (self.folder / key).unlink(missing_ok=True)
 
     def _opened(self, key: str) -> OpenFile | None:
-        path = self.folder / key
+        self.keep(key)
         try:
-            os.utime(path)  # the time of last use
-            return OpenFile(path)
+            return OpenFile(self.folder / key)
         except FileNotFoundError:
             return None
 
@@ -82,6 +86,7 @@ class Cache:
             fetch(room)
             file = OpenFile(parts[-1])
             # Not synced: a copy that a crash of the machine has spoiled fails its checksums.
+            _use(parts[-1])
             with _held(self.folder / LOCK, wait=True):  # who counts sees it under one name
                 parts[-1].replace(self.folder / key)
             return file
@@ -162,6 +167,16 @@ class _Entry(NamedTuple):
     size: int  # bytes; of what is on its way, those that it will have
     used: int  # nanoseconds, when it was last read
     on_its_way: bool
+
+
+def _use(path: Path) -> None:
+    """Write down that the file is used now, by a clock that does not stand still for milliseconds,
+    as a file system's own does."""
+    now = time.time_ns()
+    try:
+        os.utime(path, ns=(now, now))
+    except PermissionError:  # the owner's right alone
+        os.utime(path)
 
 
 @contextmanager

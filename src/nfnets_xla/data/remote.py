@@ -296,6 +296,9 @@ class CachedFile:
         """Have the copy, unless another process is fetching it."""
         self._cache.bring(self._key, self._fetch_now())
 
+    def keep(self) -> None:
+        self._cache.keep(self._key)
+
     def refresh(self) -> bool:
         """The copy may have rotted: the next read fetches another."""
         self._cache.drop(self._key)

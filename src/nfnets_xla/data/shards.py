@@ -17,7 +17,7 @@ Shape suffixes: S shards.
 import hashlib
 import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -199,9 +199,18 @@ class ShardIndex:
 
     def bring(self, shard: int) -> None:
         """Have a remote shard and its sidecar in the cache, unless another process fetches them."""
+        for file in self._copies(shard):
+            file.bring()
+
+    def keep(self, shard: int) -> None:
+        """Have what the cache has of a remote shard give way last."""
+        for file in self._copies(shard):
+            file.keep()
+
+    def _copies(self, shard: int) -> Iterator[CachedFile]:
         for file in (_sidecar(self.folder, self.manifest, shard), self._file(shard)):
             assert isinstance(file, CachedFile)
-            file.bring()
+            yield file
 
     def check_room(self, num_shards: int, what: str) -> None:
         """Raises ValueError if the cache cannot hold any so many shards of each of its sharers."""
