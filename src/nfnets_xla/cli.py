@@ -58,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
         if code:
             sys.exit(code)
-    except BrokenPipeError:  # `nfnets-xla models | head`: the reader has seen enough
-        let_go_of_output()
+    except BrokenPipeError as error:
+        if is_heard():
+            refuse(error, 1)
+        let_go_of_output()  # `nfnets-xla models | head`: the reader has seen enough
     except OSError as error:
         refuse(error, 2 if isinstance(error, WRONG_PATH) else 1)
     except ModuleNotFoundError as error:
@@ -90,11 +92,18 @@ def refuse(error: Exception | str, code: int, *, at_once: bool = False) -> None:
     sys.exit(code)
 
 
-def let_go_of_output() -> None:
-    """What cannot be written is forgotten, or Python would complain of it once more at its end."""
+def is_heard() -> bool:
+    """Whether standard output still takes what was said."""
     try:
         sys.stdout.flush()
     except OSError:
+        return False
+    return True
+
+
+def let_go_of_output() -> None:
+    """What cannot be written is forgotten, or Python would complain of it once more at its end."""
+    if not is_heard():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

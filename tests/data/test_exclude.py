@@ -15,7 +15,8 @@ from nfnets_xla.data.order import Order
 from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.inputs import check_apart, open_shards
-from tests.data.images import packed, samples
+from tests.data.images import noise_png, packed, samples
+from tests.data.tars import sample, write_tar
 
 
 @pytest.fixture
@@ -142,6 +143,23 @@ def test_the_list_is_there_before_the_shards(
     monkeypatch.setattr(ShardIndex, "read", reading)
     assert hold_out(index, tmp_path / "out", samples=6) == listed[0]
     assert len(listed) == len(listed[0]) == 6
+
+
+def test_an_empty_image_is_held_out_by_the_list_alone(tmp_path: Path) -> None:
+    """Training counts it among those that do not decode; a shard cannot be packed with it."""
+    for number in range(8):
+        image = noise_png(number) if number % 2 else b""
+        write_tar(tmp_path / f"{number}.tar", sample(f"k{number}", number, image))
+    index = build_index(tmp_path)
+    out = tmp_path.with_name(f"{tmp_path.name}-out")
+    ids = hold_out(index, out, samples=7)
+    assert len(ids) == len((out / "held_out.txt").read_text().split()) == 7
+    labels = {sample_id: int(sample_id.rpartition("k")[2]) for sample_id in ids}
+    held = build_index(out)
+    shown = {held.sample_id(0, row)[-8:]: held.labels(0, row) for row in range(held.num_samples)}
+    assert shown == {
+        f"{line:08d}": {labels[one]: 1.0} for line, one in enumerate(ids) if labels[one] % 2
+    }
 
 
 def test_a_failure_leaves_no_list_without_shards(index: ShardIndex, tmp_path: Path) -> None:

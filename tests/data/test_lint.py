@@ -1,10 +1,15 @@
 """Lint names what indexing and decoding would stop at, all of it; stats say what there is."""
 
+import importlib
+import io
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from nfnets_xla.cli import main
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.lint import lint, stats
 from tests.data.images import encoded, noise_png, packed
@@ -67,6 +72,57 @@ def test_an_image_too_large_to_decode_is_a_fault(
     (fault,) = lint(tmp_path)
     assert str(fault).startswith("a.tar, offset 1024: sample x: ")
     assert "200 x 100 pixels are more than 10000" in fault.what
+
+
+def test_members_that_are_links_are_faults(tmp_path: Path) -> None:
+    """As GNU tar writes files that are hard-linked: the sample would be missed by nobody."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in sample("a", 1, noise_png(0)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for kind, key in ((tarfile.LNKTYPE, "b"), (tarfile.SYMTYPE, "c")):
+            for ending in ("CLS", "png", "thumbnail"):
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.type, info.linkname = kind, f"a.{ending}"
+                tar.addfile(info)
+        folder = tarfile.TarInfo("d.png")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    found = [
+        fault.what.partition(" is a link, or sparse: pack it with")[0] for fault in lint(tmp_path)
+    ]
+    assert found == ["b.CLS", "b.png", "c.CLS", "c.png"]
+
+
+def test_one_label_far_above_the_others_takes_no_memory(tmp_path: Path) -> None:
+    for number, label in enumerate((3, 3, 2**31 - 1)):
+        write_tar(tmp_path / f"{number}.tar", sample("x", label, noise_png(number)))
+    found = stats(build_index(tmp_path))
+    assert found["classes"] == (
+        "2,147,483,648 of 0 to 2 (median 0) samples; 2,147,483,646 have none"
+    )
+
+
+def test_work_that_dies_is_no_reader_that_has_seen_enough(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """`lint` before a training must not end with 0 unless it has looked."""
+    write_tar(tmp_path / "a.tar", sample("x"))
+    for die in ("os.kill(os.getpid(), 9)", "raise BrokenPipeError"):
+        code = f"import os\ndef die(folder, name):\n    {die}\n"
+        (tmp_path / "dying.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        sys.modules.pop("dying", None)
+        monkeypatch.setattr(
+            "nfnets_xla.data.lint._lint_shard", importlib.import_module("dying").die
+        )
+        with pytest.raises(SystemExit) as stopped:
+            main(["shards", "lint", str(tmp_path), "--jobs", "2"])
+        assert stopped.value.code == 1
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("nfnets-xla:")]
+        assert "a process that did a part of the work was killed, perhaps for memory" in line
 
 
 def test_stats(tmp_path: Path) -> None:

@@ -334,6 +334,16 @@ def test_a_list_that_is_none_of_labels(label: list[Any]) -> None:
     assert found == {4: 1.0, 2: 1.0}
 
 
+def test_a_folder_with_a_colon_is_no_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pack_samples([("a", b"x", "png", {1: 1e-9})], "ds:v2", samples_per_shard=1)
+    index = build_index("ds:v2")
+    (weight,) = index.labels(0, 0).values()
+    pack_samples([("a", b"x", "png", {1: weight})], "again", samples_per_shard=1)  # of float32
+
+
 def test_shards_of_a_target_size(tmp_path: Path) -> None:
     samples: list[Sample] = [(f"{n}", b"x" * 99, "png", 1) for n in range(10)]  # 100 with the label
     pack_samples(samples, tmp_path, samples_per_shard=1000, shard_bytes=300)

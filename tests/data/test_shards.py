@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nfnets_xla.data import index as index_module
 from nfnets_xla.data import jobs
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
@@ -160,6 +161,43 @@ def test_a_link_that_names_another_shard_is_a_change(tmp_path: Path) -> None:
         link.unlink(missing_ok=True)
         link.symlink_to(target)
         assert build_index(shards).labels(0, 0) == {label: 1.0}
+
+
+def test_a_link_on_the_way_that_names_another_folder_is_a_change(tmp_path: Path) -> None:
+    for label in (2, 1):  # the newer version's file is the older one
+        pack_samples(
+            [("k", noise_png(0), "png", label)], tmp_path / f"v{label}", samples_per_shard=1
+        )
+    shards, current = tmp_path / "shards", tmp_path / "current"
+    shards.mkdir()
+    (shards / "a.tar").symlink_to("../current/../current/shard-000000.tar")
+    for label in (1, 2):
+        current.unlink(missing_ok=True)
+        current.symlink_to(f"v{label}")
+        assert build_index(shards).labels(0, 0) == {label: 1.0}
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_is_indexed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sidecar would be newer than the new one, and never be looked at again."""
+    for label in (1, 2):
+        pack_samples(
+            [("k", noise_png(0), "png", label)], tmp_path / str(label), samples_per_shard=1
+        )
+    old, new = ((tmp_path / str(label) / "shard-000000.tar") for label in (1, 2))
+    scan = index_module.scan_shard
+
+    def scanning(file: OpenFile) -> Scan:
+        found = scan(file)
+        new.replace(old)
+        return found
+
+    monkeypatch.setattr(index_module, "scan_shard", scanning)
+    with pytest.raises(ValueError, match=r"was changed while it was read: when it is whole, give"):
+        build_index(tmp_path / "1")
+    monkeypatch.undo()
+    assert build_index(tmp_path / "1").labels(0, 0) == {2: 1.0}
 
 
 def test_a_local_folder_is_not_written_as_an_address(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def hold_out(
     def copies() -> Iterator[Sample]:
         for number, (shard, row) in enumerate(chosen):
             data = index.read(shard, row)
+            if not data:  # listed, and so shown to nobody
+                continue
             # Numbered: keys may repeat over shards. The n-th line of the list says which it was.
             yield f"{number:08d}", data, extension_of(data), index.labels(shard, row)
 

@@ -62,6 +62,7 @@ def index_shard(folder: AnyFolder, force: bool, shard: tuple[str, int]) -> Line:
     name, size = shard
     records = None if force else _up_to_date(folder, name, size)
     if records is None:
+        before = folder.placed(name)
         file = folder.open(name)
         size, scan = file.size, scan_shard(file)
         if scan.faults or scan.records is None:
@@ -72,6 +73,11 @@ def index_shard(folder: AnyFolder, force: bool, shard: tuple[str, int]) -> Line:
                 + (more if len(scan.faults) > 1 else "")
             )
         records = scan.records
+        if folder.placed(name) != before:  # the sidecar would be newer than what it is not of
+            raise ValueError(
+                f"{folder}/{name} was changed while it was read: when it is whole, give the same "
+                "command again"
+            )
         folder.write(name + SIDECAR, records.to_bytes())
     classes = int(records.labels_M.max()) + 1
     return Line(name, records.num_samples, size, records.digest(), classes, records.max_labels)

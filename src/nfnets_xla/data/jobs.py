@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+from nfnets_xla.exits import Failed
+
 In = TypeVar("In")
 Out = TypeVar("Out")
 Progress = Callable[[int, int], None]  # done, of how many
@@ -26,9 +28,10 @@ def map_jobs(
 
     `ray` and `dask` use the cluster that their own environment variables or settings name, else
     this machine; there the folder must be the same on all machines. Raises ValueError for an engine
-    that is not installed, and what `function` raises.
+    that is not installed, Failed if a process dies, and what `function` raises.
     """
     from joblib import Parallel, delayed, effective_n_jobs, parallel_config
+    from joblib.externals.loky.process_executor import BrokenProcessPool
 
     if jobs < 1 and jobs != -1:
         raise ValueError(f"jobs is {jobs}; it must be 1 or more, or -1: one per core")
@@ -40,7 +43,13 @@ def map_jobs(
         part = PER_WORKER * max(1, effective_n_jobs(jobs))
         with Parallel() as parallel:
             for first in range(0, len(items), part):
-                some: Any = parallel(delayed(function)(i) for i in items[first : first + part])
+                try:
+                    some: Any = parallel(delayed(function)(i) for i in items[first : first + part])
+                except (BrokenProcessPool, BrokenPipeError) as error:
+                    raise Failed(
+                        "a process that did a part of the work was killed, perhaps for memory: "
+                        f"give the command again, with fewer jobs than {jobs}"
+                    ) from error
                 yield from some
                 done += len(some)
                 if on_progress:

@@ -18,6 +18,7 @@ KINDS = ("cls", "json", "txt")  # extensions; the first that a sample has counts
 MAX_LABEL = 2**31 - 1
 MAX_LABELS = 64  # of one sample; a batch is padded to the most that any has
 MAX_BYTES = 2**16
+LEAST = 9.99e-10  # weight: 1e-9, as float32 has it, is a little less
 
 _ONE = re.compile(rb"(\d{1,10})(?::(\d{1,9}(?:\.\d{1,9})?))?")
 
@@ -41,7 +42,7 @@ def checked(labels: Sequence[Any], weights: Sequence[Any]) -> dict[int, float]:
         if isinstance(label, bool) or operator.index(label) not in range(MAX_LABEL + 1):
             raise ValueError(f"label {label!r}")
     for weight in weights:
-        if isinstance(weight, bool) or not 1e-9 <= weight <= 1e9:
+        if isinstance(weight, bool) or not LEAST <= weight <= 1e9:
             raise ValueError(f"weight {weight!r}")
     found = {int(label): float(weight) for label, weight in zip(labels, weights, strict=True)}
     if len(found) < len(labels):

@@ -3,6 +3,7 @@
 Indexing stops at the first fault; `lint` names them all, and decodes every image.
 """
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ class _Part(NamedTuple):
     smallest: int  # image, in bytes
     largest: int
     image_bytes: int
-    class_counts: np.ndarray
+    class_counts: dict[int, int]  # of those that it has
 
 
 def stats(
@@ -97,22 +98,23 @@ def stats(
     """What an index holds, in lines to print; excluded samples included."""
     names = [index.name(shard) for shard in range(index.num_shards)]
     job = partial(_shard_stats, index.folder)
-    per_class = np.zeros(index.num_classes, np.int64)
+    per_class: Counter[int] = Counter()
     smallest, largest, image_bytes = 2**63, 0, 0
     for part in map_jobs(job, names, engine=engine, jobs=jobs, on_progress=on_progress):
-        per_class[: len(part.class_counts)] += part.class_counts
+        per_class.update(part.class_counts)
         smallest, largest = min(smallest, part.smallest), max(largest, part.largest)
         image_bytes += part.image_bytes
     samples = int(index.manifest.counts_S.sum(dtype=np.int64))
-    per_sample = f"{per_class.sum() / samples:.2f}, at most {index.max_labels}"
-    empty = int((per_class == 0).sum())
+    per_sample = f"{per_class.total() / samples:.2f}, at most {index.max_labels}"
+    empty = index.num_classes - len(per_class)
+    spread = _spread(np.array(list(per_class.values())), empty)
     return {
         "samples": f"{samples:,}",
         "shards": f"{len(names):,} of {_spread(index.manifest.counts_S)} samples",
         "bytes": f"{int(index.manifest.bytes_S.sum()):,}",
         "image bytes": f"{smallest:,} to {largest:,} (mean {image_bytes // samples:,})",
         "labels per sample": per_sample,
-        "classes": f"{index.num_classes:,} of {_spread(per_class)} samples; {empty:,} have none",
+        "classes": f"{index.num_classes:,} of {spread} samples; {empty:,} have none",
         "fingerprint": index.fingerprint,
     }
 
@@ -121,9 +123,16 @@ def _shard_stats(folder: AnyFolder, name: str) -> _Part:
     records = Records.from_bytes(folder.read(name + SIDECAR))
     sizes = records.sizes_N
     total = int(sizes.sum(dtype=np.int64))
-    return _Part(int(sizes.min()), int(sizes.max()), total, np.bincount(records.labels_M))
+    classes, counts = np.unique(records.labels_M, return_counts=True)
+    per_class = dict(zip(classes.tolist(), counts.tolist(), strict=True))
+    return _Part(int(sizes.min()), int(sizes.max()), total, per_class)
 
 
-def _spread(values: np.ndarray) -> str:
-    low, middle, high = (int(np.quantile(values, share)) for share in (0, 0.5, 1))
-    return f"{low:,} to {high:,} (median {middle:,})"
+def _spread(values: np.ndarray, zeros: int = 0) -> str:
+    """Of these, and of so many zeros."""
+    last, ordered = len(values) + zeros - 1, np.sort(values)
+    low, below, above, high = (
+        int(ordered[place - zeros]) if place >= zeros else 0
+        for place in (0, last // 2, -(-last // 2), last)
+    )
+    return f"{low:,} to {high:,} (median {(below + above) // 2:,})"

@@ -122,7 +122,8 @@ def _write_shards(
         raise ValueError(f"prefix is {prefix!r}; it must be a file name's beginning, without %")
     keys: set[str] = set()
     with ShardWriter(
-        str(folder).replace("%", "%%") + f"/{prefix}-%06d.tar",
+        # Absolute: webdataset takes what is before a colon for a protocol.
+        str(folder.absolute()).replace("%", "%%") + f"/{prefix}-%06d.tar",
         maxcount=samples_per_shard,
         maxsize=shard_bytes,
         post=_flush_to_disk,

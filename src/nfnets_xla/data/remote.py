@@ -30,6 +30,7 @@ Out = TypeVar("Out")
 LONGEST_WAIT = 60.0  # seconds between two attempts
 FAMILIAR = 3  # failures in a row that are not worth a word
 PASSING = (408, 425, 429)  # of the HTTP statuses 400 to 499: those that may pass
+AGREEING = 5  # answers in a row that have one wrong length: then it is the file's
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -178,10 +179,23 @@ class RemoteFolder:
     # ---- requests -----------------------------------------------------------------------------
 
     def _download(self, name: str, size: int, room: Room, began: float | None = None) -> None:
+        wrong: list[str] = []
+
         def ask() -> None:
-            self._files.get_file(self._at(name), str(path), callback=_atmost(size))
-            if (came := path.stat().st_size) != size:
-                raise OSError(f"{came} bytes came instead of {size}")
+            try:
+                self._files.get_file(self._at(name), str(path), callback=_atmost(size))
+                came = str(path.stat().st_size)
+            except TooMuch as error:
+                came = str(error)
+            if came == str(size):
+                return
+            wrong[:] = [*wrong, came][-AGREEING:]
+            if wrong == [came] * AGREEING:
+                raise Replaced(
+                    f"{self.url}/{name} has {came} bytes and had {size}: it has changed at its "
+                    f"place; {self.how_to_index}"
+                )
+            raise OSError(f"{came} bytes came instead of {size}")
 
         with self._keeping(name):
             path = room(size)
@@ -227,7 +241,9 @@ class RemoteFolder:
         for attempt in count(1):
             try:
                 return ask()
-            except (FileNotFoundError, NoRanges, NotImplementedError, TypeError, AttributeError):
+            except (FileNotFoundError, NoRanges, Replaced):
+                raise
+            except (NotImplementedError, TypeError, AttributeError):
                 raise
             except Exception as error:  # each of fsspec's file systems has its own
                 what = " ".join(f"{type(error).__name__} {error}".split())[:300]
@@ -270,6 +286,14 @@ class RemoteFolder:
 
 class NoRanges(ValueError):
     """A server sends whole files only."""
+
+
+class Replaced(ValueError):
+    """A file is not the one that the index describes."""
+
+
+class TooMuch(OSError):
+    """Said as what has come."""
 
 
 AnyFolder = Folder | RemoteFolder
@@ -360,6 +384,6 @@ def _atmost(size: int) -> Any:
         def relative_update(self, inc: int = 1) -> None:
             super().relative_update(inc)
             if self.value > size:
-                raise OSError(f"more than {size} bytes came")
+                raise TooMuch(f"more than {size}")
 
     return AtMost()

@@ -70,9 +70,13 @@ def _group(file: OpenFile, faults: list[Fault]) -> dict[str, Sample]:
         directory, slash, name = member.name.rpartition("/")
         stem, dot, extension = name.partition(".")
         is_meta = re.match(r"__[^/]*__($|/)", member.name)
+        extension = extension.lower()
+        if member.is_elsewhere and stem and extension in (*IMAGES, *labels.KINDS) and not is_meta:
+            how = "pack it with `tar --dereference --hard-dereference`, and not --sparse"
+            faults.append(Fault(member.header, f"{member.name} is a link, or sparse: {how}"))
         if not (member.is_file and stem and dot) or is_meta:
             continue
-        key, extension = directory + slash + stem, extension.lower()
+        key = directory + slash + stem
         if not key.isprintable():
             faults.append(Fault(member.header, f"key {key!r}: pack it with printable names"))
             continue

@@ -78,13 +78,13 @@ class Folder:
     def placed(self, name: str) -> int | None:
         """The same, or when it was put there, if that was later: `cp -p` and `rsync -a` keep the
         time at which a file was written elsewhere. Also when its owner or mode was changed, or a
-        link to it was made."""
+        link on the way to it was made."""
         path = self.path / name
         try:
-            stat, link = path.stat(), path.lstat()
+            stat, links = path.stat(), [os.lstat(link) for link in _links(path)]
         except FileNotFoundError:
             return None
-        return max(stat.st_mtime_ns, stat.st_ctime_ns, link.st_ctime_ns)
+        return max(stat.st_mtime_ns, stat.st_ctime_ns, *(link.st_ctime_ns for link in links))
 
     def open(self, name: str) -> "OpenFile":
         return OpenFile(self.path / name)
@@ -138,6 +138,21 @@ def _unless_gone(error: OSError) -> None:
     """What cannot be listed is not empty: shards would be left out without a word."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
+
+
+def _links(path: Path) -> Iterator[str]:
+    """Every symbolic link that is followed to the file, which is there."""
+    at, parts = "/", [*reversed(path.absolute().parts[1:])]
+    while parts:
+        part = parts.pop()
+        step = os.path.dirname(at) if part == ".." else os.path.join(at, part)
+        if os.path.islink(step):
+            yield step
+            target = Path(os.readlink(step))
+            at = "/" if target.is_absolute() else at
+            parts += reversed(target.parts[target.is_absolute() :])
+        else:
+            at = step
 
 
 def _is_ours(folder: str) -> bool:

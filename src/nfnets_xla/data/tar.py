@@ -17,7 +17,8 @@ RESYNC = 2**16  # bytes read at a time while looking for the next whole header
 
 # Type flags. Of these, links, devices, folders and pipes have no data whatever their size says.
 REGULAR = (b"0", b"\0", b"7")
-DATALESS = (b"1", b"2", b"3", b"4", b"5", b"6")
+LINKS = (b"1", b"2")  # hard and symbolic
+DATALESS = (*LINKS, b"3", b"4", b"5", b"6")
 LONG_NAME, LONG_LINK, SPARSE = b"L", b"K", b"S"
 PAX, PAX_SOLARIS, PAX_GLOBAL = b"x", b"X", b"g"
 
@@ -28,6 +29,7 @@ class Member(NamedTuple):
     offset: int  # of its first byte
     size: int
     is_file: bool  # a regular file, all of whose bytes lie together
+    is_elsewhere: bool  # a link, or sparse: it stands for bytes that are not here, or not together
 
 
 class Fault(NamedTuple):
@@ -97,7 +99,8 @@ def _parse(
     if not is_meta:
         name = _name(header) if following.name is None else following.name
         whole = kind in REGULAR and not following.is_sparse and not name.endswith("/")
-        return Member(name, at, data, size, whole), _Next(), after
+        elsewhere = kind in (*LINKS, SPARSE) or following.is_sparse
+        return Member(name, at, data, size, whole, elsewhere), _Next(), after
     if size > MAX_META:
         raise _Bad(f"damaged header: a long name of {size} bytes; at most {MAX_META} are read")
     extension = file.read(data, size)
