@@ -285,6 +285,9 @@ def test_refused_tables(images: Path, tmp_path: Path) -> None:
     assert "images/none.png is not a png, jpg" in refused(good | {"path": "images/none.png"})
     assert "label 'cat' is none of 3, 3 7" in refused(good | {"label": "cat"})
     assert "must be a whole number" in refused(good | {"label": 1.5}, name="a.parquet")
+    (tmp_path / "latin.csv").write_bytes("path,label\né.png,1\n".encode("latin-1"))
+    said = one_line(lambda: pack_table(tmp_path / "latin.csv", tmp_path / "out"))
+    assert "latin.csv is not UTF-8 (" in said
     for name in ("none.csv", "images"):
         message = one_line(lambda: pack_table(tmp_path / name, tmp_path / "out"))  # noqa: B023
         assert "is no table: give a file that ends in .csv or .parquet" in message

@@ -1,6 +1,7 @@
 """Points from records: costs by typical speed and all in, restarts, what is left out."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,34 @@ def test_restarts_cost_all_in_but_not_typically(tmp_path: Path) -> None:
     assert point.typical_seconds == 400
     assert point.all_in_seconds == 320 + 181
     assert runs.without_restarts([point]) == []
+
+
+def test_a_run_that_went_on_on_other_devices_counts_as_all_on_the_last(tmp_path: Path) -> None:
+    """The first start's chips at the second's speed would be a sixteenth of it."""
+    v4 = {"device_kind": "TPU v4", "num_devices": 4, "macs_per_image": 10**9}
+    write_run(tmp_path / "a", loss=2, speeds=(100.0,) * 5, **v4)
+    rows = [json.loads(x) for x in (tmp_path / "a" / "run-1.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"num_devices": 64, "resumed_from": 0} if row["kind"] == "header" else {}
+        row |= {"images_per_second": 1600.0} if row["kind"] == "train" else {}
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a" / "run-2.jsonl").write_text(text)
+    (point,), _ = runs.read_points(tmp_path)
+    assert (point.devices, point.typical_seconds) == (64, 40_000 / 1600)
+    assert point.all_in_seconds is None
+    assert point.core_hours("v4") == pytest.approx(25 * 128 / 3600)
+
+
+def test_a_copy_of_a_run_is_no_other_seed(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", loss=2.6)
+    write_run(tmp_path / "b", loss=2.8, seed=1)
+    points, _ = runs.read_points(tmp_path)
+    (best,) = runs.best_per_cell(points)
+    assert (best.seeds, best.loss) == (2, pytest.approx(2.7))
+    shutil.copytree(tmp_path / "a", tmp_path / "old" / "a")
+    points, _ = runs.read_points(tmp_path)
+    with pytest.raises(ValueError, match="a and old/a are one run, of the same seed and loss"):
+        runs.best_per_cell(points)
 
 
 def test_core_hours_are_measured_on_the_hardware_or_assumed(tmp_path: Path) -> None:

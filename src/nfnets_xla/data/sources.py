@@ -133,8 +133,11 @@ def _read_table(path: Path) -> Found:
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
-        yield from csv.DictReader(file)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
+            yield from csv.DictReader(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it so") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -82,7 +82,7 @@ class Allocation:
             return f"{span}, {NO_VERDICT[self.way]}: no verdict"
         if not self.resolved:
             return f"not resolved: {span}"
-        if low <= 0.5 <= high:
+        if round(low, 2) <= 0.5 <= round(high, 2):  # as they are printed
             return f"the same rate is within the interval: {span}"
         return f"not at the same rate, {'size' if low > 0.5 else 'epochs'} faster: {span}"
 

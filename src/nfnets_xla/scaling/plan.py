@@ -24,6 +24,7 @@ from nfnets_xla.scaling.runs import HELD_OUT, Point, best_per_cell, fitted_to, n
 MINI, PLUS = "nfnet_mini_", "_plus"
 WIDEST_SHARE = 0.5  # of an exponent's interval, from which on it says nothing about the division
 LARGEST_MISMATCH = 2.0  # between the size asked for and the nearest model, before it is mentioned
+MOST_CORE_HOURS = 1e12  # more than there are chips for
 MOST_EPOCHS = 100  # from which on a plan asks whether it is meant; the papers have 8 of JFT
 LR_BATCH = 256  # optim.lr_batch of the recipe pretrain: rows that its optim.peak_lr is for
 WARMUP = 5000  # optim.warmup_steps of that recipe
@@ -63,6 +64,10 @@ class Job:
             if (value := getattr(self, name)) is not None:
                 above(name, value)
         above("cores", self.cores)
+        if self.core_hours is not None and self.core_hours > MOST_CORE_HOURS:
+            raise ValueError(
+                f"core-hours are {self.core_hours:g}; they must be at most {MOST_CORE_HOURS:g}"
+            )
         asked = [self.core_hours is not None, self.model is not None, self.epochs is not None]
         if asked not in ([True, False, False], [True, True, False], [False, True, True]):
             raise ValueError(

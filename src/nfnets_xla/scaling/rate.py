@@ -190,7 +190,7 @@ def ruled(cells: Sequence[Cell]) -> list[tuple[float, str]]:
     found: list[tuple[float, str]] = []
     for rate, cell in zip(rates, cells, strict=True):
         where = f"for {cell.model} at {cell.epochs:g} epochs"
-        was_best = f"{rate:g} was best {where}"
+        was_best = f"{rate:g} was {'best' if len(cell.losses) > 1 else 'the only rate'} {where}"
         instead = f"{rate:g} {where}, whose best is {cell.best:g}, of rates that never rise"
         found.append((rate, was_best if rate == cell.best else instead))
     return found

@@ -162,14 +162,19 @@ def diverged(record: RunRecord) -> bool:
 
 
 def read_point(record: RunRecord, name: str) -> Point:
-    header = record.headers[0]
+    header, last = record.headers[0], record.headers[-1]
     config = header["config"]
     data, optim = config["data"], config["optim"]
     rows = header["num_steps"] * data["batch_size"]
     held_out: Row = {"loss": math.inf, "top1": math.nan}
     if not diverged(record):
         held_out = last_evaluation(record.of_kind("eval"))
-    speeds = [row["images_per_second"] for row in record.of_kind("train")]
+    # Of a run that went on on other devices: as if all of it had run as its last start did.
+    own = {(start["device_kind"], start["num_devices"]) for start in record.headers}
+    timed = record.of_kind("train")
+    if len(own) > 1:
+        timed = [row for row in record.newest if row["kind"] == "train"]
+    speeds = [row["images_per_second"] for row in timed]
     macs = header["macs_per_image"]
     return Point(
         run=name,
@@ -189,10 +194,10 @@ def read_point(record: RunRecord, name: str) -> Point:
         repeats=data["repeats"],
         rows=rows,
         flops=train_flops(macs, rows, sam_fraction=ascent_share(header)),
-        device_kind=header["device_kind"],
-        devices=header["num_devices"],
+        device_kind=last["device_kind"],
+        devices=last["num_devices"],
         typical_seconds=rows / statistics.median(speeds) if speeds else None,
-        all_in_seconds=record.seconds,
+        all_in_seconds=record.seconds if len(own) == 1 else None,
         restarts=len(record.headers) - 1,
         steps_lost=record.steps_lost,
         data=header["fingerprint"],
@@ -317,13 +322,19 @@ def check_cells(points: Iterable[Point]) -> None:
 
 def runs_of_cells(points: Iterable[Point]) -> list[dict[float, list[Point]]]:
     """Of each (model, epochs, data) the runs at each rate, the lowest first; seeds of a rate in
-    their order. ValueError as `check_cells`."""
+    their order. ValueError as `check_cells`, and for a run that is there twice."""
     points = sorted(points, key=lambda point: (point.peak_lr, point.seed))
     check_cells(points)
     cells: dict[tuple[str, float, str], dict[float, list[Point]]] = {}
     for point in points:
         rates = cells.setdefault((point.model, point.epochs, point.data), {})
-        rates.setdefault(point.peak_lr, []).append(point)
+        runs = rates.setdefault(point.peak_lr, [])
+        if runs and (runs[-1].seed, runs[-1].loss) == (point.seed, point.loss):
+            raise ValueError(
+                f"{runs[-1].run} and {point.run} are one run, of the same seed and loss: take the "
+                "copy out of the folder"
+            )
+        runs.append(point)
     return list(cells.values())
 
 
