@@ -12,6 +12,7 @@ what it needs when it is called: help is there at once, and without the extras.
 
 import difflib
 import os
+import select
 import shutil
 import sys
 import textwrap
@@ -93,17 +94,20 @@ def refuse(error: Exception | str, code: int, *, at_once: bool = False) -> None:
 
 
 def is_heard() -> bool:
-    """Whether standard output still takes what was said."""
+    """Whether standard output has a reader; what is no pipe always has."""
     try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        return not output.poll(0)
+    except (OSError, ValueError):  # of a stream without a file
+        return True
 
 
 def let_go_of_output() -> None:
     """What cannot be written is forgotten, or Python would complain of it once more at its end."""
-    if not is_heard():
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
