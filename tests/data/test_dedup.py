@@ -154,8 +154,10 @@ def test_a_picture_that_recurs_is_searched_for_once(
         return search(self, pictures, bits)
 
     monkeypatch.setattr(references.References, "search", counted)
-    found = lines(find([packed(tmp_path / "s", samples, 3)], [], tmp_path / "out", Settings()))
+    same = find([packed(tmp_path / "s", samples, 3)], [], tmp_path / "out", Settings())
+    found = lines(same)
     assert found == [("2", "1", 0.0), ("4", "1", 0.0), ("6", "5", 0.0), ("7", "1", 0.0)]
+    assert (same.bits_M.dtype, same.distance_M.dtype) == (np.int64, np.float32)
     assert sum(searched) == 5
     (kept,) = (tmp_path / "out").glob("*.pictures")
     assert kept.stat().st_size == 5 * SIDE * SIDE

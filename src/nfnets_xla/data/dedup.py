@@ -245,8 +245,9 @@ def _search(
         # What an earlier sample shows is looked for there: this one is like that, and done.
         first_K2 = references.first_P2[references.shown_by(number)]
         again = (first_K2 != _numbered(number, kept.rows_P)).any(axis=1)
-        zeros = np.zeros(int(again.sum()))
-        parts.append([kept.rows_P[again], first_K2[again], zeros, zeros])
+        bits, distance = np.zeros((2, int(again.sum())))
+        same = [bits.astype(np.int64), distance.astype(np.float32)]
+        parts.append([kept.rows_P[again], first_K2[again], *same])
         kept = Kept(kept.pictures_PSS[~again], kept.rows_P[~again])
     for first in range(0, len(kept.rows_P), AT_A_TIME):
         pictures = kept.pictures_PSS[first : first + AT_A_TIME]

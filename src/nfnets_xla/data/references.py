@@ -42,10 +42,6 @@ class Found(NamedTuple):
     view_C: NDArray[np.int64]  # that matched
     mirrored_C: NDArray[np.bool_]
 
-    def of(self, chosen_C: NDArray[np.bool_]) -> "Found":
-        columns: Any = (values[chosen_C] for values in self)
-        return Found(*columns)
-
 
 class References(NamedTuple):
     pictures_PSS: Thumbnails  # each different from the others
