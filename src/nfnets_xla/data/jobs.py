@@ -48,7 +48,7 @@ def map_jobs(
                 except (BrokenProcessPool, BrokenPipeError) as error:
                     raise Failed(
                         "a process that did a part of the work was killed, perhaps for memory: "
-                        f"give the command again, with fewer jobs than {jobs}"
+                        "give the command again, with fewer --jobs"
                     ) from error
                 yield from some
                 done += len(some)

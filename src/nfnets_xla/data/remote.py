@@ -241,9 +241,7 @@ class RemoteFolder:
         for attempt in count(1):
             try:
                 return ask()
-            except (FileNotFoundError, NoRanges, Replaced):
-                raise
-            except (NotImplementedError, TypeError, AttributeError):
+            except FINAL:
                 raise
             except Exception as error:  # each of fsspec's file systems has its own
                 what = " ".join(f"{type(error).__name__} {error}".split())[:300]
@@ -294,6 +292,9 @@ class Replaced(ValueError):
 
 class TooMuch(OSError):
     """Said as what has come."""
+
+
+FINAL = (FileNotFoundError, NoRanges, Replaced, NotImplementedError, TypeError, AttributeError)
 
 
 AnyFolder = Folder | RemoteFolder

@@ -85,7 +85,7 @@ def compute_axis(
 ) -> Compute:
     """ValueError for hardware that is not known, and an `mfu` that is no share."""
     account.core_hours(0.0, hardware, mfu=1.0 if mfu is None else mfu)
-    points = [point for point in points if not point.init_from] or points  # what is drawn
+    points = pretrained(points) or points  # what is drawn
     elsewhere = [point for point in points if not point.is_timed(hardware)]
     if elsewhere and mfu is None:
         note = f"compute is counted: {len(elsewhere)} of {len(points)} runs were not on {hardware}"
