@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On every worker: `nfnets-xla ARGUMENTS`, again for as long as it says that it was interrupted and
-# has saved (exit code 75), or was before it had begun (143), unless the file `stop` is there; or it
-# was ten times in a row within five minutes, which will not pass. While it lives it holds the lock;
+# has saved (exit code 75), or was before it had begun (143), unless the file `stop` is there, or ten
+# such runs in a row took less than five minutes: that will not pass. While it lives it holds the lock;
 # `pid` is the process to ask to stop; `exit` is what it ended with.
 #   bash run.sh HOST:/FOLDER MOUNT ARGUMENTS
 set -u
