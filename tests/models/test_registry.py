@@ -88,6 +88,7 @@ def test_minis_are_the_same_family_at_an_eighth_of_the_width() -> None:
 def test_card_names_size_and_cost() -> None:
     assert "71.49M" in card("nfnet_f0")
     assert "12.38 GMACs at 256 px" in card("nfnet_f0")
+    assert "4.00 MMACs at 32 px" in card("nfnet_mini_f0")
 
 
 def test_the_full_card_has_the_published_numbers() -> None:

@@ -194,7 +194,10 @@ def test_what_is_said_about_the_rate() -> None:
     )
     assert said(0.7, 0.6, 0.8).startswith("not at the same rate, size faster")
     assert said(0.3, 0.2, 0.4).startswith("not at the same rate, epochs faster")
-    assert said(0.5, -0.2, 1.2).startswith("not resolved")
+    assert said(0.1, -0.1, 0.3).startswith("not resolved: size ~ C^0.10 [-0.10, 0.30]")
+    assert said(0.5, 0.02, 0.93).startswith("not resolved: size ~ C^0.50 [0.02, 0.93]")
+    assert said(0.5, 0.25, 0.75).startswith("not resolved")
+    assert said(0.5, 0.26, 0.75).startswith("the same rate is within the interval")
 
 
 @pytest.mark.parametrize(("dead", "name"), [("A", "size"), ("B", "data")])

@@ -199,8 +199,8 @@ def card(name: str) -> str:
     net, (train, test) = _on_paper(name)
     return (
         f"{name:22} {count_parameters(net) / 1e6:8.2f}M parameters  "
-        f"{net.macs(train) / 1e9:7.2f} GMACs at {train} px  "
-        f"{net.macs(test) / 1e9:7.2f} GMACs at {test} px"
+        f"{_counted(net.macs(train), 'MACs')} at {train} px  "
+        f"{_counted(net.macs(test), 'MACs')} at {test} px"
     )
 
 
@@ -219,11 +219,17 @@ def full_card(name: str) -> str:
             f"  regularisation dropout {variant.drop_rate}, stochastic depth 0.25 (from scratch)",
         ]
     lines += [
-        f"  at {size:3} px      {net.macs(size) / 1e9:8.2f} GMACs, "
-        f"{net.flops(size) / 1e9:8.2f} GFLOPs (2 per MAC)"
+        f"  at {size:3} px     {_counted(net.macs(size), 'MACs')}, "
+        f"{_counted(net.flops(size), 'FLOPs')} (2 per MAC)"
         for size in sizes
     ]
     return "\n".join([*lines, *_accuracy(name)])
+
+
+def _counted(number: int, unit: str) -> str:
+    """In billions, or below one in millions."""
+    power, prefix = (1e9, "G") if number >= 1e9 else (1e6, "M")
+    return f"{number / power:8.2f} {prefix}{unit}"
 
 
 def _accuracy(name: str) -> list[str]:

@@ -38,6 +38,7 @@ from nfnets_xla.scaling.law import (
 )
 
 FLOPS_PER_ROW_MAC = FLOPS_PER_MAC * FORWARDS_PER_STEP  # the 6 of C = 6 M D
+WIDEST = 0.5  # of an exponent's interval, from which on it says nothing about the division
 HUBER = 1e-3  # arXiv 2203.15556, appendix D.3, on log loss
 EXPONENTS = (0.1, 0.3, 0.6, 1.0, 1.6)  # where the search for alpha and beta starts, each
 
@@ -69,7 +70,9 @@ class Allocation:
 
     @property
     def resolved(self) -> bool:
-        return not self.undone_by and self.interval[0] > 0
+        """Whether the exponent is above 0, and known well enough to divide compute by."""
+        low, high = self.interval
+        return not self.undone_by and low > 0 and high - low < WIDEST
 
     def same_rate(self) -> str:
         """Whether size and epochs grow at the same rate, as the paper found."""

@@ -22,7 +22,6 @@ from nfnets_xla.scaling.rate import Trials, cells_of, two_trials
 from nfnets_xla.scaling.runs import HELD_OUT, Point, best_per_cell, fitted_to, nfnets
 
 MINI, PLUS = "nfnet_mini_", "_plus"
-WIDEST_SHARE = 0.5  # of an exponent's interval, from which on it says nothing about the division
 LARGEST_MISMATCH = 2.0  # between the size asked for and the nearest model, before it is mentioned
 MOST_CORE_HOURS = 1e12  # more than there are chips for
 MOST_EPOCHS = 100  # from which on a plan asks whether it is meant; the papers have 8 of JFT
@@ -261,9 +260,8 @@ def fitted_division(points: Sequence[Point]) -> Allocation | None:
         fitted = parametric(macs, rows, loss)
     except ValueError:
         return None
-    low, high = fitted.share
     division = fitted.allocation()
-    return division if division.resolved and high - low < WIDEST_SHARE else None
+    return division if division.resolved else None
 
 
 def on_frontier(
