@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nfnets_xla import xla
+from nfnets_xla import devices, xla
 from nfnets_xla.devices import DEVICES, GIB, find_device, measured_cpu_peak, smallest_fsdp
 from nfnets_xla.strategy import XLAAccelerator
 from tests.data.server import serving
@@ -39,8 +39,8 @@ def test_how_many_devices_the_strategy_is_given() -> None:
 def test_a_network_card_of_google_is_no_tpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(xla, "PCI_DEVICES", tmp_path)
-    assert not xla.tpu_is_attached()
+    monkeypatch.setattr(devices, "PCI_DEVICES", tmp_path)
+    assert not devices.tpu_is_attached()
     for name, vendor, device, attached in (
         ("gpu", "0x10de", "0x0027", False),
         ("gvnic", "0x1ae0", "0x0042", False),
@@ -49,7 +49,7 @@ def test_a_network_card_of_google_is_no_tpu(
         (tmp_path / name).mkdir()
         (tmp_path / name / "vendor").write_text(f"{vendor}\n")
         (tmp_path / name / "device").write_text(f"{device}\n")
-        assert xla.tpu_is_attached() == attached
+        assert devices.tpu_is_attached() == attached
 
 
 def test_a_tpu_is_called_what_its_machine_calls_it(

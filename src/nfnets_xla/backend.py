@@ -14,7 +14,13 @@ from torch import Tensor
 
 from nfnets_xla import inductor, xla
 from nfnets_xla.config import TrainerConfig
-from nfnets_xla.devices import check_uncut, find_device, measured_cpu_peak, smallest_fsdp
+from nfnets_xla.devices import (
+    check_uncut,
+    find_device,
+    measured_cpu_peak,
+    smallest_fsdp,
+    tpu_is_attached,
+)
 from nfnets_xla.hosts import Hosts, open_hosts
 from nfnets_xla.models.nfnet import Checkpoint, recompute
 from nfnets_xla.models.stacked import Scan, loop
@@ -51,7 +57,7 @@ def open_backend(trainer: TrainerConfig, kept_bytes: int = 0) -> Backend:
     """
     name = trainer.device
     if name == "auto":
-        name = "xla" if xla.tpu_is_attached() else "cuda" if torch.cuda.is_available() else "cpu"
+        name = "xla" if tpu_is_attached() else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "xla":
         return _xla_backend(trainer.virtual_devices, trainer.fsdp, kept_bytes)
     check_uncut(trainer.fsdp, name)

@@ -100,7 +100,8 @@ def save(
         found = verify_one(_at(root, step))
         _refuse_another(found, state)
         if isinstance(found, Checkpoint):
-            return _bytes(found)
+            files = (path for path in found.folder.iterdir() if path.name != MANIFEST)
+            return sum(path.stat().st_size for path in files)
     _remove(folder, _files(folder, step))
     try:
         return _write(folder, name, forms, {**state, "step": step, "format": FORMAT})
@@ -329,10 +330,6 @@ def _remove(folder: AnyFolder, names: list[str]) -> None:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode()
-
-
-def _bytes(found: Checkpoint) -> int:
-    return sum(path.stat().st_size for path in found.folder.iterdir() if path.name != MANIFEST)
 
 
 def _manifest(data: bytes) -> dict[str, dict[str, Any]]:

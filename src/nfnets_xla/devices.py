@@ -1,4 +1,4 @@
-"""What an accelerator can do at most, its memory, and what its runtime has counted.
+"""Which accelerator is attached, what it can do at most, and what its runtime has counted.
 
 Figures are the vendors' published ones, bfloat16 without sparsity. A "device" is what PyTorch
 sees as one: a chip on TPU v4 to v6e, a core on v2, v3 and v7.
@@ -7,6 +7,7 @@ sees as one: a chip on TPU v4 to v6e, a core on v2, v3 and v7.
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 GIB = 2**30
 
@@ -31,6 +32,11 @@ DEVICES = {
     "H100": Device(989e12, 80 * GIB, 1),
     "H200": Device(989e12, 141 * GIB, 1),
 }
+# What answers on the PCI bus of a TPU VM (torch_xla/_internal/tpu.py; 0x0062, v5p, has JAX's list).
+# Google's network card, which its machines with GPUs have too, is another device of the vendor.
+GOOGLE_PCI_VENDOR = "0x1ae0"
+TPU_PCI_DEVICES = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # v2 to 7x
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 _ALSO = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "v7", "v6lite": "v6e"}
 
 
@@ -45,6 +51,15 @@ def find_device(kind: str) -> Device | None:
         if name in DEVICES:
             return DEVICES[name]
     return None
+
+
+def tpu_is_attached() -> bool:
+    """Whether this host has a TPU chip, found without loading any runtime."""
+    return any(
+        path.read_text().strip() == GOOGLE_PCI_VENDOR
+        and path.with_name("device").read_text().strip() in TPU_PCI_DEVICES
+        for path in PCI_DEVICES.glob("*/vendor")
+    )
 
 
 def measured_cpu_peak() -> float:

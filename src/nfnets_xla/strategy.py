@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nfnets_xla import xla
+from nfnets_xla.devices import tpu_is_attached
 from nfnets_xla.models.layers import WSConv2d
 
 
@@ -79,7 +80,7 @@ class XLAAccelerator(Accelerator):
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
         """Starts the runtime: without a TPU, with so many virtual devices."""
-        xla.start(None if xla.tpu_is_attached() else devices)
+        xla.start(None if tpu_is_attached() else devices)
         if xla.num_devices() != devices:
             raise ValueError(f"devices={devices}, but the TPU has {xla.num_devices()}: use 'auto'")
         return [torch.device("xla", 0)]

@@ -21,36 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfnets_xla.devices import Counters
+from nfnets_xla.devices import Counters, tpu_is_attached
 from nfnets_xla.exits import Interrupted
 from nfnets_xla.hosts import Hosts
-
-# What answers on the PCI bus of a TPU VM (torch_xla/_internal/tpu.py; 0x0062, v5p, has JAX's list).
-# Google's network card, which its machines with GPUs have too, is another device of the vendor.
-GOOGLE_PCI_VENDOR = "0x1ae0"
-TPU_PCI_DEVICES = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # v2 to 7x
-PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def is_installed() -> bool:
     return importlib.util.find_spec("torch_xla") is not None
 
 
-def tpu_is_attached() -> bool:
-    """Whether this host has a TPU chip, found without loading any runtime."""
-    return any(
-        path.read_text().strip() == GOOGLE_PCI_VENDOR
-        and path.with_name("device").read_text().strip() in TPU_PCI_DEVICES
-        for path in PCI_DEVICES.glob("*/vendor")
-    )
-
-
 def start(virtual_devices: int | None = None) -> None:
     """Start the runtime in SPMD mode; must come before anything else that touches torch_xla.
 
     `virtual_devices` asks for the CPU runtime with so many devices; None takes the attached TPU,
-    or one CPU device. Settings are read once per process, so asking a started runtime for another
-    number of devices is a ValueError. Interrupted if a TPU does not start, which may pass.
+    or one CPU device. Asking a started runtime for another number is a ValueError: it is read once
+    per process. Interrupted if a TPU does not start, which may pass.
     """
     if not is_installed():
         raise ValueError(
@@ -110,7 +95,7 @@ def multiply_in_float32() -> None:
     """
     from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
 
-    _XLAC._xla_set_mat_mul_precision("highest")  # without the warning of torch_xla.backends
+    _XLAC._xla_set_mat_mul_precision("highest")  # torch_xla.backends would warn
 
 
 def device() -> torch.device:
@@ -140,9 +125,9 @@ def device_kind() -> str:
     kind = xr.device_type() or "unknown"
     if kind != "TPU":
         return "XLA:CPU" if kind == "CPU" else kind
-    try:  # GKE sets the variable; of a VM the metadata server knows
-        named = os.environ.get("TPU_ACCELERATOR_TYPE") or get_tpu_env().get("ACCELERATOR_TYPE")
-        return named or kind
+    named = os.environ.get("TPU_ACCELERATOR_TYPE")  # which GKE sets
+    try:  # of a VM the metadata server knows
+        return named or get_tpu_env().get("ACCELERATOR_TYPE") or kind
     except OSError:  # as all of requests' are: there is no such server
         return kind
 
@@ -160,11 +145,8 @@ def make_mesh(fsdp: int) -> None:
     count = num_devices()
     if fsdp < 1 or count % fsdp:
         raise ValueError(f"trainer.fsdp is {fsdp}; it must divide the number of devices, {count}")
-    if _meshes and _meshes[0].shape()["fsdp"] != fsdp:
-        raise ValueError(
-            f"fsdp={fsdp} was asked for, but this process has a mesh with "
-            f"fsdp={_meshes[0].shape()['fsdp']}: start a new process"
-        )
+    if _meshes and (before := _meshes[0].shape()["fsdp"]) != fsdp:
+        raise ValueError(f"this process has a mesh of fsdp={before}, not {fsdp}: start another")
     if not _meshes:
         _meshes.append(spmd.Mesh(device_order(), (count // fsdp, fsdp), ("data", "fsdp")))
         spmd.set_global_mesh(_meshes[0])
@@ -356,12 +338,13 @@ def recompute(function: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Te
         x = x.detach().requires_grad_()
     if isinstance(function, torch.nn.Module):
         function = function.forward  # of a method's module the weights are behind the barrier too
-    result = checkpoint(function, x, *arguments, preserve_rng_state=False)
-    assert isinstance(result, Tensor)
+    result: Any = checkpoint(function, x, *arguments, preserve_rng_state=False)
     return result
 
 
 # ---- work and results -------------------------------------------------------------------------
+
+_compiled_to_gather: list[int] = []
 
 
 def sync(*, wait: bool = False) -> None:
@@ -394,9 +377,6 @@ def gather(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in zip(on_device, host, strict=True)}
 
 
-_compiled_to_gather: list[int] = []
-
-
 def counters() -> Counters:
     import torch_xla.debug.metrics as metrics
 
@@ -405,16 +385,14 @@ def counters() -> Counters:
         return (int(data[0]), float(data[1])) if data else (0, 0.0)
 
     compilations, nanoseconds = metric("CompileTime")
-    executed = metric("ExecuteTime"), metric("ExecuteReplicatedTime")
-    on_host = [name for name in metrics.counter_names() if name.startswith("aten::")]
-    fallbacks = Counter({name: int(metrics.counter_value(name) or 0) for name in on_host})
     gathers = sum(_compiled_to_gather)
+    on_host = [name for name in metrics.counter_names() if name.startswith("aten::")]
     return Counters(
         compilations=compilations - gathers,
         gather_compilations=gathers,
         compile_seconds=nanoseconds / 1e9,
-        executions=sum(count for count, _ in executed),
-        execute_seconds=sum(time for _, time in executed) / 1e9,
+        executions=metric("ExecuteTime")[0] + metric("ExecuteReplicatedTime")[0],
+        execute_seconds=(metric("ExecuteTime")[1] + metric("ExecuteReplicatedTime")[1]) / 1e9,
         tensors_to_host=metric("TransferFromDeviceTime")[0],
-        fallbacks=fallbacks,
+        fallbacks=Counter({name: int(metrics.counter_value(name) or 0) for name in on_host}),
     )
