@@ -104,7 +104,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     assert np.array_equal(pixels(data), np.repeat(grey[..., None] >> 8, 3, axis=2))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])
 def test_transparent_pixels_show_white(mode: str) -> None:
     """A palette's or a colour's transparency is kept outside of the pixels (tRNS)."""
     if mode == "P":
@@ -116,6 +116,9 @@ def test_transparent_pixels_show_white(mode: str) -> None:
         image = Image.new("RGB", (4, 2), (10, 20, 30))
         image.putpixel((1, 0), (200, 100, 50))
         data = encoded(image, "PNG", transparency=(10, 20, 30))
+    elif mode == "I;16":  # the second differs from the colour in its lower byte alone
+        grey = np.array([[51_200, 51_201]], dtype=np.uint16)
+        data = encoded(Image.fromarray(grey), "PNG", transparency=51_200)
     else:
         colour = (200, 100, 50, 255) if mode == "RGBA" else (200, 255)
         image = Image.new(mode, (4, 2))
@@ -123,7 +126,7 @@ def test_transparent_pixels_show_white(mode: str) -> None:
         data = encoded(image, "PNG")
     shown = pixels(data)
     assert shown[0, 0].tolist() == [255, 255, 255]
-    assert shown[0, 1].tolist() == ([200] * 3 if mode == "LA" else [200, 100, 50])
+    assert shown[0, 1].tolist() == ([200] * 3 if mode in ("LA", "I;16") else [200, 100, 50])
 
 
 def test_the_orientation_in_the_metadata_is_ignored() -> None:

@@ -85,7 +85,11 @@ def _by_pillow(data: bytes) -> Pixels:
 def to_rgb(image: Image.Image) -> Image.Image:
     """16 bits become 8, and transparency white."""
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image)
+        shown = (grey >> 8).astype(np.uint8)
+        if (see_through := image.info.get("transparency")) is not None:
+            shown[grey == see_through] = 255
+        return Image.fromarray(shown).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         picture = image.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
