@@ -17,6 +17,7 @@ from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
 from nfnets_xla.data.dedup import Matches, opener
 from nfnets_xla.data.jobs import Progress
+from nfnets_xla.models.card import SCHEME
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.registry import Network, create_network
 from nfnets_xla.models.weights import load_into
@@ -57,7 +58,7 @@ def load(name: str, weights: str | None) -> Model:
 
     A timm model takes the size that it is made for, and with timm's weights timm's colours."""
     if weights is None:
-        own = name.startswith("local-dir:")
+        own = name.startswith(SCHEME)
         net = create_network(name, pretrained=not own, num_classes=0)
     else:
         state, source = sources.weights(weights, "raw")
