@@ -130,7 +130,7 @@ def queued_resource(folder: Path, verb: str, arguments: list[str]) -> int:
         now, *later = state.read_text().split("\n")
         if now == "ACTIVE" and homes and all((home / "hung").exists() for home in homes):
             remove(homes)
-            now, later = "SUSPENDED", []
+            now, later = "SUSPENDING", ["SUSPENDED"]
         elif now == "ACTIVE" and not homes:
             for number in range(WORKERS):
                 (folder / f"worker-{number}").mkdir()

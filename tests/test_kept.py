@@ -21,7 +21,7 @@ from nfnets_xla.hosts import Hosts
 from nfnets_xla.ledger import Ledger, audit
 from nfnets_xla.missed import Missed
 from nfnets_xla.monitor import Monitor
-from nfnets_xla.record import RecordWriter
+from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.resume import find_resume
 from nfnets_xla.saves import Saves
 from nfnets_xla.watch import open_watch
@@ -149,12 +149,33 @@ def test_a_file_that_cannot_be_finished_leaves_the_one_that_was_there(
 
 
 def test_what_is_looked_at_first_is_looked_at_with_the_folder_locked(tmp_path: Path) -> None:
+    looked: list[bool] = []
+
     def first() -> None:
         with pytest.raises(ValueError, match="a run is going on on this machine"):
             RecordWriter(tmp_path, {"resumed_from": 0})
+        looked.append((tmp_path / "run-1.jsonl").exists())
 
     with RecordWriter(tmp_path, {"resumed_from": 0}, first) as record:
         assert record.attempt == 1
+    assert looked == [False]
+
+
+def test_a_header_that_does_not_fit_leaves_the_folder_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk; of the file a later start makes nothing."""
+
+    def full(*_: object, **fields: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RecordWriter, "write", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            RecordWriter(tmp_path, {"resumed_from": 0})
+    with RecordWriter(tmp_path, {"resumed_from": 0}) as record:
+        assert record.attempt == 2
+    assert len(read_record(tmp_path).headers) == 1
 
 
 class Two(Hosts):

@@ -1,10 +1,13 @@
 """`nfnets-xla runs`: every state that a run's folder can be in, and the filters."""
 
 import io
+import json
 import os
 import time
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,6 +19,7 @@ from nfnets_xla.scaling.account import train_flops
 from tests.scaling.made_runs import header
 
 NOW = 1_800_000_000.0
+EVALUATED: dict[str, Any] = {"weights": "raw", "loss": 2.25, "top1": 0.25, "top5": 0.5}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +39,7 @@ def made(
     opening = header(**changes)  # pyright: ignore[reportArgumentType]
     with RecordWriter(folder, opening) as record:
         record.write("train", 10, loss=2.5, top1=0.1, images_per_second=100.0, step_ms=step_ms)
-        record.write("eval", 10, weights="raw", loss=2.25, top1=0.25, top5=0.5)
+        record.write("eval", 10, **EVALUATED)
         if ended:
             record.write("end", opening["num_steps"])
     then = NOW - seconds_ago
@@ -127,9 +131,51 @@ def test_where_none_is_finished_it_says_so(
     assert f"none of the 1 training runs below {tmp_path} is finished" in capsys.readouterr().err
 
 
-def test_watching_ends_when_nothing_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["runs", str(runs), "--watch", "--finished"])
-    assert "a/done" in capsys.readouterr().out
+def test_watching_ends_when_nothing_runs(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        with (runs / "a" / "going" / "run-1.jsonl").open("a") as file:
+            print('{"kind": "stopped", "step": 10, "seconds": 9.0}', file=file)
+
+    slept: list[float] = []
+    clock = SimpleNamespace(time=lambda: NOW, sleep=sleep)
+    monkeypatch.setattr("nfnets_xla.overview.time", clock)
+    main(["runs", str(runs), "--watch", "--every", "3"])
+    assert "a/going" in capsys.readouterr().out
+    assert slept == [3]
+
+
+def test_how_long_a_run_may_be_silent(tmp_path: Path) -> None:
+    """As its newest start is set; and for as long as its evaluations take."""
+
+    def status(trainer: dict[str, int], *lines: tuple[str, int, float], ago: float) -> str:
+        opening = header(epochs=50)  # 1,562 steps
+        opening["config"]["trainer"] |= trainer
+        folder = tmp_path / str(next(number))
+        with RecordWriter(folder, opening) as record:
+            pass
+        with record.path.open("a") as file:
+            for kind, step, seconds in lines:
+                row: dict[str, Any] = {"kind": kind, "step": step, "seconds": seconds}
+                row |= {"step_ms": 1000.0} if kind == "train" else EVALUATED
+                print(json.dumps(row), file=file)
+        os.utime(record.path, (NOW - ago, NOW - ago))
+        (run,) = overviews(folder)
+        return run.status
+
+    number = count()
+
+    assert status({"log_every": 10}, ("train", 10, 10.0), ago=900) == "stopped 0:15:00 ago"
+    assert status({"log_every": 1000}, ("train", 20, 20.0), ago=900) == "running"
+    # Its first evaluation takes nobody knows how long, later ones as long as that; none is due yet.
+    often = {"log_every": 10, "eval_every": 100}
+    assert status(often, ("train", 70, 70.0), ago=900) == "stopped 0:15:00 ago"
+    assert status(often, ("train", 80, 80.0), ago=900) == "running"
+    past = [("train", 80, 80.0), ("eval", 100, 700.0), ("train", 180, 780.0)]
+    assert status(often, *past, ago=900) == "running"
+    assert status(often, *past, ago=1300) == "stopped 0:21:40 ago"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +183,8 @@ def test_watching_ends_when_nothing_runs(runs: Path, capsys: pytest.CaptureFixtu
     [
         (["--flops", "0"], "--flops is 0; it must be greater than 0"),
         (["--flops", "1e30"], "none of the 3 training runs below"),
+        (["--watch", "--finished"], "--watch follows runs that are going on"),
+        (["--watch", "--list"], "--watch follows runs that are going on"),
         (["--every", "-1"], "--every is -1; it must be in (0, 86,400] seconds"),
         (["--every", "1e30", "--watch"], "--every is 1e+30"),  # which no timer takes
     ],

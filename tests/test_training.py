@@ -89,9 +89,12 @@ def test_a_run_begins_from_an_earlier_checkpoint_in_a_folder_of_its_own(
     assert losses(branch) == losses(whole)
     assert_bit_equal(final_state(branch), final_state(whole))
     assert audit(branch).report()[-1] == "every sample exactly once"
-    process = start([*arguments, f"run_dir={whole}", f"resume={third}"], log)
-    assert process.wait() == 2
-    assert "already holds" in log.read_text().splitlines()[-1]
+    linked = tmp_path / "linked"
+    linked.symlink_to(whole)
+    for name in (third, linked / "checkpoints" / third.name):
+        process = start([*arguments, f"run_dir={whole}", f"resume={name}"], log)
+        assert process.wait() == 2
+        assert "already holds" in log.read_text().splitlines()[-1]
 
 
 def test_workers_have_no_effect_and_repeats_divide_the_epochs(

@@ -30,4 +30,5 @@ while :; do
     [ ! -e stop ] || break
 done
 echo "$(date -u +%FT%TZ) ended with $code"
-echo "$code" > exit
+echo "$code" > exit.part
+mv exit.part exit # whole or not there

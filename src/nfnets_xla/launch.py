@@ -43,7 +43,7 @@ FAILURES_IN_A_ROW = 10  # of `watch`: the network may be down, or a slice go whi
 ASK_WORKERS = f"""cd {FOLDER} 2> /dev/null && test -x venv/bin/nfnets-xla && test -e run.sh \
 || {{ echo "worker $(hostname): empty"; exit 0; }}; \
 if ! flock -n lock true; then echo "worker $(hostname): running"; \
-elif test -e exit; then echo "worker $(hostname): exit $(cat exit)"; \
+elif test -s exit; then echo "worker $(hostname): exit $(cat exit)"; \
 else echo "worker $(hostname): stopped"; fi"""
 ANSWER = re.compile(r"worker (\S+): (empty|running|stopped|exit \d+)")
 
@@ -134,16 +134,24 @@ class Slice:
 
     def wait(self) -> None:
         """Until the slice is there."""
+        state = self._until(
+            lambda state: state == "ACTIVE" or state in (*GONE, *GOING, ABSENT), in_dry_run="ACTIVE"
+        )
+        if state != "ACTIVE":
+            raise Failed(f"{self.settings.name} is {state}: `nfnets-xla launch resume` renews it")
+
+    def settled(self) -> str:
+        """The state, once what is being taken away is gone."""
+        return self._until(lambda state: state not in GOING, in_dry_run="SUSPENDED")
+
+    def _until(self, over: Callable[[str], bool], *, in_dry_run: str) -> str:
         said = ""
-        while (state := self.state(in_dry_run="ACTIVE")) != "ACTIVE":
-            if state in (*GONE, *GOING, ABSENT):
-                raise Failed(
-                    f"{self.settings.name} is {state}: `nfnets-xla launch resume` renews it"
-                )
+        while not over(state := self.state(in_dry_run=in_dry_run)):
             if state != said:
                 print(f"{self.settings.name}: {state}", flush=True)
             said = state
             time.sleep(self.every)
+        return state
 
     def install(self) -> None:
         """On all workers. What is there already stays, so that it may be repeated."""
@@ -169,7 +177,9 @@ class Slice:
     def stop(self) -> None:
         """Ask the run to save and to end; it stays ended until it is started again."""
         self._on_workers(
-            f"cd {FOLDER} && touch stop && if test -e pid; then kill -TERM $(cat pid); fi"
+            f"cd {FOLDER} && touch stop && "
+            "if flock -n lock true; then test -s exit || echo 75 > exit; "  # there is none to ask
+            "elif test -e pid; then kill -TERM $(cat pid); fi"
         )
 
     def workers(self) -> dict[str, str]:
@@ -232,9 +242,7 @@ def resume(tpu: Slice) -> bool:
     The command is repeated as it is: the run goes on from its newest checkpoint. Raises RunFailed
     if it ended by itself with an error, which repeating would only repeat.
     """
-    state = tpu.state(in_dry_run="SUSPENDED")
-    if state in GOING:
-        return False
+    state = tpu.settled()
     if state in GONE:
         tpu.delete()
     if state in (*GONE, ABSENT):

@@ -10,6 +10,7 @@ they run and after. `--list` prints folders instead, for another command:
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from nfnets_xla.scaling.runs import absolute_rate, ascent_share, last_evaluation
 from nfnets_xla.shards_cli import Parser
 
 # Seconds without a line, after which a run is taken to have stopped: at least, and before the first
-# logged step, which comes after compiling and is written an interval late.
+# logged step, which comes after compiling and is written an interval late, or evaluation.
 QUIET, STARTING = 120.0, 3600.0
 WITHIN = 1.25  # of --flops, either way
 DAY = 86_400  # seconds; a timer takes no more than some years
@@ -90,7 +91,7 @@ def overview(record: RunRecord, folder: Path, name: str) -> Overview:
         lost_seconds=record.seconds_lost,
         starts=len(record.headers),
         silent=max(0.0, time.time() - written),
-        quiet=quiet(record.newest, config["trainer"]["log_every"]),
+        quiet=quiet(record.newest),
         begun=any(row["kind"] == "train" for row in record.newest),
         ended=bool(record.of_kind("end")),
         loss=trained[-1].get("loss") if trained else None,
@@ -98,14 +99,24 @@ def overview(record: RunRecord, folder: Path, name: str) -> Overview:
     )
 
 
-def quiet(lines: Sequence[Row], log_every: int) -> float:
-    """Of a start: a line comes every so many steps, and may wait for one interval and a save."""
+def quiet(lines: Sequence[Row]) -> float:
+    """Of a start, header first: a line comes every so many steps, and may wait for one interval and
+    a save; or for an evaluation, which takes as long as the ones before, or nobody knows how long.
+    """
     if lines[-1]["kind"] == "stopped":
         return 0.0
     steps = [row for row in lines if row["kind"] == "train"]
     if not steps:
         return STARTING
-    return max(QUIET, 3 * log_every * steps[-1].get("step_ms", 0) / 1000)
+    began, trainer, now = lines[0]["step"], lines[0]["config"]["trainer"], steps[-1]["step"]
+    until_evaluated = trainer["eval_every"] or lines[0]["num_steps"]
+    is_due = (now + 2 * trainer["log_every"]) // until_evaluated > began // until_evaluated
+    if is_due and not any(row["kind"] == "eval" for row in lines):
+        return STARTING
+    seconds = [row.get("seconds", 0.0) for row in lines[lines.index(steps[0]) :]]
+    longest = max((later - earlier for earlier, later in pairwise(seconds)), default=0.0)
+    interval = trainer["log_every"] * steps[-1].get("step_ms", 0) / 1000
+    return max(QUIET, 3 * interval, 2 * longest)
 
 
 SHORTEST_NAME = 12  # of a run, where a terminal is narrow
@@ -157,6 +168,8 @@ def runs(arguments: Sequence[str]) -> None:
         raise ValueError(f"--flops is {given.flops:g}; it must be greater than 0")
     if not 0 < given.every <= DAY:
         raise ValueError(f"--every is {given.every:g}; it must be in (0, {DAY:,}] seconds")
+    if given.watch and (given.list or given.finished):
+        raise ValueError("--watch follows runs that are going on; leave out --finished and --list")
     if given.watch:
         watch(given)
         return

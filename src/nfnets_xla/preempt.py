@@ -65,9 +65,9 @@ class Preemption:
     def ask(self, reason: str, number: int | None = None) -> None:
         """`number` is of the signal, if it is one. Only a second signal ends what is being saved:
         a machine that will go says so, and then sends one."""
-        if self.pass_on is not None:
+        if (pass_on := self.pass_on) is not None:  # a sweep may take it away meanwhile
             self.reason = reason
-            self.pass_on()
+            pass_on()
             return
         before, again = self.reason, self._signalled and number is not None
         self._signalled = self._signalled or number is not None

@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,10 +44,15 @@ class RecordWriter:
             self.path = run_dir / f"run-{self.attempt}.jsonl"
             self._opened = time.monotonic()
             self._file: TextIO = self.path.open("x", encoding="utf-8")
+            try:
+                self.write("header", header["resumed_from"], **header)
+            except BaseException:
+                with suppress(OSError):  # what did not fit is tried again
+                    self._file.close()
+                raise
         except BaseException:
             os.close(self._lock)
             raise
-        self.write("header", header["resumed_from"], **header)
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
         seconds = round(time.monotonic() - self._opened, 3)

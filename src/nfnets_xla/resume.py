@@ -29,7 +29,7 @@ from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
-from nfnets_xla.data.storage import is_below
+from nfnets_xla.data.storage import address, is_below
 from nfnets_xla.record import has_record, read_record
 
 # Recorded with a run: what its numbers and pixels may depend on.
@@ -202,13 +202,20 @@ def _begun_from(
                 f"lacks the steps up to {start.step}: choose another run_dir"
             )
         return start
-    beside = Path(own.where).parent == Path(start.where).parent
+    beside = _root(own) == _root(start)
     if own.step < start.step or (beside and own.step > start.step):
         raise ValueError(
             f"resume is {given!r}, and run_dir already holds {own}: nothing is overwritten; choose "
             "another run_dir, or resume=auto"
         )
     return own
+
+
+def _root(found: Checkpoint) -> str:
+    """The folder of a run's checkpoints, by whatever path it was named."""
+    if address(found.where):
+        return found.where.rpartition("/")[0]
+    return str(Path(found.where).resolve().parent)
 
 
 def _tells_of(run_dir: Path, start: Checkpoint) -> bool:

@@ -26,7 +26,7 @@ def header(
         "resumed_from": 0,
         "config": {
             "seed": seed,
-            "trainer": {"log_every": 25},
+            "trainer": {"log_every": 25, "eval_every": None},
             "model": {"name": model, "init_from": init_from},
             "data": {"batch_size": batch_size, "image_size": image_size, "repeats": 1},
             "optim": {
