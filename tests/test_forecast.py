@@ -15,6 +15,7 @@ from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.steps import make_schedule
 
+OF_32 = ["data.batch_size=32", "data.eval_batch_size=32", "optim.warmup_steps=1"]
 SLICES = ["data.batch_size=16", "data.eval_batch_size=16", "data.num_streams=4"]
 
 
@@ -96,8 +97,21 @@ def test_what_costs_more_is_counted(recipe: list[str], capsys: pytest.CaptureFix
         (["model.name=vit_mini_d3_4", "model.recompute=true"], "model.recompute are not for vit"),
         (["model.name=timm/test_resnet"], "timm/test_resnet keeps running statistics"),
         (["model.name=local-dir:card"], "model.init_from=card/model.safetensors"),
-        (["data.num_streams=5"], "5"),
-        (["model.width=3"], "width"),
+        (["data.num_streams=5"], "unique samples per step do not divide among 5 streams"),
+        (
+            [*OF_32, "--chips", "32"],
+            "data.num_streams is 4; it must be a multiple of the 8 hosts of 32 v4 chips (--chips)",
+        ),
+        (
+            ["--chips", "16", "--hardware", "v6e", "data.num_streams=2"],
+            "data.num_streams is 2; it must be a multiple of the 4 hosts of 16 v6e chips",
+        ),
+        (
+            ["--chips", "8", "--hardware", "H100"],
+            "data.num_streams is 4; it must be a multiple of the 8 hosts of 8 H100 chips",
+        ),
+        (["data.num_streams=1", "data.mix=mixup_cutmix"], "mixing needs 2 and an even number of"),
+        (["model.width=3"], "there is no setting model.width"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from nfnets_xla.config import Run
-from nfnets_xla.data.batches import check_evaluation_room, check_window_room
+from nfnets_xla.data.batches import check_evaluation_room, check_mixing, check_window_room
+from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.devices import GIB, check_uncut, smallest_fsdp
 from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards, untrained
@@ -25,7 +26,8 @@ from nfnets_xla.steps import (
 )
 
 FLOAT32 = 4  # bytes of each number that is kept
-CHIPS_OF_A_HOST = 4  # of v4; where a machine has more, a cache needs more room than is asked for
+CHIPS_OF_A_HOST = 4
+IN_ONE_HOST = {"v5e": 8, "v6e": 8}  # at most, of which larger slices have 4 in each, too
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def forecast(run: Run, terms: Terms) -> list[Line]:
     order = make_order(run, index)
     schedule, passes = make_schedule(run, order), make_passes(run, order)
     check_devices(run, terms)
+    check_streams(run, terms, order)
     check_cached(run, terms, index, held_out)
     with torch.device("meta"):
         net = untrained(run, num_classes)
@@ -116,10 +119,30 @@ def check_devices(run: Run, terms: Terms) -> None:
             )
 
 
+def hosts_of(terms: Terms) -> int:
+    """Processes that the slice or the machines run: of GPUs one each."""
+    if not terms.hardware.startswith("v"):
+        return terms.chips
+    if terms.chips <= IN_ONE_HOST.get(terms.hardware, CHIPS_OF_A_HOST):
+        return 1
+    return -(-terms.chips // CHIPS_OF_A_HOST)
+
+
+def check_streams(run: Run, terms: Terms, order: Order) -> None:
+    """They divide among the hosts, and images are mixed with others of their host."""
+    if order.num_streams % (hosts := hosts_of(terms)):
+        raise ValueError(
+            f"data.num_streams is {order.num_streams}; it must be a multiple of the {hosts} hosts "
+            f"of {terms.chips} {terms.hardware} chips (--chips)"
+        )
+    if run.data.mix == "mixup_cutmix":
+        check_mixing(order)
+
+
 def check_cached(run: Run, terms: Terms, index: ShardIndex, held_out: ShardIndex | None) -> None:
-    """A cache, `data.cache_dir`, has to hold what the processes of a host read of a batch."""
-    hosts = max(1, terms.chips // CHIPS_OF_A_HOST)
-    check_window_room(index, -(-run.data.num_streams // hosts), run.data.window_shards)
+    """A cache, `data.cache_dir`, has to hold what a host reads of a batch."""
+    streams = run.data.num_streams // hosts_of(terms)
+    check_window_room(index, streams, run.data.window_shards)
     if held_out is not None:
         check_evaluation_room(held_out)
 

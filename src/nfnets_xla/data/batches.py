@@ -51,6 +51,16 @@ Batch = dict[str, Any]
 GREY = 128  # of the row that stands for an image that cannot be decoded
 
 
+def check_mixing(order: Order) -> None:
+    """Raises ValueError if its streams leave an image without another one of its host."""
+    images_per_stream = order.unique_per_step // order.num_streams
+    if order.num_streams % 2 or images_per_stream < 2:
+        raise ValueError(
+            f"a batch has {images_per_stream} images of each of {order.num_streams} streams; "
+            "mixing needs 2 and an even number of streams: change data.num_streams"
+        )
+
+
 def check_window_room(index: ShardIndex, num_streams: int, window_shards: int) -> None:
     """ValueError if a cache cannot hold what is read and what is fetched next for the streams."""
     index.check_room(2 * num_streams * window_shards, "windows and the next ones")
@@ -142,12 +152,8 @@ class TrainBatches(Dataset[Batch]):
                 f"the order is of {order.num_samples} samples and the index of "
                 f"{index.num_samples}, or of other shards: make the order from this index"
             )
-        images_per_stream = order.unique_per_step // order.num_streams
-        if mix and (order.num_streams % 2 or images_per_stream < 2):
-            raise ValueError(
-                f"a batch has {images_per_stream} images of each of {order.num_streams} streams; "
-                "mixing needs 2 and an even number of streams: change data.num_streams"
-            )
+        if mix:
+            check_mixing(order)
         self.streams = range(order.num_streams) if streams is None else streams
         # A batch touches a window of every stream, and two where one gives way to the next.
         touched = 2 * len(self.streams) * (order.window_shards + 1)
