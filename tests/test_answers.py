@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from nfnets_xla.answers import Answers
@@ -59,8 +59,6 @@ def command(weights: Path, held_out: Path, run_dir: Path) -> list[str]:
 
 def predicted(weights: Path, held_out: Path) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Logits and labels of what can be decoded, and the samples' numbers."""
-    from safetensors.torch import load_file
-
     net = NFNet(VARIANTS["nfnet_mini_f0"], num_classes=CLASSES).eval()
     net.load_state_dict(load_file(weights))
     index = ShardIndex.load(held_out)
@@ -102,6 +100,20 @@ def test_classes_and_confusions_are_torchmetrics(
         assert sheet.width == 8 * (128 + 4)
 
 
+def test_a_loss_that_is_not_finite_is_json_still(
+    weights: Path, held_out: Path, tmp_path: Path
+) -> None:
+    """Strict readers know no NaN."""
+    state = load_file(weights)
+    state["head.weight"] = torch.full_like(state["head.weight"], 3e38)
+    save_file(state, tmp_path / "net.safetensors")
+    main(command(tmp_path / "net.safetensors", held_out, tmp_path / "run"))
+    text = (tmp_path / "run" / "evaluation-1.json").read_text()
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert found["loss"] is None
+    assert found["images"] == 28
+
+
 def test_nothing_is_overwritten(weights: Path, held_out: Path, tmp_path: Path) -> None:
     for _ in range(2):
         main(command(weights, held_out, tmp_path))
@@ -118,6 +130,7 @@ def test_hosts_join_their_answers(weights: Path, held_out: Path, tmp_path: Path)
     words[words.index(f"run_dir={tmp_path / 'one'}")] = f"run_dir={tmp_path / 'two'}"
     running = [start(words, tmp_path / "log", **variables) for variables in as_hosts(2)]
     assert [process.wait() for process in running] == [0, 0], (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().count("net.safetensors: loss") == 2  # each run once
     one, two = (
         json.loads((tmp_path / name / "evaluation-1.json").read_text()) for name in ("one", "two")
     )

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from nfnets_xla import checkpoint
 from nfnets_xla.cli import main
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
@@ -115,6 +117,26 @@ def test_a_timm_model_sees_pictures_of_its_own_size(tmp_path: Path) -> None:
     model = load("timm/test_vit", str(tmp_path / "vit.safetensors"))
     assert model.size == 160
     assert float(embedded(model, jpeg(picture(0))).norm()) == pytest.approx(1)
+
+
+def test_weights_of_a_run_see_pictures_as_its_evaluations_do(tmp_path: Path) -> None:
+    """A ViT is made for one size, of which its weights do not tell."""
+    made: dict[str, dict[str, Any]] = {
+        "nfnet_mini_f0": {},
+        "vit_mini_d3_4": {"image_size": 64, "eval_image_size": 48},
+    }
+    for name, options in made.items():
+        net = create_network(name, num_classes=3, **options)
+        identity = {"model": {"name": name}, "num_classes": 3, "optim": {"loss": "softmax"}}
+        identity |= {"data": {"image_size": 64, "eval_image_size": 48, "eval_margin": 8}}
+        tensors = {key: value.contiguous() for key, value in net.state_dict().items()}
+        checkpoint.save(tmp_path / name, 5, {"model": tensors}, {"identity": identity})
+        model = load(name, str(tmp_path / name / "step-00000005"))
+        assert model.size == 48
+        assert float(embedded(model, jpeg(picture(0))).norm()) == pytest.approx(1)
+    save_weights(create_network("vit_mini_d3_4"), tmp_path / "net.safetensors", {})
+    with pytest.raises(ValueError, match="does not say for which size of images vit_mini_d3_4 was"):
+        load("vit_mini_d3_4", str(tmp_path / "net.safetensors"))
 
 
 def test_a_comparison_leaves_no_shard_open(

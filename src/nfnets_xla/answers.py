@@ -15,6 +15,7 @@ import numpy as np
 
 from nfnets_xla.data.batches import EvalBatches
 from nfnets_xla.hosts import Hosts
+from nfnets_xla.record import finite
 from nfnets_xla.sheet import draw_sheet
 
 CONFUSIONS = 100  # pairs in the file, the most frequent first
@@ -86,7 +87,7 @@ def write(
     file = folder / f"evaluation-{attempt}.json"
     confusions = answers.confusions()
     found = about | {"per_class": answers.per_class(), "confusions": confusions}
-    file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    file.write_text(json.dumps(finite(found), indent=1, allow_nan=False), encoding="utf-8")
     say(f"{file}: every class, and the {len(confusions)} most frequent confusions")
     rows = answers.surest_errors(TILES)
     if len(rows):

@@ -6,7 +6,7 @@ allow. A feature is the mean of a picture's and its mirror image's, so that mirr
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from nfnets_xla.data.dedup import Matches, opener
 from nfnets_xla.data.jobs import Progress
 from nfnets_xla.models.card import SCHEME
 from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.peers import VITS, is_peer
 from nfnets_xla.models.registry import Network, create_network
+from nfnets_xla.models.timm_names import sizes_of_cfg
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
 
@@ -56,21 +58,32 @@ def compared(matches: Matches, model: Model, on_progress: Progress | None = None
 def load(name: str, weights: str | None) -> Model:
     """ValueError for weights of another model, and for none.
 
-    A timm model takes the size that it is made for, and with timm's weights timm's colours."""
+    Weights of a run take pictures as its evaluations do. A timm model otherwise takes the size that
+    it is made for, and with timm's weights timm's colours."""
+    sizes = None
+    options: dict[str, Any] = {"num_classes": 0}
     if weights is None:
         own = name.startswith(SCHEME)
-        net = create_network(name, pretrained=not own, num_classes=0)
+        net = create_network(name, pretrained=not own, **options)
     else:
-        state, source = sources.weights(weights, "raw")
-        net = create_network(name, num_classes=0)
-        load_into(net, state, source=source, allow_new_head=True)
+        found = sources.find_weights(weights, "raw")
+        sizes = found.sizes
+        if is_peer(name) and sizes is not None:
+            options |= {"image_size": sizes.train, "eval_image_size": sizes.test}
+        elif name in VITS:
+            raise ValueError(
+                f"{found.source} does not say for which size of images {name} was made: give "
+                "--weights a run's folder or a checkpoint"
+            )
+        net = create_network(name, **options)
+        load_into(net, found.tensors(), source=found.source, allow_new_head=True)
     net.eval()
     if isinstance(net, NFNet):
-        return Model(net, net.variant.test_size)
+        return Model(net, (sizes or sizes_of_cfg(net.pretrained_cfg)).test)
     cfg = net.net.pretrained_cfg
-    model = Model(net, cfg.get("input_size", (3, SIZE, SIZE))[-1])
     if weights is not None:
-        return model
+        return Model(net, sizes.test if sizes else cfg.get("input_size", (3, SIZE, SIZE))[-1])
+    model = Model(net, cfg.get("input_size", (3, SIZE, SIZE))[-1])
     mean_rgb, stddev_rgb = ([255 * part for part in cfg[name]] for name in ("mean", "std"))
     return model._replace(mean_rgb=mean_rgb, stddev_rgb=stddev_rgb)
 

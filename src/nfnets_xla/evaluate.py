@@ -45,7 +45,9 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     dataset = make_eval_batches(run, held_out, num_classes, hosts)
     loader = Batches(dataset, start_step=0, stop_step=len(dataset), workers=run.data.workers)
     task.keep_answers = run.run_dir is not None
-    hosts.agree({**run.shared(), "the held-out samples": held_out.fingerprint})
+    kept = {"having a run_dir": task.keep_answers}  # answers are gathered from all
+    hosts.agree({**run.shared(), **kept, "the held-out samples": held_out.fingerprint})
+    say = say if hosts.writes else lambda _: None
     header = {"resumed_from": 0, "config": asdict(run), "fingerprint": held_out.fingerprint}
     keeps = run.run_dir is not None and hosts.writes
     with (

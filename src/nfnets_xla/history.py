@@ -30,7 +30,7 @@ def past_of(start: Checkpoint | None, run_dir: Path) -> Past:
     if start is None:
         return Past(lost_seconds=lost_seconds(run_dir, 0))
     folder = history(start, run_dir)
-    evaluated = evaluations(folder, start.step)
+    evaluated = evaluations(folder, start.step, "ema" if "ema" in start.forms else "raw")
     return Past(
         start.step,
         seconds=start.state["seconds"],
@@ -91,15 +91,15 @@ def flush_history(run_dir: Path) -> None:
     flush_to_disk(run_dir)
 
 
-def evaluations(run_dir: Path, step: int) -> dict[int, float]:
-    """{step: held-out loss} of what was evaluated up to `step`: of the average, if there is one.
+def evaluations(run_dir: Path, step: int, weights: str) -> dict[int, float]:
+    """{step: held-out loss} of the "raw" weights or the "ema" that were evaluated up to `step`.
 
     Infinite for one that was not finite, which a record has as null.
     """
     if not step or not has_record(run_dir):
         return {}
-    rows = [row for row in read_record(run_dir).of_kind("eval") if row["step"] <= step]
-    losses = {row["step"]: row["loss"] for row in rows}  # "ema" is written after "raw"
+    rows = [row for row in read_record(run_dir).of_kind("eval") if row["weights"] == weights]
+    losses = {row["step"]: row["loss"] for row in rows if row["step"] <= step}
     return {step: math.inf if loss is None else loss for step, loss in losses.items()}
 
 

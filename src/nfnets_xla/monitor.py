@@ -120,6 +120,7 @@ class Monitor(Callback):
         self.evaluated_at = trainer.global_step
         for weights, metrics in task.evaluation.items():
             self.record.write("eval", trainer.global_step, weights=weights, **metrics)
+        for weights, metrics in task.evaluation.items():
             self.curves.add(f"eval-{weights}", trainer.global_step, metrics)
             self.display.say(
                 f"step {trainer.global_step}/{self.total_steps}  held out ({weights}): "

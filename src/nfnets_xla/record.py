@@ -57,7 +57,7 @@ class RecordWriter:
     def write(self, kind: str, step: int, **fields: Any) -> None:
         seconds = round(time.monotonic() - self._opened, 3)
         row = {"kind": kind, "step": step, "seconds": seconds, **fields}
-        self._file.write(json.dumps(_finite(row), allow_nan=False, separators=(",", ":")) + "\n")
+        self._file.write(json.dumps(finite(row), allow_nan=False, separators=(",", ":")) + "\n")
         self._file.flush()
 
     def __enter__(self) -> "RecordWriter":
@@ -223,12 +223,12 @@ def _read_lines(path: Path) -> list[Row]:
     return rows
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN or infinity; both become null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
