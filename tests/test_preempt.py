@@ -1,6 +1,7 @@
 """Real signals to real processes, in every window of a run: 75, and nothing lost that was new."""
 
 import os
+import re
 import signal
 import socketserver
 import subprocess
@@ -107,6 +108,26 @@ def test_what_is_new_is_saved_and_the_run_goes_on(
     ]
     assert evaluated[0] == evaluated[1]
     assert_bit_equal(final_state(process.run_dir), final_state(tmp_path / "whole"))
+
+
+def test_what_cannot_be_saved_is_interrupted_too(tmp_path: Path, data: list[str]) -> None:
+    """By a disk that is full, or away for a while: the same command goes on as soon as it may."""
+    arguments = [*ONE, *data, *PLAIN_CPU]
+    root = tmp_path / "run" / "checkpoints"
+    root.mkdir(parents=True)
+    in_the_way = [root / f"step-{step:08d}" for step in range(1, 20)]
+    for file in in_the_way:
+        file.touch()
+    process = Process("training", arguments, tmp_path)
+    process.signalled(signal.SIGTERM)
+    assert re.search(
+        r"stopped after step \d+ \(SIGTERM\): step \d+ could not be saved in .*: make room",
+        process.log.read_text(),
+    )
+    for file in in_the_way:
+        file.unlink()
+    run([*arguments, f"run_dir={process.run_dir}"], process.log)
+    assert read_record(process.run_dir).of_kind("end")
 
 
 @slow

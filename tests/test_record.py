@@ -48,7 +48,7 @@ def test_damage_elsewhere_is_an_error(tmp_path: Path) -> None:
     path = attempt(tmp_path, 0, range(1, 4))
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:10], lines[2]]) + "\n")
-    with pytest.raises(ValueError, match=r"run-1\.jsonl, line 2 is not JSON"):
+    with pytest.raises(ValueError, match=r"run-1\.jsonl, line 2 is not JSON .* or delete the line"):
         read_record(tmp_path)
     with pytest.raises(ValueError, match="not the folder of a run"):
         read_record(tmp_path / "elsewhere")
@@ -110,6 +110,18 @@ def test_a_training_that_has_computed_nothing_replaces_nothing(tmp_path: Path) -
     attempt(tmp_path, 5, range(6, 7))
     assert [row["attempt"] for row in read_record(tmp_path).of_kind("train")] == [1] * 5 + [3]
     assert read_record(tmp_path).steps_lost == 2
+
+
+def test_what_a_run_is_says_the_start_that_it_began_with(tmp_path: Path) -> None:
+    """Of one that was ended before its first checkpoint nothing is left, be it of another model."""
+    for model, resumed_from, steps in (("a", 0, 2), ("b", 0, 4), ("b", 4, 2), ("c", 0, 0)):
+        opening = {"resumed_from": resumed_from, "num_steps": 9, "model": model}
+        with RecordWriter(tmp_path, opening) as writer:
+            for step in range(resumed_from + 1, resumed_from + steps + 1):
+                writer.write("train", step, loss=1.0)
+    record = read_record(tmp_path)
+    assert record.opening == record.headers[1]
+    assert [row["step"] for row in record.of_kind("train")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_evaluation_begins_anew_with_its_header(tmp_path: Path) -> None:

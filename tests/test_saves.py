@@ -15,7 +15,7 @@ from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint_cli import held_out
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.order import Order
-from nfnets_xla.history import best_of, evaluations, take_history
+from nfnets_xla.history import best_of, evaluations, forget_history, take_history
 from nfnets_xla.prepare import make_plan
 from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.resume import Beginning, RunState, find_resume
@@ -220,6 +220,32 @@ def test_a_run_that_was_saved_does_not_begin_anew(tmp_path: Path) -> None:
         find_resume("auto", root, tmp_path, *known, print)
 
 
+def test_checkpoints_that_lie_elsewhere_are_not_forgotten(tmp_path: Path) -> None:
+    """Of a start that was killed before it could record its first one."""
+    root, elsewhere = str(tmp_path / "run" / "checkpoints"), str(tmp_path / "elsewhere")
+    config = {"trainer": {"checkpoint_dir": elsewhere}}
+    with RecordWriter(tmp_path / "run", {"resumed_from": 0, "config": config}) as record:
+        record.write("train", 1, loss=1.0)
+    known = (IDENTITY, RANDOM, ORDER, {"torch": "1"})
+    assert find_resume("auto", root, tmp_path / "run", *known, print) is None
+    checkpoint.save(elsewhere, 2, FORMS, RunState(IDENTITY, ORDER, {"torch": "1"}, 0.0).at(2))
+    with pytest.raises(ValueError, match=f"saved up to step 2, and {root} lacks it"):
+        find_resume("auto", root, tmp_path / "run", *known, print)
+    found = find_resume("auto", elsewhere, tmp_path / "run", *known, print)
+    assert found is not None
+
+
+def test_half_a_history_that_nobody_asks_for_any_more_is_forgotten(tmp_path: Path) -> None:
+    for name in ("ledger-1.bin", "missed-1.jsonl", "other.txt"):
+        (tmp_path / name).touch()
+    forget_history(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["other.txt"]
+    for name in ("ledger-1.bin", "run-1.jsonl"):
+        (tmp_path / name).touch()
+    forget_history(tmp_path)
+    assert len([*tmp_path.iterdir()]) == 3
+
+
 def test_where_a_run_that_began_from_another_goes_on(tmp_path: Path) -> None:
     """From its own checkpoints once it has some; before that, where its history is told."""
     source, branch = tmp_path / "source", tmp_path / "branch"
@@ -251,6 +277,13 @@ def test_where_a_run_that_began_from_another_goes_on(tmp_path: Path) -> None:
     assert step() == 2
     checkpoint.save(root, 3, FORMS, state.at(3))
     assert step() == 3
+    # The other run has gone on since; it is where this one was begun, and no longer its business.
+    checkpoint.save(source / "checkpoints", 5, FORMS, state.at(5))
+    assert step() == 3
+    given = f"{source}/checkpoints/step-00000005"  # but this asks for more than there is
+    with pytest.raises(ValueError, match="run_dir already holds"):
+        step()
+    given = str(source)
     shutil.rmtree(source)
     assert step() == 3
     assert "no checkpoint any more; taken is" in said[-2]
@@ -333,9 +366,9 @@ def test_an_evaluation_that_was_not_finite_is_worse_than_any(tmp_path: Path) -> 
     assert evaluated == {2: math.inf, 4: 0.5, 6: math.inf}
     assert "not finite, on 3 images" in held_out(tmp_path, 2, "raw")["held out"]
     start = checkpoint.load(save_at(tmp_path, 6, {}))
-    assert best_of(start, evaluated) == (4, 0.5)  # of an older release
-    assert best_of(start, {2: math.inf}) is None
-    assert best_of(start, {}) is None
+    assert best_of(start, evaluated, [2, 4, 6]) == (4, 0.5)  # of an older release
+    assert best_of(start, {2: math.inf}, [2, 6]) is None
+    assert best_of(start, {}, [6]) is None
 
 
 def save_at(root: Path, step: int, state: dict[str, Any]) -> Path:
@@ -346,8 +379,13 @@ def save_at(root: Path, step: int, state: dict[str, Any]) -> Path:
 def test_a_checkpoint_says_which_is_the_best(tmp_path: Path) -> None:
     """Not one that could not be written (4); and wherever the record is (nowhere, the last)."""
     start = checkpoint.load(save_at(tmp_path, 6, {"best": {"step": 2, "loss": 0.7}}))
-    assert best_of(start, {2: 0.7, 4: 0.5}) == (2, 0.7)
-    assert best_of(start, {2: 0.7, 6: 0.6}) == (6, 0.6)
-    assert best_of(start, {}) == (2, 0.7)
+    assert best_of(start, {2: 0.7, 4: 0.5}, [2, 6]) == (2, 0.7)
+    assert best_of(start, {2: 0.7, 6: 0.6}, [2, 6]) == (6, 0.6)
+    assert best_of(start, {}, [2, 6]) == (2, 0.7)
     none = checkpoint.load(save_at(tmp_path, 3, {"best": None}))
-    assert best_of(none, {2: 0.7}) is None
+    assert best_of(none, {2: 0.7}, [2, 3]) is None
+    # Of another folder, from which this one was begun, or written before anyone kept the best.
+    assert best_of(start, {2: 0.7, 6: 0.9}, [6]) == (6, 0.9)
+    assert best_of(start, {}, [6]) is None
+    older = checkpoint.load(save_at(tmp_path, 7, {}))
+    assert best_of(older, {2: 0.7, 4: 0.8, 6: 0.9}, [4, 6, 7]) == (4, 0.8)

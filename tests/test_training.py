@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nfnets_xla import checkpoint
 from nfnets_xla.cli import main
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
@@ -85,6 +86,7 @@ def test_a_run_begins_from_an_earlier_checkpoint_in_a_folder_of_its_own(
         run([*arguments, f"run_dir={branch}", f"resume={third}"], log)
     assert before == sorted(path.stat().st_mtime_ns for path in whole.rglob("*"))
     assert [header["resumed_from"] for header in read_record(branch).headers] == [0, 3]
+    assert checkpoint.steps(branch / "checkpoints")[-1] == 3  # its own from the first
     assert samples(branch) == samples(whole)
     assert losses(branch) == losses(whole)
     assert_bit_equal(final_state(branch), final_state(whole))
@@ -95,6 +97,13 @@ def test_a_run_begins_from_an_earlier_checkpoint_in_a_folder_of_its_own(
         process = start([*arguments, f"run_dir={whole}", f"resume={name}"], log)
         assert process.wait() == 2
         assert "already holds" in log.read_text().splitlines()[-1]
+    # Of a run that has finished nothing is left to be computed, and all of it to be kept.
+    copy = [*arguments, f"run_dir={tmp_path / 'copy'}", f"resume={whole}"]
+    run(copy, log)
+    whole.rename(tmp_path / "gone")
+    run(copy, log)
+    assert log.read_text().splitlines()[-1].endswith("copy holds this run, finished")
+    assert_bit_equal(final_state(tmp_path / "copy"), final_state(branch))
 
 
 def test_workers_have_no_effect_and_repeats_divide_the_epochs(

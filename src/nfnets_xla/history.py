@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class Past:
     best: tuple[int, float] | None = None  # step and held-out loss of the best checkpoint
 
 
-def past_of(start: Checkpoint | None, run_dir: Path) -> Past:
+def past_of(start: Checkpoint | None, run_dir: Path, saved: Collection[int]) -> Past:
+    """`saved` are the steps of the checkpoints that the run has."""
     if start is None:
         return Past(lost_seconds=lost_seconds(run_dir, 0))
     folder = history(start, run_dir)
@@ -38,12 +40,15 @@ def past_of(start: Checkpoint | None, run_dir: Path) -> Past:
         missed=missed_before(folder, start.step),
         skipped=start.state.get("skipped", 0),
         evaluated=evaluated,
-        best=best_of(start, evaluated),
+        best=best_of(start, evaluated, saved),
     )
 
 
-def best_of(start: Checkpoint, evaluated: dict[int, float]) -> tuple[int, float] | None:
-    """Step and held-out loss of the best checkpoint up to `start`, if any has a finite loss.
+def best_of(
+    start: Checkpoint, evaluated: dict[int, float], saved: Collection[int]
+) -> tuple[int, float] | None:
+    """Step and held-out loss of the best checkpoint up to `start`, if any has a finite loss. Of
+    those that are there: one that is another folder's, or was deleted, has no place to keep.
 
     A checkpoint says which it was when it was written; if it is itself evaluated, it is so after.
     Of older releases, and without `keep_best`, it says nothing: any that was evaluated, then.
@@ -53,7 +58,7 @@ def best_of(start: Checkpoint, evaluated: dict[int, float]) -> tuple[int, float]
         best = start.state["best"]
         known = {start.step: evaluated.get(start.step, math.inf)}
         known |= {best["step"]: best["loss"]} if best else {}
-    finite = {step: loss for step, loss in known.items() if loss < math.inf}
+    finite = {step: loss for step, loss in known.items() if loss < math.inf and step in saved}
     return min(finite.items(), key=lambda item: item[1], default=None)
 
 
@@ -66,6 +71,15 @@ def history(start: Checkpoint, run_dir: Path) -> Path:
     """The folder with the records up to `start`: `run_dir`, unless the run began in another."""
     other = start.run_dir
     return run_dir if has_record(run_dir) or not has_record(other) else other
+
+
+def forget_history(run_dir: Path) -> None:
+    """What is left of another run's, whose copying was not finished, and which is not asked for any
+    more."""
+    if not has_record(run_dir):
+        for pattern in FILES:
+            for file in run_dir.glob(pattern):
+                file.unlink()
 
 
 def take_history(start: Checkpoint, run_dir: Path) -> None:

@@ -64,12 +64,12 @@ def overviews(root: Path) -> Iterator[Overview]:
         raise ValueError(f"{root} is not a folder: give one that holds runs")
     for folder in sorted({file.parent for file in root.rglob("run-*.jsonl")}):
         record = read_record(folder)
-        if record.headers and "num_steps" in record.headers[0]:  # else an evaluation
+        if "num_steps" in record.opening:  # else an evaluation
             yield overview(record, folder, str(folder.relative_to(root)))
 
 
 def overview(record: RunRecord, folder: Path, name: str) -> Overview:
-    header = record.headers[0]
+    header = record.opening
     config, steps = header["config"], header["num_steps"]
     trained, evaluations = record.of_kind("train"), record.of_kind("eval")
     written = max(file.stat().st_mtime for file in folder.glob("run-*.jsonl"))

@@ -121,6 +121,7 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
     if start is None:
         initial = initial_weights(run)
         begun_with = replace(plan.beginning, which=lambda: which(run, initial)).state()
+        tell_of_other_weights(plan, begun_with, say)
     else:  # what it began with is in its own weights by now, and may be gone
         begun_with, initial = start.state.get("begun_with"), None
     net = make_model(run, plan.num_classes, initial, say)
@@ -144,16 +145,31 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
         num_features=net.num_features,
         hosts=backend.hosts,
     )
-    agree(plan, backend.hosts, past.step, begun_with)
+    agree(plan, backend.hosts, past, begun_with)
     backend.hosts.by_writer(lambda: try_to_write(plan.checkpoints))  # before anything else is
     if run.trainer.compile_cache and not backend.cache_compilations(plan.folder / "compiled"):
         say(f"compile cache: off, {backend.device_kind} could not read it back")
     return Ready(plan, start, past, begun_with, backend, net, dataset, task)
 
 
+def tell_of_other_weights(plan: Plan, begun_with: dict[str, Any], say: Say) -> None:
+    """Those under the name given may be trained on, and of a start that was ended before its first
+    checkpoint nothing else is left."""
+    if not has_record(plan.folder):
+        return
+    before = read_record(plan.folder).opening.get("begun_with") or begun_with
+    if before["given"] == begun_with["given"] and before["which"] != begun_with["which"]:
+        say(
+            f"warning: {plan.run.model.init_from} holds other weights ({begun_with['which']}) than "
+            f"when {plan.folder} was begun with them ({before['which']}), of which nothing was "
+            "saved: it begins anew with those of now"
+        )
+
+
 def find_past(plan: Plan, start: Checkpoint | None, say: Say) -> Past:
     """What earlier starts have left. The best so far is only of the held-out samples of now."""
-    past = past_of(start, plan.folder)
+    saved = [*checkpoint.steps(plan.checkpoints), *([start.step] if start else [])]
+    past = past_of(start, plan.folder, saved)
     if start is None or plan.held_out is None:
         return past
     if not has_record(folder := history(start, plan.folder)):
@@ -183,14 +199,14 @@ def other_held_out(headers: Sequence[Row], step: int, now: str) -> int:
     return found
 
 
-def agree(plan: Plan, hosts: Hosts, step: int, begun_with: dict[str, Any] | None) -> None:
+def agree(plan: Plan, hosts: Hosts, past: Past, begun_with: dict[str, Any] | None) -> None:
     """Raises ValueError on every host if they are not of one run in one folder. A host may have
     looked into it while host 0's last start still wrote: they see alike by now, and start again."""
     held_out = None if plan.held_out is None else plan.held_out.fingerprint
     read = {"the training samples": plan.index.fingerprint, "the held-out samples": held_out}
     hosts.agree({**plan.run.shared(), **read, "the number of classes": plan.num_classes})
-    begun_at = hosts.gather(step)
-    if len(set(begun_at)) > 1:
+    begun_at = hosts.gather(past.step)
+    if len({*begun_at}) > 1 or len({*map(str, hosts.gather(past.best))}) > 1:
         hosts.agree({"the checkpoints that they see": checkpoint.steps(plan.checkpoints)})
         raise Interrupted(
             f"hosts would go on from different steps ({', '.join(map(str, begun_at))}), since a "

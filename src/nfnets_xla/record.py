@@ -126,6 +126,7 @@ class RunRecord:
     """All attempts of a run as one history: what a restart repeated appears once."""
 
     headers: list[Row]
+    opening: Row  # the header of the start that the run, as it is now, began with; {} without one
     rows: list[Row]
     steps_lost: int  # computed (as far as the record shows), in no checkpoint, computed again
     seconds: float | None  # of all attempts, to the last line of each; None: an older record
@@ -168,6 +169,7 @@ def read_record(
     if not attempts:
         raise ValueError(f"{folder} holds no run-*.jsonl: it is not the folder of a run")
     headers: list[Row] = []
+    opening: Row = {}
     lines: list[Row] = []
     timed: list[tuple[Row, float]] = []  # rows, each with the seconds since the one before
     steps_lost, seconds_lost = 0, 0.0
@@ -177,9 +179,11 @@ def read_record(
             continue  # killed before its header was complete
         lines = read
         headers.append(lines[0])
+        opening = opening or lines[0]
         if len(lines) == 1 and "num_steps" in lines[0] and number not in begun:
             continue  # of a training that has computed nothing
         resumed_from = int(lines[0]["resumed_from"])
+        opening = lines[0] if resumed_from == 0 else opening
         reached = max((row["step"] for row, _ in timed if row["kind"] in _PROGRESS), default=0)
         steps_lost += max(0, reached - resumed_from)
         kept = [(row, took) for row, took in timed if row["step"] <= resumed_from]
@@ -193,7 +197,7 @@ def read_record(
     if resuming_at is not None:
         seconds_lost += sum(took for row, took in timed if row["step"] > resuming_at)
     rows = [row for row, _ in timed]
-    return RunRecord(headers, rows, steps_lost, seconds, seconds_lost, lines)
+    return RunRecord(headers, opening, rows, steps_lost, seconds, seconds_lost, lines)
 
 
 _PROGRESS = ("train", "samples")  # rows written for a computed step
@@ -207,18 +211,19 @@ def _attempts(run_dir: Path) -> Iterable[tuple[int, Path]]:
 
 
 def _read_lines(path: Path) -> list[Row]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             if number == len(lines):  # no newline after it: torn
                 break
             raise ValueError(
-                f"{path}, line {number} is not JSON ({error}): the file was damaged"
+                f"{path}, line {number} is not JSON ({error}): the file was damaged; take it from "
+                "a copy, or delete the line, which costs what it says"
             ) from None
     return rows
 

@@ -7,12 +7,13 @@
 | another order of the same shards (of another release) | refused |
 | other streams (`data.num_streams`) | refused: they are part of the order |
 | other hosts, devices, mesh, loader workers, form of the network | taken as it is |
+| other held-out shards | taken; see prepare.find_past |
 | other versions of the libraries | taken, and said: the bits may differ |
 
 Where the record tells of checkpoints and there is none, or only damaged ones, nothing begins anew.
 With `resume=never` a folder that holds a run is refused. With `resume=PATH` a folder without one
-begins from that checkpoint, and takes the history behind it along; the same command goes on with
-the folder's own checkpoints once it has some.
+begins from that checkpoint, and takes it and the history behind it along; the same command goes on
+with the folder's own checkpoints.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -126,7 +128,7 @@ def find_resume(
             f"{holder} holds a run, and resume is never: choose {other}, or resume=auto"
         )
     if given not in ("auto", "never"):
-        found = _begun_from(given, found, run_dir, say)
+        found = _begun_from(given, found, root, run_dir, say)
     _look_for_newer(found, root, run_dir, say)
     if found is None:
         return None
@@ -165,6 +167,10 @@ def _look_for_newer(
     record = read_record(run_dir)
     saved = [header["resumed_from"] for header in record.headers[-1:]]
     saved += [row["step"] for row in record.of_kind("checkpoint")]
+    before = sources.checkpoint_dir_of(run_dir)
+    if found is None and before not in (None, root):  # which the last start may have had no time
+        with suppress(Exception):  # to record; it may be gone
+            saved += checkpoint.steps(before)
     last = max(saved, default=0)
     if last <= (0 if found is None else found.step):
         return
@@ -178,9 +184,9 @@ def _look_for_newer(
 
 
 def _begun_from(
-    given: str, own: Checkpoint | None, run_dir: Path, say: Callable[[str], None]
+    given: str, own: Checkpoint | None, root: str, run_dir: Path, say: Callable[[str], None]
 ) -> Checkpoint:
-    """The checkpoint at `given`; or the folder's own newest, which was begun from it."""
+    """The checkpoint at `given`; or the own newest, in `root`, which was begun from it."""
     try:
         start = sources.find(given)
     except ValueError:  # at an address, or damaged
@@ -202,8 +208,10 @@ def _begun_from(
                 f"lacks the steps up to {start.step}: choose another run_dir"
             )
         return start
-    beside = _root(own) == _root(start)
-    if own.step < start.step or (beside and own.step > start.step):
+    # A run that goes on elsewhere is further each time that it is looked at.
+    went_on = not checkpoint.is_one(given) and has_record(run_dir) and _tells_of(run_dir, start)
+    is_behind = own.step < start.step and not went_on
+    if is_behind or (is_in(root, start) and own.step > start.step):
         raise ValueError(
             f"resume is {given!r}, and run_dir already holds {own}: nothing is overwritten; choose "
             "another run_dir, or resume=auto"
@@ -211,11 +219,11 @@ def _begun_from(
     return own
 
 
-def _root(found: Checkpoint) -> str:
-    """The folder of a run's checkpoints, by whatever path it was named."""
-    if address(found.where):
-        return found.where.rpartition("/")[0]
-    return str(Path(found.where).resolve().parent)
+def is_in(root: str, found: Checkpoint) -> bool:
+    """Whether it is one of those in `root`, by whatever path they are named."""
+    if address(found.where) or address(root):
+        return found.where.rpartition("/")[0] == address(root)
+    return Path(found.where).resolve().parent == Path(root).resolve()
 
 
 def _tells_of(run_dir: Path, start: Checkpoint) -> bool:

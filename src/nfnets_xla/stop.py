@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nfnets_xla.exits import Interrupted
+from nfnets_xla.exits import Failed, Interrupted
 from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.preempt import Preemption
@@ -59,10 +59,16 @@ class Stop(Callback):
         assert isinstance(module, Classification)
         if self.keeper.saved_at != step:
             self.keeper.save(module, step)
-        self.keeper.finish()
+        fault = None
+        try:
+            self.keeper.finish()
+        except Failed as error:  # the run could go on, but for the one who asks
+            fault = error
         self.hosts.total(0)  # none may be started again while host 0 still writes
         self.preemption.unsaved = False
         self.keeper.monitor.record.write("stopped", step, reason=asked[0])
+        if fault is not None:
+            raise Interrupted(f"stopped after step {step} ({asked[0]}): {fault}") from fault
         raise Interrupted(f"stopped after step {step}, which is saved ({asked[0]})")
 
     def _reasons(self) -> list[str | None]:

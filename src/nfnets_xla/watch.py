@@ -7,11 +7,12 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from nfnets_xla import checkpoint
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.display import Display, Say
 from nfnets_xla.exits import Interrupted
-from nfnets_xla.history import flush_history, past_of, take_history
+from nfnets_xla.history import flush_history, forget_history, past_of, take_history
 from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.ledger import Ledger, head_of
@@ -21,7 +22,7 @@ from nfnets_xla.models.stacked import is_stacked
 from nfnets_xla.monitor import Monitor, Trace
 from nfnets_xla.prepare import Ready
 from nfnets_xla.record import Discard, RecordWriter, has_record
-from nfnets_xla.resume import RunState, installed
+from nfnets_xla.resume import RunState, installed, is_in
 from nfnets_xla.saves import Saves
 from nfnets_xla.skips import Skips
 from nfnets_xla.steps import ascent_share
@@ -99,17 +100,23 @@ def open_record(ready: Ready, open_files: ExitStack) -> RecordWriter | Discard:
 
 def take_over(ready: Ready) -> None:
     """What this start builds on, unless another has come further in the folder meanwhile."""
-    folder = ready.plan.folder
+    folder, start, root = ready.plan.folder, ready.start, ready.plan.checkpoints
     # Without a record the past is another folder's, whose run may go on.
     # The best of it may have been left out, being of other held-out samples (prepare.find_past).
-    now, then = (replace(past, best=None) for past in (past_of(ready.start, folder), ready.past))
+    now, then = (replace(past, best=None) for past in (past_of(start, folder, ()), ready.past))
     if has_record(folder) and now != then:
         raise Interrupted(
             f"another start has written into {folder} while this one was preparing: start again, "
             "to go on from what is there now"
         )
-    if ready.start is not None:
-        take_history(ready.start, folder)
+    if start is None:
+        forget_history(folder)
+        return
+    take_history(start, folder)
+    if not is_in(root, start):  # the run has it from now on, whatever becomes of the other
+        flush_history(folder)
+        forms = {form: start.tensors(form) for form in start.forms}
+        checkpoint.save(root, start.step, forms, start.state)
 
 
 def open_keeper(
@@ -156,6 +163,7 @@ def header(ready: Ready) -> dict[str, Any]:
     return {
         "resumed_from": ready.past.step,
         "config": asdict(run),
+        "begun_with": ready.begun_with,
         "fingerprint": plan.index.fingerprint,
         "held_out": None if plan.held_out is None else plan.held_out.fingerprint,
         "num_classes": plan.num_classes,

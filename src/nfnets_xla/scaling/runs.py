@@ -135,7 +135,7 @@ def find_points(root: Path | str) -> tuple[list[Point], list[str]]:
     for folder in sorted({path.parent for path in root.rglob("run-*.jsonl")}):
         record = read_record(folder)
         name = str(folder.relative_to(root))
-        if not record.headers or "num_steps" not in record.headers[0]:
+        if "num_steps" not in record.opening:
             continue
         missing = _missing(record)
         if missing:
@@ -162,7 +162,7 @@ def diverged(record: RunRecord) -> bool:
 
 
 def read_point(record: RunRecord, name: str) -> Point:
-    header, last = record.headers[0], record.headers[-1]
+    header, last = record.opening, record.headers[-1]
     config = header["config"]
     data, optim = config["data"], config["optim"]
     rows = header["num_steps"] * data["batch_size"]
