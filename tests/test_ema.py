@@ -65,5 +65,10 @@ def test_bad_values_are_refused() -> None:
         ema.update(torch.tensor(0.5))
     with pytest.raises(ValueError, match="update is -1"):
         ema.decay_at(-1)
+    net = small_net()
+    ema = EMA(net.named_parameters(), 0.9)
+    net.double()
+    with pytest.raises(ValueError, match=r"are torch\.float64 and their average is"):
+        ema.update(0.5)
     with pytest.raises(ValueError, match="no parameters to average"):
         EMA([], 0.9)

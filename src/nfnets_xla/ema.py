@@ -59,6 +59,11 @@ class EMA:
             decay = torch.tensor([decay], dtype=like.dtype).to(like.device)
         rest = 1 - decay
         shadows, parameters = [*self.shadow.values()], [*self._parameters.values()]
+        if wide(parameters[0].dtype) != like.dtype:
+            raise ValueError(
+                f"the parameters are {parameters[0].dtype} and their average is {like.dtype}: "
+                "convert the network first, then make its average"
+            )
         if like.device.type == "cpu":  # a number there costs nothing to read
             torch._foreach_lerp_(shadows, [wider(p) for p in parameters], float(rest))
         elif like.device.type == "cuda":

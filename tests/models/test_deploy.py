@@ -73,6 +73,20 @@ def test_what_is_pruned_or_parametrised_is_fused_as_it_computes() -> None:
         torch.testing.assert_close(fuse(net)(images), net(images), atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_what_is_pruned_is_fused_with_the_weights_it_has_now() -> None:
+    """Pruning multiplies with its mask just before a weight is used."""
+    one, other = (trained().eval() for _ in range(2))
+    for net in (one, other):
+        prune.l1_unstructured(net.get_submodule("stages.0.0.conv1"), "weight", 0.5)
+    weight = other.get_parameter("stages.0.0.conv1.weight_orig")
+    weight.copy_(torch.randn_like(weight))
+    one.load_state_dict(other.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    fused = fuse(one)
+    torch.testing.assert_close(fused(images), one(images), atol=1e-5, rtol=1e-4)
+
+
 def test_a_network_without_its_end_is_refused() -> None:
     net = trained()
     net.prune_intermediate_layers([2])

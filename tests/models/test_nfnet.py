@@ -311,6 +311,14 @@ def test_odd_sizes_and_other_channels(size: int) -> None:
     assert net(torch.randn(1, 5, size, size)).shape == (1, net.num_features)
 
 
+def test_an_image_by_itself_is_refused() -> None:
+    net = NFNet(VARIANTS["nfnet_mini_f0"])
+    with pytest.raises(ValueError, match=r"the input is \(3, 32, 32\); it must be \(B, C, H, W\)"):
+        net(torch.ones(3, 32, 32))
+    with pytest.raises(ValueError, match="in_channels is 0; it must be at least 1"):
+        NFNet(VARIANTS["nfnet_mini_f0"], in_chans=0)
+
+
 def test_bad_options_are_refused() -> None:
     variant: Variant = VARIANTS["nfnet_mini_f0"]
     with pytest.raises(ValueError, match=r"drop_path_rate is 1\.5"):

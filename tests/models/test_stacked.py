@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.utils.parametrizations import weight_norm
 
 from nfnets_xla.models.deploy import fuse
 from nfnets_xla.models.names import haiku_names, to_haiku
@@ -206,6 +207,22 @@ def test_its_gains_outlive_smaller_dtypes_and_the_meta_device() -> None:
 def test_stacking_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="stage 2 is stacked already; call unstack"):
         stack(stack(network()))
+
+
+def test_what_a_stack_would_lose_is_refused() -> None:
+    partly = network()
+    partly.get_submodule("stages.2.3").requires_grad_(False)
+    with pytest.raises(ValueError, match="is frozen in some blocks of a stage and not in others"):
+        stack(partly)
+    hooked = network()
+    hooked.get_submodule("stages.2.1.conv0").register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="a block of stage 2 has hooks: stack first"):
+        stack(hooked)
+    parametrised = network()
+    weight_norm(parametrised.get_submodule("stages.2.1.conv0"))
+    with pytest.raises(ValueError, match=r"'conv0.weight' of a block is no parameter"):
+        stack(parametrised)
+    assert not any(module.training for module in stack(network().eval()).modules())
 
 
 def _grad(net: NFNet, name: str) -> Tensor:

@@ -44,6 +44,26 @@ def test_wrapped_networks_give_weights() -> None:
         assert torch.equal(net.state_dict()["head.weight"], other.state_dict()["head.weight"])
 
 
+@pytest.mark.parametrize("prefix", ["model.", "net.backbone._orig_mod."])
+def test_a_training_modules_network_is_found(tmp_path: Path, prefix: str) -> None:
+    """Lightning's checkpoints, say. Of two nobody knows which is meant."""
+    net = mini_f0(7)
+    state = {f"{prefix}{name}": value for name, value in net.state_dict().items()}
+    state["loss.weight"] = torch.ones(3)
+    torch.save({"state_dict": state}, tmp_path / "net.ckpt")
+    other = create_network("nfnet_mini_f0", num_classes=7, checkpoint_path=tmp_path / "net.ckpt")
+    assert torch.equal(net.state_dict()["head.weight"], other.state_dict()["head.weight"])
+    two = {f"{name}.{key}": value for name in "ab" for key, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="x is of another model: no stages"):
+        load_into(net, two, source="x")
+
+
+def test_whole_numbers_are_no_weights() -> None:
+    state = {name: (100 * value).long() for name, value in mini_f0(7).state_dict().items()}
+    with pytest.raises(ValueError, match=r"x has torch.int64 in 'final_conv.bias': weights are of"):
+        load_into(mini_f0(7), state, source="x")
+
+
 def test_a_new_head_is_made_only_when_allowed() -> None:
     state = mini_f0(7).state_dict()
     net = mini_f0(5)

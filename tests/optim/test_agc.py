@@ -19,7 +19,7 @@ from nfnets_xla.models.stacked import stack
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.optim import SGD_AGC, agc_, by_role, parameter_roles
 from nfnets_xla.optim.agc import clip_adaptively, clip_factor, unit_shape, unitwise_norm
-from nfnets_xla.optim.roles import CLASSIFIER_WEIGHT, LINEAR, STACKED, VECTOR
+from nfnets_xla.optim.roles import CLASSIFIER_WEIGHT, CONV, LINEAR, STACKED, VECTOR
 from tests.optim.network import SETTINGS, an_optimizer, closure_of, small_net
 
 HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "clipping": 0.02}
@@ -200,6 +200,34 @@ def test_parameters_of_two_types_are_each_clipped_in_their_own() -> None:
     named = [(str(dtype), vector(1.0, dtype)) for dtype in (torch.float32, torch.float64)]
     shares = agc_(named, dict.fromkeys(dict(named), VECTOR))
     assert [str(share.dtype) for share in shares.values()] == [*shares]
+
+
+def test_norms_of_float16_do_not_overflow() -> None:
+    """Past 65,504 they were infinite, and the gradient was multiplied with 0."""
+    weight = torch.randn(64, 512, 3, 3) * 0.02
+    grad = torch.randn_like(weight) * 1024
+    clipped = {}
+    for dtype in (torch.float32, torch.float16):
+        parameter = nn.Parameter(weight.to(dtype))
+        parameter.grad = grad.to(dtype, copy=True)
+        (share,) = agc_([("w", parameter)], {"w": CONV}).values()
+        assert float(share) == 1
+        clipped[dtype] = parameter.grad.float()
+    torch.testing.assert_close(clipped[torch.float16], clipped[torch.float32], rtol=3e-3, atol=1e-7)
+
+
+def test_parameters_without_elements_are_left_out() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 3, bias=False))
+    net[1].weight = nn.Parameter(torch.empty(0, 4, 3, 3))
+    roles = parameter_roles(net, classifier=None)
+    optimizer = SGD_AGC(net.named_parameters(), roles, **HYPER)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert [*agc_(net.named_parameters(), roles)] == ["0.weight", "0.bias"]
+    optimizer.step()
+    assert optimizer.clipped_names == ["0.weight", "0.bias"]
+    assert optimizer.clipped_P is not None
+    assert optimizer.clipped_P.shape == (2,)
 
 
 def test_parameters_without_gradient_are_left_out() -> None:

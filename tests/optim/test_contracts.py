@@ -231,6 +231,28 @@ def test_no_group_can_be_added(around: Callable[..., torch.optim.Optimizer]) -> 
     assert len(plain.param_groups) == 2
 
 
+@pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
+def test_a_network_converted_afterwards_is_refused(to: torch.dtype) -> None:
+    net = small_net()
+    optimizer = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), lr=0.1)
+    net.to(to)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = net.head.weight.detach().clone()
+    with pytest.raises(
+        ValueError, match=f"is {to} and was torch.float32 when its SGD_AGC was made"
+    ):
+        optimizer.step()
+    assert torch.equal(net.head.weight, before)
+
+
+def test_an_empty_state_dict_is_refused() -> None:
+    net = small_net()
+    optimizer = SGD_AGC(net.named_parameters(), parameter_roles(net, "head"), lr=0.1)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+
+
 def test_a_state_dict_of_another_optimizer_is_refused() -> None:
     net = small_net()
     theirs = torch.optim.SGD(net.parameters(), lr=0.1).state_dict()

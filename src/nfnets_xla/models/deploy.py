@@ -10,6 +10,7 @@ Shape suffixes as in nfnet.py.
 """
 
 # pyright: reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
+# pyright: reportPrivateUsage=false
 # torch types its own signatures in part.
 
 from copy import deepcopy
@@ -40,7 +41,8 @@ from nfnets_xla.models.variants import ALPHA
 def fuse(net: NFNet) -> "FusedNFNet":
     """A copy of `net`, in either form, for inference, in channels_last: the same logits to 1e-4.
 
-    Device and dtypes are kept; `net` is left as it is. ValueError for another network, and for one
+    Device and dtypes are kept, and images must be of the weights' dtype: `fuse(net).bfloat16()` for
+    bfloat16 images. `net` is left as it is. ValueError for another network, and for one
     whose last stages were dropped (`prune_intermediate_layers`).
     """
     whole = uncompiled(net)
@@ -149,6 +151,7 @@ def _plain_linear(linear: nn.Module, kind: type[nn.Linear] = nn.Linear) -> nn.Li
     """Of torch's own class, by which quantisation knows it, where inputs have the weights' dtype;
     without what torch.nn.utils has put on it."""
     assert isinstance(linear, nn.Linear)
+    _bring_up_to_date(linear)
     with torch.device("meta"):
         plain = kind(linear.in_features, linear.out_features)
     plain.weight = nn.Parameter(linear.weight.detach().clone())
@@ -156,9 +159,18 @@ def _plain_linear(linear: nn.Module, kind: type[nn.Linear] = nn.Linear) -> nn.Li
     return plain
 
 
+def _bring_up_to_date(module: nn.Module) -> None:
+    """Pruning, and the older weight norm, set a weight just before it is used."""
+    for hook in module._forward_pre_hooks.values():  # pyright: ignore[reportUnknownVariableType]
+        kind = type(hook)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        if kind.__module__.startswith("torch.nn.utils."):
+            hook(module, ())  # pyright: ignore[reportUnknownArgumentType]
+
+
 def _plain(conv: nn.Module, input_gain: float = 1.0) -> nn.Conv2d:
     """The convolution that a WSConv2d amounts to, on inputs that lack this gain."""
     assert isinstance(conv, WSConv2d)
+    _bring_up_to_date(conv)
     strided = conv.stride[0] > 1
     kind = SameConv2d if strided else nn.Conv2d
     weight = conv.standardised_weight(input_gain).to(conv.weight.dtype)

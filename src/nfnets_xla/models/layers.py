@@ -193,6 +193,8 @@ class WSConv2d(nn.Conv2d):
         for name, value in (("kernel_size", kernel_size), ("stride", stride)):
             if not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise ValueError(f"{name} is {value!r}; it must be one number, for both axes")
+        if in_channels < 1:
+            raise ValueError(f"in_channels is {in_channels}; it must be at least 1")
         super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=bias)
         self.gain = nn.Parameter(torch.ones(out_channels))
         self.fan_in = self.weight[0].numel()
@@ -222,6 +224,11 @@ class WSConv2d(nn.Conv2d):
         As if the input were multiplied by `input_gain`, which costs nothing here. ValueError for
         integers, which cannot be normalised images.
         """
+        if input.ndim != 4:
+            raise ValueError(
+                f"the input is {tuple(input.shape)}; it must be (B, C, H, W): give one image a "
+                "batch axis by image[None]"
+            )
         if not input.is_floating_point():
             raise ValueError(
                 f"the input is {input.dtype}; it must be of floating point: convert images, and "

@@ -26,16 +26,23 @@ TIMM_PARTS = {
     "skip_gain": "skipinit_gain",
 }
 HEAD = ("head.weight", "head.bias")
+NFNETS = "stages.0.0.conv1.gain"  # a name that only these networks have, by ours and by timm's
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what torch's wrappers put before every name, or add of their own."""
+    """Without what torch's wrappers put before every name, or add of their own; of the state of a
+    module that has one NFNet in it, that one's."""
     rest = dict(state)
     rest.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel, beside "module."
     for prefix in (*PREFIXES, *PREFIXES):  # one may be around the other, either way
         if all(name.startswith(prefix) for name in rest):
             rest = {name.removeprefix(prefix): tensor for name, tensor in rest.items()}
+    # A training module has its network under a name of its own, as Lightning's "model.".
+    around = {name.removesuffix(NFNETS) for name in rest if name.endswith(NFNETS)}
+    if len(around) == 1 and (prefix := around.pop()).endswith("."):
+        inside = {name: tensor for name, tensor in rest.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): tensor for name, tensor in inside.items()}
     return rest
 
 

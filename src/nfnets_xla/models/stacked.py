@@ -9,7 +9,7 @@ have the names of single blocks, `stages.2.3.conv0.weight`, in either form.
 Shape suffixes: as in nfnet.py, and D blocks of a tail.
 """
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportPrivateUsage=false
 # torch types its own signatures in part.
 
 import re
@@ -75,7 +75,17 @@ class StackedBlocks(NFBlock):
         with torch.device("meta"):  # all of it is replaced below
             super().__init__(variant, channels, channels, stride=1, beta=0.0)
         for name in [name for name, _ in self.named_parameters()]:
-            parts = [block.get_parameter(name) for block in blocks]
+            try:
+                parts = [block.get_parameter(name) for block in blocks]
+            except AttributeError:  # torch.nn.utils has put something in its place
+                raise ValueError(
+                    f"{name!r} of a block is no parameter (pruned, or parametrised): stack first"
+                ) from None
+            if len({part.requires_grad for part in parts}) > 1:
+                raise ValueError(
+                    f"{name!r} is frozen in some blocks of a stage and not in others, and a stack "
+                    "is frozen as one: freeze all but a stage's first block alike, or do not stack"
+                )
             value = torch.stack([part.detach() for part in parts])
             _set_parameter(self, name, value, requires_grad=parts[0].requires_grad)
         self.betas = [block.beta for block in blocks]
@@ -157,15 +167,22 @@ def stack(net: NFNet, *, scan: Scan = loop) -> NFNet:
     """Turn `net` into its stacked form, in place; returns it. `xla.scan` is the `scan` for XLA.
 
     To be done before the network moves to its device and before its optimizer is made. A tail of
-    one block stays as it is. Raises ValueError for a network that is stacked already.
+    one block stays as it is. Raises ValueError for a network that is stacked already, and for one
+    whose blocks are frozen in part, have hooks, or are parametrised: a stack would lose that.
     """
     for number, stage in enumerate(net.stages):
         assert isinstance(stage, Stage)
         if isinstance(stage, StackedStage):
             raise ValueError(f"stage {number} is stacked already; call unstack first")
         if len(stage) > 2:
-            net.stages[number] = StackedStage(net.variant, stage, scan)
+            if any(_has_hooks(module) for block in stage[1:] for module in block.modules()):
+                raise ValueError(f"a block of stage {number} has hooks: stack first")
+            net.stages[number] = StackedStage(net.variant, stage, scan).train(stage.training)
     return net
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any((*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks))
 
 
 def unstack(net: NFNet) -> NFNet:

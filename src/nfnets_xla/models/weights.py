@@ -64,6 +64,10 @@ def load_into(
             )
     wanted = {name: state[name] for name in expected.keys() - skipped}
     for name in sorted(wanted):
+        if not wanted[name].is_floating_point():
+            raise ValueError(
+                f"{source} has {wanted[name].dtype} in {name!r}: weights are of floating point"
+            )
         if not torch.isfinite(wanted[name]).all():
             raise ValueError(
                 f"{source} has values in {name!r} that are not finite: it is of no use"

@@ -11,7 +11,7 @@ Shape suffixes: P parameters, U units of all of them, one after the other.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ def agc_(
     """Clip `.grad` of the parameters in place; call it between `backward` and an optimizer's step.
 
     `roles` are `parameter_roles`' of them: the classifier's weight is exempt. Returns for every
-    parameter that was looked at the share of its units that were clipped, 0-d, on its device, of
-    its dtype; nothing waits for it. Raises ValueError for a parameter without a role, and for
-    `clipping` or `eps` that are not greater than 0.
+    parameter that was looked at the share of its units that were clipped, 0-d, on its device, in
+    float32 or wider, as norms are; nothing waits for it. Raises ValueError for a parameter without
+    a role, and for `clipping` or `eps` that are not greater than 0.
 
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
     >>> net(torch.ones(1, 3, 3, 3)).sum().mul(1e6).backward()
@@ -52,7 +52,8 @@ def agc_(
         role.check_whole(name, parameter)
         if name not in roles:
             raise ValueError(f"parameter {name!r} has no role; take both from one module")
-        if parameter.grad is not None and roles[name] != role.CLASSIFIER_WEIGHT:
+        moves = parameter.grad is not None and parameter.numel() > 0
+        if moves and roles[name] != role.CLASSIFIER_WEIGHT:
             clipped[roles[name].startswith(role.STACKED)][name] = parameter
     for stacked, named in clipped.items():
         for alike in by_form(named):
@@ -146,7 +147,8 @@ def _uploaded(device: torch.device, *numbers: int) -> Tensor:
 
 def _norms(whole: Sequence[Tensor], parted: Sequence[Tensor], *, stacked: bool) -> Tensor:
     """(U,): of tensors that are one unit each, and then of all units of the others."""
-    of_whole = [torch.stack(torch._foreach_norm([*whole]))] if whole else []
+    dtype = _wide((*whole, *parted)[0].dtype)
+    of_whole = [torch.stack(torch._foreach_norm([*whole], dtype=dtype))] if whole else []
     of_parted = [unitwise_norm(x, stacked=stacked, keepdim=False) for x in parted]
     return torch.cat([*of_whole, *(of.flatten() if stacked else of for of in of_parted)])
 
@@ -193,6 +195,11 @@ def clip_factor(norm: Tensor, weight_norm: Tensor, clipping: float, eps: float) 
     return (largest / norm.clamp(min=NORM_FLOOR)).clamp(max=1)
 
 
+@cache
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def unit_shape(shape: torch.Size, *, stacked: bool) -> tuple[int, ...]:
     """The leading axes of a parameter that count its units: () if it is one unit.
 
@@ -206,8 +213,10 @@ def unit_shape(shape: torch.Size, *, stacked: bool) -> tuple[int, ...]:
 
 def unitwise_norm(x: Tensor, *, stacked: bool = False, keepdim: bool = True) -> Tensor:
     """L2 norm of every unit of a parameter (or of its gradient), shaped to broadcast against it, or
-    without the axes that are summed over."""
+    without the axes that are summed over; in float32 or wider: float16 ends at 65,504."""
     kept = len(unit_shape(x.shape, stacked=stacked))
+    if x.dtype != (dtype := _wide(x.dtype)):
+        x = x.to(dtype)
     if kept == x.ndim > 0:  # stacked scalars; no axis to sum over would mean all of them
         return x.abs()
     axes = tuple(range(kept, x.ndim))

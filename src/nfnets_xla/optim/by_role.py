@@ -165,7 +165,8 @@ class ByRole(torch.optim.Optimizer):
         for group in self.param_groups:
             named = dict(zip(group["param_names"], group["params"], strict=True))
             # No gradient means frozen or unused. Decay and momentum alone would still move it.
-            for alike in by_form({n: p for n, p in named.items() if p.grad is not None}):
+            moved = {n: p for n, p in named.items() if p.grad is not None and p.numel()}
+            for alike in by_form(moved):
                 fused = next(iter(alike.values())).device.type in FUSED_ON
                 clip_and_update = (
                     self._clip_and_update_fused if fused else self._clip_and_update_apart
@@ -190,6 +191,7 @@ class ByRole(torch.optim.Optimizer):
     ) -> Tensor | None:
         """Parameters of one device and dtype, together. Clips the gradients in place."""
         params = [*named.values()]
+        self._check_dtype(*next(iter(named.items())))
         # The kernel walks memory: gradient and state must lie as their parameter does, whatever
         # layout a state was saved in, or the network was brought into since.
         grads = [_laid_out_like(p, gradient(p)) for p in params]
@@ -202,6 +204,14 @@ class ByRole(torch.optim.Optimizer):
             share_P = clip_together_(params, grads, group["clipping"], **form)
         self._update_fused(params, grads, group, holds)
         return share_P
+
+    def _check_dtype(self, name: str, parameter: Tensor) -> None:
+        made = self.state[parameter][self.SLOTS[0]].dtype
+        if parameter.dtype != made:
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype} and was {made} when its "
+                f"{type(self).__name__} was made: convert the network first, then make this"
+            )
 
     @abstractmethod
     def _update_fused(
@@ -289,7 +299,7 @@ class ByRole(torch.optim.Optimizer):
         needed = self.param_groups[0].keys() & {"params", *self.defaults}
         kept: dict[int, Mapping[str, Any]] = {**state_dict["state"]}
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        first, named = numbers[0], self._named()
+        first, named = next(iter(numbers), None), self._named()
         if len(numbers) == len(named):  # else torch says so
             for number, (name, parameter) in zip(numbers, named, strict=True):
                 if number not in kept and not parameter.requires_grad:
