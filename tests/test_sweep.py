@@ -222,11 +222,12 @@ def test_a_run_ends_with_the_sweep_that_started_it(sweep: list[str], tmp_path: P
 def test_two_trials_start_from_the_best_before(
     sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    swept = ["model.name=nfnet_mini_f0", "optim.epochs=0.5,0.25"]
+    swept = ["model.name=nfnet_mini_f0", "optim.epochs=0.5,0.25", "seed=1,2"]
     main(["two_trials", "lr_sweep", *sweep, *swept])
     lines = [line for line in capfd.readouterr().out.splitlines() if " epochs: " in line]
     points, _ = read_points(tmp_path / "runs")
-    assert len(points) == 4
+    assert len(points) == 8
+    assert {point.seed for point in points} == {1, 2}
     # The paper's 1.6 of 4096 rows is optim.peak_lr=0.1 of 256, and so the first pair.
     assert lines[0].startswith("nfnet_mini_f0 at 0.25 epochs: 0.1 and 0.05; 1.6 for a batch")
     first = [point for point in points if point.epochs == 0.25]
@@ -274,6 +275,7 @@ def test_what_two_trials_refuses(sweep: list[str], capsys: pytest.CaptureFixture
         (["lr_sweep", "optim.peak_lr=0.1"], "two_trials chooses the rates"),
         (["pretrain"], "does not sweep"),
         (["absent"], "there is no recipe 'absent'"),
+        (["lr_sweep", "data.repeats=1,2"], "two_trials sweeps models, epochs and seeds; give one"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["two_trials", *words, *sweep])

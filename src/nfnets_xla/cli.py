@@ -180,7 +180,7 @@ def show_shards(arguments: list[str]) -> None:
     # What the sheet does not depend on, and a recipe may leave to be set.
     needless = ["run_dir=null", "model.init_from=null", "data.eval_shards=null", "optim.epochs=1"]
     overrides = [f'data.shards="{request.folder}"', *needless, *request.overrides]
-    run = to_run(composed(request.recipe, overrides))
+    run = to_run(composed(request.recipe, overrides, request.config_dir))
     show(run, request.out, request.rows, request.step)
 
 
@@ -249,8 +249,9 @@ def two_trials(arguments: list[str], preemption: Preemption) -> None:
     parser = Parser(prog="nfnets-xla two_trials", description=trials.__doc__)
     parser.add_argument("recipe", help="one that sweeps: lr_sweep, scaling_sweep")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
     given = parser.parse_intermixed_args(arguments)
-    compose.two_trials(given.recipe, given.overrides, preemption)
+    compose.two_trials(given.recipe, given.overrides, preemption, given.config_dir)
 
 
 def launch(arguments: list[str]) -> None:

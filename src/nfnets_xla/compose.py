@@ -170,17 +170,21 @@ def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: 
 
 
 @in_our_words()
-def two_trials(name: str, overrides: list[str], preemption: Preemption) -> None:
-    """Sweep the rate of each model at each number of epochs; failures of all of them at the end."""
+def two_trials(
+    name: str, overrides: list[str], preemption: Preemption, folder: str | None = None
+) -> None:
+    """Sweep the rate of each model at each number of epochs, with one seed or several; failures of
+    all of them at the end. `folder` is of recipes of one's own."""
     from nfnets_xla.sweep import going_on
     from nfnets_xla.trials import next_pair, size
 
     swept: dict[str, list[str]] = {}
-    params = composed(name).hydra.sweeper.params
+    params = composed(name, folder=folder).hydra.sweeper.params
     if not params:
         raise ValueError(f"{name} does not sweep: give lr_sweep, or a recipe of its kind")
     given = [f"{key}={value}" for key, value in params.items()]
-    rest = []
+    rest: list[str] = []
+    seeds: list[str] = []
     for word in [*given, *overrides]:
         (override,) = OverridesParser.create().parse_overrides([word])
         key = override.get_key_element()
@@ -190,6 +194,10 @@ def two_trials(name: str, overrides: list[str], preemption: Preemption) -> None:
             swept[key] = list(override.sweep_string_iterator()) if several else one
         elif key == "optim.peak_lr" and word in overrides:
             raise ValueError(f"{word} is given; two_trials chooses the rates: leave it out")
+        elif key == "seed":
+            seeds = [word]
+        elif word in overrides and override.is_sweep_override():
+            raise ValueError(f"{word}: two_trials sweeps models, epochs and seeds; give one {key}")
         elif word in overrides:
             rest.append(word)
     for key in ("model.name", "optim.epochs"):
@@ -199,16 +207,18 @@ def two_trials(name: str, overrides: list[str], preemption: Preemption) -> None:
     for model in swept["model.name"]:
         for epochs in swept["optim.epochs"]:
             cell = [*rest, f"model.name={model}", f"optim.epochs={epochs}"]
-            run = to_run(composed(name, [*cell, "seed=0"]))
+            run = to_run(composed(name, [*cell, "seed=0"], folder))
             with going_on(run.run_dir):
                 cells.append((size(run), run.optim.epochs, run, cell))
+    where = [] if folder is None else [f"--config-dir={folder}"]
     failed = []
     for *_, run, cell in sorted(cells, key=lambda entry: entry[:2]):
         with going_on(run.run_dir):
             pair = next_pair(run)
         print(pair, flush=True)
         try:
-            recipe(name, [*cell, f"optim.peak_lr={','.join(pair.rates)}"], preemption)
+            rates = f"optim.peak_lr={','.join(pair.rates)}"
+            recipe(name, [*where, *cell, *seeds, rates], preemption)
         except CellFailed as error:
             failed.append(str(error))
     if failed:

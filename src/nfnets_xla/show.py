@@ -31,6 +31,7 @@ class Request:
     rows: int
     step: int  # counted from 1, as the record does
     recipe: str
+    config_dir: str | None
     overrides: list[str]
 
 
@@ -43,6 +44,7 @@ def parse(arguments: list[str]) -> Request:
     parser.add_argument("--rows", type=int, default=4, help="of the sheet, 1 to 100")
     parser.add_argument("--step", type=int, default=1, help="counted from 1, as the record does")
     parser.add_argument("--recipe", default="pretrain", help="a name of `nfnets-xla --help`")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
     given = parser.parse_intermixed_args(arguments)
     if not 1 <= given.rows <= 100:
         raise ValueError(f"--rows is {given.rows}; it must be a whole number from 1 to 100")
@@ -51,7 +53,13 @@ def parse(arguments: list[str]) -> Request:
     if not Path(given.out).absolute().parent.is_dir():
         raise ValueError(f"--out is {given.out}: there is no folder {Path(given.out).parent}")
     return Request(
-        given.dir, Path(given.out), given.rows, given.step, given.recipe, given.overrides
+        given.dir,
+        Path(given.out),
+        given.rows,
+        given.step,
+        given.recipe,
+        given.config_dir,
+        given.overrides,
     )
 
 

@@ -341,10 +341,17 @@ def test_a_folder_with_a_colon_is_no_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    pack_samples([("a", b"x", "png", {1: 1e-9})], "ds:v2", samples_per_shard=1)
-    index = build_index("ds:v2")
-    (weight,) = index.labels(0, 0).values()
-    pack_samples([("a", b"x", "png", {1: weight})], "again", samples_per_shard=1)  # of float32
+    pack_samples([("a", b"x", "png", 3)], "ds:v2", samples_per_shard=1)
+    assert build_index("ds:v2").read(0, 0) == b"x"
+    assert [*tmp_path.glob("ds:v2/*.tar")]
+
+
+def test_a_weight_that_was_read_can_be_packed_again(tmp_path: Path) -> None:
+    """It is rounded to float32, and may then be a little less than the least."""
+    pack_samples([("a", b"x", "png", {1: 1e-9})], tmp_path / "one", samples_per_shard=1)
+    weights = build_index(tmp_path / "one").labels(0, 0)
+    pack_samples([("a", b"x", "png", weights)], tmp_path / "two", samples_per_shard=1)
+    assert build_index(tmp_path / "two").labels(0, 0) == weights
 
 
 def test_shards_of_a_target_size(tmp_path: Path) -> None:

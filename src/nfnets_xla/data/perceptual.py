@@ -21,7 +21,6 @@ from PIL import Image
 from nfnets_xla.data.thumbnail import SIDE, Thumbnails
 
 BITS = 128
-BYTES = BITS // 8
 FREQUENCIES = 13  # a side; the BITS lowest of them all lie within
 TURNS = (-4.2, -2.6, 2.6, 4.2)  # degrees: small rotations are up to about 5
 MOST_DEVIATIONS = 1.5  # that light and dark count

@@ -26,14 +26,6 @@ PAPER_EPOCHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # CM Figure 3's axis
 # at the same rate.
 ONE_EPOCH_CORE_HOURS = 5_000.0
 
-UNPUBLISHED = (
-    "the losses of Figure 2 and the errors of Figure 1, as numbers",
-    "the exponents of the fitted line",
-    "the optimal learning rates of Figure 3, beyond its axis (1.6, 0.8, 0.4)",
-    "warm-up, weight decay and the kind of loss on JFT",
-    "the stage-1 bottleneck of the + models (code: 128 channels; NF Table 5's sizes need 192)",
-)
-
 
 @dataclass(frozen=True)
 class Peer:
