@@ -5,8 +5,9 @@ everything past the command line sees these dataclasses and no other form of con
 plain (not frozen), because OmegaConf merges into them.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from operator import attrgetter
 from typing import Any
@@ -121,79 +122,27 @@ class Run:
 
     def check(self) -> None:
         """Refuse values that no part could work with. Raises ValueError with value, rule, fix."""
-        _one_of("job", self.job, JOBS)
-        _one_of("trainer.device", self.trainer.device, DEVICES)
-        _one_of("model.compute_dtype", self.model.compute_dtype, COMPUTE_DTYPES)
-        _one_of("optim.optimizer", self.optim.optimizer, OPTIMIZERS)
-        _one_of("optim.loss", self.optim.loss, LOSSES)
-        _one_of("data.mix", self.data.mix, MIXES)
-        _one_of("model.init_weights", self.model.init_weights, ("raw", "ema"))
         local_run_dir(self.run_dir)
         for name in setting_names():
             if attrgetter(name)(self) == "":
                 raise ValueError(f"{name} is empty; give a value, or null")
+        for name, allowed in _CHOICES.items():
+            _one_of(name, attrgetter(name)(self), allowed)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be in [0, 2**32)")
+        for holds, rule, settings in _RANGES:
+            for group, names in settings.items():
+                for name in names.split():
+                    value = getattr(getattr(self, group), name)
+                    if value is not None and not holds(value):
+                        raise ValueError(f"{group}.{name} is {value}; it must be {rule}")
         if self.model.pretrained is not None and self.model.init_from is not None:
             raise ValueError(
                 f"model.pretrained is {self.model.pretrained!r} and model.init_from "
                 f"{self.model.init_from!r}: two sources of weights; give one"
             )
-        if self.model.stacked not in (True, False, "auto"):
-            raise ValueError(
-                f"model.stacked is {self.model.stacked!r}; it must be auto, true or false"
-            )
-        fsdp = self.trainer.fsdp
-        if fsdp != "auto" and not (isinstance(fsdp, int) and fsdp >= 1):
-            raise ValueError(f"trainer.fsdp is {fsdp!r}; it must be auto or an integer from 1")
-        compiled = self.trainer.compile
-        if compiled not in (True, False, "auto"):
-            raise ValueError(f"trainer.compile is {compiled!r}; it must be auto, true or false")
-        if compiled is True and self.trainer.device == "xla":
-            raise ValueError(
-                "trainer.compile is true with trainer.device=xla, which compiles by itself: use "
-                "auto or false"
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; it must be in [0, 2**32)")
-        for group, name in _POSITIVE:
-            value = getattr(getattr(self, group), name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{group}.{name} is {value}; it must be greater than 0")
-        for group, name, limit in _IN_HALF_OPEN:
-            value = getattr(getattr(self, group), name)
-            if value is not None and not 0 <= value < limit:
-                raise ValueError(f"{group}.{name} is {value}; it must be in [0, {limit})")
-        if not 0 < self.data.min_crop_area <= 1:
-            raise ValueError(
-                f"data.min_crop_area is {self.data.min_crop_area}; it must be in (0, 1]"
-            )
-        if not 0 < self.optim.sam_ascent_fraction <= 1:
-            raise ValueError(
-                f"optim.sam_ascent_fraction is {self.optim.sam_ascent_fraction}; it must be in "
-                "(0, 1]"
-            )
-        _one_of("optim.schedule", self.optim.schedule, SCHEDULES)
-        if (self.optim.optimizer == "adamw") != (self.optim.beta2 is not None):
-            fix = "give 0.999, for example" if self.optim.beta2 is None else "give null"
-            raise ValueError(
-                f"optim.beta2 is {self.optim.beta2} with optim.optimizer={self.optim.optimizer}; "
-                f"it is AdamW's: {fix}"
-            )
-        if self.optim.sam_rho is None:
-            for name, off in _OF_SAM.items():
-                value = getattr(self.optim, name)
-                if value != off:
-                    raise ValueError(
-                        f"optim.{name} is {value} with optim.sam_rho=null; it is an option of "
-                        f"SAM: give optim.sam_rho, or {str(off).lower()}"
-                    )
-        magnitude = self.data.randaugment_magnitude
-        if magnitude is not None and not 1 <= magnitude <= 20:  # at 20 `Posterize` keeps 8 bits
-            raise ValueError(f"data.randaugment_magnitude is {magnitude}; it must be in [1, 20]")
-        if self.trainer.virtual_devices is not None and self.trainer.device != "xla":
-            raise ValueError(
-                f"trainer.virtual_devices is {self.trainer.virtual_devices} with trainer.device="
-                f"{self.trainer.device}; virtual devices exist only with trainer.device=xla"
-            )
+        _check_form(self.model, self.trainer)
+        _check_optim(self.optim)
 
     def identity(self) -> dict[str, Any]:
         """What defines the numbers of the run: a resumed run must agree in all of it.
@@ -255,23 +204,51 @@ def setting_names(of: type[Any] = Run, prefix: str = "") -> list[str]:
     return found
 
 
-_POSITIVE = [
-    *[("data", name) for name in ("num_classes", "image_size", "eval_image_size", "batch_size")],
-    *[("data", name) for name in ("eval_batch_size", "repeats", "num_streams", "window_shards")],
-    *[("data", name) for name in ("randaugment_ops", "cache_bytes")],
-    *[("optim", name) for name in ("epochs", "peak_lr", "clipping", "sam_rho")],
-    *[("optim", name) for name in ("accumulation", "sam_microbatches")],
-    *[("optim", name) for name in ("lr_batch", "rsqrt_timescale")],
-    *[("trainer", name) for name in ("virtual_devices", "log_every", "eval_every")],
-    *[("trainer", name) for name in ("checkpoint_every", "keep_checkpoints")],
-    *[("trainer", name) for name in ("keep_every_hours", "grace")],
-]
-_IN_HALF_OPEN = [
-    *[("model", name, 1) for name in ("drop_rate", "drop_path_rate")],
-    *[("optim", name, 1) for name in ("momentum", "beta2", "label_smoothing", "ema_decay")],
-    *[("data", name, float("inf")) for name in ("workers", "eval_margin")],
-    ("data", "max_missed", 1),
-    *[("optim", name, float("inf")) for name in ("cooldown_steps", "weight_decay", "max_skipped")],
+_CHOICES = {
+    "job": JOBS,
+    "trainer.device": DEVICES,
+    "model.compute_dtype": COMPUTE_DTYPES,
+    "model.init_weights": ("raw", "ema"),
+    "optim.optimizer": OPTIMIZERS,
+    "optim.loss": LOSSES,
+    "optim.schedule": SCHEDULES,
+    "data.mix": MIXES,
+}
+# (what holds, in words, the settings of each group); what is null is not asked.
+_RANGES: list[tuple[Callable[[float], bool], str, dict[str, str]]] = [
+    (
+        lambda value: value > 0,
+        "greater than 0",
+        {
+            "data": "num_classes image_size eval_image_size batch_size eval_batch_size repeats "
+            "num_streams window_shards randaugment_ops cache_bytes",
+            "optim": "epochs peak_lr clipping sam_rho accumulation sam_microbatches lr_batch "
+            "rsqrt_timescale",
+            "trainer": "virtual_devices log_every eval_every checkpoint_every keep_checkpoints "
+            "keep_every_hours grace",
+        },
+    ),
+    (
+        lambda value: 0 <= value < 1,
+        "in [0, 1)",
+        {
+            "model": "drop_rate drop_path_rate",
+            "optim": "momentum beta2 label_smoothing ema_decay",
+            "data": "max_missed",
+        },
+    ),
+    (
+        lambda value: 0 <= value < math.inf,
+        "in [0, inf)",
+        {"data": "workers eval_margin", "optim": "cooldown_steps weight_decay max_skipped"},
+    ),
+    (
+        lambda value: 0 < value <= 1,
+        "in (0, 1]",
+        {"data": "min_crop_area", "optim": "sam_ascent_fraction"},
+    ),
+    # At a magnitude of 20 `Posterize` keeps 8 bits.
+    (lambda value: 1 <= value <= 20, "in [1, 20]", {"data": "randaugment_magnitude"}),
 ]
 
 
@@ -287,6 +264,44 @@ def local_run_dir(run_dir: str | None) -> str | None:
             f"trainer.checkpoint_dir={run_dir.rstrip('/')}/checkpoints"
         )
     return run_dir
+
+
+def _check_form(model: ModelConfig, trainer: TrainerConfig) -> None:
+    """In which the network is run, and on what."""
+    for name, value in (("model.stacked", model.stacked), ("trainer.compile", trainer.compile)):
+        if value not in (True, False, "auto"):
+            raise ValueError(f"{name} is {value!r}; it must be auto, true or false")
+    fsdp = trainer.fsdp
+    if fsdp != "auto" and not (isinstance(fsdp, int) and fsdp >= 1):
+        raise ValueError(f"trainer.fsdp is {fsdp!r}; it must be auto or an integer from 1")
+    if trainer.compile is True and trainer.device == "xla":
+        raise ValueError(
+            "trainer.compile is true with trainer.device=xla, which compiles by itself: use "
+            "auto or false"
+        )
+    if trainer.virtual_devices is not None and trainer.device != "xla":
+        raise ValueError(
+            f"trainer.virtual_devices is {trainer.virtual_devices} with trainer.device="
+            f"{trainer.device}; virtual devices exist only with trainer.device=xla"
+        )
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    """What belongs to one optimizer, or to SAM, is given with it and not without."""
+    if (optim.optimizer == "adamw") != (optim.beta2 is not None):
+        fix = "give 0.999, for example" if optim.beta2 is None else "give null"
+        raise ValueError(
+            f"optim.beta2 is {optim.beta2} with optim.optimizer={optim.optimizer}; "
+            f"it is AdamW's: {fix}"
+        )
+    if optim.sam_rho is None:
+        for name, off in _OF_SAM.items():
+            value = getattr(optim, name)
+            if value != off:
+                raise ValueError(
+                    f"optim.{name} is {value} with optim.sam_rho=null; it is an option of "
+                    f"SAM: give optim.sam_rho, or {str(off).lower()}"
+                )
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
