@@ -135,19 +135,24 @@ def find_resume(
     changed = differences(found.state["identity"], identity)
     changed += beginning.differs_from(found.state.get("begun_with"))
     if changed:
-        if given not in ("auto", "never"):
-            holder = found
+        holder = holder if given in ("auto", "never") else found
         raise ValueError(
             f"{holder} holds another run ({'; '.join(changed)}): choose {other}, or give the "
             "values it was started with"
         )
+    before = found.state.get("versions", {})
     if found.state.get("next") != position(order, found.step):
         raise ValueError(
             f"{found} was written in another order of the same samples: go on with the release of "
-            f"nfnets_xla that wrote it ({found.state.get('versions', {}).get('nfnets_xla')})"
+            f"nfnets_xla that wrote it ({before.get('nfnets_xla')})"
         )
-    before = found.state.get("versions", {})
-    if newer := differences(before, versions):
+    _tell(found, differences(before, versions), run_dir, say)
+    return found
+
+
+def _tell(found: Checkpoint, newer: list[str], run_dir: Path, say: Callable[[str], None]) -> None:
+    """What a person should know of a start from `found`; `newer` are versions."""
+    if newer:
         say(f"warning: {found} was written under other versions ({'; '.join(newer)})")
     if found.step and not (has_record(run_dir) or has_record(found.run_dir)):
         say(
@@ -155,7 +160,6 @@ def find_resume(
             f"not beside {found}: begin with resume=RUN, the folder of its run, to take it along"
         )
     say(f"resuming from {found}")
-    return found
 
 
 def _look_for_newer(
