@@ -1,4 +1,4 @@
-"""Shards that several tests read."""
+"""Shards that several tests read, and the order of the tests."""
 
 from pathlib import Path
 
@@ -7,6 +7,12 @@ import pytest
 from tests.data.images import packed
 
 IMAGES, CLASSES = 100, 5
+LONGEST = ("test_xla_runs", "test_xla_stacked", "test_each_recipe", "test_chaos", "test_hosts")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: begun last, they would be waited for by all processes but one."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint_cli import held_out
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.order import Order
-from nfnets_xla.history import best_of, evaluations, forget_history, take_history
+from nfnets_xla.history import best_of, evaluations, refuse_half_a_history, take_history
 from nfnets_xla.prepare import make_plan
 from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.resume import Beginning, RunState, find_resume
@@ -235,15 +235,17 @@ def test_checkpoints_that_lie_elsewhere_are_not_forgotten(tmp_path: Path) -> Non
     assert found is not None
 
 
-def test_half_a_history_that_nobody_asks_for_any_more_is_forgotten(tmp_path: Path) -> None:
-    for name in ("ledger-1.bin", "missed-1.jsonl", "other.txt"):
+def test_half_a_history_is_no_beginning(tmp_path: Path) -> None:
+    """Of a copy that was interrupted, and is not asked for any more."""
+    refuse_half_a_history(tmp_path)
+    for name in ("ledger-1.bin", "run-2.jsonl", "other.txt"):
         (tmp_path / name).touch()
-    forget_history(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["other.txt"]
-    for name in ("ledger-1.bin", "run-1.jsonl"):
-        (tmp_path / name).touch()
-    forget_history(tmp_path)
-    assert len([*tmp_path.iterdir()]) == 3
+    with pytest.raises(
+        ValueError, match=r"holds ledger-1\.bin, run-2\.jsonl and no run-1\.jsonl, h"
+    ):
+        refuse_half_a_history(tmp_path)
+    (tmp_path / "run-1.jsonl").touch()
+    refuse_half_a_history(tmp_path)
 
 
 def test_where_a_run_that_began_from_another_goes_on(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def save(
     """
     if not address(root):
         Path(root).mkdir(parents=True, exist_ok=True)
-    folder, name = open_folder(root), _name(step)
+    folder, name = open_folder(root), folder_name(step)
     complete = _complete(folder.sizes(""))
     newest = max(complete, default=step)
     if newest != step and _seems_of_another(folder, newest, state):
@@ -114,7 +114,7 @@ def save(
 def _seems_of_another(folder: AnyFolder, step: int, state: Mapping[str, Any]) -> bool:
     """By its state alone, which is quickly read, and may be damaged."""
     try:
-        return bool(_differences(json.loads(folder.read(f"{_name(step)}/{STATE}")), state))
+        return bool(_differences(json.loads(folder.read(f"{folder_name(step)}/{STATE}")), state))
     except (OSError, ValueError, AttributeError, TypeError):  # also: not to be read now
         return False
 
@@ -249,7 +249,7 @@ def _hourly(folder: AnyFolder, steps: list[int], every_hours: float) -> set[int]
     unknown: set[int] = set()
     for step in sorted(steps):
         try:
-            data = folder.read(f"{_name(step)}/{STATE}")
+            data = folder.read(f"{folder_name(step)}/{STATE}")
         except FileNotFoundError:
             continue  # it is no checkpoint
         except (OSError, ValueError):  # the latter of an address
@@ -298,13 +298,13 @@ def _open(where: str | Path, run: Path | None) -> Checkpoint:
         ) from None
 
 
-def _name(step: int) -> str:
+def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
 def _at(root: str | Path, step: int) -> str:
     """A slash at the end of an address would name another object."""
-    return f"{address(root) or root}/{_name(step)}"
+    return f"{address(root) or root}/{folder_name(step)}"
 
 
 def _step(name: str) -> int | None:
@@ -320,7 +320,7 @@ def _complete(files: Iterable[str]) -> set[int]:
 
 
 def _files(folder: AnyFolder, step: int) -> list[str]:
-    return [name for name in folder.sizes("") if name.startswith(f"{_name(step)}/")]
+    return [name for name in folder.sizes("") if name.startswith(f"{folder_name(step)}/")]
 
 
 def _remove(folder: AnyFolder, names: list[str]) -> None:

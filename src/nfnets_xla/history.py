@@ -73,13 +73,14 @@ def history(start: Checkpoint, run_dir: Path) -> Path:
     return run_dir if has_record(run_dir) or not has_record(other) else other
 
 
-def forget_history(run_dir: Path) -> None:
-    """What is left of another run's, whose copying was not finished, and which is not asked for any
-    more."""
-    if not has_record(run_dir):
-        for pattern in FILES:
-            for file in run_dir.glob(pattern):
-                file.unlink()
+def refuse_half_a_history(run_dir: Path) -> None:
+    """Raises ValueError for what is left where copying another run's was interrupted."""
+    left = sorted(file.name for pattern in FILES for file in run_dir.glob(pattern))
+    if left and not has_record(run_dir):
+        raise ValueError(
+            f"{run_dir} holds {', '.join(left)} and no run-1.jsonl, half of a run's history: give "
+            "the resume=PATH that it was to begin from, or delete them, or choose another run_dir"
+        )
 
 
 def take_history(start: Checkpoint, run_dir: Path) -> None:

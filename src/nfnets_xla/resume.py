@@ -19,6 +19,7 @@ with the folder's own checkpoints.
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,6 +32,7 @@ from nfnets_xla import checkpoint, sources
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.config import differences
 from nfnets_xla.data.order import Order
+from nfnets_xla.data.remote import open_folder
 from nfnets_xla.data.storage import address, is_below
 from nfnets_xla.record import has_record, read_record
 
@@ -228,6 +230,14 @@ def is_in(root: str, found: Checkpoint) -> bool:
     if address(found.where) or address(root):
         return found.where.rpartition("/")[0] == address(root)
     return Path(found.where).resolve().parent == Path(root).resolve()
+
+
+def adopt(root: str, found: Checkpoint) -> None:
+    """Copy it into `root`, where it is one when its last file, the manifest, is there."""
+    folder, name = open_folder(root), checkpoint.folder_name(found.step)
+    for file in sorted(found.folder.iterdir(), key=lambda file: file.name == checkpoint.MANIFEST):
+        with folder.writing(f"{name}/{file.name}") as path:
+            shutil.copyfile(file, path)
 
 
 def _tells_of(run_dir: Path, start: Checkpoint) -> bool:

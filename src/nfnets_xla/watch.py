@@ -7,12 +7,11 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from nfnets_xla import checkpoint
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.display import Display, Say
 from nfnets_xla.exits import Interrupted
-from nfnets_xla.history import flush_history, forget_history, past_of, take_history
+from nfnets_xla.history import flush_history, past_of, refuse_half_a_history, take_history
 from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.ledger import Ledger, head_of
@@ -22,7 +21,7 @@ from nfnets_xla.models.stacked import is_stacked
 from nfnets_xla.monitor import Monitor, Trace
 from nfnets_xla.prepare import Ready
 from nfnets_xla.record import Discard, RecordWriter, has_record
-from nfnets_xla.resume import RunState, installed, is_in
+from nfnets_xla.resume import RunState, adopt, installed, is_in
 from nfnets_xla.saves import Saves
 from nfnets_xla.skips import Skips
 from nfnets_xla.steps import ascent_share
@@ -110,13 +109,12 @@ def take_over(ready: Ready) -> None:
             "to go on from what is there now"
         )
     if start is None:
-        forget_history(folder)
+        refuse_half_a_history(folder)
         return
     take_history(start, folder)
     if not is_in(root, start):  # the run has it from now on, whatever becomes of the other
         flush_history(folder)
-        forms = {form: start.tensors(form) for form in start.forms}
-        checkpoint.save(root, start.step, forms, start.state)
+        adopt(root, start)
 
 
 def open_keeper(
