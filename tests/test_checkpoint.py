@@ -148,6 +148,20 @@ def test_what_is_left_of_old_ones_goes_where_there_are_just_enough(tmp_path: Pat
     assert checkpoint.steps(tmp_path) == [3, 2]
 
 
+def test_what_a_kill_left_of_a_file_goes_with_its_checkpoint(tmp_path: Path) -> None:
+    """But not what is another's, as the .nfs files of a file that is open elsewhere."""
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, FORMS, {})
+    (tmp_path / "step-00000001" / f".manifest.json.{'0a' * 16}").touch()
+    (tmp_path / "step-00000002" / ".nfs0000000000000a").touch()
+    checkpoint.prune(tmp_path, start=0, written=[1, 2, 3], keep=1)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == [
+        "step-00000002",
+        "step-00000003",
+    ]
+    assert len([*(tmp_path / "step-00000002").iterdir()]) == 1
+
+
 def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a deletion is interrupted, no half of a checkpoint looks like a whole one."""
     gone, remove = [], Folder.remove

@@ -13,6 +13,7 @@ from pathlib import Path
 from uuid import uuid4
 
 SHARD = ".tar"
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # a file that is being written
 
 
 class Folder:
@@ -101,7 +102,7 @@ class Folder:
     def write(self, name: str, data: bytes) -> None:
         """The whole file or, if the machine stops, the one that was there."""
         path = self.path / name
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+        temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # as TEMPORARY has it
         try:
             with temporary.open("xb") as file:
                 file.write(data)
@@ -127,10 +128,15 @@ class Folder:
         flush_to_disk(path)
 
     def remove(self, name: str) -> None:
-        """A file, and the folder it was the last of."""
+        """A file, and the folder it was the last of, but for what a kill has left in `write`."""
         path = self.path / name
         path.unlink(missing_ok=True)
-        if path.parent != self.path and not any(path.parent.iterdir()):
+        if path.parent == self.path:
+            return
+        left = [*path.parent.iterdir()]
+        if all(TEMPORARY.fullmatch(file.name) for file in left):
+            for file in left:
+                file.unlink(missing_ok=True)
             path.parent.rmdir()
 
 
