@@ -323,7 +323,7 @@ def test_an_object_store_keeps_checkpoints_as_a_disk_does(
         assert checkpoints(["verify", found.where]) == 0
         assert checkpoints(["verify", f"{url}/step-00000003"]) == 1
         no_manifest(bucket / "step-00000002")
-        assert sources.weights(url, "raw")[1] == f"{url}/step-00000001"
+        assert sources.find_weights(url, "raw").source == f"{url}/step-00000001"
         checkpoint.save(url, 3, FORMS, {})
         assert checkpoint.latest(url)[0] is not None
         checkpoint.prune(url, start=0, written=[1, 2, 3], keep=1)

@@ -20,13 +20,13 @@ def test_weights_are_found_from_a_file_a_checkpoint_or_a_run(tmp_path: Path) -> 
     folder = save(tmp_path / "checkpoints", 3)
     file = folder / "model.safetensors"
     for given in (file, folder, folder.parent, tmp_path):
-        weights, source = sources.weights(str(given), "raw")
-        assert source == str(file if given == file else folder)
-        assert torch.equal(weights["w"], FORMS["model"]["w"])
+        found = sources.find_weights(str(given), "raw")
+        assert found.source == str(file if given == file else folder)
+        assert torch.equal(found.tensors()["w"], FORMS["model"]["w"])
     with pytest.raises(ValueError, match="holds no ema weights"):
-        sources.weights(str(tmp_path), "ema")
+        sources.find_weights(str(tmp_path), "ema")
     with pytest.raises(ValueError, match="holds no weights: give"):
-        sources.weights(str(tmp_path / "nothing"), "raw")
+        sources.find_weights(str(tmp_path / "nothing"), "raw")
 
 
 def test_a_damaged_newest_is_not_passed_over_without_a_word(
@@ -64,7 +64,7 @@ def test_a_run_that_keeps_its_checkpoints_elsewhere_is_a_run(
     checkpoints(["export", str(folder), str(tmp_path / "weights.safetensors")])
     checkpoints(["card", str(folder), str(tmp_path / "card")])
     assert "| held out | top-1" in (tmp_path / "card" / "card.md").read_text()
-    assert sources.weights(str(folder), "ema")[1] == str(newest)
+    assert sources.find_weights(str(folder), "ema").source == str(newest)
     assert model_of(str(folder)) == "nfnet_mini_f0"
 
     shutil.rmtree(newest)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from nfnets_xla.optim.by_role import checked_hyperparameter, copies_like, wide, wider
+from nfnets_xla.optim.agc import wide, wider
+from nfnets_xla.optim.by_role import checked_hyperparameter, copies_like
 
 
 class EMA:

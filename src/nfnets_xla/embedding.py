@@ -6,7 +6,7 @@ allow. A feature is the mean of a picture's and its mirror image's, so that mirr
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,31 +61,25 @@ def load(name: str, weights: str | None) -> Model:
     Weights of a run take pictures as its evaluations do. A timm model otherwise takes the size that
     it is made for, and with timm's weights timm's colours."""
     sizes = None
-    options: dict[str, Any] = {"num_classes": 0}
     if weights is None:
         own = name.startswith(SCHEME)
-        net = create_network(name, pretrained=not own, **options)
+        net = create_network(name, pretrained=not own, num_classes=0)
     else:
         found = sources.find_weights(weights, "raw")
         sizes = found.sizes
-        if is_peer(name) and sizes is not None:
-            options |= {"image_size": sizes.train, "eval_image_size": sizes.test}
-        elif name in VITS:
-            raise ValueError(
-                f"{found.source} does not say for which size of images {name} was made: give "
-                "--weights a run's folder or a checkpoint"
-            )
-        net = create_network(name, **options)
+        of_one_size = name in VITS or (is_peer(name) and sizes is not None)
+        options = found.peer_options(name) if of_one_size else {}
+        net = create_network(name, num_classes=0, **options)
         load_into(net, found.tensors(), source=found.source, allow_new_head=True)
     net.eval()
     if isinstance(net, NFNet):
         return Model(net, (sizes or sizes_of_cfg(net.pretrained_cfg)).test)
     cfg = net.net.pretrained_cfg
+    size = sizes.test if sizes else cfg.get("input_size", (3, SIZE, SIZE))[-1]
     if weights is not None:
-        return Model(net, sizes.test if sizes else cfg.get("input_size", (3, SIZE, SIZE))[-1])
-    model = Model(net, cfg.get("input_size", (3, SIZE, SIZE))[-1])
+        return Model(net, size)
     mean_rgb, stddev_rgb = ([255 * part for part in cfg[name]] for name in ("mean", "std"))
-    return model._replace(mean_rgb=mean_rgb, stddev_rgb=stddev_rgb)
+    return Model(net, size, mean_rgb, stddev_rgb)
 
 
 @torch.inference_mode()

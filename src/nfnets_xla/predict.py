@@ -82,18 +82,10 @@ def of_weights(name: str, found: Weights, size: int | None) -> tuple[Network, Si
     classes = count_classes(name, state)
     if not classes:
         raise ValueError(f"{found.source} has no classifier: give weights that have one")
-    sizes = found.sizes
-    options: dict[str, Any] = {"num_classes": classes}
-    if is_peer(name):
-        if sizes is None:
-            raise ValueError(
-                f"{found.source} does not say for which size of images {name} was made: give "
-                "--weights a run's folder or a checkpoint"
-            )
-        options |= {"image_size": sizes.train, "eval_image_size": size or sizes.test}
-    net = create_network(name, **options)
+    options = found.peer_options(name, size) if is_peer(name) else {}
+    net = create_network(name, num_classes=classes, **options)
     load_into(net, state, source=found.source)
-    return net, sizes
+    return net, found.sizes
 
 
 def best(

@@ -168,7 +168,7 @@ def tell_of_other_weights(plan: Plan, begun_with: dict[str, Any], say: Say) -> N
 
 def find_past(plan: Plan, start: Checkpoint | None, say: Say) -> Past:
     """What earlier starts have left. The best so far is only of the held-out samples of now."""
-    saved = [*checkpoint.steps(plan.checkpoints), *([start.step] if start else [])]
+    saved = [] if start is None else [start.step, *checkpoint.steps(plan.checkpoints)]
     past = past_of(start, plan.folder, saved)
     if start is None or plan.held_out is None:
         return past

@@ -138,6 +138,16 @@ class Weights:
         """Of the images of the run that they are of; a file does not say."""
         return None if self.of is None else Sizes.of_run(self.of.state["identity"]["data"])
 
+    def peer_options(self, name: str, eval_image_size: int | None = None) -> dict[str, Any]:
+        """With which to make the peer that they fit: a ViT is made for one size of images, which
+        its weights do not tell. ValueError for a file."""
+        if (sizes := self.sizes) is None:
+            raise ValueError(
+                f"{self.source} does not say for which size of images {name} was made: give "
+                "--weights a run's folder or a checkpoint"
+            )
+        return {"image_size": sizes.train, "eval_image_size": eval_image_size or sizes.test}
+
     @property
     def loss(self) -> str:
         """What they were trained for, "softmax" or "sigmoid"; of a file the usual one."""
@@ -164,9 +174,3 @@ def find_weights(given: str, which: str) -> Weights:
     if form not in found.forms:
         raise ValueError(f"{found} holds no {which} weights: use model.init_weights=raw")
     return Weights(str(found), found.folder / f"{form}.safetensors", found)
-
-
-def weights(given: str, which: str) -> tuple[dict[str, Tensor], str]:
-    """Those that `find_weights` finds, and what they came from."""
-    found = find_weights(given, which)
-    return found.tensors(), found.source

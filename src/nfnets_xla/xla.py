@@ -146,7 +146,7 @@ def make_mesh(fsdp: int) -> None:
     if fsdp < 1 or count % fsdp:
         raise ValueError(f"trainer.fsdp is {fsdp}; it must divide the number of devices, {count}")
     if _meshes and (before := _meshes[0].shape()["fsdp"]) != fsdp:
-        raise ValueError(f"this process has a mesh of fsdp={before}, not {fsdp}: start another")
+        raise ValueError(f"fsdp={fsdp}, but this process's mesh has {before}: start a new process")
     if not _meshes:
         _meshes.append(spmd.Mesh(device_order(), (count // fsdp, fsdp), ("data", "fsdp")))
         spmd.set_global_mesh(_meshes[0])
@@ -380,19 +380,20 @@ def gather(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def counters() -> Counters:
     import torch_xla.debug.metrics as metrics
 
-    def metric(name: str) -> tuple[int, float]:
-        data = metrics.metric_data(name)
-        return (int(data[0]), float(data[1])) if data else (0, 0.0)
+    def metric(*names: str) -> tuple[int, float]:
+        found = [data for name in names if (data := metrics.metric_data(name))]
+        return sum(int(data[0]) for data in found), sum(float(data[1]) for data in found)
 
     compilations, nanoseconds = metric("CompileTime")
+    executions, execute_nanoseconds = metric("ExecuteTime", "ExecuteReplicatedTime")
     gathers = sum(_compiled_to_gather)
     on_host = [name for name in metrics.counter_names() if name.startswith("aten::")]
     return Counters(
         compilations=compilations - gathers,
         gather_compilations=gathers,
         compile_seconds=nanoseconds / 1e9,
-        executions=metric("ExecuteTime")[0] + metric("ExecuteReplicatedTime")[0],
-        execute_seconds=(metric("ExecuteTime")[1] + metric("ExecuteReplicatedTime")[1]) / 1e9,
+        executions=executions,
+        execute_seconds=execute_nanoseconds / 1e9,
         tensors_to_host=metric("TransferFromDeviceTime")[0],
         fallbacks=Counter({name: int(metrics.counter_value(name) or 0) for name in on_host}),
     )

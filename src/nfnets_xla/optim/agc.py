@@ -147,7 +147,7 @@ def _uploaded(device: torch.device, *numbers: int) -> Tensor:
 
 def _norms(whole: Sequence[Tensor], parted: Sequence[Tensor], *, stacked: bool) -> Tensor:
     """(U,): of tensors that are one unit each, and then of all units of the others."""
-    dtype = _wide((*whole, *parted)[0].dtype)
+    dtype = wide((*whole, *parted)[0].dtype)
     of_whole = [torch.stack(torch._foreach_norm([*whole], dtype=dtype))] if whole else []
     of_parted = [unitwise_norm(x, stacked=stacked, keepdim=False) for x in parted]
     return torch.cat([*of_whole, *(of.flatten() if stacked else of for of in of_parted)])
@@ -195,8 +195,13 @@ def clip_factor(norm: Tensor, weight_norm: Tensor, clipping: float, eps: float) 
     return (largest / norm.clamp(min=NORM_FLOOR)).clamp(max=1)
 
 
-@cache
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wider(x: Tensor) -> Tensor:
+    """In float32 or wider, as all arithmetic is."""
+    return x.to(wide(x.dtype))
+
+
+@cache  # torch's own is an operator, of which there would be one for each parameter
+def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -215,8 +220,7 @@ def unitwise_norm(x: Tensor, *, stacked: bool = False, keepdim: bool = True) -> 
     """L2 norm of every unit of a parameter (or of its gradient), shaped to broadcast against it, or
     without the axes that are summed over; in float32 or wider: float16 ends at 65,504."""
     kept = len(unit_shape(x.shape, stacked=stacked))
-    if x.dtype != (dtype := _wide(x.dtype)):
-        x = x.to(dtype)
+    x = wider(x)
     if kept == x.ndim > 0:  # stacked scalars; no axis to sum over would mean all of them
         return x.abs()
     axes = tuple(range(kept, x.ndim))

@@ -16,7 +16,6 @@ fused kernel. Under XLA it is written out parameter by parameter, for the compil
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from itertools import product
 from typing import Any, ClassVar
 
@@ -336,16 +335,6 @@ def _laid_out_like(parameter: Tensor, x: Tensor) -> Tensor:
     if x.stride() == parameter.stride():
         return x
     return torch.empty_like(parameter.detach()).copy_(x)
-
-
-def wider(x: Tensor) -> Tensor:
-    """In float32 or wider, as all arithmetic is."""
-    return x.to(wide(x.dtype))
-
-
-@cache  # torch's own is an operator, of which there would be one for each parameter
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def checked_hyperparameter(name: str, value: float | Tensor, like: Tensor) -> Any:

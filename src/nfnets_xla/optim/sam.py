@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from nfnets_xla.optim import roles as role
-from nfnets_xla.optim.agc import gradient, vector_norm
-from nfnets_xla.optim.by_role import checked_hyperparameter, wider
+from nfnets_xla.optim.agc import gradient, vector_norm, wider
+from nfnets_xla.optim.by_role import checked_hyperparameter
 
 NORM_FLOOR = 1e-12  # big_vision's gsam.py: a gradient of zeros leaves the weights where they are
 
