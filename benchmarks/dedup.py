@@ -34,6 +34,7 @@ from PIL import Image
 from _copies import COPIES, Picture, copy, fractals, photographs, tiles
 from _scores import Scores, wilson
 from _turns import Report, medians
+from nfnets_xla.commands.dedup import DISTANCE
 from nfnets_xla.data.dedup import Settings, find
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.jobs import map_jobs
@@ -44,7 +45,6 @@ from nfnets_xla.data.references import build_references, load_references
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.sources import extension_of
 from nfnets_xla.data.thumbnail import SIDE, thumbnails
-from nfnets_xla.dedup_cli import DISTANCE
 
 REFERENCES, STRANGERS, ROUNDS = 500, 200, 7
 SPEED_SIZE = (500, 375)  # pixels, of JPEGs of quality 90

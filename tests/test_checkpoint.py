@@ -15,7 +15,7 @@ from fsspec import filesystem
 from fsspec.config import conf
 
 from nfnets_xla import checkpoint, sources
-from nfnets_xla.checkpoint_cli import checkpoints
+from nfnets_xla.commands.checkpoint import main as checkpoints
 from nfnets_xla.data.storage import Folder
 from tests.data.object_store import GCS, S3, storing
 

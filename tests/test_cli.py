@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from nfnets_xla import create_model
+from nfnets_xla import commands, create_model
 from nfnets_xla.cli import COMMANDS, EXTRAS, main, recipes, usage
+from nfnets_xla.commands.shards import ELSEWHERE
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.version import __version__
@@ -55,6 +56,12 @@ def test_every_command_has_help_at_every_level(
     monkeypatch.setenv("COLUMNS", "80")
     expected = {"shards": 13, "checkpoint": 5, "scaling": 4, "launch": 12}
     assert levels([command], capsys) == expected.get(command, 1)
+
+
+def test_every_module_with_words_of_its_own_is_a_command() -> None:
+    folder = Path(commands.__file__).parent
+    found = {path.stem for path in folder.glob("*.py") if "\ndef main(" in path.read_text()}
+    assert found == {*COMMANDS, *ELSEWHERE}
 
 
 def test_examples_in_help_keep_their_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nfnets_xla.arguments import Parser
 from nfnets_xla.cli import COMMANDS, main
 from nfnets_xla.compose import composed, options, to_run
 from nfnets_xla.manual import recipes
-from nfnets_xla.shards_cli import Parser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

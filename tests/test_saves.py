@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nfnets_xla import checkpoint, sources
-from nfnets_xla.checkpoint_cli import held_out
+from nfnets_xla.commands.checkpoint import held_out
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.order import Order
 from nfnets_xla.history import best_of, evaluations, refuse_half_a_history, take_history

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nfnets_xla import checkpoint, sources
-from nfnets_xla.checkpoint_cli import checkpoints
+from nfnets_xla.commands.checkpoint import main as checkpoints
 from nfnets_xla.ledger import audit
 from nfnets_xla.models.registry import create_network
 from nfnets_xla.record import RecordWriter, read_record

@@ -16,16 +16,13 @@ import select
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from errno import ENOSPC
-from pathlib import Path
-from typing import Any
+from importlib import import_module
 
 from nfnets_xla.exits import INTERRUPTED, START_AGAIN, Failed, HostLost, Interrupted
 from nfnets_xla.manual import recipes
 from nfnets_xla.preempt import Preemption
-from nfnets_xla.shards_cli import Parser
-from nfnets_xla.shards_cli import shards as other_shards
 from nfnets_xla.version import __version__
 
 USAGE = """usage: nfnets-xla RECIPE [key=value ...]    run a recipe
@@ -33,6 +30,20 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]    run a recipe
        nfnets-xla RECIPE --cfg job          print what would run; start nothing
        nfnets-xla COMMAND ...               one of these; --help says more
        nfnets-xla --version"""
+COMMANDS = {  # each a module of commands/
+    "check": "what a recipe would do and cost; starts nothing",
+    "shards": "pack, index, lint, stats, show, dedup, holdout, exclude",
+    "checkpoint": "verify, show, export, card",
+    "runs": "how far the runs below a folder are, and what came out",
+    "audit": "prove that every sample was shown exactly once",
+    "two_trials": "sweep the learning rate by the paper's rule",
+    "scaling": "plan, fit, figures: what to train, and what runs follow",
+    "launch": "run on Cloud TPU: example, watch, status, stop ...",
+    "models": "list the models, or all about one",
+    "predict": "what a model says of pictures",
+    "signal": "how a signal goes through a network, block by block",
+    "convert": "rewrite weights: a file of any form, or an address",
+}
 HELP, VERSION = ("-h", "--help", "help"), ("-V", "--version")
 
 WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -123,7 +134,7 @@ def obey(arguments: list[str], *, ours: bool) -> int | None:
         print(f"nfnets_xla {__version__}")
         return None
     if name in COMMANDS and name != "two_trials":
-        return COMMANDS[name][0](rest)
+        return command(name)(rest)
     own_folder = any(word.startswith(("--config-dir", "-cd")) for word in rest)
     if name not in (*COMMANDS, *recipes()) and not own_folder:
         raise ValueError(no_such(name))
@@ -131,12 +142,16 @@ def obey(arguments: list[str], *, ours: bool) -> int | None:
     if ours and not {"-h", "--help"} & set(rest):
         preemption.start()
     if name == "two_trials":
-        two_trials(rest, preemption)
+        command(name)(rest, preemption)
     else:
         from nfnets_xla import compose
 
         compose.recipe(name, rest, preemption)
     return None
+
+
+def command(name: str) -> Callable[..., int | None]:
+    return import_module(f"nfnets_xla.commands.{name}").main
 
 
 def no_such(name: str) -> str:
@@ -150,7 +165,7 @@ def usage() -> str:
     width = shutil.get_terminal_size().columns
     lines = [USAGE]
     for title, entries in (
-        ("commands", {name: purpose for name, (_, purpose) in COMMANDS.items()}),
+        ("commands", COMMANDS),
         ("recipes", recipes()),
     ):
         lines += ["", f"{title}:"]
@@ -158,189 +173,6 @@ def usage() -> str:
             text = f"  {name:20} {purpose}"
             lines += textwrap.wrap(text, max(60, width - 1), subsequent_indent=" " * 23)
     return "\n".join(lines)
-
-
-def shards(arguments: list[str]) -> int | None:
-    if arguments[:1] == ["show"]:
-        return show_shards(arguments[1:])
-    if arguments[:1] == ["dedup"]:
-        from nfnets_xla.dedup_cli import dedup
-
-        return dedup(arguments[1:])
-    return other_shards(arguments)
-
-
-def show_shards(arguments: list[str]) -> None:
-    from nfnets_xla.show import parse
-
-    request = parse(arguments)
-    from nfnets_xla.compose import composed, to_run
-    from nfnets_xla.show import show
-
-    # What the sheet does not depend on, and a recipe may leave to be set.
-    needless = ["run_dir=null", "model.init_from=null", "data.eval_shards=null", "optim.epochs=1"]
-    overrides = [f'data.shards="{request.folder}"', *needless, *request.overrides]
-    run = to_run(composed(request.recipe, overrides, request.config_dir))
-    show(run, request.out, request.rows, request.step)
-
-
-def check(arguments: list[str]) -> None:
-    from nfnets_xla import forecast
-
-    Terms = forecast.Terms
-    parser = Parser(prog="nfnets-xla check", description=forecast.__doc__)
-    parser.add_argument("recipe", help="a name of `nfnets-xla --help`")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
-    parser.add_argument("--hardware", default=Terms.hardware, help="v4, v5e, H100 ...")
-    parser.add_argument("--mfu", type=float, default=Terms.mfu, help="share of the peak reached")
-    parser.add_argument(
-        "--chips",
-        type=int,
-        default=Terms.chips,
-        help="for the wall clock; their devices must divide the batches and have the memory",
-    )
-    parser.add_argument("--price", type=float, help="of a chip-hour, in any currency")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
-    given = parser.parse_intermixed_args(arguments)
-    terms = Terms(given.hardware, given.mfu, given.chips, given.price)
-    from nfnets_xla.compose import composed, to_run
-
-    overrides = ["run_dir=null", *given.overrides]
-    run = to_run(composed(given.recipe, overrides, given.config_dir))
-    for what, how_much in forecast.forecast(run, terms):
-        print(f"{what:12} {how_much}")
-
-
-def checkpoint(arguments: list[str]) -> int:
-    from nfnets_xla.checkpoint_cli import checkpoints
-
-    return checkpoints(arguments)
-
-
-def runs(arguments: list[str]) -> None:
-    from nfnets_xla import overview
-
-    overview.runs(arguments)
-
-
-def audit(arguments: list[str]) -> int:
-    """Prove from the ledger of a run that every sample was shown exactly once, over all starts.
-
-    Exit code 1 if one was missed or repeated. What a restart computed again is told apart.
-    """
-    from nfnets_xla import ledger
-
-    parser = Parser(prog="nfnets-xla audit", description=audit.__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run with trainer.ledger=true")
-    found = ledger.audit(parser.parse_args(arguments).run)
-    print("\n".join(found.report()))
-    return 1 if found.faults else 0
-
-
-def scaling(arguments: list[str]) -> None:
-    from nfnets_xla import scaling_cli
-
-    scaling_cli.scaling(arguments)
-
-
-def two_trials(arguments: list[str], preemption: Preemption) -> None:
-    from nfnets_xla import compose, trials
-
-    parser = Parser(prog="nfnets-xla two_trials", description=trials.__doc__)
-    parser.add_argument("recipe", help="one that sweeps: lr_sweep, scaling_sweep")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
-    given = parser.parse_intermixed_args(arguments)
-    compose.two_trials(given.recipe, given.overrides, preemption, given.config_dir)
-
-
-def launch(arguments: list[str]) -> None:
-    from nfnets_xla.launch import launch as launched
-
-    def read(file: Path, overrides: list[str], needed: Collection[str]) -> Any:
-        from nfnets_xla.compose import read_launch
-
-        return read_launch(file, overrides, needed)
-
-    launched(arguments, read)
-
-
-def models(arguments: list[str]) -> None:
-    """List models with parameters and cost, or say all about those that are named in full."""
-    parser = Parser(prog="nfnets-xla models", description=models.__doc__)
-    parser.add_argument("pattern", nargs="*", help="a name, or part of several: nfnet_f7*")
-    patterns = parser.parse_args(arguments).pattern
-    from nfnets_xla.models.registry import card, full_card, list_models
-
-    for pattern in patterns or ["*"]:
-        names = list_models(pattern)
-        if not names:
-            near = list_models(f"*{pattern.strip('*')}*")
-            meant = f"there are {', '.join(near)}" if near else "see nfnets-xla models"
-            raise ValueError(f"no model matches {pattern!r}: {meant}")
-        for name in names:
-            print(full_card(name) if names == [pattern] else card(name))
-
-
-def predict(arguments: list[str]) -> None:
-    from nfnets_xla.predict import predict as predicted
-
-    predicted(arguments)
-
-
-def signal(arguments: list[str]) -> None:
-    from nfnets_xla.propagation import signal as plotted
-
-    plotted(arguments)
-
-
-def convert(arguments: list[str]) -> None:
-    """Rewrite weights of an NFNet as one .safetensors file, in our names, timm's or DeepMind's.
-
-    The form of SOURCE is told by its content; nothing in it is run. Every name, shape and value is
-    checked against the model before anything is written.
-    """
-    from nfnets_xla.models.convert import TARGETS, convert_weights
-
-    parser = Parser(prog="nfnets-xla convert", description=convert.__doc__)
-    parser.add_argument("source", help="file of weights of any form, or its http(s) address")
-    parser.add_argument("target", type=Path, help="the .safetensors file to write")
-    parser.add_argument("--model", required=True, help="a name of `nfnets-xla models`")
-    parser.add_argument("--to", choices=TARGETS, default="ours", help="whose names to write")
-    parser.add_argument(
-        "--plus-bottleneck",
-        choices=("code", "paper"),
-        default="code",
-        help="of the + models: as released, or as printed",
-    )
-    parser.add_argument("--force", action="store_true", help="overwrite the target")
-    given = parser.parse_args(arguments)
-    print(
-        convert_weights(
-            given.source,
-            given.target,
-            model=given.model,
-            to=given.to,
-            plus_bottleneck=given.plus_bottleneck,
-            force=given.force,
-        )
-    )
-
-
-COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
-    "check": (check, "what a recipe would do and cost; starts nothing"),
-    "shards": (shards, "pack, index, lint, stats, show, dedup, holdout, exclude"),
-    "checkpoint": (checkpoint, "verify, show, export, card"),
-    "runs": (runs, "how far the runs below a folder are, and what came out"),
-    "audit": (audit, "prove that every sample was shown exactly once"),
-    "two_trials": (two_trials, "sweep the learning rate by the paper's rule"),
-    "scaling": (scaling, "plan, fit, figures: what to train, and what runs follow"),
-    "launch": (launch, "run on Cloud TPU: example, watch, status, stop ..."),
-    "models": (models, "list the models, or all about one"),
-    "predict": (predict, "what a model says of pictures"),
-    "signal": (signal, "how a signal goes through a network, block by block"),
-    "convert": (convert, "rewrite weights: a file of any form, or an address"),
-}
 
 
 def one_line(error: Exception | str) -> str:

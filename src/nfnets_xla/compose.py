@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import hydra
 from hydra import initialize_config_dir, initialize_config_module
@@ -21,13 +21,14 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from nfnets_xla.arguments import Parser
 from nfnets_xla.config import Run, local_run_dir, setting_names
 from nfnets_xla.exits import CellFailed, Failed, Interrupted
-from nfnets_xla.launch import Launch
 from nfnets_xla.manual import header, known, manual
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.refusals import in_our_words
-from nfnets_xla.shards_cli import Parser
+
+Settings = TypeVar("Settings")
 
 
 class ConfOnPath(SearchPathPlugin):
@@ -290,17 +291,19 @@ def one_name(model: str) -> str:
 
 
 @in_our_words()
-def read_launch(file: Path, overrides: list[str], needed: Collection[str]) -> Launch:
-    """Settings of `nfnets-xla launch`, checked as a run's are. One that is not set and not `needed`
-    is empty."""
-    kinds = get_type_hints(Launch).items()
+def read_settings(
+    kind: type[Settings], file: Path, overrides: list[str], needed: Collection[str]
+) -> Settings:
+    """A dataclass of a file and of overrides, its types and names checked as a run's are. What is
+    not set and not `needed` is empty."""
+    kinds = get_type_hints(kind).items()
     empty = {name: (get_origin(kind) or kind)() for name, kind in kinds if name not in needed}
     given = [OmegaConf.load(file), OmegaConf.from_dotlist(overrides)]  # whose ??? replaces nothing
-    typed = OmegaConf.merge(OmegaConf.structured(Launch), empty, *given)
+    typed = OmegaConf.merge(OmegaConf.structured(kind), empty, *given)
     if missing := sorted(OmegaConf.missing_keys(typed)):
         raise ValueError(
             f"{', '.join(missing)} not set: fill in the file, or give {missing[0]}=VALUE"
         )
     settings = OmegaConf.to_object(typed)
-    assert isinstance(settings, Launch)
+    assert isinstance(settings, kind)
     return settings

@@ -1,9 +1,4 @@
-"""`nfnets-xla two_trials RECIPE ...`: the learning rate by arXiv 2310.16764's rule of two trials.
-
-Taking for granted that the best rate never rises with epochs or size, each model at each number of
-epochs is run twice: with the lowest of the rates that were best for runs no larger and no longer,
-and with half of it. Small models and few epochs come first, since the others start from them.
-"""
+"""Which two learning rates to train a model with next: commands/two_trials.py has the rule."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nfnets_xla.commands.shards import main as shards
 from nfnets_xla.data.fractals import class_system, filled_share, fractal, fractal_samples
 from nfnets_xla.data.shards import ShardIndex
-from nfnets_xla.shards_cli import shards
 
 
 def test_the_same_key_gives_the_same_picture_and_others_differ() -> None:

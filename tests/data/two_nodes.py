@@ -3,7 +3,7 @@
     python -m tests.data.two_nodes FOLDER
 
 Two nodes of one core each, with a raylet and an object store of their own, on this machine. Run by
-test_dedup_cli.py in a process of its own.
+commands/test_dedup.py in a process of its own.
 """
 
 import os

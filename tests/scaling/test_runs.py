@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nfnets_xla.overview import overviews
+from nfnets_xla.commands.runs import overviews
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.scaling import runs
 from tests.scaling.made_runs import BATCH, header, write_diverged, write_run

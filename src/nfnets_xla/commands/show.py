@@ -8,34 +8,35 @@ with their shares) and its sample's id.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nfnets_xla.arguments import Parser
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.mix import mixed
 from nfnets_xla.inputs import count_classes, make_order, make_train_batches, open_shards
-from nfnets_xla.shards_cli import Parser
 from nfnets_xla.sheet import draw_sheet
 
 COLUMNS = 8  # of a sheet without repeats; with K repeats, a row has the K views of an image
 
 
-@dataclass
-class Request:
-    folder: str
-    out: Path
-    rows: int
-    step: int  # counted from 1, as the record does
-    recipe: str
-    config_dir: str | None
-    overrides: list[str]
+# What the sheet does not depend on, and a recipe may leave to be set.
+NEEDLESS = ["run_dir=null", "model.init_from=null", "data.eval_shards=null", "optim.epochs=1"]
 
 
-def parse(arguments: list[str]) -> Request:
+def main(arguments: list[str]) -> None:
+    given = parse(arguments)
+    from nfnets_xla.compose import composed, to_run
+
+    overrides = [f'data.shards="{given.dir}"', *NEEDLESS, *given.overrides]
+    run = to_run(composed(given.recipe, overrides, given.config_dir))
+    show(run, Path(given.out), given.rows, given.step)
+
+
+def parse(arguments: list[str]) -> Any:
     """Raises ValueError for what cannot be."""
     parser = Parser(prog="nfnets-xla shards show", description=__doc__)
     parser.add_argument("dir", help="indexed shards: folder or address")
@@ -52,15 +53,7 @@ def parse(arguments: list[str]) -> Request:
         raise ValueError(f"--step is {given.step}; it must be a whole number from 1")
     if not Path(given.out).absolute().parent.is_dir():
         raise ValueError(f"--out is {given.out}: there is no folder {Path(given.out).parent}")
-    return Request(
-        given.dir,
-        Path(given.out),
-        given.rows,
-        given.step,
-        given.recipe,
-        given.config_dir,
-        given.overrides,
-    )
+    return given
 
 
 def show(run: Run, out: Path, rows: int, step: int = 1, say: Callable[[str], None] = print) -> None:

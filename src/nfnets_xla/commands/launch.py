@@ -20,8 +20,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from nfnets_xla.arguments import Parser
 from nfnets_xla.exits import Failed
-from nfnets_xla.shards_cli import Parser
 
 SHARE = "/mnt/share"  # where it is mounted, by install.sh and after a reboot by run.sh
 FOLDER = "nfnets-xla"  # of a worker's home: the library, its log, the state of the run
@@ -314,17 +314,13 @@ COMMANDS: dict[str, tuple[Callable[[Slice], Any], str]] = {
 INSTALLING = ("create", "install", "resume", "watch")  # those that come to it, now or later
 
 
-def launch(
-    arguments: Sequence[str], read: Callable[[Path, list[str], Collection[str]], Launch]
-) -> None:
-    """`read` makes settings of a file and of KEY=VALUE overrides, of which it needs some."""
+def main(arguments: Sequence[str]) -> None:
     given = parse(arguments)
     if given.command == "example":
         with find(given.settings) as file:
             print(file.read_text(encoding="utf-8"), end="")
         return
-    with find(given.settings) as file:
-        settings = read(file, given.overrides, Launch.needed(given.command))
+    settings = read(given.settings, given.overrides, Launch.needed(given.command))
     settings.check(given.command)
     if not 0 < given.every <= DAY:
         raise ValueError(
@@ -363,6 +359,15 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         if name == "logs":
             command.add_argument("--worker", type=int, default=0, help="whose")
     return top, commands.choices
+
+
+def read(given: str, overrides: list[str], needed: Collection[str]) -> Launch:
+    """The settings of a file, or of a shipped one, with overrides; those that are not set and not
+    `needed` are empty."""
+    from nfnets_xla.compose import read_settings
+
+    with find(given) as file:
+        return read_settings(Launch, file, overrides, needed)
 
 
 def shipped() -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nfnets_xla.arguments import Parser
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import check_evaluation_room, check_mixing, check_window_room
 from nfnets_xla.data.order import Order
@@ -48,6 +49,29 @@ class Terms:
 
 
 Line = tuple[str, str]  # what, how much
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser(prog="nfnets-xla check", description=__doc__)
+    parser.add_argument("recipe", help="a name of `nfnets-xla --help`")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
+    parser.add_argument("--hardware", default=Terms.hardware, help="v4, v5e, H100 ...")
+    parser.add_argument("--mfu", type=float, default=Terms.mfu, help="share of the peak reached")
+    parser.add_argument(
+        "--chips",
+        type=int,
+        default=Terms.chips,
+        help="for the wall clock; their devices must divide the batches and have the memory",
+    )
+    parser.add_argument("--price", type=float, help="of a chip-hour, in any currency")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
+    given = parser.parse_intermixed_args(arguments)
+    terms = Terms(given.hardware, given.mfu, given.chips, given.price)
+    from nfnets_xla.compose import composed, to_run
+
+    run = to_run(composed(given.recipe, ["run_dir=null", *given.overrides], given.config_dir))
+    for what, how_much in forecast(run, terms):
+        print(f"{what:12} {how_much}")
 
 
 def forecast(run: Run, terms: Terms) -> list[Line]:

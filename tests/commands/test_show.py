@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from nfnets_xla.cli import main
+from nfnets_xla.commands.show import first_views, parse
 from nfnets_xla.data.mix import mixed
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.sheet import draw_sheet
-from nfnets_xla.show import first_views, parse
 from tests.data.loading import train
 
 SMALL = ["data.image_size=16", "data.batch_size=16", "data.num_streams=4"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nfnets_xla import sources
+from nfnets_xla.arguments import Parser
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
 from nfnets_xla.losses import probabilities
@@ -25,12 +26,11 @@ from nfnets_xla.models.published import IMAGENET
 from nfnets_xla.models.registry import Network, count_classes, create_network, split_tag
 from nfnets_xla.models.timm_names import Sizes, sizes_of_cfg
 from nfnets_xla.models.weights import load_into
-from nfnets_xla.shards_cli import Parser
 from nfnets_xla.sources import Weights
 from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
 
 
-def predict(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     given = parser().parse_args(arguments)
     if given.top < 1 or (given.size is not None and given.size < 32):
         raise ValueError(f"--top is {given.top} and --size {given.size}; at least 1 and 32")

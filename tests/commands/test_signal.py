@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from nfnets_xla.cli import main
+from nfnets_xla.commands.signal import BlockSignal, open_branches, signals
 from nfnets_xla.models.card import write_card
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import ALPHA, VARIANTS
 from nfnets_xla.models.weights import save_weights
-from nfnets_xla.propagation import BlockSignal, open_branches, signals
 
 
 def measured(name: str) -> list[list[BlockSignal]]:

@@ -15,6 +15,7 @@ from timm.data.transforms_factory import create_transform
 import nfnets_xla
 from nfnets_xla import checkpoint
 from nfnets_xla.cli import main
+from nfnets_xla.commands.predict import best
 from nfnets_xla.models.card import read_card, write_card
 from nfnets_xla.models.names import to_timm
 from nfnets_xla.models.nfnet import NFNet
@@ -22,7 +23,6 @@ from nfnets_xla.models.registry import create_network
 from nfnets_xla.models.timm_names import Sizes, timm_cfg
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, save_weights
-from nfnets_xla.predict import best
 
 CLASSES = 6
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nfnets_xla import checkpoint, sources
+from nfnets_xla.arguments import Parser
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.data.storage import address
 from nfnets_xla.models.card import write_card
@@ -15,10 +16,9 @@ from nfnets_xla.models.timm_names import Sizes
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import load_into
 from nfnets_xla.record import has_record, read_record
-from nfnets_xla.shards_cli import Parser
 
 
-def checkpoints(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 1 if `verify` found a checkpoint that does not verify."""
     given = parser().parse_args(arguments)
     return given.run(given) or 0

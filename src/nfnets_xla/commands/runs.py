@@ -14,11 +14,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nfnets_xla.arguments import Parser
 from nfnets_xla.display import clock
 from nfnets_xla.record import Row, RunRecord, read_record
 from nfnets_xla.scaling.account import train_flops
 from nfnets_xla.scaling.runs import absolute_rate, ascent_share, last_evaluation
-from nfnets_xla.shards_cli import Parser
 
 # Seconds without a line, after which a run is taken to have stopped: at least, and before the first
 # logged step, which comes after compiling and is written an interval late, or evaluation.
@@ -162,7 +162,7 @@ def cells(run: Overview) -> dict[str, str]:
     }
 
 
-def runs(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     given = parser().parse_args(arguments)
     if given.flops is not None and not given.flops > 0:
         raise ValueError(f"--flops is {given.flops:g}; it must be greater than 0")

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfnets_xla.arguments import Parser
 from nfnets_xla.models.card import SCHEME, has_its_own
 from nfnets_xla.models.layers import SqueezeExcite
 from nfnets_xla.models.nfnet import NFBlock, NFNet
 from nfnets_xla.models.registry import count_classes, create_network
 from nfnets_xla.models.variants import ALPHA, betas
 from nfnets_xla.models.weights import load_checkpoint, load_into
-from nfnets_xla.shards_cli import Parser
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def draw(found: Sequence[BlockSignal], path: Path, title: str) -> None:
 # ---- nfnets-xla signal --------------------------------------------------------------------------
 
 
-def signal(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Prints the table, and draws it. What cannot be is refused before the network is built."""
     given = parser().parse_args(arguments)
     if given.batch < 1 or (given.size is not None and given.size < 1):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from nfnets_xla.cli import main
-from nfnets_xla.compose import composed, read_launch, to_run
-from nfnets_xla.launch import Launch, find, shipped
+from nfnets_xla.commands.launch import Launch, find, shipped
+from nfnets_xla.compose import composed, read_settings, to_run
 from nfnets_xla.manual import recipes
 from tests.cloud import Cloud
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_no_settings_are_taken_for_a_recipe() -> None:
 @pytest.mark.parametrize("name", ["v4_512", "v4_64", "v4_8"])
 def test_shipped_settings_start_a_run_that_composes(name: str, overrides: list[str]) -> None:
     with find(name) as file:
-        settings = read_launch(file, overrides, Launch.needed("watch"))
+        settings = read_settings(Launch, file, overrides, Launch.needed("watch"))
     settings.check("watch")
     run = to_run(composed(settings.run[0], settings.run[1:]))
     assert run.run_dir == f"/mnt/share/{settings.name}"
@@ -271,7 +271,7 @@ def test_gcloud_that_hangs_is_asked_again(
 ) -> None:
     """As ssh does to a worker that is gone."""
     made = cloud("0")
-    monkeypatch.setattr("nfnets_xla.launch.ANSWERS_IN", 2)
+    monkeypatch.setattr("nfnets_xla.commands.launch.ANSWERS_IN", 2)
     (made.folder / "hangs").touch()
     assert launch("watch", overrides) == 0
     assert "has not answered in 2 s; trying again\n" in capsys.readouterr().err

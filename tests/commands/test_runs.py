@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from nfnets_xla.cli import main
-from nfnets_xla.overview import cells, overviews, table
+from nfnets_xla.commands.runs import cells, overviews, table
 from nfnets_xla.record import RecordWriter
 from nfnets_xla.scaling.account import train_flops
 from tests.scaling.made_runs import header
@@ -25,7 +25,7 @@ EVALUATED: dict[str, Any] = {"weights": "raw", "loss": 2.25, "top1": 0.25, "top5
 @pytest.fixture(autouse=True)
 def clock_that_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(time=lambda: NOW, sleep=time.sleep)
-    monkeypatch.setattr("nfnets_xla.overview.time", clock)
+    monkeypatch.setattr("nfnets_xla.commands.runs.time", clock)
 
 
 def made(
@@ -141,7 +141,7 @@ def test_watching_ends_when_nothing_runs(
 
     slept: list[float] = []
     clock = SimpleNamespace(time=lambda: NOW, sleep=sleep)
-    monkeypatch.setattr("nfnets_xla.overview.time", clock)
+    monkeypatch.setattr("nfnets_xla.commands.runs.time", clock)
     main(["runs", str(runs), "--watch", "--every", "3"])
     assert "a/going" in capsys.readouterr().out
     assert slept == [3]

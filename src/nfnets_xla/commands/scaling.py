@@ -8,16 +8,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from nfnets_xla.arguments import Parser
 from nfnets_xla.devices import DEVICES
 from nfnets_xla.scaling import published
 from nfnets_xla.scaling.law import Extrapolation
 from nfnets_xla.scaling.plan import Job, describe, make_plan
 from nfnets_xla.scaling.report import report
 from nfnets_xla.scaling.runs import Point, nfnets, pretrained, read_points, without_restarts
-from nfnets_xla.shards_cli import Parser
 
 
-def scaling(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     given = parser().parse_args(arguments)
     given.run(given)
 

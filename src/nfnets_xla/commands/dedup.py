@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from nfnets_xla.arguments import Parser
 from nfnets_xla.bar import progress
+from nfnets_xla.commands.doubles_sheet import draw_report
 from nfnets_xla.data.dedup import (
     FARTHEST,
     Double,
@@ -27,14 +29,12 @@ from nfnets_xla.data.dedup import (
 from nfnets_xla.data.jobs import ENGINES
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.storage import Folder
-from nfnets_xla.doubles_sheet import draw_report
-from nfnets_xla.shards_cli import Parser
 
 DISTANCE = 0.2  # of pixels; benchmarks/dedup.py says what it finds
 COSINE_DISTANCE = 0.1  # of features: a beginning, look at the report
 
 
-def dedup(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     given = parser().parse_args(arguments)
     if bool(given.against) == given.within:
         raise ValueError("give either --against SHARDS, for duplicates of those, or --within")
@@ -47,7 +47,7 @@ def dedup(arguments: Sequence[str]) -> None:
         raise ValueError(f"--distance is {most}; it must be 0 to {FARTHEST}")
     compared = None
     if given.model is not None:  # before hours of work that it might end
-        from nfnets_xla import embedding
+        from nfnets_xla.commands import embedding
 
         compared = partial(embedding.compared, model=embedding.load(given.model, given.weights))
     settings = Settings(given.crop, given.bits, compare=given.model is None)

@@ -1,17 +1,15 @@
 """`nfnets-xla shards ...`: pack, index, check, count, split and exclude, one subcommand each."""
 
-import argparse
-import inspect
-import re
-import textwrap
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from nfnets_xla.arguments import Parser
 from nfnets_xla.bar import progress
 from nfnets_xla.data.jobs import ENGINES
 
-# Of other modules, which the command line asks before this one.
+# Commands with modules of their own, beside this one.
 ELSEWHERE = {
     "show": "draw the views that a recipe makes of them, with labels and ids",
     "dedup": "list near-duplicates of an evaluation set, or within one",
@@ -19,40 +17,10 @@ ELSEWHERE = {
 Run = Callable[[Any], int | None]  # of a subcommand's arguments; returns the exit code
 
 
-class Paragraphs(argparse.HelpFormatter):
-    """Fills paragraphs; indented lines, which are examples, stay as they are. Defaults are said."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(text))
-        return "\n\n".join(
-            paragraph
-            if paragraph.startswith("    ")
-            else textwrap.fill(" ".join(paragraph.split()), width)
-            for paragraph in paragraphs
-        )
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        said, default = action.help or "", action.default
-        if not action.option_strings or not isinstance(default, (str, int, float)):
-            return said
-        if isinstance(default, bool) or default == argparse.SUPPRESS:
-            return said
-        return f"{said} (default: %(default)s)".lstrip()
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes are a ValueError, which the command line prints in one line."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=Paragraphs, **options)
-
-    def error(self, message: str) -> NoReturn:
-        message = message.removesuffix(", key=value")  # argparse asks for what may be left out
-        raise ValueError(f"{message} (see {self.prog} --help)")
-
-
-def shards(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int | None:
     """Returns the exit code: 1 if `lint` found faults."""
+    if arguments and arguments[0] in ELSEWHERE:
+        return import_module(f"nfnets_xla.commands.{arguments[0]}").main(arguments[1:])
     given = parser().parse_args(arguments)
     return given.run(given) or 0
 

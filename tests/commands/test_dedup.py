@@ -13,14 +13,14 @@ from PIL import Image
 
 from nfnets_xla import checkpoint
 from nfnets_xla.cli import main
+from nfnets_xla.commands.doubles_sheet import EXCLUDED, KEPT, at_border, histogram
+from nfnets_xla.commands.embedding import compared, embedded, load
 from nfnets_xla.data.augment import eval_view
 from nfnets_xla.data.decode import decode
 from nfnets_xla.data.dedup import Settings, find
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
 from nfnets_xla.data.shards import ShardIndex
-from nfnets_xla.doubles_sheet import EXCLUDED, KEPT, at_border, histogram
-from nfnets_xla.embedding import compared, embedded, load
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.registry import create_network
 from nfnets_xla.models.variants import VARIANTS

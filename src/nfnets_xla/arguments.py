@@ -1,0 +1,39 @@
+"""The words after a command: argparse, told to fill its help and to complain in one line."""
+
+import argparse
+import inspect
+import re
+import textwrap
+from typing import Any, NoReturn
+
+
+class Paragraphs(argparse.HelpFormatter):
+    """Fills paragraphs; indented lines, which are examples, stay as they are. Defaults are said."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(text))
+        return "\n\n".join(
+            paragraph
+            if paragraph.startswith("    ")
+            else textwrap.fill(" ".join(paragraph.split()), width)
+            for paragraph in paragraphs
+        )
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, default = action.help or "", action.default
+        if not action.option_strings or not isinstance(default, (str, int, float)):
+            return said
+        if isinstance(default, bool) or default == argparse.SUPPRESS:
+            return said
+        return f"{said} (default: %(default)s)".lstrip()
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are a ValueError, which the command line prints in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=Paragraphs, **options)
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removesuffix(", key=value")  # argparse asks for what may be left out
+        raise ValueError(f"{message} (see {self.prog} --help)")

@@ -1,0 +1,19 @@
+"""The learning rate by arXiv 2310.16764's rule of two trials.
+
+Taking for granted that the best rate never rises with epochs or size, each model at each number of
+epochs is run twice: with the lowest of the rates that were best for runs no larger and no longer,
+and with half of it. Small models and few epochs come first, since the others start from them.
+"""
+
+from nfnets_xla import compose
+from nfnets_xla.arguments import Parser
+from nfnets_xla.preempt import Preemption
+
+
+def main(arguments: list[str], preemption: Preemption) -> None:
+    parser = Parser(prog="nfnets-xla two_trials", description=__doc__)
+    parser.add_argument("recipe", help="one that sweeps: lr_sweep, scaling_sweep")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
+    given = parser.parse_intermixed_args(arguments)
+    compose.two_trials(given.recipe, given.overrides, preemption, given.config_dir)
