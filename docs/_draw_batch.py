@@ -19,9 +19,15 @@ ROWS = {
     "a global batch": ["data/batches", "data/loader", "data/mix"],
     "on the devices": ["strategy", "xla", "backend"],
     "the step": ["task", "losses", "models/nfnet", "optim/sam", "optim/sgd_agc", "ema"],
-    "what is kept": ["monitor", "record", "ledger", "hooks", "checkpoint"],
+    "what is kept": [
+        "callbacks/monitor",
+        "record",
+        "ledger",
+        "callbacks/checkpointer",
+        "checkpoint",
+    ],
 }
-LEFT, WIDTH, HEIGHT, GAP_X, GAP_Y = 120, 168, 76, 14, 40
+LEFT, WIDTH, HEIGHT, GAP_X, GAP_Y = 120, 190, 76, 14, 40
 
 
 def main() -> None:

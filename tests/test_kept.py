@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from nfnets_xla import checkpoint
+from nfnets_xla.callbacks.checkpointer import Checkpointer
+from nfnets_xla.callbacks.missed import Missed
+from nfnets_xla.callbacks.monitor import Monitor
 from nfnets_xla.data import storage
 from nfnets_xla.data.shards import Exclusions, ShardIndex
 from nfnets_xla.display import Lines
 from nfnets_xla.history import take_history
-from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.ledger import Ledger, audit
-from nfnets_xla.missed import Missed
-from nfnets_xla.monitor import Monitor
 from nfnets_xla.record import RecordWriter, read_record
 from nfnets_xla.resume import find_resume
 from nfnets_xla.saves import Saves

@@ -10,11 +10,11 @@ import torch
 
 from nfnets_xla import sources
 from nfnets_xla.answers import gathered, write
+from nfnets_xla.callbacks.missed import Missed
 from nfnets_xla.config import Run
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.inputs import check_cache, count_classes, make_eval_batches, open_index
-from nfnets_xla.missed import Missed
 from nfnets_xla.models import registry
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network

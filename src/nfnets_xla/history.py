@@ -6,9 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nfnets_xla.callbacks.missed import missed_before
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.data.storage import flush_to_disk
-from nfnets_xla.missed import missed_before
 from nfnets_xla.record import Row, has_record, read_record
 
 FILES = ("missed-*.jsonl", "ledger-*.bin", "run-*.jsonl")  # what each start writes
@@ -22,7 +22,7 @@ class Past:
     seconds: float = 0.0  # of training, without what was lost
     lost_seconds: float = 0.0  # by interruptions
     missed: int = 0  # samples that could not be decoded
-    skipped: int = 0  # updates that were left out; see skips.py
+    skipped: int = 0  # updates that were left out; see callbacks/skips.py
     evaluated: dict[int, float] = field(default_factory=dict)  # held-out losses by step
     best: tuple[int, float] | None = None  # step and held-out loss of the best checkpoint
 

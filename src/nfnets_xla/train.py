@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+from nfnets_xla.callbacks.stop import Stop
 from nfnets_xla.config import Run
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.display import Display, Lines, Say, summary
@@ -20,7 +21,6 @@ from nfnets_xla.preempt import Preemption
 from nfnets_xla.prepare import Ready, make_plan, prepare
 from nfnets_xla.record import has_record
 from nfnets_xla.steps import describe_ascent
-from nfnets_xla.stop import Stop
 from nfnets_xla.trainer import make_trainer
 from nfnets_xla.watch import open_watch
 

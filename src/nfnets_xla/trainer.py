@@ -7,16 +7,16 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
 
 from nfnets_xla.backend import Backend
+from nfnets_xla.callbacks.monitor import Monitor, Peaks, Trace, Waits
+from nfnets_xla.callbacks.skips import Skips
+from nfnets_xla.callbacks.stop import NoSignals
 from nfnets_xla.config import Run
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.display import Display
 from nfnets_xla.models.registry import Network
-from nfnets_xla.monitor import Monitor, Peaks, Trace, Waits
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.record import Discard, RecordWriter
-from nfnets_xla.skips import Skips
 from nfnets_xla.steps import train_flops
-from nfnets_xla.stop import NoSignals
 
 
 def make_trainer(

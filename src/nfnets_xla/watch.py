@@ -7,23 +7,23 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from nfnets_xla.callbacks.checkpointer import Checkpointer
+from nfnets_xla.callbacks.missed import Missed
+from nfnets_xla.callbacks.monitor import Monitor, Trace
+from nfnets_xla.callbacks.skips import Skips
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.display import Display, Say
 from nfnets_xla.exits import Interrupted
 from nfnets_xla.history import flush_history, past_of, refuse_half_a_history, take_history
-from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.ledger import Ledger, head_of
-from nfnets_xla.missed import Missed
 from nfnets_xla.models.registry import count_parameters
 from nfnets_xla.models.stacked import is_stacked
-from nfnets_xla.monitor import Monitor, Trace
 from nfnets_xla.prepare import Ready
 from nfnets_xla.record import Discard, RecordWriter, has_record
 from nfnets_xla.resume import RunState, adopt, installed, is_in
 from nfnets_xla.saves import Saves
-from nfnets_xla.skips import Skips
 from nfnets_xla.steps import ascent_share
 from nfnets_xla.task import Batch
 from nfnets_xla.trainer import make_monitor

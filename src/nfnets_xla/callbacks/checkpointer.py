@@ -7,13 +7,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from nfnets_xla.callbacks.monitor import Monitor, task_of
+from nfnets_xla.callbacks.skips import Skips
 from nfnets_xla.exits import Failed, Unreachable
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import per_block
-from nfnets_xla.monitor import Monitor, task_of
 from nfnets_xla.saves import Forms, Saves
-from nfnets_xla.skips import Skips
 from nfnets_xla.task import Classification
 
 

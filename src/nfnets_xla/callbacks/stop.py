@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nfnets_xla.callbacks.checkpointer import Checkpointer
 from nfnets_xla.exits import Failed, Interrupted
-from nfnets_xla.hooks import Checkpointer
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.task import Classification

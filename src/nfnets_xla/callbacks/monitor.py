@@ -14,11 +14,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from nfnets_xla.callbacks.skips import Skips
 from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.display import Display
 from nfnets_xla.optim.by_role import ByRole
 from nfnets_xla.record import Discard, RecordWriter
-from nfnets_xla.skips import Skips
 from nfnets_xla.task import TRAIN_METRICS, Batch, Classification
 
 Trace = Callable[[Batch], dict[str, list]]  # which samples it shows

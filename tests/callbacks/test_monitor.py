@@ -7,13 +7,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from nfnets_xla import create_model, monitor
+from nfnets_xla import create_model
 from nfnets_xla.backend import open_backend
+from nfnets_xla.callbacks import monitor
+from nfnets_xla.callbacks.monitor import Monitor, Peaks, _Interval, clipped_by_block
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.curves import NoCurves
 from nfnets_xla.display import Lines, summary
 from nfnets_xla.models.registry import create_network
-from nfnets_xla.monitor import Monitor, Peaks, _Interval, clipped_by_block
 from nfnets_xla.optim import SGD_AGC, parameter_roles
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.record import Discard
