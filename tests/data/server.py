@@ -10,7 +10,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 # What may be wrong with an answer: a status, or a body that is cut, is stated to be shorter than it
-# is, stops half-way until the client gives up, or is whole where a part was asked for.
+# is, is another length each time, stops half-way until the client gives up, or is whole where a
+# part was asked for.
 Fault = int | str | None
 Faults = Callable[[str, int], Fault]  # of a name, and how many requests there were before
 
@@ -51,7 +52,8 @@ class Server:
 
     def answer(self, request: BaseHTTPRequestHandler, name: str) -> None:
         with self.lock:
-            fault = self.faults(name, self.total)
+            number = self.total
+            fault = self.faults(name, number)
             self.total += 1
             self.asked[name] += 1
             if fault is not None:
@@ -69,6 +71,8 @@ class Server:
             body, status = body[int(asked[1]) : int(asked[2]) + 1], 206
         if fault == "short":
             body = body[: len(body) // 2]
+        if fault == "other":
+            body = body[: number + 1]
         request.send_response(status)
         request.send_header("Content-Length", str(len(body)))
         request.end_headers()
