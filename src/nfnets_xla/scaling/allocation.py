@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -127,52 +128,73 @@ def isoflop(
     span it, and its parabola has its lowest point among them. The interval is of the line through
     the vertices alone, each being taken as found, and too narrow. ValueError for fewer than 3 such.
     """
-    macs, rows, loss = _three(macs, rows, loss)
-    curves: list[tuple[float, Floats, Floats]] = []
-    for size in np.unique(macs):
-        of = macs == size
-        lengths, places, counts = np.unique(rows[of], return_inverse=True, return_counts=True)
-        log_loss: Floats = np.bincount(places, np.log(loss[of])) / counts
-        curves.append((math.log(size), np.log(FLOPS_PER_ROW_MAC * size * lengths), log_loss))
-    enough(len(curves), 3, "an isoFLOP parabola over sizes")
+    curves = _curves_of_sizes(*_three(macs, rows, loss))
     if budgets is None:
-        first = sorted(float(log_c[0]) for _, log_c, _ in curves)[2]
-        last = sorted(float(log_c[-1]) for _, log_c, _ in curves)[-3]
-        of_runs: Floats = np.unique(np.concatenate([log_c for _, log_c, _ in curves]).round(6))
-        shared = int(np.sum((of_runs > first - 1e-5) & (of_runs < last + 1e-5)))
-        enough(shared, 3, "an isoFLOP line over budgets that three sizes share")
-        count = min(shared, max(len(log_c) for _, log_c, _ in curves))
-        budgets = [math.exp(log_c) for log_c in np.linspace(first, last, count)]
-    else:
-        enough(len({*budgets}), 3, "an isoFLOP line over budgets")
+        budgets = _shared_budgets(curves)
+    enough(len({*budgets}), 3, "an isoFLOP line over budgets")
     kept: list[float] = []
     sizes: list[float] = []
     notes: list[str] = []
     for budget in budgets:
-        log_budget = math.log(budget)
-        inside = [
-            (log_size, float(np.interp(log_budget, log_c, log_loss)))
-            for log_size, log_c, log_loss in curves
-            if log_c[0] - 1e-9 <= log_budget <= log_c[-1] + 1e-9
-        ]
-        if len(inside) < 3:
-            notes.append(f"{budget:.3g} FLOPs: only {len(inside)} sizes have runs around it")
-            continue
-        points: Floats = np.array(inside)
-        at = points[:, 0]
-        curvature, slope, _ = np.polyfit(at, points[:, 1], 2)
-        vertex = -slope / (2 * curvature) if curvature > 0 else math.nan
-        if not at.min() <= vertex <= at.max():
-            notes.append(f"{budget:.3g} FLOPs: the best size is not among those that were run")
-            continue
-        kept.append(budget)
-        sizes.append(math.exp(vertex))
+        found = _lowest_point(curves, math.log(budget))
+        if isinstance(found, str):
+            notes.append(f"{budget:.3g} FLOPs: {found}")
+        else:
+            kept.append(budget)
+            sizes.append(math.exp(found))
     if len(kept) < 3:
         raise ValueError(
             f"isoFLOP parabolas have their lowest point within the sizes at {len(kept)} budgets; "
             f"a line needs at least 3: run more sizes or epochs ({'; '.join(notes)})"
         )
     return _line_of_sizes("isoflop", np.array(kept), np.array(sizes), draws, seed, notes)
+
+
+class _Curve(NamedTuple):
+    """Of the runs of one size, one after the other; all are logarithms."""
+
+    size: float
+    flops: Floats
+    loss: Floats
+
+    def spans(self, flops: float) -> bool:
+        return bool(self.flops[0] - 1e-9 <= flops <= self.flops[-1] + 1e-9)
+
+
+def _curves_of_sizes(macs: Floats, rows: Floats, loss: Floats) -> list[_Curve]:
+    curves: list[_Curve] = []
+    for size in np.unique(macs):
+        of = macs == size
+        lengths, places, counts = np.unique(rows[of], return_inverse=True, return_counts=True)
+        log_loss: Floats = np.bincount(places, np.log(loss[of])) / counts
+        curves.append(_Curve(math.log(size), np.log(FLOPS_PER_ROW_MAC * size * lengths), log_loss))
+    enough(len(curves), 3, "an isoFLOP parabola over sizes")
+    return curves
+
+
+def _shared_budgets(curves: Sequence[_Curve]) -> list[float]:
+    """FLOPs at which three sizes overlap, no more than the runs can tell apart."""
+    first = sorted(float(curve.flops[0]) for curve in curves)[2]
+    last = sorted(float(curve.flops[-1]) for curve in curves)[-3]
+    of_runs: Floats = np.unique(np.concatenate([curve.flops for curve in curves]).round(6))
+    shared = int(np.sum((of_runs > first - 1e-5) & (of_runs < last + 1e-5)))
+    enough(shared, 3, "an isoFLOP line over budgets that three sizes share")
+    count = min(shared, max(len(curve.flops) for curve in curves))
+    return [math.exp(flops) for flops in np.linspace(first, last, count)]
+
+
+def _lowest_point(curves: Sequence[_Curve], flops: float) -> float | str:
+    """Of the parabola through the sizes at a budget, the log of the size; or why there is none."""
+    inside = [curve for curve in curves if curve.spans(flops)]
+    if len(inside) < 3:
+        return f"only {len(inside)} sizes have runs around it"
+    at: Floats = np.array([curve.size for curve in inside])
+    losses: Floats = np.array([np.interp(flops, curve.flops, curve.loss) for curve in inside])
+    curvature, slope, _ = np.polyfit(at, losses, 2)
+    vertex = float(-slope / (2 * curvature)) if curvature > 0 else math.nan
+    if not at.min() <= vertex <= at.max():
+        return "the best size is not among those that were run"
+    return vertex
 
 
 def _line_of_sizes(
