@@ -7,8 +7,9 @@ out is a typed, checked `Run`; or, of a recipe that sweeps, one run after the ot
 import os
 import sys
 from collections.abc import Collection, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_origin, get_type_hints
 
 import hydra
 from hydra import initialize_config_dir, initialize_config_module
@@ -179,14 +180,45 @@ def two_trials(
     from nfnets_xla.sweep import going_on
     from nfnets_xla.trials import next_pair, size
 
-    swept: dict[str, list[str]] = {}
     params = composed(name, folder=folder).hydra.sweeper.params
     if not params:
         raise ValueError(f"{name} does not sweep: give lr_sweep, or a recipe of its kind")
-    given = [f"{key}={value}" for key, value in params.items()]
-    rest: list[str] = []
+    asked = trials_asked([f"{key}={value}" for key, value in params.items()], overrides)
+    cells = []
+    for model, epochs in product(asked.models, asked.epochs):
+        cell = [*asked.rest, f"model.name={model}", f"optim.epochs={epochs}"]
+        run = to_run(composed(name, [*cell, "seed=0"], folder))
+        with going_on(run.run_dir):
+            cells.append((size(run), run.optim.epochs, run, cell))
+    where = [] if folder is None else [f"--config-dir={folder}"]
+    failed = []
+    for *_, run, cell in sorted(cells, key=lambda entry: entry[:2]):
+        with going_on(run.run_dir):
+            pair = next_pair(run)
+        print(pair, flush=True)
+        try:
+            rates = f"optim.peak_lr={','.join(pair.rates)}"
+            recipe(name, [*where, *cell, *asked.seeds, rates], preemption)
+        except CellFailed as error:
+            failed.append(str(error))
+    if failed:
+        raise CellFailed("; ".join(failed))
+
+
+class TrialsAsked(NamedTuple):
+    models: list[str]
+    epochs: list[str]
+    seeds: list[str]  # the word that sets them, if one does
+    rest: list[str]  # all other words of the person
+
+
+def trials_asked(of_recipe: Sequence[str], overrides: Sequence[str]) -> TrialsAsked:
+    """What the recipe sweeps, and then the person. Raises ValueError for what is not for them to
+    say, and for models or epochs that nobody gave."""
+    swept: dict[str, list[str]] = {}
     seeds: list[str] = []
-    for word in [*given, *overrides]:
+    rest: list[str] = []
+    for word in [*of_recipe, *overrides]:
         (override,) = OverridesParser.create().parse_overrides([word])
         key = override.get_key_element()
         if key in ("model.name", "optim.epochs"):
@@ -204,26 +236,7 @@ def two_trials(
     for key in ("model.name", "optim.epochs"):
         if key not in swept:
             raise ValueError(f"{key} not set: give {key}=VALUE or several, with commas")
-    cells = []
-    for model in swept["model.name"]:
-        for epochs in swept["optim.epochs"]:
-            cell = [*rest, f"model.name={model}", f"optim.epochs={epochs}"]
-            run = to_run(composed(name, [*cell, "seed=0"], folder))
-            with going_on(run.run_dir):
-                cells.append((size(run), run.optim.epochs, run, cell))
-    where = [] if folder is None else [f"--config-dir={folder}"]
-    failed = []
-    for *_, run, cell in sorted(cells, key=lambda entry: entry[:2]):
-        with going_on(run.run_dir):
-            pair = next_pair(run)
-        print(pair, flush=True)
-        try:
-            rates = f"optim.peak_lr={','.join(pair.rates)}"
-            recipe(name, [*where, *cell, *seeds, rates], preemption)
-        except CellFailed as error:
-            failed.append(str(error))
-    if failed:
-        raise CellFailed("; ".join(failed))
+    return TrialsAsked(swept["model.name"], swept["optim.epochs"], seeds, rest)
 
 
 @in_our_words()
