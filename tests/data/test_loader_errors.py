@@ -144,20 +144,23 @@ def test_a_worker_starts_light() -> None:
 
 
 KILLED = """
-import os, sys, multiprocessing
+import os, sys, threading, multiprocessing
 import numpy as np
 from nfnets_xla.data.loader import Batches
+
+LOCK = threading.Lock()  # such as the device runtime's threads hold
 
 class Slow:
     def __len__(self):
         return 9
     def __getitem__(self, step):
-        return {"step": step, "sample_U": np.zeros(10**6)}
+        return {"step": step, "sample_U": np.zeros(10**6), "held": LOCK.locked()}
 
 if __name__ == "__main__":
+    LOCK.acquire()
     batches = iter(Batches(Slow(), start_step=0, stop_step=9, workers=2))
-    next(batches)
-    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    workers = [child.pid for child in multiprocessing.active_children()]
+    print(next(batches)["held"], *workers, flush=True)
     sys.stdin.read()
 """
 
@@ -174,7 +177,9 @@ def test_workers_hear_no_signal_of_the_group_and_end_when_the_run_is_killed(tmp_
         [sys.executable, tmp_path / "killed.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert run.stdout is not None
-    workers = [int(pid) for pid in run.stdout.readline().split()]
+    held, *pids = run.stdout.readline().split()
+    assert held == b"False"  # a fork would have copied it as it was
+    workers = [int(pid) for pid in pids]
     assert len(workers) == 2
     assert all(blocked(pid) == {signal.SIGINT, signal.SIGTERM} for pid in workers)
     assert blocked(run.pid) == set()
