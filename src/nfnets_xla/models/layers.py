@@ -252,7 +252,10 @@ def same_conv2d(
     if (top, left) != (bottom, right):  # asymmetric: pad by hand
         x_BCHW = F.pad(x_BCHW, (left, right, top, bottom))
         padding = (0, 0)
-    return F.conv2d(x_BCHW, weight, bias, stride, padding, groups=groups)
+    # Along one pixel there is nowhere to stride to. oneDNN's bfloat16 gradient by the weight, which
+    # strides all the same, is memory that nobody wrote (torch 2.9 on CPUs with AVX-512).
+    strides = [stride if size != 1 else 1 for size in (height, width)]
+    return F.conv2d(x_BCHW, weight, bias, strides, padding, groups=groups)
 
 
 def same_avg_pool2d(x_BCHW: Tensor, stride: int) -> Tensor:
