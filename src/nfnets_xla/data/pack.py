@@ -8,10 +8,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +47,29 @@ def pack_samples(
     ValueError for a bad or repeated sample, for none at all, and for a folder that has shards
     already. A process that is killed leaves a folder `.packing-*` behind, which can be deleted.
     """
+    # Before there is a folder: it imports torch, which answers an interrupt with what it likes.
+    from webdataset.writer import ShardWriter
+
+    writer = partial(
+        ShardWriter,
+        maxcount=samples_per_shard,
+        maxsize=shard_bytes,
+        post=_flush_to_disk,
+        verbose=0,
+        encoder=False,
+        # Pinned, as they are part of the bytes.
+        mtime=0,
+        user="bigdata",
+        group="bigdata",
+        mode=0o444,
+    )
+    _check_shards(samples_per_shard, shard_bytes, prefix)
     with _aside(local(folder)) as aside:
         if classes is not None:
             (aside / CLASSES).write_text(json.dumps(list(classes), indent=1) + "\n")
-        _write_shards(samples, aside, samples_per_shard, shard_bytes, prefix, on_progress)
+        # Absolute: webdataset takes what is before a colon for a protocol.
+        pattern = str(aside.absolute()).replace("%", "%%") + f"/{prefix}-%06d.tar"
+        _write(samples, writer(pattern), on_progress)
     return sorted(Path(folder).glob("*.tar"))
 
 
@@ -104,37 +125,20 @@ def _aside(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _write_shards(
-    samples: Iterable[Sample],
-    folder: Path,
-    samples_per_shard: int,
-    shard_bytes: float,
-    prefix: str,
-    on_progress: Callable[[int], None] | None,
-) -> None:
-    from webdataset.writer import ShardWriter  # imports torch, which the rest does without
-
+def _check_shards(samples_per_shard: int, shard_bytes: float, prefix: str) -> None:
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
     if not shard_bytes >= 1:
         raise ValueError(f"shard_bytes is {shard_bytes}; it must be at least 1")
     if not prefix or "/" in prefix or "%" in prefix or prefix.startswith("."):
         raise ValueError(f"prefix is {prefix!r}; it must be a file name's beginning, without %")
+
+
+def _write(
+    samples: Iterable[Sample], writer: Any, on_progress: Callable[[int], None] | None
+) -> None:
     keys: set[str] = set()
-    with ShardWriter(
-        # Absolute: webdataset takes what is before a colon for a protocol.
-        str(folder.absolute()).replace("%", "%%") + f"/{prefix}-%06d.tar",
-        maxcount=samples_per_shard,
-        maxsize=shard_bytes,
-        post=_flush_to_disk,
-        verbose=0,
-        encoder=False,
-        # Pinned, as they are part of the bytes.
-        mtime=0,
-        user="bigdata",
-        group="bigdata",
-        mode=0o444,
-    ) as writer:
+    with writer:
         for key, image, extension, label in samples:
             kind, text = _check(key, image, extension, label)
             if key in keys:
