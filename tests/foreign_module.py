@@ -30,7 +30,7 @@ class Module(LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.stem = WSConv2d(3, 3, 3)
-        self.net = timm.create_model("test_vit", num_classes=4, img_size=32)
+        self.net = timm.create_model("test_vit", num_classes=4, img_size=32, depth=2)
         self.losses: list[Tensor] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
