@@ -51,8 +51,8 @@ def main() -> None:
     found: dict[str, list[Any]] = {name: [] for name in WAYS}
     for seed in SEEDS:
         pretrained = folder / f"pretrain-{seed}"
-        words = ["pretrain_demo", *data(shards, "fractals"), *RATE]
-        nfnets_xla([*words, f"run_dir={pretrained}", f"seed={seed}"])
+        words = ["pretrain_demo", "data=demo_fractals", *data(shards, "fractals"), "optim.epochs=2"]
+        nfnets_xla([*words, *RATE, f"run_dir={pretrained}", f"seed={seed}"])
         for name, options in WAYS.items():
             run_dir = folder / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
             words = ["finetune_sam_demo", *data(shards, "digits"), f"model.init_from={pretrained}"]

@@ -69,9 +69,9 @@ CPU = ["trainer.device=cpu", "model.compute_dtype=float32", "data.workers=0"]
 # 0.04 and the 94 steps of a quarter of an epoch the skip gains, which begin at 0, hardly open.
 SCHEDULE = ["optim.warmup_steps=null", "optim.warmup_fraction=0.1"]
 CLIPPING = "optim.clipping=0.16"
-PRETRAIN = ["data=demo_pretrain", "data.batch_size=128", "data.eval_image_size=32"]
+PRETRAIN = ["data=demo_fractals", "data.batch_size=128", "data.eval_image_size=32"]
 PRETRAIN += ["optim.lr_batch=null", "trainer.compile=true"]
-FINETUNE = ["data=demo_finetune", "optim.epochs=8", "optim.ema_decay=0.99"]
+FINETUNE = ["data=demo_characters", "optim.epochs=8", "optim.ema_decay=0.99"]
 VIT_FINETUNE = ["model.drop_path_rate=0.0", "optim.optimizer=adamw", "optim.beta2=0.999"]
 VIT_FINETUNE += ["optim.weight_decay=0.03", "optim.clipping=null"]
 

@@ -20,9 +20,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from nfnets_xla.data.fractals import fractal_samples
 from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import Sample, pack_samples
 from nfnets_xla.data.shards import ShardIndex
@@ -32,7 +31,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 SIZE = 40  # pixels of the packed images; training crops are resized to 32
-CLASSES, PER_CLASS, HELD_OUT_PER_CLASS = 8, 192, 32
+LETTERS = "ABCDEFGHJKLMNPRT"  # none that looks like a digit
+PER_CLASS, HELD_OUT_PER_CLASS = 96, 16
 KILL_AFTER = 0.4  # of the pre-training, at a random step from there to 0.8
 
 
@@ -44,15 +44,15 @@ def main() -> None:
             sys.exit(f"demo: {folder} exists and is not an earlier demo: name another folder")
         shutil.rmtree(folder)
     shards, runs = folder / "shards", folder / "runs"
-    say("packing fractals and handwritten digits")
+    say("packing drawn letters and handwritten digits")
     pack_all(shards)
 
     say("pre-training, until killed")
-    fractals = ["pretrain_demo", f"data.shards={shards}/fractals"]
-    fractals += [f"data.eval_shards={shards}/fractals-held-out", f"run_dir={runs}/pretrain"]
-    kill_once(fractals, runs / "pretrain")
+    letters = ["pretrain_demo", f"data.shards={shards}/letters"]
+    letters += [f"data.eval_shards={shards}/letters-held-out", f"run_dir={runs}/pretrain"]
+    kill_once(letters, runs / "pretrain")
     say("pre-training, resumed")
-    nfnets_xla(fractals)
+    nfnets_xla(letters)
     for name, weights in (("finetune", f"{runs}/pretrain"), ("from-scratch", "null")):
         say(f"fine-tuning on digits with SAM: {name}")
         nfnets_xla(
@@ -69,7 +69,7 @@ def main() -> None:
     nfnets_xla(["evaluate_demo", *digits, f"run_dir={runs}/evaluate"])
 
     records = {path.name: read_record(path) for path in sorted(runs.iterdir())}
-    prove_once_per_epoch(records["pretrain"], ShardIndex.load(shards / "fractals"))
+    prove_once_per_epoch(records["pretrain"], ShardIndex.load(shards / "letters"))
     table = summary(records) + f"\nwhole demo: {(time.monotonic() - started) / 60:.1f} minutes\n"
     (folder / "summary.txt").write_text(table)
     draw(records, folder / "curves.png")
@@ -84,22 +84,53 @@ def say(text: str) -> None:
 
 
 def pack_all(shards: Path) -> None:
-    """Fractals of 8 classes and scikit-learn's digits, each with a held-out part of its own."""
-    train = fractal_samples(CLASSES, PER_CLASS, size=SIZE, seed=0)
-    held_out = fractal_samples(
-        CLASSES, HELD_OUT_PER_CLASS, size=SIZE, seed=0, first_instance=PER_CLASS
-    )
+    """Letters and scikit-learn's digits, each with a held-out part of its own."""
     digits = list(digit_samples())
     cut = len(digits) // 5
     for name, samples, per_shard in (
-        ("fractals", train, 150),
-        ("fractals-held-out", held_out, 128),
+        ("letters", letter_samples(PER_CLASS), 150),
+        ("letters-held-out", letter_samples(HELD_OUT_PER_CLASS, first=PER_CLASS), 128),
         ("digits", digits[cut:], 200),
         ("digits-held-out", digits[:cut], 200),
     ):
         pack_samples(samples, shards / name, samples_per_shard=per_shard)
         index = build_index(shards / name)
         print(f"{name}: {index.num_samples} images in {index.num_shards} shards")
+
+
+def letter_samples(per_class: int, first: int = 0) -> Iterator[Sample]:
+    """Of each letter the drawings from number `first` on; classes mixed."""
+    mixed = np.random.default_rng(first).permutation(len(LETTERS) * per_class)
+    for place in mixed:
+        label, number = divmod(int(place), per_class)
+        file = io.BytesIO()
+        Image.fromarray(letter(label, first + number)).save(file, "PNG")
+        yield f"{LETTERS[label]}-{first + number:05d}", file.getvalue(), "png", label
+
+
+def letter(label: int, number: int) -> np.ndarray:
+    """Pillow's own font at any size, weight, slant and blur, light on dark. (SIZE, SIZE, 3)."""
+    rng = np.random.default_rng([label, number])
+    mask = Image.new("L", (SIZE, SIZE))
+    ImageDraw.Draw(mask).text(
+        tuple(SIZE / 2 + rng.normal(0, 1.5, 2)),
+        LETTERS[label],
+        fill=255,
+        font=ImageFont.load_default(size=rng.uniform(26, 42)),
+        anchor="mm",
+        stroke_width=int(rng.integers(3)),
+    )
+    angle, shear = rng.normal(0, 0.15, 2)
+    turn = np.array(
+        [[np.cos(angle), shear - np.sin(angle)], [np.sin(angle), np.cos(angle)]],
+    )
+    shift = SIZE / 2 - turn @ [SIZE / 2, SIZE / 2]
+    rows = [*turn[0], shift[0], *turn[1], shift[1]]
+    mask = mask.transform((SIZE, SIZE), Image.Transform.AFFINE, rows, Image.Resampling.BILINEAR)
+    ink = np.asarray(mask.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.8))))[..., None] / 255
+    paint, paper = rng.uniform(140, 255, 3), rng.uniform(0, 110, 3)
+    pixels = paper + (paint - paper) * ink + rng.normal(0, rng.uniform(0, 12), (SIZE, SIZE, 1))
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
 def digit_samples() -> Iterator[Sample]:
@@ -216,7 +247,7 @@ def draw(records: dict[str, RunRecord], path: Path) -> None:
         )
     curve(right, records["finetune"], "from the pre-trained weights", "tab:blue")
     curve(right, records["from-scratch"], "from scratch", "tab:orange")
-    left.set(title="Pre-training on fractals", xlabel="step", ylabel="loss")
+    left.set(title="Pre-training on letters", xlabel="step", ylabel="loss")
     right.set(title="Fine-tuning on digits with SAM", xlabel="step")
     for axes in (left, right):
         axes.legend()

@@ -46,7 +46,7 @@ def test_the_demo_packs_and_gives_commands_that_are_taken(
     demo: Any = runpy.run_path(str(EXAMPLES / "demo.py"))
     scope = demo["main"].__globals__
     given: list[list[str]] = []
-    scope.update(CLASSES=2, PER_CLASS=6, HELD_OUT_PER_CLASS=2)
+    scope.update(LETTERS="AB", PER_CLASS=6, HELD_OUT_PER_CLASS=2)
     scope.update(nfnets_xla=given.append, kill_once=lambda words, _: given.append(words))
     monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path / "demo")])
     with pytest.raises(FileNotFoundError):  # of the runs
@@ -58,7 +58,7 @@ def test_the_demo_packs_and_gives_commands_that_are_taken(
         *["finetune_sam_demo"] * 2,
         "evaluate_demo",
     ]
-    assert ShardIndex.load(tmp_path / "demo" / "shards" / "fractals").num_samples == 12
+    assert ShardIndex.load(tmp_path / "demo" / "shards" / "letters").num_samples == 12
     with RecordWriter(tmp_path / "run", header()) as record:
         record.write("eval", 10, weights="raw", loss=2.25, top1=0.25, top5=0.5)
         record.write("end", 10, compilations=2)
