@@ -30,7 +30,7 @@ $(INSTALLED): requirements.lock setup.cfg pyproject.toml | $(filter .tools/bin/u
 	$(PYTHON) -m venv .tools
 	.tools/bin/python -m pip install -q uv==$(UV_VERSION)
 
-demo: install  ## Pre-train, kill, resume, fine-tune with SAM, evaluate: 6 to 11 minutes on 2 cores
+demo: install  ## Pre-train, kill, resume, fine-tune with SAM, evaluate: 4 to 13 minutes on 2 cores
 	$(BIN)/python examples/demo.py demo-run
 
 test: check  ## What CI runs: lint, types, imports, then the tests that are not slow
