@@ -9,10 +9,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nfnets_xla import checkpoint
+from nfnets_xla.callbacks.stop import Stop
+from nfnets_xla.hosts import Hosts
 from nfnets_xla.preempt import Preemption, announced
 from nfnets_xla.record import read_record
 from tests.data.server import serving
@@ -108,6 +112,16 @@ def test_what_is_new_is_saved_and_the_run_goes_on(
     ]
     assert evaluated[0] == evaluated[1]
     assert_bit_equal(final_state(process.run_dir), final_state(tmp_path / "whole"))
+
+
+def test_a_step_is_new_until_it_is_known_to_be_written() -> None:
+    """Whoever asks just after a checkpoint need not wait for another one."""
+    asked = Preemption()
+    keeper: Any = SimpleNamespace(durable_at=5)
+    stop: Any = Stop(asked, keeper, Hosts())
+    for step, new in ((4, True), (5, False), (6, True)):
+        stop.on_train_batch_end(None, None, None, {"step": step - 1}, 0)
+        assert asked.unsaved is new
 
 
 def test_what_cannot_be_saved_is_interrupted_too(tmp_path: Path, data: list[str]) -> None:
