@@ -39,7 +39,7 @@ test: check  ## What CI runs: lint, types, imports, then the tests that are not 
 test-all: check newest  ## The same with the slow tests, and those of the newest torch
 	$(PYTEST)
 
-chaos: install  ## Kill, starve and damage runs, and compare them with undisturbed ones: 40 minutes
+chaos: install  ## Kill, starve and damage runs, and compare them with undisturbed ones: 16 to 40 minutes
 	$(BIN)/python -m tests.chaos --write docs/reliability.md
 
 check: install  ## Lint, formatting, types, import layers
