@@ -105,7 +105,10 @@ def test_every_package_of_the_extras_is_named_by_its_extra() -> None:
 
 def test_interrupted_is_one_line(tmp_path: Path) -> None:
     words = ["shards", "pack", "fractals", str(tmp_path / "out"), "--per-class=100000"]
-    command = [sys.executable, "-m", "nfnets_xla", *words]
+    # Jobs that a shell starts with & ignore SIGINT, and so does all that they start.
+    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{hears}; from nfnets_xla.cli import main; main()"
+    command = [sys.executable, "-c", program, *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not any(tmp_path.iterdir()):  # until it packs
             assert process.poll() is None

@@ -47,7 +47,7 @@ def pack_samples(
     ValueError for a bad or repeated sample, for none at all, and for a folder that has shards
     already. A process that is killed leaves a folder `.packing-*` behind, which can be deleted.
     """
-    # Before there is a folder: it imports torch, which answers an interrupt with what it likes.
+    # Before there is a folder: it imports torch, which takes a second.
     from webdataset.writer import ShardWriter
 
     writer = partial(
