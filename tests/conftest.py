@@ -1,11 +1,15 @@
 """Shards that several tests read, and the order of the tests."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.data.images import packed
 
+# Else gcsfs, which looks when it is imported, asks what kind of bucket it has by gRPC, and that
+# knows no endpoint but Google's.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 IMAGES, CLASSES = 100, 5
 LONGEST = ("test_xla_runs", "test_xla_stacked", "test_each_recipe", "test_chaos", "test_hosts")
 

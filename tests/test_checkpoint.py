@@ -305,7 +305,6 @@ def test_an_object_store_keeps_checkpoints_as_a_disk_does(
     tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saved, damaged, replaced, pruned and read through s3fs and gcsfs."""
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asked for by gRPC
     bucket = tmp_path / "bucket" / "run"
     with storing(tmp_path, {"s3": S3, "gs": GCS}[protocol]) as endpoint:
         options = {"s3": {"anon": True}, "gs": {"token": "anon"}}[protocol]

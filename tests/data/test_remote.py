@@ -162,8 +162,6 @@ def test_an_object_store_gives_the_local_batches(
     local: ShardIndex, cache: Cache, tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through s3fs and gcsfs, whose endpoint and credentials come from fsspec's configuration."""
-    # gcsfs asks what kind of bucket it is by gRPC, which knows no endpoint but Google's.
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     bucket = tmp_path / "bucket" / "shards"
     bucket.mkdir(parents=True)
     for path in path_of(local).glob("*.tar"):
