@@ -37,3 +37,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = message.removesuffix(", key=value")  # argparse asks for what may be left out
         raise ValueError(f"{message} (see {self.prog} --help)")
+
+    def add_settings(self) -> None:
+        """Of a recipe, which may be a person's own."""
+        self.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="settings of the recipe"
+        )
+        self.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")

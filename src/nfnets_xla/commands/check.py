@@ -54,7 +54,7 @@ Line = tuple[str, str]  # what, how much
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="nfnets-xla check", description=__doc__)
     parser.add_argument("recipe", help="a name of `nfnets-xla --help`")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
+    parser.add_settings()
     parser.add_argument("--hardware", default=Terms.hardware, help="v4, v5e, H100 ...")
     parser.add_argument("--mfu", type=float, default=Terms.mfu, help="share of the peak reached")
     parser.add_argument(
@@ -64,7 +64,6 @@ def main(arguments: list[str]) -> None:
         help="for the wall clock; their devices must divide the batches and have the memory",
     )
     parser.add_argument("--price", type=float, help="of a chip-hour, in any currency")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
     given = parser.parse_intermixed_args(arguments)
     terms = Terms(given.hardware, given.mfu, given.chips, given.price)
     from nfnets_xla.compose import composed, to_run

@@ -40,12 +40,11 @@ def parse(arguments: list[str]) -> Any:
     """Raises ValueError for what cannot be."""
     parser = Parser(prog="nfnets-xla shards show", description=__doc__)
     parser.add_argument("dir", help="indexed shards: folder or address")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
+    parser.add_settings()
     parser.add_argument("--out", default="sheet.png", help="PNG to write")
     parser.add_argument("--rows", type=int, default=4, help="of the sheet, 1 to 100")
     parser.add_argument("--step", type=int, default=1, help="counted from 1, as the record does")
     parser.add_argument("--recipe", default="pretrain", help="a name of `nfnets-xla --help`")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
     given = parser.parse_intermixed_args(arguments)
     if not 1 <= given.rows <= 100:
         raise ValueError(f"--rows is {given.rows}; it must be a whole number from 1 to 100")

@@ -13,7 +13,6 @@ from nfnets_xla.preempt import Preemption
 def main(arguments: list[str], preemption: Preemption) -> None:
     parser = Parser(prog="nfnets-xla two_trials", description=__doc__)
     parser.add_argument("recipe", help="one that sweeps: lr_sweep, scaling_sweep")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
+    parser.add_settings()
     given = parser.parse_intermixed_args(arguments)
     compose.two_trials(given.recipe, given.overrides, preemption, given.config_dir)

@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from shutil import rmtree
@@ -50,26 +49,25 @@ def pack_samples(
     # Before there is a folder: it imports torch, which takes a second.
     from webdataset.writer import ShardWriter
 
-    writer = partial(
-        ShardWriter,
-        maxcount=samples_per_shard,
-        maxsize=shard_bytes,
-        post=_flush_to_disk,
-        verbose=0,
-        encoder=False,
-        # Pinned, as they are part of the bytes.
-        mtime=0,
-        user="bigdata",
-        group="bigdata",
-        mode=0o444,
-    )
     _check_shards(samples_per_shard, shard_bytes, prefix)
     with _aside(local(folder)) as aside:
         if classes is not None:
             (aside / CLASSES).write_text(json.dumps(list(classes), indent=1) + "\n")
-        # Absolute: webdataset takes what is before a colon for a protocol.
-        pattern = str(aside.absolute()).replace("%", "%%") + f"/{prefix}-%06d.tar"
-        _write(samples, writer(pattern), on_progress)
+        writer = ShardWriter(
+            # Absolute: webdataset takes what is before a colon for a protocol.
+            str(aside.absolute()).replace("%", "%%") + f"/{prefix}-%06d.tar",
+            maxcount=samples_per_shard,
+            maxsize=shard_bytes,
+            post=_flush_to_disk,
+            verbose=0,
+            encoder=False,
+            # Pinned, as they are part of the bytes.
+            mtime=0,
+            user="bigdata",
+            group="bigdata",
+            mode=0o444,
+        )
+        _write(samples, writer, on_progress)
     return sorted(Path(folder).glob("*.tar"))
 
 
