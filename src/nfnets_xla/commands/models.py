@@ -1,15 +1,20 @@
 """List models with parameters and cost, or say all about those that are named in full."""
 
+import torch
+
 from nfnets_xla.arguments import Parser
+from nfnets_xla.models.nfnet import NFNet
+from nfnets_xla.models.peers import VITS, is_peer
+from nfnets_xla.models.published import IMAGENET, TAG, TIMM_TOP1, TRANSFERRED
+from nfnets_xla.models.registry import Network, count_parameters, create_network, list_models
+
+PHOTOGRAPHS = (224, 256, 384, 480)  # pixels: sizes at which models are compared, but for the minis
 
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="nfnets-xla models", description=__doc__)
     parser.add_argument("pattern", nargs="*", help="a name, or part of several: nfnet_f7*")
-    patterns = parser.parse_args(arguments).pattern
-    from nfnets_xla.models.registry import card, full_card, list_models
-
-    for pattern in patterns or ["*"]:
+    for pattern in parser.parse_args(arguments).pattern or ["*"]:
         names = list_models(pattern)
         if not names:
             near = list_models(f"*{pattern.strip('*')}*")
@@ -17,3 +22,66 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"no model matches {pattern!r}: {meant}")
         for name in names:
             print(full_card(name) if names == [pattern] else card(name))
+
+
+def card(name: str) -> str:
+    """One line on a model: parameters, and multiply-accumulates at its two resolutions."""
+    net, sizes = _on_paper(name)
+    costs = (f"{_counted(net.macs(size), 'MACs')} at {size} px" for size in dict.fromkeys(sizes))
+    return f"{name:22} {count_parameters(net) / 1e6:8.2f}M parameters  {'  '.join(costs)}"
+
+
+def full_card(name: str) -> str:
+    """All that is known of one model, in lines."""
+    net, (train, test) = _on_paper(name)
+    sizes = sorted({train, test, *(PHOTOGRAPHS if train > 100 else ())})
+    lines = [name, f"  parameters     {count_parameters(net):,} with {net.num_classes} classes"]
+    if isinstance(net, NFNet):
+        variant = net.variant
+        lines += [
+            f"  blocks         {' + '.join(map(str, variant.depth))} of "
+            f"{', '.join(map(str, variant.width))} channels, then {net.num_features}",
+            f"  resolution     trained at {train} px, evaluated at {test} px "
+            f"(both sides resized to {test + 32}, centre cropped)",
+            f"  regularisation dropout {variant.drop_rate}, stochastic depth 0.25 (from scratch)",
+        ]
+    lines += [
+        f"  at {size:3} px     {_counted(net.macs(size), 'MACs')}, "
+        f"{_counted(net.flops(size), 'FLOPs')} (2 per MAC)"
+        for size in sizes
+    ]
+    return "\n".join([*lines, *_accuracy(name)])
+
+
+def _counted(number: int, unit: str) -> str:
+    """In billions, or below one in millions."""
+    power, prefix = (1e9, "G") if number >= 1e9 else (1e6, "M")
+    return f"{number / power:8.2f} {prefix}{unit}"
+
+
+def _accuracy(name: str) -> list[str]:
+    lines: list[str] = []
+    if name in IMAGENET:
+        found = IMAGENET[name]
+        remark = f" ({found.remark})" if found.remark else ""
+        lines += [
+            f"  ImageNet       {found.top1} top-1, {found.top5} top-5{remark}: "
+            "arXiv 2102.06171, Table 3",
+            f"                 {TIMM_TOP1[name]:.2f} top-1 of these weights, by timm's results",
+            f"  weights        {name}.{TAG}",
+        ]
+    else:
+        lines.append("  weights        none are public")
+    if name in TRANSFERRED:
+        lines.append(f"  pre-trained    {TRANSFERRED[name]}; those weights are not public")
+    return lines
+
+
+def _on_paper(name: str) -> tuple[Network, tuple[int, int]]:
+    """The model without its tensors, and its sizes for training and testing."""
+    with torch.device("meta"):
+        net = create_network(name, num_classes=0 if is_peer(name) else 1000)
+    if isinstance(net, NFNet):
+        return net, (net.variant.train_size, net.variant.test_size)
+    size = VITS[name].size
+    return net, (size, 518 if size == 224 else size)

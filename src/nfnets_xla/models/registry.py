@@ -20,9 +20,9 @@ from nfnets_xla.models.names import classes_in, in_our_names
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import VITS, Peer, create_peer, is_peer
 from nfnets_xla.models.pretrained import fetch_pretrained
-from nfnets_xla.models.published import HAIKU_TAG, IMAGENET, TAG, TIMM_TOP1, TRANSFERRED
-from nfnets_xla.models.timm_names import sized_cfg, tell_timm, timm_cfg
-from nfnets_xla.models.variants import VARIANTS, Variant
+from nfnets_xla.models.published import HAIKU_TAG, IMAGENET, TAG
+from nfnets_xla.models.timm_names import sized_cfg, timm_cfg
+from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import check_holds, load_checkpoint, load_into
 
 Network = NFNet | Peer
@@ -170,15 +170,6 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
     return sorted(fnmatch.filter(names, pattern), key=_natural)
 
 
-def register(name: str, variant: Variant) -> None:
-    """Add a variant of your own; timm has it as `xla_<name>`. A name that is taken is a
-    ValueError."""
-    if name in VARIANTS:
-        raise ValueError(f"model name {name!r} is taken; choose another")
-    VARIANTS[name] = variant
-    tell_timm(name, variant)
-
-
 def canonical_name(name: str) -> str:
     """Accepts what people write: `NFNet_F7+`, `F7+`, and timm's `dm_nfnet_f7`."""
     plain = name.lower().replace("-", "_").replace("+", "_plus")
@@ -187,76 +178,9 @@ def canonical_name(name: str) -> str:
         plain = f"nfnet_{plain}"
     if plain in VARIANTS:
         return plain
-    if name in VARIANTS:
-        return name
     near = difflib.get_close_matches(plain, [*VARIANTS, *VITS], n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "see `nfnets-xla models`"
     raise ValueError(f"there is no model {name!r}; {hint} (timm's are timm/<name>)")
-
-
-def card(name: str) -> str:
-    """One line on a model: parameters, and multiply-accumulates at its two resolutions."""
-    net, (train, test) = _on_paper(name)
-    return (
-        f"{name:22} {count_parameters(net) / 1e6:8.2f}M parameters  "
-        f"{_counted(net.macs(train), 'MACs')} at {train} px  "
-        f"{_counted(net.macs(test), 'MACs')} at {test} px"
-    )
-
-
-def full_card(name: str) -> str:
-    """All that is known of one model, in lines."""
-    net, (train, test) = _on_paper(name)
-    sizes = sorted({train, test, 224, 256, 384, 480})
-    lines = [name, f"  parameters     {count_parameters(net):,} with {net.num_classes} classes"]
-    if isinstance(net, NFNet):
-        variant = net.variant
-        lines += [
-            f"  blocks         {' + '.join(map(str, variant.depth))} of "
-            f"{', '.join(map(str, variant.width))} channels, then {net.num_features}",
-            f"  resolution     trained at {train} px, evaluated at {test} px "
-            f"(both sides resized to {test + 32}, centre cropped)",
-            f"  regularisation dropout {variant.drop_rate}, stochastic depth 0.25 (from scratch)",
-        ]
-    lines += [
-        f"  at {size:3} px     {_counted(net.macs(size), 'MACs')}, "
-        f"{_counted(net.flops(size), 'FLOPs')} (2 per MAC)"
-        for size in sizes
-    ]
-    return "\n".join([*lines, *_accuracy(name)])
-
-
-def _counted(number: int, unit: str) -> str:
-    """In billions, or below one in millions."""
-    power, prefix = (1e9, "G") if number >= 1e9 else (1e6, "M")
-    return f"{number / power:8.2f} {prefix}{unit}"
-
-
-def _accuracy(name: str) -> list[str]:
-    lines: list[str] = []
-    if name in IMAGENET:
-        found = IMAGENET[name]
-        remark = f" ({found.remark})" if found.remark else ""
-        lines += [
-            f"  ImageNet       {found.top1} top-1, {found.top5} top-5{remark}: "
-            "arXiv 2102.06171, Table 3",
-            f"                 {TIMM_TOP1[name]:.2f} top-1 of these weights, by timm's results",
-            f"  weights        {name}.{TAG}",
-        ]
-    else:
-        lines.append("  weights        none are public")
-    if name in TRANSFERRED:
-        lines.append(f"  pre-trained    {TRANSFERRED[name]}; those weights are not public")
-    return lines
-
-
-def _on_paper(name: str) -> tuple[Network, tuple[int, int]]:
-    """The model without its tensors, and its sizes for training and testing."""
-    with torch.device("meta"):
-        net = create_network(name, num_classes=0 if is_peer(name) else 1000)
-    if isinstance(net, Peer):
-        return net, (224, 518)
-    return net, (net.variant.train_size, net.variant.test_size)
 
 
 def count_parameters(net: nn.Module) -> int:

@@ -73,20 +73,13 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    for name, variant in VARIANTS.items():
-        tell_timm(name, variant)
-
-
-def tell_timm(name: str, variant: Variant) -> None:
-    """Of one model, if timm is loaded; else it is told of all when it is."""
-    if TIMM not in sys.modules:
-        return
     from timm.models import generate_default_cfgs, register_model
 
-    tagged = f"{PREFIX}{name}.{TAG}" if name in IMAGENET else PREFIX + name
-    cfg = timm_cfg(name, variant)
-    default_cfgs.update(generate_default_cfgs({tagged: cfg}))  # pyright: ignore[reportUnknownArgumentType]
-    register_model(_entrypoint(name))
+    for name, variant in VARIANTS.items():
+        tagged = f"{PREFIX}{name}.{TAG}" if name in IMAGENET else PREFIX + name
+        cfg = timm_cfg(name, variant)
+        default_cfgs.update(generate_default_cfgs({tagged: cfg}))  # pyright: ignore[reportUnknownArgumentType]
+        register_model(_entrypoint(name))
 
 
 def timm_cfg(name: str, variant: Variant) -> dict[str, Any]:
