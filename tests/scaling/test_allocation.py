@@ -1,11 +1,17 @@
 """Three ways to divide compute between size and epochs, on losses whose division is known."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from nfnets_xla.scaling import allocation, published
 from nfnets_xla.scaling.account import macs_per_image
 from nfnets_xla.scaling.allocation import Parametric
+from nfnets_xla.scaling.plan import best_of_study
+from nfnets_xla.scaling.runs import fitted_to, read_points
+
+STUDY = Path(__file__).parents[2] / "benchmarks" / "results" / "scaling_study"
 
 # arXiv 2203.15556, equation 10: published for language models, with parameters in the place of M.
 HOFFMANN = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
@@ -209,6 +215,26 @@ def test_a_loss_that_does_not_go_with_one_of_them_settles_nothing(dead: str, nam
     assert optimum.same_rate().startswith(
         f"not resolved: over the runs the loss falls with {name} by "
     )
+
+
+def test_a_draw_leaves_a_fit_without_a_term_of_size() -> None:
+    """As it is of the study in miniature: alpha and A are 0, and no gradient leads away. A fifth of
+    the draws stayed there. By a twin, each of whose draws begins at all 25 starts."""
+    study = best_of_study(fitted_to(read_points(STUDY)[0]))
+    macs, rows, loss = np.array([(p.macs, p.rows, p.loss) for p in study], dtype=float).T
+    found = allocation.parametric(macs, rows, loss, draws=20)
+    assert found.values["alpha"] == 0
+    log_m, log_d = (np.log(axis) - np.log(axis).mean() for axis in (macs, rows))
+    rng = np.random.default_rng(0)
+    falls: list[float] = []
+    for _ in range(20):
+        some = rng.integers(len(loss), size=len(loss))
+        runs = log_m[some], log_d[some], np.log(loss[some])
+        theta = allocation._best_fit(allocation._starts(*runs), *runs)
+        falls.append(allocation._falls(theta, log_m, log_d)[0])
+    highest = np.quantile(falls, 0.975)
+    assert highest > 0.1
+    assert found.falls["size"][1] == pytest.approx(highest, rel=0.1)
 
 
 def test_too_few_runs_are_refused() -> None:

@@ -201,6 +201,17 @@ def test_a_frontier_of_noise_is_no_law() -> None:
     assert law.fit_frontier("power", [1, 2, 4, 8], [4, 2, 1, 0.5]).resolved("b")
 
 
+def test_three_runs_of_which_one_blew_up_give_ends_and_no_warning() -> None:
+    """Warnings are errors here: of exp that overflows, and of quantiles between infinities."""
+    found = law.fit_frontier("power", [1, 2, 4], [11416.0, 5.3, 4.9])
+    assert not found.resolved("b")
+    low, high = found.curve([1.0, 4.0])[1:]
+    assert (low <= high).all()
+    assert not np.isnan(found.predict(40.0).interval).any()
+    with pytest.raises(ValueError, match="compute is inf; it must be a number greater than 0"):
+        found.predict(np.inf)
+
+
 def test_the_frontier_is_what_nothing_cheaper_beats() -> None:
     x = [3, 1, 2, 5, 4, 5]
     y = [2.0, 3.0, 3.5, 1.0, 2.0, 0.9]
@@ -227,7 +238,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         law.fit("power", [1, 2, 3], [3, 2, -1])
     with pytest.raises(ValueError, match="there are 3 values of compute and 2 of loss"):
         law.fit("power", [1, 2, 3], [3, 2])
-    with pytest.raises(ValueError, match="compute is 0; it must be greater than 0"):
+    with pytest.raises(ValueError, match="compute is 0; it must be a number greater than 0"):
         law.fit("power", [1, 2, 3], [3, 2, 1.5]).predict(0)
 
 

@@ -134,14 +134,15 @@ def isoflop(
     enough(len({*budgets}), 3, "an isoFLOP line over budgets")
     kept: list[float] = []
     sizes: list[float] = []
-    notes: list[str] = []
+    lost: dict[str, list[str]] = {}
     for budget in budgets:
         found = _lowest_point(curves, math.log(budget))
         if isinstance(found, str):
-            notes.append(f"{budget:.3g} FLOPs: {found}")
+            lost.setdefault(found, []).append(f"{budget:.3g}")
         else:
             kept.append(budget)
             sizes.append(math.exp(found))
+    notes = [f"{reason} at {', '.join(where)} FLOPs" for reason, where in lost.items()]
     if len(kept) < 3:
         raise ValueError(
             f"isoFLOP parabolas have their lowest point within the sizes at {len(kept)} budgets; "
@@ -248,7 +249,7 @@ class Parametric:
         the best: it is not resolved then, however narrow the interval of `a` may be.
         """
         undone_by = "; ".join(
-            f"over the runs the loss falls with {name} by {low:.2%} to {high:.2%}"
+            f"over the runs the loss falls with {name} by {low:.0%} to {high:.0%}"
             for name, (low, high) in self.falls.items()
             if low < HUBER
         )
@@ -262,12 +263,13 @@ class Parametric:
 
 
 def parametric(
-    macs: ArrayLike, rows: ArrayLike, loss: ArrayLike, *, draws: int = 100, seed: int = 0
+    macs: ArrayLike, rows: ArrayLike, loss: ArrayLike, *, draws: int = 200, seed: int = 0
 ) -> Parametric:
     """Fit to (n,) each: Huber's loss of the log loss, by L-BFGS, from 25 starts.
 
-    The intervals resample the runs, as arXiv 2404.10102 does; each draw starts at the fit. A start
-    is a pair of exponents, for which E, A and B are a linear problem that is solved exactly.
+    The intervals resample the runs, as arXiv 2404.10102 does. A start is a pair of exponents, for
+    which E, A and B are a linear problem that is solved exactly. Each draw begins at the fit, and
+    at its own start that is nearest: a fit in which a term is 0 has no gradient that leads away.
     ValueError for fewer than 6 points, or fewer than 3 sizes or 3 amounts of data.
     """
     macs, rows, loss = _three(macs, rows, loss)
@@ -276,18 +278,13 @@ def parametric(
     enough(len(np.unique(rows)), 3, "L(M, D) over data")
     units = np.exp([np.log(macs).mean(), np.log(rows).mean()])
     log_m, log_d, log_l = np.log(macs / units[0]), np.log(rows / units[1]), np.log(loss)
-    found: list[tuple[Floats, float]] = []
-    for alpha, beta in product(EXPONENTS, EXPONENTS):
-        columns = np.stack([np.ones_like(loss), np.exp(-alpha * log_m), np.exp(-beta * log_d)], 1)
-        parts, _ = nnls(columns / loss[:, None], np.ones_like(loss))
-        start = np.array([*np.log(np.maximum(parts, 1e-3 * loss.min())), alpha, beta])
-        found.append(_huber_fit(start, log_m, log_d, log_l))
-    theta, _ = min(found, key=lambda one: one[1])
+    theta = _best_fit(_starts(log_m, log_d, log_l), log_m, log_d, log_l)
     rng = np.random.default_rng(seed)
     drawn: list[Floats] = []
     for _ in range(draws):
         some = rng.integers(len(loss), size=len(loss))
-        drawn.append(_huber_fit(theta, log_m[some], log_d[some], log_l[some])[0])
+        runs = log_m[some], log_d[some], log_l[some]
+        drawn.append(_best_fit([theta, _starts(*runs)[0]], *runs))
     natural = np.array([_natural(one, units) for one in [theta, *drawn]])
     names = ("E", "A", "B", "alpha", "beta")
     both = natural[1:, 3:].sum(axis=1, keepdims=True)
@@ -302,6 +299,23 @@ def parametric(
         r_squared(log_l, fitted),
         len(loss),
     )
+
+
+def _starts(log_m: Floats, log_d: Floats, log_l: Floats) -> list[Floats]:
+    """Of all pairs of exponents, those nearest to the runs first."""
+    loss = np.exp(log_l)
+    found: list[tuple[float, Floats]] = []
+    for alpha, beta in product(EXPONENTS, EXPONENTS):
+        columns = np.stack([np.ones_like(loss), np.exp(-alpha * log_m), np.exp(-beta * log_d)], 1)
+        parts, _ = nnls(columns / loss[:, None], np.ones_like(loss))
+        theta = np.array([*np.log(np.maximum(parts, 1e-3 * loss.min())), alpha, beta])
+        found.append((float(np.abs(_log_loss(theta, log_m, log_d) - log_l).sum()), theta))
+    return [theta for _, theta in sorted(found, key=lambda one: one[0])]
+
+
+def _best_fit(starts: list[Floats], log_m: Floats, log_d: Floats, log_l: Floats) -> Floats:
+    fits = (_huber_fit(start, log_m, log_d, log_l) for start in starts)
+    return min(fits, key=lambda one: one[1])[0]
 
 
 def _log_loss(theta: Floats, log_m: Floats, log_d: Floats) -> Floats:

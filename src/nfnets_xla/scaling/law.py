@@ -118,14 +118,15 @@ class Law:
     def curve(self, x: ArrayLike) -> tuple[Floats, Floats, Floats]:
         """The curve at `x`, and the ends of its interval; each of the shape of `x`."""
         log_x = np.log(np.asarray(x, dtype=float) / self.unit)
-        drawn = np.exp([self.form.log_value(theta, log_x) for theta in self.draws])
+        drawn = np.array([self.form.log_value(theta, log_x) for theta in self.draws])
         low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        return np.exp(self.form.log_value(self.theta, log_x)), low, high
+        with np.errstate(over="ignore"):
+            return np.exp(self.form.log_value(self.theta, log_x)), np.exp(low), np.exp(high)
 
     def predict(self, x: float) -> Prediction:
         """The outcome of one more run at compute `x`. Warns beyond a decade from the data."""
-        if not x > 0:
-            raise ValueError(f"compute is {x:g}; it must be greater than 0")
+        if not 0 < x < math.inf:
+            raise ValueError(f"compute is {x:g}; it must be a number greater than 0")
         beyond = decades_beyond(x, self.x_range)
         if beyond > DECADES:
             warnings.warn(
@@ -140,9 +141,10 @@ class Law:
         drawn = np.array([self.form.log_value(theta, log_x)[0] for theta in self.draws])
         freedom = self.points - len(self.theta)
         drawn = drawn + self.scatter * rng.standard_t(freedom, len(drawn))
-        low, high = np.exp(np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-        value = math.exp(self.form.log_value(self.theta, log_x)[0])
-        return Prediction(value, (float(low), float(high)), beyond)
+        with np.errstate(over="ignore"):  # nothing is known then, and the end is infinite
+            low, high = np.exp(np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+            value = np.exp(self.form.log_value(self.theta, log_x)[0])
+        return Prediction(float(value), (float(low), float(high)), beyond)
 
 
 def fit(form: str, x: ArrayLike, y: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Law:
@@ -258,9 +260,9 @@ def _solve(form: Form, start: Floats, log_x: Floats, log_y: Floats) -> tuple[Flo
 
 def _natural(form: Form, theta: Floats, unit: float) -> Floats:
     """(n, p) fitted parameters to those of the formula, with x in its own unit."""
-    natural = np.exp(theta)
-    natural[:, 1] = theta[:, 1]
     with np.errstate(over="ignore"):  # of a line that is too steep to be one it is infinite
+        natural = np.exp(theta)
+        natural[:, 1] = theta[:, 1]
         natural[:, 0] = np.exp(theta[:, 0] + theta[:, 1] * math.log(unit))
     if "d" in form.parameters:
         natural[:, 3] *= unit
@@ -284,7 +286,9 @@ def residuals(found: Floats, parameters: int, draws: int, rng: np.random.Generat
 
 def intervals(drawn: Floats) -> list[Interval]:
     """Of every column of (draws, p)."""
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    # Infinities are compared and not interpolated: between two of them numpy finds no number.
+    method = "linear" if np.isfinite(drawn).all() else "closest_observation"
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method=method)
     return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
