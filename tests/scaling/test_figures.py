@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.scaling import published
 from nfnets_xla.scaling.account import core_hours, macs_per_image, train_flops
 from nfnets_xla.scaling.charts import (
@@ -32,6 +33,7 @@ from tests.scaling.made_runs import BATCH, IMAGES, write_run
 
 MODELS, EPOCHS, RATES = ("nfnet_mini_f0", "nfnet_mini_f1", "nfnet_mini_f3"), (0.25, 1, 4), (1, 2, 4)
 VIT = "vit_mini_d3_4"
+MINIS = [name for name in VARIANTS if name.startswith("nfnet_mini_")]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +171,11 @@ def test_the_frontier_is_that_of_the_axis(points: list[Point]) -> None:
     """A run that is cheaper in core-hours than in FLOPs beats others there only."""
     best = best_of_study([point for point in points if point.model in MODELS])
     counted = on_frontier(best, compute_axis(points).of)
-    slow = Compute("hours", lambda point: point.flops * (100 if point is counted[0] else 1), max)
+    slow = Compute(
+        "hours",
+        lambda point: point.flops * (100 if point is counted[0] else 1),
+        lambda flops, _: flops,
+    )
     assert counted[0] not in on_frontier(best, slow.of)
 
 
@@ -235,10 +241,11 @@ def test_compute_is_counted_unless_an_mfu_is_assumed(points: list[Point]) -> Non
     assert assumed.of(point) == pytest.approx(core_hours(point.flops, "v4", mfu=0.36))
     (note,) = assumed.notes
     assert "by an MFU of 36%" in note
-    assert assumed.of_published(train_flops(1, 1), 7.0) == 7.0
+    assert assumed.of_published(train_flops(1, 1), {"v4": 7.0}) == 7.0
     on_v3 = compute_axis(points, "v3", 0.36)
-    assert on_v3.notes[-1] == "published core-hours: those of v4, converted by the peaks"
-    assert on_v3.of_published(0.0, 1.0) == pytest.approx(137.5 / 61.5)
+    assert on_v3.notes[-1] == "published core-hours of NFNets: those of v4, converted by the peaks"
+    assert on_v3.of_published(0.0, {"v4": 1.0}) == pytest.approx(137.5 / 61.5)
+    assert on_v3.of_published(0.0, {"v4": 1.0, "v3": 1.5}) == 1.5
 
 
 def test_the_page_stands_alone_and_says_every_value(points: list[Point], written: Path) -> None:
@@ -282,6 +289,39 @@ def test_nothing_lies_on_anything_else(points: list[Point], name: str) -> None:
     assert not overlaps([part.get_tightbbox(canvas.get_renderer()) for part in parts])
 
 
+def test_marks_are_drawn_apart_and_in_view(points: list[Point], folder: Path) -> None:
+    """Of all sixteen models at as many numbers of epochs as in the paper, and at two."""
+    some = [point for point in points if point.model in MODELS and not point.is_finetuned]
+    for lengths in ((0.25, 0.5, 1, 2, 4, 8), (1, 2)):
+        many = [
+            replace(p, run=f"{name}-{epochs}-{p.run}", model=name, macs=number, epochs=epochs)
+            for number, name in enumerate(MINIS, start=1)
+            for epochs in lengths
+            for p in some
+            if (p.model, p.epochs) == (MODELS[0], 1)
+        ]
+        figure = draw(learning_rates(many))
+        FigureCanvasAgg(figure).draw()
+        (axes,) = figure.axes
+        dots = [line for line in axes.lines if (line.get_gid() or "").startswith("mark-")]
+        centres = [line.get_transform().transform(line.get_xydata())[0] for line in dots]
+        assert len(centres) == len(MINIS) * len(lengths)
+        assert all(axes.bbox.contains(x, y) for x, y in centres)
+        assert len({round(float(x), 1) for x, _ in centres}) == len(centres)
+
+
+def test_a_band_that_knows_nothing_does_not_flatten_the_runs(tmp_path: Path) -> None:
+    for number, loss in enumerate((11.0, 5.3, 4.9)):
+        write_run(tmp_path / f"{number}", loss=loss, epochs=2**number)
+    points = read_points(tmp_path)[0]
+    chart = losses(points, compute_axis(points))
+    band = chart.panels[0].band
+    assert band is not None
+    assert max(band.high) > 50 * 11
+    low, high = draw(chart).axes[0].get_ylim()
+    assert 1 < low < 4.9 < 11 < high < 60
+
+
 def overlaps(boxes: list[Any]) -> list[tuple[Any, Any]]:
     return [
         (one, other)
@@ -315,6 +355,8 @@ def test_a_run_without_its_source_is_left_out_and_said(points: list[Point]) -> N
         (0.9, 60, [1, 2, 5, 10, 20, 50]),
         (9.53, 9.83, [9.6, 9.7, 9.8]),
         (95, 98, [95, 96, 97, 98]),
+        (3e11, 1.2e12, [4e11, 6e11, 8e11, 1e12, 1.2e12]),
+        (1.0, 99.0, [1, 2, 5, 10, 20, 50]),
     ],
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:

@@ -5,7 +5,7 @@ against compute, with the law through the frontier. Figure 3: the best learning 
 arXiv 2310.16764 shows the same three. Drawing (drawing.py) adds nothing and leaves nothing out.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,7 +76,7 @@ class Compute:
 
     unit: str
     of: Callable[[Point], float]
-    of_published: Callable[[float, float], float]  # of FLOPs and v4 core-hours
+    of_published: Callable[[float, Mapping[str, float]], float]  # FLOPs; core-hours by hardware
     notes: list[str] = field(default_factory=list[str])
 
 
@@ -96,11 +96,16 @@ def compute_axis(
     if elsewhere:
         notes.append(f"core-hours of {len(elsewhere)} runs elsewhere: by an MFU of {mfu:.0%}")
     if hardware != "v4":
-        notes.append("published core-hours: those of v4, converted by the peaks")
+        of = " of NFNets" if hardware == "v3" else ""  # of ViTs those of v3 are printed, too
+        notes.append(f"published core-hours{of}: those of v4, converted by the peaks")
+
+    def of_published(_: float, hours: Mapping[str, float]) -> float:
+        return hours.get(hardware) or account.converted(hours["v4"], "v4", hardware)
+
     return Compute(
         f"TPU-{hardware} core-hours" if hardware.startswith("v") else f"{hardware} core-hours",
         lambda point: point.core_hours(hardware, mfu=mfu),
-        lambda _, hours: account.converted(hours, "v4", hardware),
+        of_published,
         notes,
     )
 
@@ -153,18 +158,23 @@ def published_errors(compute: Compute) -> list[Curve]:
     curves: list[Curve] = []
     for vit in published.VITS:
         flops = vit.gflops * 1e9 * account.FORWARDS_PER_STEP * (vit.rows or 0)
-        curves.append(_published(vit.name, flops, vit.v4_core_hours, vit.top1, compute))
+        hours = {"v4": vit.v4_core_hours, "v3": vit.v3_core_hours}
+        curves.append(_published(vit.name, flops, hours, vit.top1, compute))
     for run in published.RUNS:
         if run.top1 is not None:
             macs = account.macs_per_image(run.model, published.TRAIN_SIZE)
             flops = account.train_flops(macs, run.epochs * published.JFT_IMAGES)
             name = "NFNet-F7+" + (", 4 views" if "views" in run.note else "")
-            curves.append(_published(name, flops, run.v4_core_hours, run.top1, compute))
+            hours = {"v4": run.v4_core_hours}
+            curves.append(_published(name, flops, hours, run.top1, compute))
     return curves
 
 
-def _published(name: str, flops: float, hours: float, top1: float, compute: Compute) -> Curve:
-    says = f"{name}\n{top1:g} % ImageNet top-1\n{hours:,.0f} v4 core-hours, {flops:.3g} FLOPs"
+def _published(
+    name: str, flops: float, hours: Mapping[str, float], top1: float, compute: Compute
+) -> Curve:
+    cost = ", ".join(f"{value:,.0f} {hardware}" for hardware, value in hours.items())
+    says = f"{name}\n{top1:g} % ImageNet top-1\n{cost} core-hours, {flops:.3g} FLOPs"
     mark = Mark(compute.of_published(flops, hours), 1 - top1 / 100, says)
     return Curve(name, [mark], "published", joined=False)
 
@@ -226,7 +236,7 @@ def learning_rates(points: Sequence[Point]) -> Chart:
     """The best of the rates tried, for each NFNet and number of epochs."""
     trained = pretrained(points)
     runs = nfnets(trained)
-    cells = [cell for cell in cells_of(runs) if len(cell.losses) > 1]
+    cells = [cell for cell in cells_of(runs) if cell.ended and len(cell.losses) > 1]
     notes: list[str] = []
     if not runs:
         notes.append("no NFNets among the runs")

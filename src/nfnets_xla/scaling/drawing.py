@@ -33,8 +33,11 @@ STYLE: dict[Any, Any] = {
 }
 DPI = 160
 PANEL_INCHES, LEGEND_INCHES, HEIGHT_INCHES = 4.6, 2.0, 3.6
-MARGIN, LEAST_ROOM = 0.07, 1.005  # about the data: a share of the axis, and a factor
-DODGE_POINTS = 5.0  # between models at the same place of an axis of epochs
+MARGIN, LEAST_ROOM = 0.1, 1.005  # about the data: a share of the axis, and a factor
+LEAST_SPAN = 1.2  # as a factor; a band may widen the axis of losses by the runs' own, or by this
+# Models at the same place of an axis of epochs are drawn apart: by so much, but all of them over no
+# more than the second, and than this share of the way to the next number of epochs.
+DODGE_POINTS, MOST_DODGED, DODGED_SHARE = 5.0, 40.0, 0.6
 
 
 def draw(chart: Chart) -> "Figure":
@@ -78,8 +81,9 @@ def draw_panel(panel: Panel, axes: Any, numbers: Iterator[int]) -> list[Any]:
         axes.fill_between(band.x, band.low, band.high, color="0.85", lw=0, zorder=1)
         law = {"color": "0.35", "lw": 1.2, "ls": "--", "label": band.name}
         handles += axes.plot(band.x, band.y, zorder=2, **law)
+    step = dodge(panel)
     for number, (curve, look) in enumerate(looks(panel.curves)):
-        shift = (number - (len(panel.curves) - 1) / 2) * DODGE_POINTS if panel.x_ticks else 0.0
+        shift = (number - (len(panel.curves) - 1) / 2) * step
         handles.append(draw_curve(curve, look, axes, numbers, shift))
     for axis, ticks, percent in (
         (axes.xaxis, panel.x_ticks, False),
@@ -89,12 +93,25 @@ def draw_panel(panel: Panel, axes: Any, numbers: Iterator[int]) -> list[Any]:
     return handles
 
 
+def dodge(panel: Panel) -> float:
+    """Points between two curves; 0 where their marks need not be drawn apart."""
+    if not panel.x_ticks or len(panel.curves) < 2:
+        return 0.0
+    width = 72 * PANEL_INCHES * 0.75 / (1 + 2 * MARGIN)  # what the axis' labels leave
+    way = width / max(len(panel.x_ticks) - 1, 1)
+    return min(DODGE_POINTS, min(MOST_DODGED, DODGED_SHARE * way) / (len(panel.curves) - 1))
+
+
 def set_limits(panel: Panel, axes: Any) -> None:
-    """All of it in view: marks that are shifted would not be counted by themselves."""
+    """All marks in view: those that are shifted would not be counted by themselves. Of a band that
+    is far wider than the runs' losses its middle."""
     marks = [mark for curve in panel.curves for mark in curve.marks]
     xs, ys = [mark.x for mark in marks], [mark.y for mark in marks]
     if panel.band is not None:
-        xs, ys = xs + panel.band.x, ys + panel.band.low + panel.band.high
+        span = max(max(ys) / min(ys), LEAST_SPAN)
+        lowest, highest = min(ys) / span, max(ys) * span
+        xs += panel.band.x
+        ys += [min(max(y, lowest), highest) for y in panel.band.low + panel.band.high]
     for values, ticks, set_limit in (
         (xs, panel.x_ticks, axes.set_xlim),
         (ys, panel.y_ticks, axes.set_ylim),
@@ -175,14 +192,14 @@ def set_ticks(axis: Any, ticks: list[float], percent: bool) -> None:
 
 
 def round_values(low: float, high: float) -> list[float]:
-    """3 to 10 values of [low, high]: 1, 2, 5 of each decade, or steps of 1, 2 or 5."""
+    """3 to 7 values of [low, high]: 1, 2, 5 of each decade, or steps of 1, 2 or 5."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     values = [digit * 10.0**power for power in decades for digit in (1, 2, 5)]
     inside = [value for value in values if low <= value <= high]
     if len(inside) >= 3:
         return inside
     step = 10.0 ** math.floor(math.log10(high - low))
-    for parts in (1, 2, 5, 10):
+    for parts in (0.2, 0.5, 1, 2, 5, 10):
         multiples = range(math.ceil(low * parts / step), math.floor(high * parts / step) + 1)
         if len(multiples) >= 3:
             return [number * step / parts for number in multiples]
