@@ -14,9 +14,7 @@ from nfnets_xla.scaling.plan import best_of_study
 from nfnets_xla.scaling.report import report
 from nfnets_xla.scaling.runs import Point, nfnets, pretrained, read_points, source_of
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE, FIGURES = DOCS / "scaling.md", DOCS / "scaling"
-BEGIN, END = "<!-- written by benchmarks/scaling_study.py -->\n", "<!-- end -->\n"
+FIGURES = Path(__file__).parents[1] / "docs" / "scaling"
 PAIRS = (("vit_mini_d3_4", "nfnet_mini_f1"), ("vit_mini_d6_4", "nfnet_mini_f3"))  # of like cost
 FIRST_SEED = 0  # which rate is best is decided by the runs of this one
 DRAWS = 2000  # of the bootstrap
@@ -24,8 +22,8 @@ Grid = Mapping[tuple[str, float], Sequence[float]]  # rates by model and epochs
 
 
 def write_report(records: Path, grid: Grid, tuning_grid: Grid, whole: int) -> None:
-    """results/scaling_study.txt, the figures, and the end of docs/scaling.md; `whole` is the number
-    of runs in a finished study, by the rates of pre-training and of fine-tuning. ValueError if no
+    """results/scaling_study.txt, and the figures of docs/scaling.md; `whole` is the number of
+    runs in a finished study, by the rates of pre-training and of fine-tuning. ValueError if no
     run is finished."""
     points, _ = read_points(records)
     trained = pretrained(points)
@@ -59,7 +57,6 @@ def write_report(records: Path, grid: Grid, tuning_grid: Grid, whole: int) -> No
         if file.suffix not in (".svg", ".csv"):
             file.unlink()
     (FIGURES / "points.csv").rename(records / "points.csv")
-    write_page(said.lines)
 
 
 def cell_of(point: Point) -> tuple[str, float]:
@@ -86,16 +83,6 @@ def of_first_seed(runs: Sequence[Point]) -> dict[float, Point]:
 
 def best_rate(tried: Mapping[float, Point]) -> float:
     return min(tried, key=lambda rate: tried[rate].loss)
-
-
-def write_page(lines: Sequence[str]) -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    shown = "\n".join(f"    {line}".rstrip() for line in "\n".join(lines).split("\n"))
-    images = "\n\n".join(
-        f"![{name}](scaling/{name}.svg)" for name in ("figure1", "figure2", "figure3")
-    )
-    PAGE.write_text(f"{before}{BEGIN}\n{images}\n\n{shown}\n\n{END}{after}")
 
 
 def done(trained: Sequence[Point], grid: Grid) -> str:

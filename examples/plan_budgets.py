@@ -15,7 +15,10 @@ BUDGETS = (400, 1_600, 5_000, 20_000, 110_000)  # TPU-v4 core-hours
 
 
 def main() -> None:
-    price = float(sys.argv[1]) if len(sys.argv) > 1 else None
+    try:
+        price = float(sys.argv[1]) if len(sys.argv) > 1 else None
+    except ValueError:
+        sys.exit(f"the price is {sys.argv[1]!r}; it must be a number")
     print(f"{'core-hours':>10}  {'model':14}{'epochs':>7}{'rates to try':>16}{'hours':>7}  cost")
     for core_hours in BUDGETS:
         job = Job(core_hours=core_hours)

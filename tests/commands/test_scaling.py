@@ -1,5 +1,6 @@
 """`nfnets-xla scaling` as a person types it: what it prints, what it refuses, and without torch."""
 
+import os
 import re
 import subprocess
 import sys
@@ -45,11 +46,12 @@ def test_a_plan_by_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert f"of {IMAGES:,} images" in out
     assert "fitted here: size ~ C^0.5" in out
-    assert "try 0.1 and 0.05 (optim.lr_batch=null; 0.32 and 0.16 for each 256 rows)" in out
+    assert "try optim.peak_lr=0.32 and 0.16, of 256 rows (0.1 and 0.05 of the batch)" in out
     assert "(0.1 was best for nfnet_mini_f" in out
-    assert "warning" not in out
     main(["scaling", "plan", "--core-hours", "1", "--runs", str(runs)])
-    assert "decades beyond the fitted runs" in capsys.readouterr().out
+    plan, remarks = capsys.readouterr()
+    assert "decades beyond the fitted runs" in remarks
+    assert "warning" not in out + plan  # what may be piped is the answer alone
 
 
 def test_a_model_and_its_epochs_have_a_cost(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +81,28 @@ def test_a_plan_by_runs_is_for_their_images(runs: Path, capsys: pytest.CaptureFi
         assert stopped.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{name} is {value}, and of the runs " in line
+
+
+def test_in_a_terminal_no_line_is_wider_than_it(runs: Path) -> None:
+    pty = "import pty, sys; pty.spawn([sys.executable, '-m', 'nfnets_xla', *sys.argv[1:]])"
+    for words in (["plan", "--core-hours", "5000"], ["fit", str(runs)]):
+        done = subprocess.run(
+            [sys.executable, "-c", pty, "scaling", *words],
+            env={**os.environ, "COLUMNS": "80"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert max(map(len, done.stdout.splitlines())) <= 80
+        plain = subprocess.run(
+            [sys.executable, "-m", "nfnets_xla", "scaling", *words],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert max(map(len, plain.stdout.splitlines())) > 80
+        assert done.stdout.split() == plain.stdout.split()
 
 
 def test_a_fit_says_what_the_runs_hold(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

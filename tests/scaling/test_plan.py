@@ -84,18 +84,18 @@ def test_one_epoch_at_five_thousand_core_hours() -> None:
     text = describe(plan, price=3.0)
     assert "5,000 core-hours = 2,500 chip-hours = 7,500 at 3 a chip-hour of v4" in text
     assert (
-        "try 1.6 and 0.8 (optim.lr_batch=null; 0.1 and 0.05 for each 256 rows)"
+        "try optim.peak_lr=0.1 and 0.05, of 256 rows (1.6 and 0.8 of the batch)"
         "   (best at few epochs in the paper)"
     ) in text
     assert "unknown   (no runs were given, and the paper prints no losses)" in text
 
 
 def test_rates_are_said_as_a_recipe_takes_them() -> None:
-    """The recipe's optim.peak_lr is of optim.lr_batch rows; a plan's rate is of the whole batch."""
+    """Of optim.lr_batch rows, with the rate of the whole batch beside it."""
     optim = yaml.safe_load((CONF / "optim" / "pretrain.yaml").read_text())
     job = Job(5000, batch_size=1024)
     (line,) = [line for line in describe(make_plan(job)).splitlines() if "peak_lr" in line]
-    whole, each, rows = re.findall(r"try (\S+) .*; (\S+) and .* each (\d+) rows", line)[0]
+    each, rows, whole = re.findall(r"peak_lr=(\S+) and \S+, of (\d+) rows \((\S+) and", line)[0]
     assert int(rows) == optim["lr_batch"]
     assert float(each) * 1024 / optim["lr_batch"] == pytest.approx(float(whole))
 
@@ -255,10 +255,35 @@ def test_runs_of_two_studies_are_refused(study: list[Point]) -> None:
     assert best_of_study([peer, study[1]])
     with pytest.raises(ValueError, match="all of the pre-training runs diverged"):
         best_of_study([replace(study[0], loss=math.inf)])
+    with pytest.raises(ValueError, match="of each rate of the runs at least one seed diverged"):
+        best_of_study([study[0], replace(study[0], seed=1, loss=math.inf)])
     with pytest.raises(ValueError, match="2 different values of batch_size"):
         best_of_study([study[0], replace(study[1], batch_size=32)])
     with pytest.raises(ValueError, match="all of these runs are fine-tuned"):
         best_of_study([replace(study[0], init_from="x")])
+
+
+def test_a_loss_that_the_runs_do_not_resolve_is_not_promised(study: list[Point]) -> None:
+    flat = [replace(point, loss=3 + 0.01 * (index % 3)) for index, point in enumerate(study)]
+    plan = make_plan(mini_job(3e-5), flat)
+    assert plan.loss is None
+    assert re.search(r"loss +unknown   \(.*(not resolved|needs at least)", describe(plan))
+
+
+def test_cells_that_diverged_everywhere_are_named(study: list[Point]) -> None:
+    """And their rates are not offered again, to a run that is longer."""
+    longest = max(point.epochs for point in study)
+    cell = [p for p in study if (p.model, p.epochs) == (MODELS[0], longest)]
+    others = [point for point in study if point not in cell]
+    lost = [replace(point, loss=math.inf, top1=math.nan) for point in cell]
+    rates = sorted(point.peak_lr for point in lost)
+    line = f"  {MODELS[0]} at {longest:g} epochs: left out, diverged at "
+    assert line + ", ".join(f"{rate:g}" for rate in rates) in report([*others, *lost])
+    job = Job(model=MODELS[0], epochs=2 * longest, mfu=0.3)
+    trials = make_plan(job, [*others, *lost]).trials
+    assert trials.rates == (rates[0] / 2, rates[0] / 4)
+    assert trials.because.startswith(f"{rates[0]:g} diverged for {MODELS[0]} at {longest:g} epochs")
+    assert make_plan(job, study).trials.rates[0] >= rates[0]
 
 
 def test_other_runs_of_a_study_count_for_nothing(study: list[Point]) -> None:

@@ -113,7 +113,8 @@ def test_a_rate_that_diverged_bounds_the_best_and_is_never_chosen(tmp_path: Path
         write_run(tmp_path / f"{rate}", loss=2 + 0.1 / rate, rate=rate)
     write_diverged(tmp_path / "3.2", rate=3.2)
     write_diverged(tmp_path / "longer", rate=1.6, epochs=2)  # nothing else was tried there
-    (cell,) = cells_of(read_points(tmp_path)[0])
+    cell, longer = cells_of(read_points(tmp_path)[0])
+    assert (cell.ended, longer.ended) == (True, False)
     assert (cell.best, cell.bracketed) == (1.6, True)
     assert cell.tried() == "0.8 (2.1250), 1.6 (2.0625), 3.2 (diverged)"
     larger = Cell("b", 2 * cell.macs, 1, {1.6: 2.0, 3.2: 1.0})
@@ -141,6 +142,18 @@ def test_the_papers_two_trials() -> None:
     assert "0.8 was best for of 2 at 2 epochs" in two_trials(4, 4, cells=cells).because
     with pytest.raises(ValueError, match="epochs is 0"):
         two_trials(1, 0)
+
+
+def test_rates_that_all_diverged_are_not_tried_again_in_a_longer_run() -> None:
+    best = planted(1, 0.25, 1.6)
+    lost = Cell("of 1", 1, 0.5, {1.6: math.inf, 0.8: math.inf})
+    found = two_trials(1, 1, cells=[best, lost])
+    assert found.rates == (0.4, 0.2)
+    assert found.because == "0.8 diverged for of 1 at 0.5 epochs, like all that was tried there"
+    assert two_trials(1, 0.25, cells=[best, lost]).rates == (1.6, 0.8)  # it bounds no shorter run
+    assert two_trials(1, 2, cells=[lost]).rates == (0.4, 0.2)  # the paper's rates neither
+    lower = Cell("of 1", 1, 1, {0.2: 2.0})
+    assert two_trials(1, 2, cells=[best, lost, lower]).rates == (0.2, 0.1)
 
 
 def test_two_trials_walk_down_a_falling_optimum() -> None:

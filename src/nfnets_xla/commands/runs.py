@@ -179,9 +179,9 @@ def main(arguments: Sequence[str]) -> None:
         return
     from rich.console import Console
 
-    terminal = Console()
-    # In a pipe or a file nothing is left out: a line is as long as it is.
-    console = Console(width=None if terminal.is_terminal else 200)
+    console = Console()
+    if not console.is_terminal:  # nothing is left out: a line is as long as it is
+        console.width = 200 + max(len(run.name) for run in found)
     console.print(table(found, console.width))
 
 

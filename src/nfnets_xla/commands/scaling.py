@@ -1,6 +1,9 @@
 """`nfnets-xla scaling ...`: plan, fit and figures, one subcommand each. Loads no torch."""
 
 import math
+import shutil
+import sys
+import textwrap
 import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
@@ -15,6 +18,8 @@ from nfnets_xla.scaling.law import Extrapolation
 from nfnets_xla.scaling.plan import Job, describe, make_plan
 from nfnets_xla.scaling.report import report
 from nfnets_xla.scaling.runs import Point, nfnets, pretrained, read_points, without_restarts
+
+INDENT = 12  # of what a line of a table has no room for
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -92,13 +97,13 @@ def run_plan(given: Any) -> None:
     job = Job(**{name: value for name, value in named.items() if value is not None})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Extrapolation)
-        print(describe(make_plan(job, points), given.price))
+        show(describe(make_plan(job, points), given.price))
     for warning in caught:
-        print(f"warning: {warning.message}")
+        remark(f"warning: {warning.message}")
 
 
 def run_fit(given: Any) -> None:
-    print(report(chosen(given)))
+    show(report(chosen(given)))
 
 
 def run_figures(given: Any) -> None:
@@ -113,7 +118,7 @@ def chosen(given: Any) -> list[Point]:
     trained = pretrained(finished(given))
     points = nfnets(trained)
     if peers := sorted({point.model for point in trained} - {point.model for point in points}):
-        print(f"left out: {', '.join(peers)}: laws and plans are of NFNets")
+        remark(f"left out: {', '.join(peers)}: laws and plans are of NFNets")
     if not points:
         raise ValueError(f"{given.runs} holds no pre-training run of the kind asked for")
     return points
@@ -122,12 +127,26 @@ def chosen(given: Any) -> list[Point]:
 def finished(given: Any) -> list[Point]:
     points, left_out = read_points(given.runs)
     for line in left_out:
-        print(f"left out: {line}")
+        remark(f"left out: {line}")
     if not given.without_restarts:
         return points
     kept = without_restarts(points)
     if len(kept) < len(points):
-        print(f"left out: {len(points) - len(kept)} runs that were restarted")
+        remark(f"left out: {len(points) - len(kept)} runs that were restarted")
     if all(point.diverged for point in kept):
         raise ValueError(f"{given.runs} holds no finished run that was never restarted")
     return kept
+
+
+def show(text: str) -> None:
+    """In a terminal no line is wider than it; in a pipe a line is as long as it is."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    for line in text.splitlines():
+        if len(line) > width:
+            line = textwrap.fill(line, int(width), subsequent_indent=" " * INDENT)
+        print(line)
+
+
+def remark(text: str) -> None:
+    """Of what the answer, which may be piped, is not of."""
+    print(text, file=sys.stderr)

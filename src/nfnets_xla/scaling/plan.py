@@ -187,7 +187,12 @@ def best_of_study(points: Sequence[Point]) -> list[Point]:
         one_value(name, {str(getattr(point, name))[:12] for point in compared})
     for name in (HELD_OUT, "data.eval_image_size"):  # where the record says them
         one_value(name, {str(p.settings[name]) for p in pretrained if name in p.settings})
-    return best_per_cell(pretrained)
+    best = best_per_cell(pretrained)
+    if pretrained and not best:
+        raise ValueError(
+            "of each rate of the runs at least one seed diverged: run more, or try lower rates"
+        )
+    return best
 
 
 def one_value(name: str, found: set[str]) -> None:
@@ -312,10 +317,10 @@ def expected_loss(flops: float, points: Sequence[Point]) -> tuple[Prediction | N
         law = fit_frontier("power", [p.flops for p in points], [p.loss for p in points])
     except ValueError as error:
         return None, str(error)
-    because = f"fitted here: power law through the {law.points} runs on the frontier"
+    through = f"power law through the {law.points} runs on the frontier"
     if not law.resolved("b"):
-        because += ", whose exponent is not resolved"
-    return law.predict(flops), because
+        return None, f"the exponent of a {through} is not resolved"
+    return law.predict(flops), f"fitted here: {through}"
 
 
 # ---- in words ---------------------------------------------------------------------------------
@@ -327,10 +332,10 @@ def describe(plan: Plan, price: float | None = None) -> str:
     chips = account.chip_hours(plan.core_hours, job.hardware)
     low, high = sorted(plan.trials.rates)
     share = LR_BATCH / study.batch_size
-    of_rows = f"{high * share:.4g} and {low * share:.4g} for each {LR_BATCH} rows"
     senseless = ""
     if job.epochs is None and plan.epochs > MOST_EPOCHS:
         senseless = "; far too many of so few images: give fewer core-hours"
+    hours = f"{plan.wall_hours:,.1f}" if plan.wall_hours >= 0.1 else f"{plan.wall_hours:.2g}"
     shown = ",.10g" if job.core_hours is not None else ",.4g"
     booked = f"{plan.core_hours:{shown}} core-hours = {chips:{shown}} chip-hours"
     if price is not None:
@@ -338,7 +343,11 @@ def describe(plan: Plan, price: float | None = None) -> str:
         booked += f" = {cost:,.0f} at {price:g} a chip-hour"
     lines = [
         ("budget", f"{booked} of {job.hardware}", ""),
-        ("compute", f"{plan.flops:.3g} FLOPs at {plan.mfu:.0%} of the peak", plan.because["mfu"]),
+        (
+            "compute",
+            f"{plan.flops:.3g} FLOPs at {100 * plan.mfu:.2g} % of the peak",
+            plan.because["mfu"],
+        ),
         ("model", f"{plan.model}, {plan.macs / 1e9:.4g} GMACs an image", plan.because["model"]),
         (
             "epochs",
@@ -348,10 +357,11 @@ def describe(plan: Plan, price: float | None = None) -> str:
         ("steps", f"{plan.steps:,} of {study.batch_size} images", plan.because["steps"]),
         (
             "peak_lr",
-            f"try {high:.4g} and {low:.4g} (optim.lr_batch=null; {of_rows})",
+            f"try optim.peak_lr={high * share:.4g} and {low * share:.4g}, of {LR_BATCH} rows "
+            f"({high:.4g} and {low:.4g} of the batch)",
             plan.because["rates"],
         ),
-        ("wall clock", f"{plan.wall_hours:,.1f} hours a trial on {job.cores} cores", "no restarts"),
+        ("wall clock", f"{hours} hours a trial on {job.cores} cores", "no restarts"),
         ("loss", "unknown" if plan.loss is None else str(plan.loss), plan.because["loss"]),
     ]
     return "\n".join(

@@ -31,6 +31,11 @@ class Cell:
     losses: dict[float, float]
 
     @property
+    def ended(self) -> bool:
+        """Whether all seeds of some rate came to their end; else there is nothing to choose."""
+        return math.isfinite(self.losses[self.best])
+
+    @property
     def best(self) -> float:
         return min(self.losses, key=lambda rate: self.losses[rate])
 
@@ -41,8 +46,14 @@ class Cell:
 
     def before(self, other: "Cell") -> bool:
         """Whether `other`'s rate may not be higher: no smaller, no shorter, and not the same."""
-        mine, others = (self.macs, self.epochs), (other.macs, other.epochs)
-        return mine != others and mine[0] <= others[0] and mine[1] <= others[1]
+        return self.bounds(other) and (self.macs, self.epochs) != (other.macs, other.epochs)
+
+    def bounds(self, other: "Cell") -> bool:
+        """The same, or itself."""
+        return self.macs <= other.macs and self.epochs <= other.epochs
+
+    def __str__(self) -> str:
+        return f"{self.model} at {self.epochs:g} epochs"
 
     def tried(self) -> str:
         """`0.1 (3.41), 0.2 (diverged)`."""
@@ -54,15 +65,14 @@ class Cell:
 
 
 def cells_of(points: Iterable[Point]) -> list[Cell]:
-    """Of pre-training runs of one study, by size and epochs; seeds of a rate are averaged. Where
-    all have diverged there is nothing to choose from, and no cell. ValueError as `check_cells`."""
+    """Of pre-training runs of one study, by size and epochs; seeds of a rate are averaged.
+    ValueError as `check_cells`."""
     cells: list[Cell] = []
     for rates in runs_of_cells(points):
         one = next(iter(rates.values()))[0]
         losses = {rate: mean_loss(runs) for rate, runs in rates.items()}
         cells.append(Cell(one.model, one.macs, one.epochs, losses))
-    some = [cell for cell in cells if math.isfinite(cell.losses[cell.best])]
-    return sorted(some, key=lambda cell: (cell.macs, cell.epochs))
+    return sorted(cells, key=lambda cell: (cell.macs, cell.epochs))
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,8 @@ class Rule:
 
 
 def fit_rule(cells: Sequence[Cell]) -> Rule:
-    """ValueError if the rates that were tried leave no choice that never rises.
+    """Of cells that have a best rate. ValueError if there are none, and if the rates that were
+    tried leave no choice that never rises.
 
     Exact, as a linear program: x[c, k] says that cell c has at least the k-th rate. Costs are
     linear in it and all constraints are differences, so that a vertex is whole numbers.
@@ -126,7 +137,7 @@ def fit_rule(cells: Sequence[Cell]) -> Rule:
     picked: list[float] = [rates[index] for index in chosen]
     for cell, rate, losses in zip(cells, picked, finite, strict=True):
         if rate not in losses:
-            where = f"{rate:g} for {cell.model} at {cell.epochs:g} epochs"
+            where = f"{rate:g} for {cell}"
             advice = f"{where} diverged" if rate in cell.losses else f"try {where}"
             raise ValueError(
                 "by the rates that were tried the rate has to rise with epochs or size somewhere: "
@@ -157,15 +168,26 @@ def two_trials(
     Where best rates rise from run to run, rates that never do at the least loss stand for them, if
     such were tried. Without any such run, and `downwards`, the highest among runs no smaller and no
     shorter, below which its own should not be, and twice that. Without any run the paper's 1.6, in
-    proportion to the batch (arXiv 2102.06171, A.1).
+    proportion to the batch (arXiv 2102.06171, A.1). Where such a run diverged at all its rates, the
+    first is half the lowest of these at most.
     """
     above("macs", macs)
     above("epochs", epochs)
     run = Cell("", macs, epochs, {})
-    known = [
-        cell for cell in cells if cell.before(run) or (cell.macs, cell.epochs) == (macs, epochs)
-    ]
-    if known:
+    ended = [cell for cell in cells if cell.ended]
+    found = by_the_best(run, ended, batch_size=batch_size, downwards=downwards)
+    if lost := [cell for cell in cells if cell.bounds(run) and not cell.ended]:
+        cell = min(lost, key=lambda cell: min(cell.losses))
+        too_high = min(cell.losses)
+        if max(found.rates) > too_high * (1 - 1e-9):
+            also = f"{too_high:g} diverged for {cell}, like all that was tried there"
+            return Trials((too_high / 2, too_high / 4), also)
+    return found
+
+
+def by_the_best(run: Cell, cells: Sequence[Cell], *, batch_size: int, downwards: bool) -> Trials:
+    """By the best rates of other runs, which `cells` are of; or by the paper's."""
+    if known := [cell for cell in cells if cell.bounds(run)]:
         rate, because = min(ruled(known), key=lambda pair: pair[0])
         return Trials((rate, rate / 2), because)
     later = [cell for cell in cells if run.before(cell)]
@@ -176,7 +198,7 @@ def two_trials(
     because = "best at few epochs in the paper"
     if not math.isclose(rate, PEAK_LR):
         because = f"{PEAK_LR:g} for a batch of {BATCH} in the paper, in proportion to the batch"
-    if epochs >= 2:
+    if run.epochs >= 2:
         because += "; falls with epochs, how far it does not print: begin the trials at fewer"
     return Trials((rate, rate / 2), because)
 
@@ -189,7 +211,7 @@ def ruled(cells: Sequence[Cell]) -> list[tuple[float, str]]:
         rates = [cell.best for cell in cells]
     found: list[tuple[float, str]] = []
     for rate, cell in zip(rates, cells, strict=True):
-        where = f"for {cell.model} at {cell.epochs:g} epochs"
+        where = f"for {cell}"
         was_best = f"{rate:g} was {'best' if len(cell.losses) > 1 else 'the only rate'} {where}"
         instead = f"{rate:g} {where}, whose best is {cell.best:g}, of rates that never rise"
         found.append((rate, was_best if rate == cell.best else instead))

@@ -15,9 +15,18 @@ def report(points: Sequence[Point]) -> str:
     Only runs of NFNets in pre-training count. ValueError if there are none."""
     points = fitted_to(points)
     best = best_of_study(points)
-    parts = [("runs", table(best)), ("loss against compute, on the frontier", laws(best))]
-    parts += [("size against epochs", divisions(best)), ("learning rate", rates(points))]
-    return "\n\n".join(f"== {title}\n{text}" for title, text in parts)
+    lost = [
+        f"  {cell}: left out, diverged at {', '.join(f'{rate:g}' for rate in cell.losses)}"
+        for cell in cells_of(points)
+        if not cell.ended
+    ]
+    parts = {
+        "runs": "\n".join([table(best), *lost]),
+        "loss against compute, on the frontier": laws(best),
+        "size against epochs": divisions(best),
+        "learning rate": rates(points),
+    }
+    return "\n\n".join(f"== {title}\n{text}" for title, text in parts.items())
 
 
 def table(best: Sequence[Point]) -> str:
@@ -61,7 +70,7 @@ def divisions(best: Sequence[Point]) -> str:
 
 
 def rates(points: Sequence[Point]) -> str:
-    cells = cells_of(points)
+    cells = [cell for cell in cells_of(points) if cell.ended]
     if all(len(cell.losses) == 1 for cell in cells):
         return "one rate was tried for each model and number of epochs: nothing to compare"
     tried = [cell for cell in cells if len(cell.losses) > 1]
