@@ -21,7 +21,9 @@ from tests.runs import (
     losses,
     run,
     start,
+    xla,
 )
+from tests.shallow import SHALLOW
 from tests.warm import Warm
 
 ONE = [*RECIPE, *SMALL, *PLAIN_CPU, "optim.epochs=1"]
@@ -98,6 +100,29 @@ def test_all_hosts_save_the_same_step(shards: Path, tmp_path: Path) -> None:
         storage.up.set()
         assert [each.wait() for each in hosts()] == [0, 0], log.read_text()
     assert read_record(folder).steps_lost == 0
+
+
+def test_an_outage_of_the_last_evaluation_on_xla(shards: Path, tmp_path: Path) -> None:
+    """Where `eval_every` does not divide the steps, it comes after fit, which has taken the
+    optimizer's state off the devices; the last step is saved by then."""
+    pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
+    log, folder, up = tmp_path / "log.txt", tmp_path / "run", threading.Event()
+
+    def fault(name: str, _: int) -> Fault:
+        return 503 if name.startswith("held-out/shard") and not up.is_set() else None
+
+    with serving(shards, fault) as server:
+        given = [*arguments(server, tmp_path / "cache"), *SHALLOW, *xla(2), f"run_dir={folder}"]
+        given.append("trainer.eval_every=100")
+        assert start(given, log, "tests.impatient").wait() == START_AGAIN, log.read_text()
+        assert checkpoint.steps(folder / "checkpoints") == [7]
+        assert "stopped after step 7, which is saved" in log.read_text()
+        up.set()
+        run(given, log)
+    record = read_record(folder)
+    assert [row["step"] for row in record.of_kind("eval")] == [7, 7]  # raw and average
+    assert record.steps_lost == 0
+    assert record.of_kind("end")
 
 
 def test_an_address_that_never_answered_may_be_wrong(shards: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Checkpointer(Callback):
         if self.keep_best and metrics["loss"] < self._losses.get(self.saves.better, math.inf):
             self._losses[trainer.global_step] = metrics["loss"]
             self.saves.better = trainer.global_step
-            if self.saved_at != trainer.global_step:
+            if self.saved_at != trainer.global_step and trainer.global_step < self.total_steps:
                 self.save(task, trainer.global_step)
 
     def on_exception(
@@ -78,7 +78,10 @@ class Checkpointer(Callback):
         see missed.py."""
         step = trainer.global_step
         if isinstance(exception, Unreachable) and step > self.saves.start:
-            self.save(task_of(pl_module), step)  # also if it is saved, which only one host knows
+            # Also if it is saved, which only one host knows; but the last step was given to `saves`
+            # on all of them, and after it Lightning takes the optimizer's state off the device.
+            if step < self.total_steps:
+                self.save(task_of(pl_module), step)
             self.saves.wait()
             self.collect()
             self.hosts.total(0)  # none may be started again while host 0 still writes
