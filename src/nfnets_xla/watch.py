@@ -52,7 +52,7 @@ def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
         ceiling=run.optim.max_skipped,
         before=past.skipped,
         start_step=past.step,
-        ids=ready.dataset.ids,
+        ids=ready.dataset.ids if hosts.writes else None,
         say=display.say,
     )
     monitor = make_monitor(

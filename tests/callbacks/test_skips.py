@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from nfnets_xla import checkpoint
+from nfnets_xla.callbacks.skips import Skips
 from nfnets_xla.cli import main
+from nfnets_xla.exits import Unreachable
 from nfnets_xla.ledger import audit
-from nfnets_xla.record import read_record
+from nfnets_xla.record import Discard, RecordWriter, read_record
 from tests.poisoned import poison, without
 from tests.runs import (
     PLAIN_CPU,
@@ -28,6 +30,28 @@ BAD = (0, 3)  # counted from 0; the first has a learning rate of 0
 ONE = [*RECIPE, *SMALL, "optim.epochs=1", "trainer.eval_every=null"]
 ONE += ["trainer.keep_checkpoints=9", "trainer.tensorboard=false"]
 SKIPPING = ["optim.max_skipped=2", "trainer.log_every=4", "trainer.checkpoint_every=3"]
+
+
+def test_samples_that_cannot_be_named_cost_nothing_else(tmp_path: Path) -> None:
+    """Their shards may be another host's, at an address that does not answer just now: the step is
+    counted once, and what is being saved is."""
+
+    def gone(_: int) -> list[str]:
+        raise Unreachable("s3://b/shard-3.ids could not be had in 300 s")
+
+    said: list[str] = []
+    with RecordWriter(tmp_path, {"resumed_from": 0}) as record:
+        one = {"ceiling": 3, "before": 0, "start_step": 0, "say": said.append}
+        skips = Skips(record, ids=gone, **one)
+        for _ in range(2):
+            skips.read(3, [0.0, 0.0, 0.0, 1.0, 0.0])
+        other = Skips(Discard(), ids=None, **one)  # of a host that writes nothing down
+        other.read(3, [0.0, 0.0, 0.0, 1.0, 0.0])
+    assert (skips.count, other.count) == (1, 1)
+    (row,) = read_record(tmp_path).of_kind("nonfinite")
+    assert (row["step"], row["count"], row["ids"]) == (2, 1, None)
+    assert said[0].endswith("could not be read (s3://b/shard-3.ids could not be had in 300 s)")
+    assert said[1].endswith("1 of at most 3")
 
 
 def state_of(run_dir: Path, step: int) -> dict:

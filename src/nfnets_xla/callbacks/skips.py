@@ -21,10 +21,11 @@ class Skips:
         ceiling: int,
         before: int,
         start_step: int,
-        ids: Callable[[int], list[str]],
+        ids: Callable[[int], list[str]] | None,
         say: Callable[[str], None],
     ) -> None:
-        """`before` were left out by earlier starts, up to `start_step`; `ids` are a step's."""
+        """`before` were left out by earlier starts, up to `start_step`; `ids` are a step's, and
+        only for the host that writes them down: they are of all hosts' shards."""
         self.record = record
         self.ceiling = ceiling
         self.count = before
@@ -40,6 +41,7 @@ class Skips:
             self.frozen_at = step - round(frozen) + 1
         last = self.frozen_at or step  # what comes after it has no effect
         for number in range(max(self._read_to, step - len(bad)) + 1, last + 1):
+            self._read_to = number  # of what fails below nothing is counted twice
             if bad[number - step - 1]:
                 self._found(number)
         self._read_to = max(self._read_to, step)
@@ -47,13 +49,23 @@ class Skips:
     def _found(self, step: int) -> None:
         stopped = step == self.frozen_at
         self.count += not stopped
-        ids = self._ids(step)
+        ids, unnamed = self._names(step)
         self.record.write(KIND, step, count=self.count, stopped=stopped, ids=ids)
         if not stopped:
             self._say(
                 f"warning: step {step}: loss or gradient is not finite; its update is left out, "
-                f"{self.count} of at most {self.ceiling}"
+                f"{self.count} of at most {self.ceiling}{unnamed}"
             )
+
+    def _names(self, step: int) -> tuple[list[str] | None, str]:
+        """The step's samples; or None and why. Their ids are in shards that other hosts read, and
+        that cannot be had is no reason to lose what is being saved."""
+        if self._ids is None:
+            return None, ""
+        try:
+            return self._ids(step), ""
+        except (ValueError, OSError) as error:
+            return None, f"; which samples it has could not be read ({error})"
 
     def why(self) -> str:
         """Of a run that ends for it."""
