@@ -1,11 +1,17 @@
 """The record: complete lines, attempts joined into one history, damage told from a torn end."""
 
 import json
+import tempfile
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from nfnets_xla.record import RecordWriter, read_record
+from nfnets_xla.record import RecordWriter, Row, read_record
 
 
 def attempt(folder: Path, resumed_from: int, steps: range, end: bool = False) -> Path:
@@ -94,6 +100,78 @@ def test_seconds_that_a_restart_threw_away(tmp_path: Path) -> None:
     record = read_record(tmp_path)
     assert record.seconds_lost == 9 + 11
     assert record.seconds == 29 + 11 + 12
+
+
+def joined_one_by_one(
+    starts: list[list[Row]], resuming_at: int | None
+) -> tuple[list[Row], int, float]:
+    """Rows, steps and seconds lost, by what each start did to what was there before it."""
+    rows: list[tuple[Row, float]] = []
+    steps_lost, seconds_lost = 0, 0.0
+
+    def go_on_from(step: int) -> None:
+        nonlocal rows, seconds_lost
+        seconds_lost += sum(took for row, took in rows if row["step"] > step)
+        rows = [entry for entry in rows if entry[0]["step"] <= step and entry[0]["kind"] != "end"]
+
+    for lines in starts:
+        begun = lines[0]["resumed_from"]
+        reached = [row["step"] for row, _ in rows if row["kind"] in ("train", "samples")]
+        steps_lost += max(0, max(reached, default=0) - begun)
+        go_on_from(begun)
+        clock = [row["seconds"] for row in lines]
+        rows += zip(lines[1:], (b - a for a, b in pairwise(clock)), strict=True)
+    if resuming_at is not None:
+        go_on_from(resuming_at)
+    return [row for row, _ in rows], steps_lost, seconds_lost
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_however_starts_follow_each_other(tmp_path: Path, data: st.DataObject) -> None:
+    """Joined at one look, and as each start found the folder. Rows of a start need not be in the
+    order of their steps: what has been read of an earlier one is written later."""
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    step = st.integers(0, 9)
+    starts: list[list[Row]] = []
+    for number in range(1, data.draw(st.integers(1, 6)) + 1):
+        begun = data.draw(step) if number > 1 else 0
+        row = st.tuples(st.integers(begun + 1, 10), st.sampled_from(["train", "eval", "samples"]))
+        rows = data.draw(st.lists(row, max_size=5))
+        lines: list[Row] = [{"kind": "header", "resumed_from": begun}]
+        lines += [{"kind": kind, "step": at} for at, kind in rows]
+        lines += [{"kind": "end", "step": 10}] * data.draw(st.booleans())
+        starts.append([{**line, "seconds": float(n), "n": n} for n, line in enumerate(lines)])
+        text = "".join(json.dumps(line) + "\n" for line in starts[-1])
+        (folder / f"run-{number}.jsonl").write_text(text)
+    resuming_at = data.draw(st.none() | step)
+    found = read_record(folder, resuming_at)
+    rows, steps_lost, seconds_lost = joined_one_by_one(starts, resuming_at)
+    ended = [line for line in found.rows if line["kind"] == "end"]
+    assert [line for line in found.rows if line not in ended] == [r for r in rows if r not in ended]
+    assert len(ended) <= 1
+    assert (found.steps_lost, found.seconds_lost) == (steps_lost, seconds_lost)
+
+
+def test_a_history_is_read_in_one_look_at_each_row(tmp_path: Path) -> None:
+    """Not in one for each start: of 1,000 of them that took minutes."""
+    looks = Counter[str]()
+
+    class Counted(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            looks[key] += 1
+            return super().__getitem__(key)
+
+    for number in range(1, 101):
+        lines = [{"kind": "header", "resumed_from": number - 1}]
+        lines += [{"kind": "train", "step": number + more} for more in range(3)]
+        text = "".join(json.dumps({**line, "seconds": 1.0}) + "\n" for line in lines)
+        (tmp_path / f"run-{number}.jsonl").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json, "loads", lambda line: Counted(json.JSONDecoder().decode(line.decode())))
+        record = read_record(tmp_path)
+    assert [row["step"] for row in record.rows] == [*range(1, 100), 100, 101, 102]
+    assert looks["step"] < 4 * 300
 
 
 def test_a_training_that_has_computed_nothing_replaces_nothing(tmp_path: Path) -> None:

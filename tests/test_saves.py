@@ -363,8 +363,9 @@ def test_an_evaluation_that_was_not_finite_is_worse_than_any(tmp_path: Path) -> 
         for step, loss in ((2, math.nan), (4, 0.5), (6, math.inf)):
             record.write("eval", step, weights="raw", loss=loss, top1=0.1, images=3)
         record.write("eval", 6, weights="ema", loss=0.25, top1=0.1, images=3)
-    evaluated = evaluations(tmp_path, 6, "raw")
-    assert evaluations(tmp_path, 6, "ema") == {6: 0.25}  # a kill may have come between the two
+    record = read_record(tmp_path)
+    evaluated = evaluations(record, "raw")
+    assert evaluations(record, "ema") == {6: 0.25}  # a kill may have come between the two
     assert evaluated == {2: math.inf, 4: 0.5, 6: math.inf}
     assert "not finite, on 3 images" in held_out(tmp_path, 2, "raw")["held out"]
     start = checkpoint.load(save_at(tmp_path, 6, {}))

@@ -9,7 +9,7 @@ from pathlib import Path
 from nfnets_xla.callbacks.missed import missed_before
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.data.storage import flush_to_disk
-from nfnets_xla.record import Row, has_record, read_record
+from nfnets_xla.record import Row, RunRecord, has_record, read_record
 
 FILES = ("missed-*.jsonl", "ledger-*.bin", "run-*.jsonl")  # what each start writes
 
@@ -29,15 +29,20 @@ class Past:
 
 def past_of(start: Checkpoint | None, run_dir: Path, saved: Collection[int]) -> Past:
     """`saved` are the steps of the checkpoints that the run has."""
+    folder = run_dir if start is None else history(start, run_dir)
+    step = 0 if start is None else start.step
+    record = read_record(folder, step) if has_record(folder) else None
+    lost_seconds = 0.0 if record is None else record.seconds_lost
     if start is None:
-        return Past(lost_seconds=lost_seconds(run_dir, 0))
-    folder = history(start, run_dir)
-    evaluated = evaluations(folder, start.step, "ema" if "ema" in start.forms else "raw")
+        return Past(lost_seconds=lost_seconds)
+    evaluated: dict[int, float] = {}
+    if record is not None:
+        evaluated = evaluations(record, "ema" if "ema" in start.forms else "raw")
     return Past(
-        start.step,
+        step,
         seconds=start.state["seconds"],
-        lost_seconds=lost_seconds(folder, start.step),
-        missed=missed_before(folder, start.step),
+        lost_seconds=lost_seconds,
+        missed=0 if record is None else missed_before(record),
         skipped=start.state.get("skipped", 0),
         evaluated=evaluated,
         best=best_of(start, evaluated, saved),
@@ -60,11 +65,6 @@ def best_of(
         known |= {best["step"]: best["loss"]} if best else {}
     finite = {step: loss for step, loss in known.items() if loss < math.inf and step in saved}
     return min(finite.items(), key=lambda item: item[1], default=None)
-
-
-def lost_seconds(run_dir: Path, step: int) -> float:
-    """By all interruptions, with the one after which this start goes on from `step`."""
-    return read_record(run_dir, step).seconds_lost if has_record(run_dir) else 0.0
 
 
 def history(start: Checkpoint, run_dir: Path) -> Path:
@@ -97,24 +97,23 @@ def take_history(start: Checkpoint, run_dir: Path) -> None:
             part.replace(run_dir / file.name)
 
 
-def flush_history(run_dir: Path) -> None:
+def flush_history(run_dir: Path, attempt: int | None = None) -> None:
     """Bring it to the disk: a machine that stops must not leave a checkpoint of steps that it has
-    forgotten."""
+    forgotten. All of it, or what one start writes: earlier ones' files change no more."""
     for pattern in FILES:
-        for file in run_dir.glob(pattern):
+        of = pattern if attempt is None else pattern.replace("*", str(attempt))
+        for file in run_dir.glob(of):
             flush_to_disk(file)
     flush_to_disk(run_dir)
 
 
-def evaluations(run_dir: Path, step: int, weights: str) -> dict[int, float]:
-    """{step: held-out loss} of the "raw" weights or the "ema" that were evaluated up to `step`.
+def evaluations(record: RunRecord, weights: str) -> dict[int, float]:
+    """{step: held-out loss} of the "raw" weights or the "ema" that were evaluated.
 
     Infinite for one that was not finite, which a record has as null.
     """
-    if not step or not has_record(run_dir):
-        return {}
-    rows = [row for row in read_record(run_dir).of_kind("eval") if row["weights"] == weights]
-    losses = {row["step"]: row["loss"] for row in rows if row["step"] <= step}
+    rows = [row for row in record.of_kind("eval") if row["weights"] == weights]
+    losses = {row["step"]: row["loss"] for row in rows}
     return {step: math.inf if loss is None else loss for step, loss in losses.items()}
 
 

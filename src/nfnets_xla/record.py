@@ -14,7 +14,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -161,8 +162,8 @@ def read_record(
     A start that resumed from step n replaces whatever earlier starts wrote after step n; one of a
     training once it has a row, or is among those that are known to have `begun` without one. A torn
     last line (the process was killed while writing) is dropped; a torn line elsewhere is damage
-    and a ValueError, as is a folder without a record. `seconds_lost` counts what a start that is
-    still to write its header, from step `resuming_at`, will replace.
+    and a ValueError, as is a folder without a record. What a start that is still to write its
+    header, from step `resuming_at`, will replace counts as replaced.
     """
     folder = Path(run_dir)
     attempts = sorted(_attempts(folder))
@@ -171,8 +172,7 @@ def read_record(
     headers: list[Row] = []
     opening: Row = {}
     lines: list[Row] = []
-    timed: list[tuple[Row, float]] = []  # rows, each with the seconds since the one before
-    steps_lost, seconds_lost = 0, 0.0
+    counted: list[list[Row]] = []  # attempts that replace what earlier ones wrote
     seconds: float | None = 0.0
     for number, path in attempts:
         if not (read := _read_lines(path)):
@@ -182,22 +182,54 @@ def read_record(
         opening = opening or lines[0]
         if len(lines) == 1 and "num_steps" in lines[0] and number not in begun:
             continue  # of a training that has computed nothing
-        resumed_from = int(lines[0]["resumed_from"])
-        opening = lines[0] if resumed_from == 0 else opening
-        reached = max((row["step"] for row, _ in timed if row["kind"] in _PROGRESS), default=0)
-        steps_lost += max(0, reached - resumed_from)
-        kept = [(row, took) for row, took in timed if row["step"] <= resumed_from]
-        seconds_lost += sum(took for _, took in timed) - sum(took for _, took in kept)
-        clock = [row.get("seconds", 0.0) for row in lines]
-        took = [later - earlier for earlier, later in pairwise(clock)]
-        timed = [entry for entry in kept if entry[0]["kind"] != "end"]
-        timed += zip(lines[1:], took, strict=True)
+        counted.append(lines)
+        opening = lines[0] if lines[0]["resumed_from"] == 0 else opening
         known = None if seconds is None else lines[-1].get("seconds")
         seconds = None if seconds is None or known is None else seconds + known
-    if resuming_at is not None:
-        seconds_lost += sum(took for row, took in timed if row["step"] > resuming_at)
-    rows = [row for row, _ in timed]
+    resumed = [int(of_start[0]["resumed_from"]) for of_start in counted]
+    rows, seconds_lost = _still_built_on(counted, [*resumed[1:], resuming_at])
+    steps_lost = _computed_again(counted, resumed)
     return RunRecord(headers, opening, rows, steps_lost, seconds, seconds_lost, lines)
+
+
+def _still_built_on(
+    starts: list[list[Row]], followed_at: Sequence[int | None]
+) -> tuple[list[Row], float]:
+    """The rows of `starts`, each with its header first, that no later one replaces, and the seconds
+    of those that one does. Each is followed by a start from the step given, the last by none or by
+    one that is still to write. An end that was gone on from is none any more, and is not lost.
+
+    From the newest to the oldest: a row is good if it is of a step that all later starts were
+    resumed from, or after. What is read is looked at once, however many starts there are.
+    """
+    kept: list[list[Row]] = []
+    lost = 0.0
+    bound = math.inf
+    for place in reversed(range(len(starts))):
+        lines, follows = starts[place], followed_at[place]
+        bound = min(bound, math.inf if follows is None else follows)
+        clock = [row.get("seconds", 0.0) for row in lines]
+        good: list[Row] = []
+        for row, (before, now) in zip(lines[1:], pairwise(clock), strict=True):
+            if row["step"] <= bound:
+                if place == len(starts) - 1 or row["kind"] != "end":
+                    good.append(row)
+            else:
+                lost += now - before
+        kept.append(good)
+    return [row for good in reversed(kept) for row in good], lost
+
+
+def _computed_again(starts: list[list[Row]], resumed: Sequence[int]) -> int:
+    """Steps that a later start computed once more, as far as the rows show."""
+    steps: list[int] = []  # that were computed and are still built on, sorted
+    lost = 0
+    for lines, begun in zip(starts, resumed, strict=True):
+        if steps:
+            lost += max(0, steps[-1] - begun)
+            del steps[bisect_right(steps, begun) :]
+        steps += sorted(row["step"] for row in lines[1:] if row["kind"] in _PROGRESS)
+    return lost
 
 
 _PROGRESS = ("train", "samples")  # rows written for a computed step

@@ -110,11 +110,11 @@ def take_over(ready: Ready) -> None:
         )
     if start is None:
         refuse_half_a_history(folder)
-        return
-    take_history(start, folder)
-    if not is_in(root, start):  # the run has it from now on, whatever becomes of the other
-        flush_history(folder)
-        adopt(root, start)
+    else:
+        take_history(start, folder)
+    flush_history(folder)  # once: of later checkpoints this start's own files alone are new
+    if start is not None and not is_in(root, start):
+        adopt(root, start)  # the run has it from now on, whatever becomes of the other
 
 
 def open_keeper(
@@ -127,7 +127,7 @@ def open_keeper(
         every_hours=trainer.keep_every_hours,
         start=ready.past.step,
         writes=ready.hosts.writes,
-        before=partial(flush_history, plan.folder),
+        before=partial(flush_history, plan.folder, monitor.record.attempt),
     )
     seconds, begun_with = ready.past.seconds, ready.begun_with
     state = RunState(plan.identity, plan.order, installed(), seconds, begun_with)

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nfnets_xla.exits import Failed, Unreachable
 from nfnets_xla.hosts import Hosts
-from nfnets_xla.record import Discard, RecordWriter, has_record, read_record
+from nfnets_xla.record import Discard, RecordWriter, RunRecord
 from nfnets_xla.task import Batch
 
 # The ceiling is a share of what has been shown, and of so many at least: one fault among the first
@@ -123,9 +123,6 @@ def missed_file(record: RecordWriter) -> Path:
     return record.path.with_name(f"missed-{record.attempt}.jsonl")
 
 
-def missed_before(run_dir: Path, step: int) -> int:
-    """How many samples earlier starts missed up to the step that is resumed from."""
-    if not step or not has_record(run_dir):
-        return 0
-    rows = read_record(run_dir).of_kind("missed")
-    return sum(row["count"] for row in rows if row["split"] == "train" and row["step"] <= step)
+def missed_before(record: RunRecord) -> int:
+    """How many training samples earlier starts missed up to where this one goes on."""
+    return sum(row["count"] for row in record.of_kind("missed") if row["split"] == "train")
