@@ -65,13 +65,19 @@ class Mistaken(Module):
 
 
 class OfTwoHosts(Module):
-    """On one of two hosts, as it believes; after a step the other is gone."""
+    """On one of two hosts, as it believes; after a step the other is gone. What asks for the
+    devices next is to say so: the next batch, or the next step."""
+
+    def __init__(self, fails: str) -> None:
+        super().__init__()
+        self.fails = fails
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
             self.trainer.strategy._num_hosts = 2  # type: ignore[attr-defined]
             xla.open_hosts = lambda: Hosts(0, 2)
-            xla.sync = xla.gather = self.fail
+            setattr(xla, self.fails, self.fail)
+            xla.gather = self.fail
 
     def fail(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("the peer is gone")
@@ -79,11 +85,14 @@ class OfTwoHosts(Module):
 
 def lose_a_host(fsdp: int, folder: Path, loader: Any) -> None:
     """What is on the devices is left there: it may wait for a step of all hosts."""
-    module, before = OfTwoHosts(), (xla.sync, xla.gather, xla.open_hosts)
-    with pytest.raises(HostLost, match=r"host 0 of 2 lost another one \(the peer is gone\): start"):
-        make_trainer("xla", fsdp, folder, epochs=1).fit(module, loader)
-    xla.sync, xla.gather, xla.open_hosts = before
-    assert {parameter.device.type for parameter in module.parameters()} == {"xla"}
+    before = xla.sync, xla.upload_rows, xla.gather, xla.open_hosts
+    for fails in ("sync", "upload_rows"):
+        module = OfTwoHosts(fails)
+        said = r"host 0 of 2 lost another one \(the peer is gone\): start"
+        with pytest.raises(HostLost, match=said):
+            make_trainer("xla", fsdp, folder, epochs=1).fit(module, loader)
+        xla.sync, xla.upload_rows, xla.gather, xla.open_hosts = before
+        assert {parameter.device.type for parameter in module.parameters()} == {"xla"}
 
 
 def main(device: str, fsdp: int, folder: Path) -> None:

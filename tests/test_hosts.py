@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nfnets_xla import checkpoint
-from nfnets_xla.exits import START_AGAIN, Interrupted
+from nfnets_xla.exits import START_AGAIN, HostLost, Interrupted
 from nfnets_xla.hosts import Hosts, open_hosts
 from nfnets_xla.ledger import audit
 from nfnets_xla.record import read_record
@@ -117,6 +117,10 @@ def test_hosts_add_gather_agree_and_notice_a_loss(tmp_path: Path) -> None:
     processes[1].communicate()
 
 
+def fail_by_itself() -> None:
+    raise RuntimeError("its own fault")
+
+
 def test_one_host_says_nothing() -> None:
     alone = Hosts()
     ones = torch.ones(2)
@@ -124,6 +128,10 @@ def test_one_host_says_nothing() -> None:
     assert ones.tolist() == [1, 1]
     assert (alone.total(3), alone.gather({1}), alone.writes) == (3, [{1}], True)
     assert alone.by_writer(lambda: 4) == 4
+    with pytest.raises(RuntimeError, match="its own"):  # nobody is there to be lost
+        alone.heard(fail_by_itself)
+    with pytest.raises(HostLost, match=r"host 0 of 4 lost another one \(its own"):
+        Hosts(0, 4).heard(fail_by_itself)
     with pytest.raises(ValueError, match="10 rows, which do not divide among 4 hosts"):
         Hosts(0, 4).rows(10)
 

@@ -157,6 +157,10 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, kept_bytes: int) 
     xla.make_mesh(parts)
     strategy = SPMDStrategy(fsdp=parts)
     started = xla.counters()
+    hosts = xla.open_hosts()  # whose devices add up by themselves: tensors are global
+
+    def fetch(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return hosts.heard(lambda: xla.gather(named))
 
     def report() -> dict[str, Any]:
         counted = xla.counters().since(started)
@@ -178,9 +182,9 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, kept_bytes: int) 
         peak_flops=peak_flops,
         accelerator=XLAAccelerator(),
         strategy=strategy,
-        fetch=xla.gather,
+        fetch=fetch,
         report=report,
-        hosts=xla.open_hosts(),  # whose devices add up by themselves: tensors are global
+        hosts=hosts,
         cache_compilations=xla.cache_compilations,
         scan=xla.scan,
         checkpoint=xla.recompute,

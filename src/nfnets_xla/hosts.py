@@ -121,11 +121,13 @@ class Hosts:
             raise Unreachable(why) if may_pass else ValueError(why)
         return result
 
-    def heard(self, exchange: Callable[[], Any]) -> Any:
-        """What an exchange gives; HostLost if it fails."""
+    def heard(self, exchange: Callable[[], T]) -> T:
+        """What an exchange gives; HostLost if it fails, and there are others to lose."""
         try:
             return exchange()
         except RuntimeError as error:
+            if self.count == 1:
+                raise
             raise self.lost(error) from error
 
     def lost(self, error: Exception) -> HostLost:

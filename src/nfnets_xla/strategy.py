@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from lightning.fabric.utilities.types import _DEVICE
@@ -46,6 +46,9 @@ class HasCutAxes(Protocol):
     def cut_axes(self) -> Mapping[str, int]:
         """{name of a parameter, or of `device_state`: axis}; those not named stay whole."""
         ...
+
+
+T = TypeVar("T")
 
 
 class XLAAccelerator(Accelerator):
@@ -167,7 +170,7 @@ class SPMDStrategy(SingleDeviceStrategy):
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
         """Upload with the rows cut over the mesh; the module's transfer hooks then see that."""
-        batch = _moved(batch, "cpu", xla.upload_rows)
+        batch = _moved(batch, "cpu", lambda rows: self._heard(lambda: xla.upload_rows(rows)))
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def optimizer_step(
@@ -197,14 +200,14 @@ class SPMDStrategy(SingleDeviceStrategy):
         return output
 
     def _sync(self) -> None:
+        self._heard(xla.sync)
+
+    def _heard(self, exchange: Callable[[], T]) -> T:
         """HostLost for what the runtime raises after the first step, of several hosts: it is not
-        the program's fault then."""
-        try:
-            xla.sync()
-        except RuntimeError as error:
-            if self._has_stepped and self._num_hosts > 1:
-                raise xla.open_hosts().lost(error) from error
-            raise
+        the program's fault then, and comes with whatever asks for the devices next."""
+        if self._has_stepped and self._num_hosts > 1:
+            return xla.open_hosts().heard(exchange)
+        return exchange()
 
     @property
     def _is_automatic(self) -> bool:
