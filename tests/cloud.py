@@ -40,6 +40,7 @@ ON_A_WORKER = {
     "sleep": '#!/bin/bash\n[ "$1" != 10 ] || set -- 0.05\nexec /bin/sleep "$@"\n',
     "sudo": (
         '#!/bin/bash\necho "sudo $*" >> "$CLOUD/calls"\n'
+        'while [ "$1" = mount ] && [ -e "$CLOUD/slow" ]; do /bin/sleep 0.05; done\n'
         '[ "$1" != mount ] || touch "$HOME/mounted"\n'
     ),
     "python3": (

@@ -11,12 +11,13 @@ cd "$(dirname "$0")"
 exec 9> lock
 flock -n 9 || exit 0 # runs already
 
-rm -f stop
+rm -f stop pid # of an earlier boot, whose process is now another one
 # A reboot leaves no mount. Without one the run would begin anew, on a disk of the worker; this ends
 # as "stopped", which is started again.
 mountpoint -q "$mount" || sudo mount -t nfs "$share" "$mount" 9>&- || exit 1
 short=0
 while :; do
+    [ ! -e stop ] || { code=75 && break; } # asked for while this mounted or waited
     echo "$(date -u +%FT%TZ) nfnets-xla $*"
     began=$SECONDS
     venv/bin/nfnets-xla "$@" &
@@ -27,7 +28,6 @@ while :; do
     if ((SECONDS - began < 300)); then ((short += 1)); else short=0; fi
     [[ "$code" =~ ^(75|143)$ ]] && [ ! -e stop ] && ((short < 10)) || break
     sleep 10 9>&-
-    [ ! -e stop ] || break
 done
 echo "$(date -u +%FT%TZ) ended with $code"
 echo "$code" > exit.part

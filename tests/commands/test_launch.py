@@ -310,6 +310,30 @@ def test_a_run_that_is_not_alive_can_be_stopped(
     assert launch("resume", overrides) == 0
 
 
+def test_a_run_that_is_being_mounted_for_can_be_stopped(
+    overrides: list[str], cloud: Callable[..., Cloud]
+) -> None:
+    """After a reboot, over a slow network: there is nobody to ask yet, and `pid` is anyone's."""
+    made = cloud("0")
+    for command in ("create", "wait", "install"):
+        assert launch(command, overrides) == 0
+    mounted = len([call for call in made.calls() if call.startswith("sudo mount")])
+    (made.folder / "slow").touch()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        for number in (0, 1):
+            (made.home(number) / "mounted").unlink()
+            (made.home(number) / "nfnets-xla" / "pid").write_text(f"{other.pid}\n")
+        assert launch("start", overrides) == 0
+        until(lambda: len([c for c in made.calls() if c.startswith("sudo mount")]) == mounted + 2)
+        assert launch("stop", overrides) == 0
+        assert other.poll() is None
+        other.kill()
+    (made.folder / "slow").unlink()
+    until(lambda: all((made.home(n) / "nfnets-xla" / "exit").exists() for n in (0, 1)))
+    assert (made.home(0) / "nfnets-xla" / "exit").read_text() == "75\n"
+    assert not list(made.folder.glob("runs-*"))
+
+
 def test_half_an_answer_is_no_end(overrides: list[str], cloud: Callable[..., Cloud]) -> None:
     """An exit code that a full disk has left empty: one worker's 0 would pass for all."""
     made = cloud("0", "0")
