@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, preempt
 from nfnets_xla.callbacks.stop import Stop
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.preempt import Preemption, announced
@@ -236,7 +236,22 @@ def test_what_announces_maintenance(tmp_path: Path) -> None:
         assert announced(str(file)) is event
         with serving(tmp_path) as server:
             assert announced(f"{server.url}/event") is event
-            assert not announced(f"{server.url}/absent")
+            assert announced(f"{server.url}/absent") is None
+
+
+def test_a_question_that_fails_makes_no_new_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that stands from the start has its run; a server may fail once while it does."""
+    answers = iter([True, None, True, False, None, True])
+    monkeypatch.setattr(preempt, "announced", lambda _: next(answers))
+    monkeypatch.setattr(preempt, "POLL_SECONDS", 0)
+    asked: list[str] = []
+    preemption = Preemption(25)
+    monkeypatch.setattr(preemption, "ask", asked.append)
+    monkeypatch.setattr(preemption, "_write", os.open(os.devnull, os.O_WRONLY), raising=False)
+    with pytest.raises(StopIteration):
+        preemption._poll("http://metadata/event")
+    assert asked == ["http://metadata/event announces maintenance"]
+    assert list(answers) == []
 
 
 WATCH = """

@@ -98,6 +98,8 @@ class Preemption:
         while True:
             time.sleep(POLL_SECONDS)
             now = announced(notice)
+            if now is None:  # it is asked again; what was said before still holds
+                continue
             if now and not before and self.reason is None:
                 self.ask(f"{notice} announces maintenance")
                 os.write(self._write, b"\0")  # no signal: the other thread is to see the deadline
@@ -118,16 +120,18 @@ class Preemption:
         os._exit(code)
 
 
-def announced(notice: str) -> bool:
+def announced(notice: str) -> bool | None:
+    """Whether maintenance is; None if an address could not be asked."""
+    at_address = notice.startswith(("http://", "https://"))
     try:
-        if notice.startswith(("http://", "https://")):
+        if at_address:
             asked = urllib.request.Request(notice, headers={"Metadata-Flavor": "Google"})
             with urllib.request.urlopen(asked, timeout=POLL_SECONDS) as answer:
                 text = answer.read(1000).decode(errors="replace")
         else:
             text = Path(notice).read_text(errors="replace")
-    except (OSError, HTTPException):  # no file; no server or none in order: it is asked again
-        return False
+    except (OSError, HTTPException):  # no server, or none in order; no file is no notice
+        return None if at_address else False
     return text.strip().upper() not in NO_NOTICE
 
 
