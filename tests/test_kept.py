@@ -3,6 +3,9 @@
 import errno
 import os
 import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem as Memory
 
 from nfnets_xla import checkpoint
 from nfnets_xla.callbacks.checkpointer import Checkpointer
 from nfnets_xla.callbacks.missed import Missed
 from nfnets_xla.callbacks.monitor import Monitor
 from nfnets_xla.data import storage
+from nfnets_xla.data.remote import Patience, RemoteFolder
 from nfnets_xla.data.shards import Exclusions, ShardIndex
 from nfnets_xla.display import Lines
+from nfnets_xla.exits import Unreachable
 from nfnets_xla.history import take_history
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.ledger import Ledger, audit
@@ -59,6 +65,37 @@ def test_what_was_written_of_an_unfinished_checkpoint_goes(
     with pytest.raises(SafetensorError):
         checkpoint.save(tmp_path, 1, {**FORMS, "ema": FORMS["model"]}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_that_does_not_answer_is_waited_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And not again to delete there what has come of the checkpoint: the next save does that."""
+    down, asked = threading.Event(), Counter[str]()
+
+    def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(*given: Any, **options: Any) -> Any:
+            asked[name] += 1
+            if name == "put_file" and asked[name] == 2:
+                down.set()
+            if down.is_set():
+                raise OSError("no route to host")
+            return real(*given, **options)
+
+        return answer
+
+    # fsspec's own address for tests, which goes away between two files of one checkpoint.
+    for name in ("put_file", "find", "pipe_file", "rm_file", "cat_file"):
+        monkeypatch.setattr(Memory, name, watched(name, getattr(Memory, name)))
+    patience = Patience(total=0.5, first_wait=0.1, timeout=10)
+    monkeypatch.setattr(RemoteFolder.__init__, "__defaults__", (None, patience))
+    forms = {"model": FORMS["model"], "momentum": FORMS["model"]}
+    with pytest.raises(Unreachable, match=r"could not be had in 0\.5 s"):
+        checkpoint.save("memory://kept", 5, forms, {})
+    assert (asked["find"], asked["rm_file"]) == (2, 0)  # what is there, and what of this step
+    down.clear()
+    checkpoint.save("memory://kept", 5, forms, {})
+    assert checkpoint.steps("memory://kept") == [5]
 
 
 def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest(

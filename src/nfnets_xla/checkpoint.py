@@ -29,6 +29,7 @@ from torch import Tensor
 from nfnets_xla.config import differences
 from nfnets_xla.data.remote import AnyFolder, RemoteFolder, open_folder
 from nfnets_xla.data.storage import address
+from nfnets_xla.exits import Unreachable
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -85,9 +86,8 @@ def save(
     It is on the disk, or at the address, when this returns. An unfinished or damaged folder of the
     same step is replaced; a complete one is left as it is. What cannot be finished is deleted.
 
-    Raises OtherRun if the newest there, or that of this step, is of another run: the one's would
-    pass for the other's, and be deleted as old ones of it. Of two runs that save by turns, each
-    finds the other's newest.
+    Raises OtherRun if the newest there, or that of this step, is of another run: two runs in one
+    folder would delete each other's checkpoints, or go on from them.
     """
     if not address(root):
         Path(root).mkdir(parents=True, exist_ok=True)
@@ -105,9 +105,10 @@ def save(
     _remove(folder, _files(folder, step))
     try:
         return _write(folder, name, forms, {**state, "step": step, "format": FORMAT})
-    except Exception:
-        with suppress(Exception):  # what there is of it may be what fills the disk
-            _remove(folder, _files(folder, step))
+    except Exception as error:
+        if not isinstance(error, Unreachable):  # which would not answer to this either
+            with suppress(Exception):  # what there is of it may be what fills the disk
+                _remove(folder, _files(folder, step))
         raise
 
 
