@@ -1,10 +1,18 @@
-"""Held-out samples that are changed in mid-run: losses on the two are not compared."""
+"""What a start finds: held-out samples that were changed in mid-run, hosts that see otherwise."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
+
 from nfnets_xla import checkpoint
-from nfnets_xla.prepare import other_held_out
+from nfnets_xla.exits import Interrupted
+from nfnets_xla.history import Past
+from nfnets_xla.hosts import Hosts
+from nfnets_xla.prepare import agree, other_held_out
 from tests.data.images import packed
 from tests.runs import PLAIN_CPU, RECIPE, SMALL, run, run_killed_at
 
@@ -36,3 +44,42 @@ def test_where_another_set_of_held_out_samples_was_used_last() -> None:
     assert other_held_out([first, second, third], 10, "b") == 4
     assert other_held_out([first, second, third], 10, "a") == 10
     assert other_held_out([{"resumed_from": 0}, second | {"held_out": None}], 6, "b") == 0
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ends"),
+    [
+        # A share's listing of a minute ago, on a host that came to look earlier.
+        ([40, 30], pytest.raises(Interrupted, match=r"from different steps \(50, 40\)")),
+        ([], pytest.raises(ValueError, match=r"hosts differ in the checkpoints .*\[50, 40\]")),
+        ([45], pytest.raises(ValueError, match="hosts differ in the checkpoints")),
+    ],
+)
+def test_hosts_that_see_other_checkpoints(
+    tmp_path: Path, theirs: list[int], ends: AbstractContextManager[Any]
+) -> None:
+    """Of one folder they will see alike; of one each they never will."""
+    for step in (40, 50):
+        checkpoint.save(tmp_path, step, {"model": {"a": torch.ones(1)}}, {})
+
+    class Two(Hosts):
+        """Host 0 of two. The other says what this one does, but of its own folder."""
+
+        def gather(self, value: Any) -> list[Any]:
+            if value == 50:
+                return [value, max(theirs, default=0)]
+            if value == [50, 40]:
+                return [value, theirs]
+            if isinstance(value, dict) and "the checkpoints that they see" in value:
+                return [value, {"the checkpoints that they see": theirs}]
+            return [value, value]
+
+    plan: Any = SimpleNamespace(
+        held_out=None,
+        index=SimpleNamespace(fingerprint="f"),
+        num_classes=2,
+        run=SimpleNamespace(shared=lambda: {"seed": 1}),
+        checkpoints=str(tmp_path),
+    )
+    with ends:
+        agree(plan, Two(0, 2), Past(step=50), None)

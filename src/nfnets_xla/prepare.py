@@ -201,13 +201,16 @@ def other_held_out(headers: Sequence[Row], step: int, now: str) -> int:
 
 def agree(plan: Plan, hosts: Hosts, past: Past, begun_with: dict[str, Any] | None) -> None:
     """Raises ValueError on every host if they are not of one run in one folder. A host may have
-    looked into it while host 0's last start still wrote: they see alike by now, and start again."""
+    looked into it while host 0's last start still wrote, and a share may show it what was there
+    before for a minute more: they start again."""
     held_out = None if plan.held_out is None else plan.held_out.fingerprint
     read = {"the training samples": plan.index.fingerprint, "the held-out samples": held_out}
     hosts.agree({**plan.run.shared(), **read, "the number of classes": plan.num_classes})
     begun_at = hosts.gather(past.step)
     if len({*begun_at}) > 1 or len({*map(str, hosts.gather(past.best))}) > 1:
-        hosts.agree({"the checkpoints that they see": checkpoint.steps(plan.checkpoints)})
+        seen = checkpoint.steps(plan.checkpoints)
+        if not set.intersection(*map(set, hosts.gather(seen))):  # of folders of their own
+            hosts.agree({"the checkpoints that they see": seen})
         raise Interrupted(
             f"hosts would go on from different steps ({', '.join(map(str, begun_at))}), since a "
             "checkpoint was still being written: start all of them again"
