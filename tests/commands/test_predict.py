@@ -112,7 +112,9 @@ def test_a_card_of_a_run(
         assert tuple(found["input_size"]) == (3, 64, 64)
         assert int(64 / found["crop_pct"]) == 64 + 8
         assert tuple(resolve_model_data_config(seen)["input_size"]) == (3, 32, 32)
-    assert "resized to 72 px, 64 px cropped" in (tmp_path / "card" / "card.md").read_text()
+    page = (tmp_path / "card" / "card.md").read_text()
+    assert "resized to 72 px, 64 px cropped" in page
+    assert "resolve_model_data_config(net, use_test_size=True)` has the numbers" in page
     main(["predict", f"local-dir:{tmp_path / 'card'}", picture])
     said = capsys.readouterr().out
     main(["predict", "nfnet_mini_f0", picture, "--weights", str(tmp_path / "run")])

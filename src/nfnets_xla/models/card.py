@@ -138,5 +138,5 @@ def _page(name: str, architecture: str, facts: Mapping[str, Any], sizes: Sizes) 
 
 Images: RGB, both sides resized to {sizes.test + sizes.margin} px, {sizes.test} px cropped in
 the centre, normalised with ImageNet's mean and deviation;
-`timm.data.resolve_model_data_config(net)` has the numbers.
+`timm.data.resolve_model_data_config(net, use_test_size=True)` has the numbers.
 """

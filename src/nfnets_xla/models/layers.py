@@ -232,7 +232,7 @@ class WSConv2d(nn.Conv2d):
         if not input.is_floating_point():
             raise ValueError(
                 f"the input is {input.dtype}; it must be of floating point: convert images, and "
-                "normalise them as timm.data.resolve_model_data_config says"
+                "normalise them by the mean and std of net.pretrained_cfg"
             )
         weight = self.standardised_weight(input_gain).to(input.dtype)
         if self.place_weight is not None:
