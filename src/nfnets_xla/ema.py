@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nfnets_xla.optim.agc import wide, wider
 from nfnets_xla.optim.by_role import checked_hyperparameter, copies_like
+from nfnets_xla.optim.roles import in_pairs
 
 
 class EMA:
@@ -29,7 +30,7 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}; it must be in [0, 1)")
         self.decay = decay
-        self._parameters = dict(named_parameters)
+        self._parameters = dict(in_pairs(named_parameters))
         if not self._parameters:
             raise ValueError("there are no parameters to average; give at least one")
         self.shadow: dict[str, Tensor] = {

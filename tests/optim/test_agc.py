@@ -194,6 +194,8 @@ def test_a_gradient_of_nearly_nothing_counts_as_deepminds_floor() -> None:
     """1e-6: a bound of 1e-7 is a tenth of it, whatever less the gradient is."""
     factor = clip_factor(torch.tensor(5e-7), torch.tensor(0.0), 1e-4, 1e-3)
     assert float(factor) == pytest.approx(0.1)
+    within = clip_factor(torch.tensor(5e-8), torch.tensor(0.0), 1e-4, 1e-3)
+    assert float(within) == 1  # below the floor, and within the bound all the same
 
 
 def test_parameters_of_two_types_are_each_clipped_in_their_own() -> None:

@@ -275,6 +275,8 @@ def test_bad_values_are_refused() -> None:
         sgd(net).load_slots({"momentum": {}}, updates=0)
     with pytest.raises(ValueError, match="averages of another model"):
         EMA(net.named_parameters(), 0.9).load({})
+    with pytest.raises(ValueError, match="parameters were given without names"):
+        EMA(net.parameters(), 0.9)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="decay is 1"):
         EMA(net.named_parameters(), 1.0)
 

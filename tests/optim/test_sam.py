@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from nfnets_xla.optim import SAM, SGD_AGC, parameter_roles
 from nfnets_xla.optim.agc import gradient
@@ -222,6 +223,34 @@ def test_outside_a_step_it_says_neither_ascent_nor_microbatch() -> None:
     with pytest.raises(KeyboardInterrupt):
         sam.step(interrupted)
     assert not sam.ascending
+
+
+def test_a_gradient_scaler_is_refused() -> None:
+    """It would unscale the gradient of the ascent alone: weights went to 640 in one step."""
+    net = small_net()
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    scaler = GradScaler("cpu", init_scale=65536.0)
+    sam, closure = SAM(sgd(net), rho=0.05), closure_of(net)
+    closure()
+    for parameter in net.parameters():
+        assert parameter.grad is not None
+        parameter.grad = parameter.grad * 65536
+    scaler.scale(torch.ones(()))
+    with pytest.raises(ValueError, match="called by a GradScaler"):
+        scaler.step(sam, closure)
+    assert all(map(torch.equal, net.parameters(), before))
+
+
+def test_a_parameter_without_a_gradient_is_left_out_alone() -> None:
+    """Those after it are stepped, also over microbatches: frozen ones lie anywhere."""
+    for microbatches in (1, 2):
+        net = small_net()
+        first, *others = net.parameters()
+        first.requires_grad_(False)
+        before = [parameter.detach().clone() for parameter in net.parameters()]
+        SAM(sgd(net), rho=0.05, microbatches=microbatches).step(closure_of(net))
+        assert torch.equal(first, before[0])
+        assert not any(map(torch.equal, others, before[1:]))
 
 
 def test_no_microbatch_is_refused() -> None:

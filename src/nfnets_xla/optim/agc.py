@@ -190,9 +190,12 @@ def clipped_shares(factors: Sequence[Tensor]) -> Tensor:
 
 
 def clip_factor(norm: Tensor, weight_norm: Tensor, clipping: float, eps: float) -> Tensor:
-    """What to multiply units of gradients with: exactly 1 within the bound."""
+    """What to multiply units of gradients with: exactly 1 within the bound, however small."""
     largest = weight_norm.clamp(min=eps) * clipping
-    return (largest / norm.clamp(min=NORM_FLOOR)).clamp(max=1)
+    factor = (largest / norm.clamp(min=NORM_FLOOR)).clamp(max=1)
+    if clipping * eps >= NORM_FLOOR:  # as anywhere sensible: no bound is below the floor
+        return factor
+    return torch.where(norm > largest, factor, 1.0)
 
 
 def wider(x: Tensor) -> Tensor:

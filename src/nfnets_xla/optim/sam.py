@@ -38,6 +38,8 @@ class SAM(torch.optim.Optimizer):
     While `step` calls its closure, `ascending` and `microbatch` say what for.
     """
 
+    _step_supports_amp_scaling = True  # a GradScaler asks for it, and is refused: see `step`
+
     def __init__(
         self,
         base_optimizer: torch.optim.Optimizer,
@@ -116,6 +118,11 @@ class SAM(torch.optim.Optimizer):
         applies masks that it is given, or that it drew before. With several microbatches it takes
         number `self.microbatch`, and its losses outside the ascent add up to the whole batch's.
         """
+        if hasattr(self, "found_inf"):  # set by a GradScaler, as for any that can be told
+            raise ValueError(
+                "SAM.step was called by a GradScaler, which knows of one gradient and SAM has two: "
+                "train in bfloat16 or float32, without a scaler"
+            )
         if closure is None:
             raise ValueError(
                 "SAM.step needs a closure, because it runs forward and backward twice: "
