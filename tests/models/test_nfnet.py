@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nfnets_xla.models.layers import SqueezeExcite, WSConv2d, gelu, scaled_gelu
@@ -280,7 +280,37 @@ def test_a_network_cast_as_a_whole_still_runs(
 ) -> None:
     net = mini().eval().to(dtype)
     net.reset_classifier(4)
-    assert net(torch.randn(2, 3, 32, 32, dtype=dtype)).dtype == logits_dtype
+    assert isinstance(net.head, nn.Linear)
+    assert net.head.weight.dtype == dtype
+    images = torch.randn(2, 3, 32, 32, dtype=dtype)
+    assert net(images).dtype == logits_dtype
+    head = nn.Linear(net.num_features, 5, dtype=dtype)
+    setattr(net, "head", head)  # noqa: B010  # anyone's, which casts nothing
+    assert (net(images).dtype, net(images).shape) == (logits_dtype, (2, 5))
+
+
+def test_what_is_small_in_bfloat16_is_computed_in_float32() -> None:
+    """Standardised weights of a bfloat16 network, and the mean over the map's pixels."""
+    conv = WSConv2d(8, 16, 3)
+    conv.weight.data = conv.weight.data.bfloat16()
+    exact = WSConv2d(8, 16, 3)
+    exact.load_state_dict({name: value.float() for name, value in conv.state_dict().items()})
+    assert torch.equal(conv.standardised_weight(), exact.standardised_weight())
+    net = mini().eval()
+    map_BFHW = torch.randn(2, net.num_features, 7, 7).bfloat16()
+    pooled_BF = net.forward_head(map_BFHW, pre_logits=True)
+    assert torch.equal(pooled_BF, map_BFHW.float().mean(dim=(2, 3)))
+
+
+def test_blocks_are_dropped_at_their_rates() -> None:
+    """nfnet.py:97: by the share of blocks before each; the first never."""
+    net = mini(drop_path_rate=0.6).train()
+    torch.manual_seed(0)
+    masks = net._stage_masks(torch.empty(20_000, 3, 1, 1), None)
+    kept_N = torch.cat([mask for mask in masks if mask is not None], 1).float().mean(0)
+    rates_N = torch.tensor(net.stochastic_depth_rates)
+    assert kept_N[0] == 1
+    torch.testing.assert_close(kept_N, 1 - rates_N, rtol=0, atol=0.015)  # 4 sigma
 
 
 def test_pooling_shortcut_leaves_the_padding_out_of_the_mean() -> None:

@@ -85,6 +85,34 @@ def test_weights_for_the_meta_device_are_refused(tmp_path: Path) -> None:
         create_model("nfnet_f0", pretrained=True)  # nothing is fetched
 
 
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("nfnet_mini_f0", [8, 32, 64, 192, 192 * 2]),
+        ("timm/convnext_atto", [40, 80, 160, 320]),
+        ("timm/test_resnet", [32, 48, 192, 96]),
+        ("vit_mini_d3_4", [48] * 3),
+        ("timm/test_vit", [64] * 4),
+    ],
+)
+def test_without_indices_feature_maps_are_all_or_a_peers_last(
+    name: str, channels: list[int]
+) -> None:
+    maps = create_model(name, features_only=True).eval()
+    assert [level.shape[1] for level in maps(torch.randn(1, 3, 64, 64))] == channels
+
+
+def test_the_first_feature_map_needs_no_more_than_itself() -> None:
+    net = create_model("nfnet_mini_f0", features_only=True, out_indices=(0,))
+    (level,) = net(torch.randn(1, 3, 32, 32))
+    level.sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    whole = create_model("nfnet_mini_f0", features_only=True)
+    whole.load_state_dict({**whole.state_dict(), **net.state_dict()})
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(net(images)[0], whole(images)[0])
+
+
 def test_feature_maps_are_those_asked_for_and_the_rest_is_dropped() -> None:
     images = torch.randn(2, 3, 65, 64)
     torch.manual_seed(0)

@@ -204,6 +204,13 @@ def test_its_gains_outlive_smaller_dtypes_and_the_meta_device() -> None:
     assert torch.equal(empty(images), plain(images))
 
 
+def test_its_gains_are_not_rounded_with_its_weights() -> None:
+    """Constants, of which a block by itself has float32's."""
+    plain, net = network().eval().bfloat16(), stack(network()).eval().bfloat16()
+    images = inputs(net)[0]
+    assert torch.equal(net(images), plain(images))
+
+
 def test_stacking_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="stage 2 is stacked already; call unstack"):
         stack(stack(network()))

@@ -1,16 +1,19 @@
 """Weights into a network: all of them or none, a new classifier only when asked for."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from nfnets_xla.models.deploy import fuse
 from nfnets_xla.models.formats import read_metadata
 from nfnets_xla.models.nfnet import NFNet
-from nfnets_xla.models.registry import create_network
+from nfnets_xla.models.registry import create_model, create_network
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, load_checkpoint, load_into, save_weights
 
@@ -34,6 +37,17 @@ def test_a_compiled_network_takes_weights() -> None:
     state = mini_f0(7).state_dict()
     load_into(compiled, state, source="mine")
     assert torch.equal(compiled.state_dict()["_orig_mod.head.weight"], state["head.weight"])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, fuse, lambda _: create_model("nfnet_mini_f0", features_only=True)],
+    ids=["wrapped", "fused", "feature maps"],
+)
+def test_weights_go_into_networks_and_nothing_else(wrap: Callable[[Any], Any]) -> None:
+    net: Any = mini_f0(7)
+    with pytest.raises(ValueError, match=r"load_into was given a .*: give the network that create"):
+        load_into(wrap(net), net.state_dict(), source="mine")
 
 
 def test_wrapped_networks_give_weights() -> None:

@@ -47,6 +47,8 @@ from nfnets_xla.models.variants import (
 )
 
 Checkpoint = Callable[..., Tensor]  # as torch.utils.checkpoint: (function, *arguments)
+OWN_HEADS: tuple[type[nn.Module], ...] = (Linear, nn.Identity)
+TAPPED = STEM_STRIDES.index(2, 1)  # convolutions of the stem at stride 2; the next goes to 4
 
 
 class NFBlock(nn.Module):
@@ -233,7 +235,12 @@ class NFNet(PooledDropout):
         if self.global_pool == "":
             return features_BFHW
         pooled_BF = self.drop(at_least_float32(features_BFHW).mean(dim=(2, 3)), dropout_keep_BF)
-        return pooled_BF if pre_logits else without_autocast(self.head, pooled_BF)
+        if pre_logits:
+            return pooled_BF
+        head: nn.Module = self.head
+        if not isinstance(head, OWN_HEADS):  # put there by others: may not cast
+            pooled_BF = pooled_BF.to(next(head.parameters(), pooled_BF).dtype)
+        return at_least_float32(without_autocast(head, pooled_BF))
 
     def forward_intermediates(
         self,
@@ -271,9 +278,12 @@ class NFNet(PooledDropout):
 
     def _stem(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Two maps before activation: the last at stride 2, and the one at stride 4."""
-        tap = x = self.stem[0](images_BCHW)
-        for conv in self.stem[1:]:
-            tap, x = x, conv(gelu(x, self.variant.gelu), GELU_GAIN)
+        x = self.stem[0](images_BCHW)
+        for conv in self.stem[1:TAPPED]:
+            x = conv(gelu(x, self.variant.gelu), GELU_GAIN)
+        tap = x
+        for conv in self.stem[TAPPED:]:
+            x = conv(gelu(x, self.variant.gelu), GELU_GAIN)
         return tap, x
 
     def _stage_masks(
@@ -339,6 +349,8 @@ class NFNet(PooledDropout):
         pruned = last < len(self.stages)
         if pruned:
             self.stages = self.stages[:last]
+            if last == 0:
+                self.stem = self.stem[:TAPPED]
             self.num_blocks = sum(self.variant.depth[:last])
             self.stochastic_depth_rates = self.stochastic_depth_rates[: self.num_blocks]
             self.final_conv = nn.Identity()

@@ -32,15 +32,16 @@ def create_model(
     name: str,
     *,
     features_only: bool = False,
-    out_indices: Sequence[int] = (0, 1, 2, 3, 4),
+    out_indices: Sequence[int] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a model by name; the other options are those of `create_network`.
 
-    With `features_only` it returns a list of feature maps, those at `out_indices`: strides 2, 4, 8,
-    16 and 32. `device` is torch's current one if not given; on meta nothing is allocated.
+    With `features_only` it returns a list of feature maps, those at `out_indices`; by default all
+    five of an NFNet, of strides 2, 4, 8, 16 and 32, and of a peer its last four. `device` is
+    torch's current one if not given; on meta nothing is allocated.
 
     >>> create_model("nfnet_mini_f0", num_classes=10).num_features
     384
@@ -57,6 +58,9 @@ def create_model(
 
         inner = net.net if isinstance(net, Peer) else net
         cfg = inner.pretrained_cfg  # for timm.data's transforms
+        if out_indices is None:
+            number = len(inner.feature_info)
+            out_indices = range(0 if inner is net else max(0, number - 4), number)
         net = FeatureGetterNet(inner, out_indices=list(out_indices))  # type: ignore[arg-type]
         net.pretrained_cfg = cfg  # type: ignore[assignment]
     return net

@@ -98,7 +98,8 @@ class StackedBlocks(NFBlock):
 
     def _gains_D(self) -> Tensor:
         gains, like = [GELU_GAIN * beta for beta in self.betas], self.skip_gain
-        return torch.tensor(gains, dtype=like.dtype, device=like.device)
+        wide = torch.promote_types(like.dtype, torch.float32)  # as a block by itself has them
+        return torch.tensor(gains, dtype=wide, device=like.device)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "StackedBlocks":
         """Made anew: a smaller dtype would have rounded them, and `to_empty` lost them."""

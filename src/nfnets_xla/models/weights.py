@@ -40,6 +40,11 @@ def load_into(
     ValueError, changing nothing, if the weights are of another model or not all finite.
     """
     net = uncompiled(net)
+    if not isinstance(net, (NFNet, Peer)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(
+            f"load_into was given a {type(net).__name__}: give the network that create_model made, "
+            "before it is wrapped, fused or cut down to feature maps"
+        )
     check_holds(net, source)
     state = unwrapped(state)
     state = in_our_names(net, state, source) if isinstance(net, NFNet) else net.at_our_size(state)
