@@ -28,7 +28,7 @@ class ModelConfig:
     init_from: str | None  # a run folder, a checkpoint folder or a .safetensors file; None: random
     pretrained: str | None  # instead: a tag of public weights, dm_in1k or dm_in1k_haiku
     init_weights: str  # "raw" or "ema": which of a checkpoint's two sets init_from takes
-    head_bias: float  # of a new classifier; -10 with a sigmoid loss: every class is rare
+    head_bias: float  # initial bias of a new classifier; -10 suits a sigmoid loss
     drop_rate: float  # dropout before the classifier
     drop_path_rate: float  # stochastic depth: block i of N is dropped with rate * i / N
     compute_dtype: str  # of the convolutions in training; weights, loss and evaluation are float32
@@ -57,19 +57,19 @@ class DataConfig:
     num_streams: int  # canonical streams: divides batch_size / repeats; hosts divide it
     window_shards: int  # shards shuffled together within a stream
     cache_dir: str | None  # local folder for copies of shards that are at an address
-    cache_bytes: float  # of that folder, at most; shared by all processes that use it
+    cache_bytes: float  # size limit of cache_dir; shared by all processes that use it
     workers: int  # loader processes per host; no effect on what is in a batch
 
 
 @dataclass
 class OptimConfig:
     epochs: float  # passes over the training shards, in views: divided by `repeats`
-    peak_lr: float  # of lr_batch rows
+    peak_lr: float  # learning rate for a batch of lr_batch rows
     lr_batch: int | None  # peak_lr is scaled by data.batch_size / lr_batch; None: taken as it is
     schedule: str  # after the warm-up: "cosine" to 0, "constant" or "rsqrt"
-    warmup_steps: int | None  # linear from 0; one of these three is given
-    warmup_epochs: float | None  # as `epochs`
-    warmup_fraction: float | None  # of the run
+    warmup_steps: int | None  # linear from 0; give one of the three
+    warmup_epochs: float | None  # the warm-up in epochs
+    warmup_fraction: float | None  # the warm-up as a share of the run
     rsqrt_timescale: int  # steps after the warm-up in which rsqrt falls to peak / sqrt(2)
     cooldown_steps: int  # the last ones of constant and rsqrt: linear to 0
     optimizer: str  # "sgd", with Nesterov momentum, or "adamw"
@@ -85,28 +85,28 @@ class OptimConfig:
     sam_microbatches: int  # m-sharpness: parts of the batch with an ascent each
     sam_adaptive: bool  # ASAM: the ascent relative to the weights; sam_rho about 10 times larger
     ema_decay: float | None  # None: no moving average
-    max_skipped: int  # updates left out because loss or gradient was not finite; one more: stop
+    max_skipped: int  # non-finite updates that may be left out; one more stops the run
 
 
 @dataclass
 class TrainerConfig:
     device: str  # "auto" takes the TPU, else the GPU, else plain CPU
-    virtual_devices: int | None  # with device=xla: so many devices of the CPU runtime
+    virtual_devices: int | None  # number of virtual CPU devices, with device=xla
     fsdp: int | str  # XLA devices that share one copy of the parameters; "auto": as few as fit
     compile: bool | str  # by torch.compile, where there is no XLA: true, false; "auto": on a GPU
     log_every: int  # steps between lines of the record
     eval_every: int | None  # steps between evaluations; None: only at the end
     checkpoint_every: int | None  # steps between checkpoints; None: only at the end
     checkpoint_dir: str | None  # a folder, gs:// or s3://; None: checkpoints/ in run_dir
-    keep_checkpoints: int  # the newest so many
-    keep_every_hours: float | None  # and the first of each so many hours of the run, for good
-    keep_best: bool  # and that of the lowest held-out loss
-    grace: float  # seconds from a signal to stop to the end, whether the step is saved or not
-    maintenance: str | None  # a file or an http(s) address, polled: that this machine will go
+    keep_checkpoints: int  # how many of the newest checkpoints to keep
+    keep_every_hours: float | None  # also keep the first checkpoint of every N hours of the run
+    keep_best: bool  # also keep the checkpoint of the lowest held-out loss
+    grace: float  # seconds to save in after a signal to stop; then the process ends, saved or not
+    maintenance: str | None  # file or http(s) address, polled for a notice that this machine goes
     compile_cache: bool  # keep programs in run_dir for restarts, where they can be read back
     tensorboard: bool  # curves for TensorBoard, beside those as CSV
     trace_samples: bool  # write the sample ids of every batch into the record
-    ledger: bool  # write their numbers, compressed, for `nfnets-xla audit`
+    ledger: bool  # write the numbers of every step's samples, compressed, for `nfnets-xla audit`
 
 
 @dataclass

@@ -14,8 +14,8 @@ class HostLost(Interrupted):
 
 
 class Unreachable(ValueError):
-    """What is at an address could not be had for as long as a request is repeated. Nothing may be
-    wrong with what was asked for."""
+    """An address did not answer for as long as requests are repeated. The request itself may be
+    right."""
 
 
 class Failed(Exception):

@@ -29,8 +29,8 @@ BUCKET = 2**26  # bytes of a message: two of them are all the memory that a sum 
 
 @dataclass(frozen=True)
 class Hosts:
-    """Of one, nothing is sent. Each method but `rows` is called by every host, in one order; it
-    raises HostLost if one of them has ended or does not answer for half an hour."""
+    """With one host nothing is sent. Except for `rows`, every host must call each method, in the
+    same order. HostLost is raised if one of them has ended, or does not answer for half an hour."""
 
     number: int = 0  # of this one, from 0
     count: int = 1

@@ -38,7 +38,7 @@ def test_the_checkpoint_commands(
     assert "step               2\n" in shown
     assert "samples            20\n" in shown
     assert "NOT FINITE" not in shown
-    main(["checkpoint", "export", str(folder), str(out), "--weights", "ema", "--to", "timm"])
+    main(["checkpoint", "export", str(folder), str(out), "--ema", "--to", "timm"])
     assert "nfnet_mini_f0, 5 classes, in timm's names" in capsys.readouterr().out
     assert not stat.S_IMODE(out.stat().st_mode) & stat.S_IWOTH
 

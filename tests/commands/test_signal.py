@@ -64,9 +64,9 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     assert stopped.value.code == 2
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        main(["signal", "local-dir:X", "--out", str(out), "--checkpoint", "R"])
+        main(["signal", "local-dir:X", "--out", str(out), "--weights", "R"])
     assert stopped.value.code == 2
-    assert "its own weights: leave out --checkpoint R" in capsys.readouterr().err
+    assert "its own weights: leave out --weights R" in capsys.readouterr().err
 
 
 def test_a_card_is_measured_with_its_weights(
@@ -84,7 +84,7 @@ def test_a_card_is_measured_with_its_weights(
     of_card = capsys.readouterr().out.replace("card-signal", "")
     assert (tmp_path / "card-signal.png").is_file()
     file = str(tmp_path / "card" / "model.safetensors")
-    main(["signal", "nfnet_mini_f0", "--checkpoint", file, *small])
+    main(["signal", "nfnet_mini_f0", "--weights", file, *small])
     assert capsys.readouterr().out.replace("nfnet_mini_f0-signal", "") == of_card
     with pytest.raises(SystemExit, match="2"):
         main(["signal", "nfnet_mini_f0", "--out", "plot"])
@@ -97,6 +97,6 @@ def test_the_command_takes_weights_of_any_number_of_classes(
     for classes in (3, 0):
         file = tmp_path / f"{classes}.safetensors"
         save_weights(NFNet(VARIANTS["nfnet_mini_f0"], num_classes=classes), file, {})
-        command = ["signal", "nfnet_mini_f0", "--checkpoint", str(file), "--batch", "1"]
+        command = ["signal", "nfnet_mini_f0", "--weights", str(file), "--batch", "1"]
         main([*command, "--size", "32", "--out", str(tmp_path / "signal.png")])
         assert capsys.readouterr().out.count("stages.") == 12

@@ -41,16 +41,12 @@ def parser() -> Parser:
         command.set_defaults(run=run)
         if name == "export":
             command.add_argument("target", type=Path, help="file to write")
-            command.add_argument(
-                "--weights", choices=("raw", "ema"), default="raw", help="or their average"
-            )
+            command.add_argument("--ema", action="store_true", help="their moving average")
             command.add_argument("--to", choices=TARGETS, default="ours", help="whose names")
             command.add_argument("--force", action="store_true", help="overwrite the target")
         if name == "card":
             command.add_argument("folder", type=Path, help="to write, new")
-            command.add_argument(
-                "--weights", choices=("raw", "ema"), default="raw", help="or their average"
-            )
+            command.add_argument("--ema", action="store_true", help="their moving average")
     return top
 
 
@@ -110,7 +106,7 @@ def show(given: Any) -> None:
 
 def export(given: Any) -> None:
     found = newest(given.where)
-    form = form_of(found, given.weights)
+    form = form_of(found, given.ema)
     file = str(found.folder / f"{form}.safetensors")
     name = found.state["identity"]["model"]["name"]
     print(convert_weights(file, given.target, model=name, to=given.to, force=given.force))
@@ -118,7 +114,7 @@ def export(given: Any) -> None:
 
 def card(given: Any) -> None:
     found = newest(given.where)
-    form = form_of(found, given.weights)
+    form = form_of(found, given.ema)
     identity = found.state["identity"]
     name = identity["model"]["name"]
     if is_peer(name):
@@ -133,7 +129,7 @@ def card(given: Any) -> None:
         "classes": identity["num_classes"],
         "trained at": f"{sizes.train} px, {found.step:,} updates of {data['batch_size']} rows",
         "weights": "their moving average" if form == "ema" else "of the last update",
-        **held_out(Path(given.where), found.step, given.weights),
+        **held_out(Path(given.where), found.step, "ema" if given.ema else "raw"),
         "shards": f"fingerprint {identity['shards']}",
         "recipe": found.state.get("recipe", "")[:16],
         **found.state.get("versions", {}),
@@ -157,11 +153,10 @@ def held_out(run_dir: Path, step: int, weights: str) -> dict[str, str]:
     return {"held out": f"{shares} on {row['images']:,} images"}
 
 
-def form_of(found: Checkpoint, weights: str) -> str:
-    form = "model" if weights == "raw" else "ema"
-    if form not in found.forms:
-        raise ValueError(f"{found} holds no {weights} weights: use --weights raw")
-    return form
+def form_of(found: Checkpoint, ema: bool) -> str:
+    if ema and "ema" not in found.forms:
+        raise ValueError(f"{found} holds no moving average: leave out --ema")
+    return "ema" if ema else "model"
 
 
 def newest(where: str) -> Checkpoint:

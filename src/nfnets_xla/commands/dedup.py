@@ -76,9 +76,17 @@ def parser() -> Parser:
     )
     command.add_argument("--within", action="store_true", help="keep the first of each group")
     command.add_argument("--out", default="dedup", help="folder of lists, report, and all files")
-    command.add_argument("--crop", type=float, default=Settings.crop, help="of a copy, by area")
     command.add_argument(
-        "--bits", type=int, default=Settings.most_bits, help="hashes may differ in"
+        "--crop",
+        type=float,
+        default=Settings.crop,
+        help="least share of a picture that a copy may show, by area",
+    )
+    command.add_argument(
+        "--bits",
+        type=int,
+        default=Settings.most_bits,
+        help="bits of 128 in which two hashes may differ",
     )
     command.add_argument(
         "--distance",

@@ -124,5 +124,5 @@ def parser() -> Parser:
     made.add_argument("--weights", help="a run's folder, a checkpoint or a file of weights")
     made.add_argument("--ema", action="store_true", help="of a run: the moving average")
     made.add_argument("--size", type=int, help="pixels; if not given, what the evaluations had")
-    made.add_argument("--top", type=int, default=5, help="so many classes")
+    made.add_argument("--top", type=int, default=5, help="how many classes to print")
     return made

@@ -224,7 +224,7 @@ def watch(given: Any) -> None:
 def parser() -> Parser:
     made = Parser(prog="nfnets-xla runs", description=__doc__)
     made.add_argument("folder", type=Path, help="runs lie in it, at any depth")
-    made.add_argument("--finished", action="store_true", help="only these")
+    made.add_argument("--finished", action="store_true", help="only finished runs")
     made.add_argument(
         "--flops", type=float, help=f"only runs that cost so much, up to {WITHIN} times either way"
     )

@@ -47,7 +47,7 @@ def parser() -> Parser:
     hold = add("holdout", run_holdout, "copy a split, by hash of the key, into shards of its own")
     hold.add_argument("dir", help="folder, or its address")
     hold.add_argument("out", type=Path, help="folder to write, new or empty")
-    hold.add_argument("--samples", type=int, required=True, help="so many")
+    hold.add_argument("--samples", type=int, required=True, help="how many to hold out")
     hold.add_argument(
         "--alike", type=Path, help="list of `shards dedup --within`: its groups are not parted"
     )
@@ -88,7 +88,7 @@ def add_pack(add: Callable[..., Any], commands: Any) -> None:
     purpose = "images drawn from formulas, labelled, of any number: to try things with"
     fractals = add("fractals", run_pack_fractals, purpose, kinds)
     fractals.add_argument("dir", type=Path, help="folder to write, new or empty")
-    fractals.add_argument("--classes", type=int, default=8, help="so many")
+    fractals.add_argument("--classes", type=int, default=8, help="how many")
     fractals.add_argument("--per-class", type=int, default=128, help="images of each")
     fractals.add_argument("--first", type=int, default=0, help="number of each class's first image")
     fractals.add_argument("--size", type=int, default=64, help="pixels")

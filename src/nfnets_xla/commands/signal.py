@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfnets_xla import sources
 from nfnets_xla.arguments import Parser
 from nfnets_xla.models.card import SCHEME, has_its_own
 from nfnets_xla.models.layers import SqueezeExcite
 from nfnets_xla.models.nfnet import NFBlock, NFNet
 from nfnets_xla.models.registry import count_classes, create_network
 from nfnets_xla.models.variants import ALPHA, betas
-from nfnets_xla.models.weights import load_checkpoint, load_into
+from nfnets_xla.models.weights import load_into
 
 
 @dataclass(frozen=True)
@@ -144,18 +145,18 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"--out is {out}: there is no folder {out.parent}")
     if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'nfnets_xla[scaling]'")
-    if given.checkpoint is not None and is_card:
-        raise has_its_own(given.name, f"--checkpoint {given.checkpoint}")
+    if given.weights is not None and is_card:
+        raise has_its_own(given.name, f"--weights {given.weights}")
     torch.manual_seed(given.seed)
-    if given.checkpoint is None:
+    if given.weights is None:
         net = create_network(given.name)
         if not is_card:
             open_branches(net)
     else:
-        weights = load_checkpoint(given.checkpoint)
-        net = create_network(given.name, num_classes=count_classes(given.name, weights))
-        load_into(net, weights, source=given.checkpoint)
-    whose = "its weights" if is_card else given.checkpoint or "new weights, skip gains 1"
+        state = sources.find_weights(given.weights, "raw").tensors()
+        net = create_network(given.name, num_classes=count_classes(given.name, state))
+        load_into(net, state, source=given.weights)
+    whose = "its weights" if is_card else given.weights or "new weights, skip gains 1"
     title = f"{given.name}, {whose}, Gaussian noise"
     size = given.size or getattr(getattr(net, "variant", None), "train_size", 224)
     found = signals(net, torch.randn(given.batch, 3, size, size))
@@ -170,6 +171,6 @@ def parser() -> Parser:
     made.add_argument("--out", type=Path, help="PNG to write; NAME-signal.png if not given")
     made.add_argument("--size", type=int, help="pixels; what the model is trained at if not given")
     made.add_argument("--batch", type=int, default=8, help="rows of noise")
-    made.add_argument("--checkpoint", help="trained weights, as they are; else new ones")
+    made.add_argument("--weights", help="a run's folder, a checkpoint or a file; else new ones")
     made.add_argument("--seed", type=int, default=0, help="of new weights and of the noise")
     return made
