@@ -43,11 +43,11 @@ from _timm_nfnet import timms_network, with_branches
 from _turns import Report, medians, wait
 from nfnets_xla import NFNet
 from nfnets_xla.devices import find_device
-from nfnets_xla.ema import EMA
 from nfnets_xla.inductor import Clock
 from nfnets_xla.models.layers import WSConv2d
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.optim import SGD_AGC, parameter_roles
+from nfnets_xla.optim.ema import EMA
 
 CLASSES, LR, EMA_DECAY = 1000, 1e-3, 0.999
 HERE = Path(__file__).parent

@@ -27,10 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from _turns import Report, medians
 from nfnets_xla import NFNet
-from nfnets_xla.ema import EMA
 from nfnets_xla.models.stacked import stack
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.optim import SGD_AGC, parameter_roles
+from nfnets_xla.optim.ema import EMA
 
 CUDA = torch.cuda.is_available()
 RUNS = 11

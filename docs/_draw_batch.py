@@ -18,7 +18,7 @@ ROWS = {
     "pixels": ["data/decode", "data/augment", "data/randaugment", "data/masks"],
     "a global batch": ["data/batches", "data/loader", "data/mix"],
     "on the devices": ["strategy", "xla", "backend"],
-    "the step": ["task", "losses", "models/nfnet", "optim/sam", "optim/sgd_agc", "ema"],
+    "the step": ["task", "losses", "models/nfnet", "optim/sam", "optim/sgd_agc", "optim/ema"],
     "what is kept": [
         "callbacks/monitor",
         "record",

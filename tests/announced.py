@@ -82,7 +82,7 @@ def ascent(announce: Callable[[], None]) -> None:
 
 
 def average(announce: Callable[[], None]) -> None:
-    from nfnets_xla.ema import EMA
+    from nfnets_xla.optim.ema import EMA
 
     before(EMA, "update", announce, skip=2)
 

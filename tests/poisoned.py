@@ -13,8 +13,8 @@ from typing import Any
 
 from nfnets_xla.cli import main
 from nfnets_xla.data.batches import TrainBatches
-from nfnets_xla.ema import EMA
 from nfnets_xla.optim import SGD_AGC
+from nfnets_xla.optim.ema import EMA
 from nfnets_xla.task import Classification
 
 Set = Callable[[Any, str, Any], None]  # setattr, or a monkeypatch's

@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nfnets_xla import xla
-from nfnets_xla.ema import EMA
-from nfnets_xla.models import NFNet
+from nfnets_xla import NFNet, xla
 from nfnets_xla.models.stacked import as_in, output_axes, per_block, stack
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.optim import SGD_AGC, parameter_roles
+from nfnets_xla.optim.ema import EMA
 from nfnets_xla.strategy import gather_weights
 
 DEPTH = (1, 1, 3, 1)  # a tail of two blocks, which is what is stacked

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfnets_xla import xla
-from nfnets_xla.models import NFNet
+from nfnets_xla import NFNet, xla
 from nfnets_xla.models.stacked import per_block, stack
 from tests.stacked_mesh import batch, network
 

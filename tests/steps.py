@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nfnets_xla import NFNet
 from nfnets_xla.config import OptimConfig
 from nfnets_xla.data.mix import Layout, draw_mixes
-from nfnets_xla.models import NFNet
 from nfnets_xla.models.variants import Variant
 from nfnets_xla.optim import Passes
 from nfnets_xla.optim.schedule import Schedule

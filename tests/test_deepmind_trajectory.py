@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nfnets_xla.ema import EMA
 from nfnets_xla.models.names import haiku_names
 from nfnets_xla.optim import SGD_AGC, Schedule, parameter_roles
+from nfnets_xla.optim.ema import EMA
 from tests.fixtures import deepmind
 
 

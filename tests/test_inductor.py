@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from nfnets_xla import NFNet
 from nfnets_xla.backend import local_gpu, open_backend
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.config import TrainerConfig
 from nfnets_xla.inductor import Clock, as_it_is, compiled
-from nfnets_xla.models import NFNet
 from nfnets_xla.models.stacked import stack
 from nfnets_xla.record import read_record
 from tests.runs import (

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from nfnets_xla import list_models
 from nfnets_xla.compose import composed as composed_config
 from nfnets_xla.compose import to_run
 from nfnets_xla.config import Run, differences
 from nfnets_xla.inputs import make_order, untrained
 from nfnets_xla.manual import recipes
-from nfnets_xla.models import list_models
 from nfnets_xla.scaling.account import images_drawn, macs_per_image, train_flops
 from nfnets_xla.steps import ascent_share, make_passes, make_schedule
 

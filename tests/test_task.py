@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nfnets_xla import checkpoint
+from nfnets_xla import NFNet, checkpoint
 from nfnets_xla.backend import open_backend
 from nfnets_xla.callbacks.checkpointer import host_copies
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.mix import Layout
-from nfnets_xla.models import NFNet
 from nfnets_xla.network import restore
 from nfnets_xla.optim import SGD_AGC, parameter_roles
 from nfnets_xla.optim.schedule import Schedule

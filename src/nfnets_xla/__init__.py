@@ -7,12 +7,19 @@ from nfnets_xla.models.timm_names import register_with_timm
 from nfnets_xla.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from nfnets_xla.models import NFNet as NFNet
-    from nfnets_xla.models import WSConv2d as WSConv2d
-    from nfnets_xla.models import create_model as create_model
-    from nfnets_xla.models import fuse as fuse
-    from nfnets_xla.models import list_models as list_models
+    from nfnets_xla.models.deploy import fuse as fuse
+    from nfnets_xla.models.layers import WSConv2d as WSConv2d
+    from nfnets_xla.models.nfnet import NFNet as NFNet
+    from nfnets_xla.models.registry import create_model as create_model
+    from nfnets_xla.models.registry import list_models as list_models
 
+HOMES = {
+    "NFNet": "nfnet",
+    "WSConv2d": "layers",
+    "create_model": "registry",
+    "fuse": "deploy",
+    "list_models": "registry",
+}
 __all__ = ["NFNet", "WSConv2d", "__version__", "create_model", "fuse", "list_models"]
 
 register_with_timm()
@@ -20,8 +27,8 @@ register_with_timm()
 
 def __getattr__(name: str) -> Any:
     """Torch is loaded with the first of these: plans and the command line's help do without."""
-    if name in __all__:
-        return getattr(import_module("nfnets_xla.models"), name)
+    if name in HOMES:
+        return getattr(import_module(f"nfnets_xla.models.{HOMES[name]}"), name)
     raise AttributeError(f"module 'nfnets_xla' has no attribute {name!r}")
 
 

@@ -23,13 +23,13 @@ from torch.func import functional_call
 
 from nfnets_xla.config import OptimConfig
 from nfnets_xla.data.mix import mixed
-from nfnets_xla.ema import EMA
 from nfnets_xla.inductor import as_it_is
 from nfnets_xla.losses import LOSSES, probabilities, target_of
 from nfnets_xla.models.registry import Network
 from nfnets_xla.models.stacked import output_axes
 from nfnets_xla.optim.by_role import ByRole
 from nfnets_xla.optim.choice import make_optimizer
+from nfnets_xla.optim.ema import EMA
 from nfnets_xla.optim.guard import Guard
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.roles import parameter_roles

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nfnets_xla import xla
-from nfnets_xla.ema import EMA
 from nfnets_xla.optim import SAM, Guard, Passes, parameter_roles
+from nfnets_xla.optim.ema import EMA
 from tests.optim.network import an_optimizer, images_and_labels, small_net
 
 # Learning rate, decay, rho: each goes through exactly 0 and exactly 1.

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nfnets_xla.ema import EMA
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import stack
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.optim import SGD_AGC, agc_, by_role, parameter_roles
 from nfnets_xla.optim.agc import clip_adaptively, clip_factor, unit_shape, unitwise_norm
+from nfnets_xla.optim.ema import EMA
 from nfnets_xla.optim.roles import CLASSIFIER_WEIGHT, CONV, LINEAR, STACKED, VECTOR
 from tests.optim.network import SETTINGS, an_optimizer, closure_of, small_net
 

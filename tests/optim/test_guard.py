@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfnets_xla.ema import EMA
 from nfnets_xla.optim import SAM, Guard, parameter_roles
+from nfnets_xla.optim.ema import EMA
 from tests.optim.network import SmallNet, an_optimizer, closure_of, small_net
 
 CPU = torch.device("cpu")

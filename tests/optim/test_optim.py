@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nfnets_xla.ema import EMA
-from nfnets_xla.models import WSConv2d
+from nfnets_xla import WSConv2d
 from nfnets_xla.optim import SAM, SGD_AGC, Schedule, by_role, parameter_roles
 from nfnets_xla.optim.agc import clip_adaptively
+from nfnets_xla.optim.ema import EMA
 from tests.reference.sgd_agc import ema_update, sam_ascent, sgd_agc_step
 
 STEPS = 200

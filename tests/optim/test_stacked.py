@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nfnets_xla.ema import EMA
-from nfnets_xla.models import NFNet
+from nfnets_xla import NFNet
 from nfnets_xla.models.stacked import as_in, per_block, stack
 from nfnets_xla.models.variants import Variant
 from nfnets_xla.optim import SAM, SGD_AGC, parameter_roles
 from nfnets_xla.optim.agc import unitwise_norm
+from nfnets_xla.optim.ema import EMA
 from tests.reference.sgd_agc import ema_update, sgd_agc_step
 
 STEPS = 8

@@ -1,7 +1,9 @@
-"""Optimizers of the paper: SGD with adaptive gradient clipping, SAM around it, the schedule."""
+"""The optimizers: SGD with adaptive gradient clipping, SAM around it, schedule and average."""
 
 from nfnets_xla.optim.adamw import AdamW_AGC as AdamW_AGC
 from nfnets_xla.optim.agc import agc_ as agc_
+from nfnets_xla.optim.by_role import ByRole as ByRole
+from nfnets_xla.optim.ema import EMA as EMA
 from nfnets_xla.optim.guard import Guard as Guard
 from nfnets_xla.optim.passes import Passes as Passes
 from nfnets_xla.optim.roles import parameter_roles as parameter_roles

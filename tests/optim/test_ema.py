@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from nfnets_xla.ema import EMA
+from nfnets_xla.optim.ema import EMA
 from tests.optim.network import images_and_labels, small_net
 
 

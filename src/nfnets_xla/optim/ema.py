@@ -3,7 +3,8 @@
 arXiv 2102.06171, appendix A.1; reference: deepmind-research/nfnets at f5de0ed, utils.py:73-76.
 """
 
-# pyright: reportPrivateImportUsage=false
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+# pyright: reportUntypedFunctionDecorator=false
 
 from collections.abc import Iterable, Mapping
 
