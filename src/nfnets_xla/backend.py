@@ -21,11 +21,9 @@ from nfnets_xla.devices import (
     smallest_fsdp,
     tpu_is_attached,
 )
-from nfnets_xla.hosts import Hosts, open_hosts
-from nfnets_xla.models.nfnet import Checkpoint, recompute
+from nfnets_xla.hosts import ALONE, Hosts, open_hosts
+from nfnets_xla.models.nfnet import Recompute, recompute
 from nfnets_xla.models.stacked import Scan, loop
-
-ALONE = Hosts()
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Backend:
     scan: Scan = loop  # runs a stacked network's loops
     cache_compilations: Callable[[Path], bool] = lambda _: True  # there is nothing to keep
     peak_memory: Callable[[], int | None] = lambda: None  # bytes of a device; None: not told
-    checkpoint: Checkpoint = recompute  # computes a block again in the backward pass
+    checkpoint: Recompute = recompute  # computes a block again in the backward pass
     compile: Callable[[Any], Any] = inductor.as_it_is  # a function of tensors, before its first use
     channels_last: bool = False  # how convolutions' weights are to lie in memory
 

@@ -53,7 +53,7 @@ def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
         print(help_of(name, plain, given.config_dir))
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to main() instead of a printed traceback
-    prepare()
+    tell_hydra()
     quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
     quiet += [
         "hydra.sweep.dir='${local:${run_dir}}'",
@@ -127,7 +127,8 @@ def help_of(name: str, overrides: Sequence[str], folder: str | None) -> str:
     return manual(name, header(name, folder), values, made.hydra.sweeper.params or {})
 
 
-def prepare() -> None:
+def tell_hydra() -> None:
+    """What recipes may say: `${local:...}`, `${model_of:...}`, `${variant:...}`."""
     from nfnets_xla.sweep import model_of
 
     Plugins.instance().register(ConfOnPath)
@@ -243,7 +244,7 @@ def trials_asked(of_recipe: Sequence[str], overrides: Sequence[str]) -> TrialsAs
 def composed(name: str, overrides: Sequence[str] = (), folder: str | None = None) -> DictConfig:
     """A recipe, ours or of a folder, without running it; of one that sweeps, without what it
     sweeps. With "hydra"."""
-    prepare()
+    tell_hydra()
     if folder is None:
         known(name)
         where = initialize_config_module("nfnets_xla.recipes", version_base="1.3")

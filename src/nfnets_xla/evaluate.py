@@ -1,6 +1,5 @@
 """Evaluate given weights on held-out shards: the same graph and numbers as during training."""
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from nfnets_xla.callbacks.missed import Missed
 from nfnets_xla.config import Run
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.display import Say
 from nfnets_xla.inputs import check_cache, count_classes, make_eval_batches, open_index
 from nfnets_xla.models import registry
 from nfnets_xla.models.peers import is_peer
@@ -22,8 +22,6 @@ from nfnets_xla.models.weights import load_into
 from nfnets_xla.network import make_task, put_on_device
 from nfnets_xla.record import Discard, RecordWriter, refuse_training
 from nfnets_xla.trainer import make_trainer
-
-Say = Callable[[str], None]
 
 
 def evaluate(run: Run, say: Say = print) -> dict[str, Any]:

@@ -137,6 +137,9 @@ class Hosts:
         )
 
 
+ALONE = Hosts()
+
+
 def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Consecutive tensors of at most BUCKET bytes together, or one that is larger."""
     bucket: list[Tensor] = []

@@ -16,12 +16,10 @@ from nfnets_xla.data.order import Order
 from nfnets_xla.data.records import DIGEST
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.data.storage import address, is_below
-from nfnets_xla.hosts import Hosts
+from nfnets_xla.hosts import ALONE, Hosts
 from nfnets_xla.models.card import SCHEME, WEIGHTS
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network
-
-ALONE = Hosts()
 
 
 def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:

@@ -22,11 +22,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 
 from nfnets_xla.data.order import Order
-from nfnets_xla.hosts import Hosts
+from nfnets_xla.hosts import ALONE, Hosts
 from nfnets_xla.record import RunRecord, has_record, read_record
 
 FRAME = struct.Struct("<III")
-ALONE = Hosts()
 NAMED = 10  # samples that a message names
 
 Int64 = NDArray[np.int64]

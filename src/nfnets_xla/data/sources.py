@@ -14,10 +14,9 @@ from PIL import Image
 
 from nfnets_xla.data import labels
 from nfnets_xla.data.decode import to_rgb
+from nfnets_xla.data.jobs import Progress
 from nfnets_xla.data.pack import Sample, encode_image, pack_samples
 from nfnets_xla.data.scan import IMAGES
-
-Progress = Callable[[int, int], None]  # images done, of how many
 
 
 def pack_image_folder(

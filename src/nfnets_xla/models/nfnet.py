@@ -46,7 +46,7 @@ from nfnets_xla.models.variants import (
     bottleneck,
 )
 
-Checkpoint = Callable[..., Tensor]  # as torch.utils.checkpoint: (function, *arguments)
+Recompute = Callable[..., Tensor]  # as torch.utils.checkpoint: (function, *arguments)
 OWN_HEADS: tuple[type[nn.Module], ...] = (Linear, nn.Identity)
 TAPPED = STEM_STRIDES.index(2, 1)  # convolutions of the stem at stride 2; the next goes to 4
 
@@ -111,7 +111,7 @@ class Stage(nn.ModuleList):
     The network calls a stage as one thing, so that one scan over a stacked tail can take its place.
     """
 
-    checkpoint: Checkpoint | None = None  # recomputes a block in the backward pass
+    checkpoint: Recompute | None = None  # recomputes a block in the backward pass
 
     def forward(self, x_BCHW: Tensor, keep_masks_BN: Tensor | None = None) -> Tensor:
         """N counts this stage's blocks."""
@@ -321,7 +321,7 @@ class NFNet(PooledDropout):
         return self.head
 
     def set_grad_checkpointing(
-        self, enable: bool = True, checkpoint: Checkpoint = recompute
+        self, enable: bool = True, checkpoint: Recompute = recompute
     ) -> None:
         """Keep only each block's input for the backward pass, which then computes it again."""
         for stage in self.stages:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
 from nfnets_xla.models.layers import GELU_GAIN
-from nfnets_xla.models.nfnet import Checkpoint, NFBlock, NFNet, Stage
+from nfnets_xla.models.nfnet import NFBlock, NFNet, Recompute, Stage
 from nfnets_xla.models.variants import Variant
 
 # stages.2.tail.conv0.weight holds stages.2.1.conv0.weight and those of the blocks after it.
@@ -43,11 +43,11 @@ class Scan(Protocol):
     """The last carry of a loop over the first axis of `stacked`; `checkpoint` recomputes steps."""
 
     def __call__(
-        self, body: Body, carry: Tensor, stacked: Slices, checkpoint: Checkpoint | None
+        self, body: Body, carry: Tensor, stacked: Slices, checkpoint: Recompute | None
     ) -> Tensor: ...
 
 
-def loop(body: Body, carry: Tensor, stacked: Slices, checkpoint: Checkpoint | None) -> Tensor:
+def loop(body: Body, carry: Tensor, stacked: Slices, checkpoint: Recompute | None) -> Tensor:
     """Python's own loop, for devices that run one operation after the other."""
     if carry.device.type == "xla":
         raise ValueError(
