@@ -165,9 +165,9 @@ _OF_A_HOST = (
     *("data.cache_dir", "data.cache_bytes", "data.workers"),
 )
 
-# Of no effect on the numbers, or known by something else: the samples, excluded ones too, by the
-# shards' fingerprint in a plan's identity, initial weights by resume.Beginning. `max_skipped` says
-# whether a run goes on, not how.
+# Settings without effect on the numbers, or told otherwise: samples, excluded ones too, by the
+# fingerprint of the shards in a plan's identity, initial weights by their hash (resume.Beginning).
+# `max_skipped` says whether a run goes on, not how.
 _NOT_IDENTITY = {
     "model": ("init_from", "pretrained", "stacked", "recompute"),
     "data": (

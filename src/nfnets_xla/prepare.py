@@ -153,8 +153,8 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
 
 
 def tell_of_other_weights(plan: Plan, begun_with: dict[str, Any], say: Say) -> None:
-    """Those under the name given may be trained on, and of a start that was ended before its first
-    checkpoint nothing else is left."""
+    """Warn if the initial weights have changed since the folder was begun. Ended before its first
+    checkpoint, a run can only begin again from those of now."""
     if not has_record(plan.folder):
         return
     before = read_record(plan.folder).opening.get("begun_with") or begun_with

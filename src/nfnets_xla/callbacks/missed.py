@@ -25,8 +25,8 @@ NO_BATCH = -(2**40)  # what a host says instead of a number of samples
 
 
 class Missed(Callback):
-    """Fires before a batch is used. Raises Failed past the ceiling; and Unreachable, after the same
-    step on all hosts, if another could not have its batch."""
+    """Runs before a batch is used. Raises Failed past the ceiling; and Unreachable on all hosts,
+    after the same step, if one of them could not get its batch."""
 
     def __init__(
         self,
