@@ -212,6 +212,12 @@ def test_three_runs_of_which_one_blew_up_give_ends_and_no_warning() -> None:
         found.predict(np.inf)
 
 
+def test_an_end_among_infinities_is_one() -> None:
+    """Between two of them numpy's interpolation finds no number, and warns."""
+    drawn = np.array([[number, 1.0] for number in [2.0] * 90 + [np.inf] * 10])
+    assert law.intervals(drawn) == [(2.0, np.inf), (1.0, 1.0)]
+
+
 def test_the_frontier_is_what_nothing_cheaper_beats() -> None:
     x = [3, 1, 2, 5, 4, 5]
     y = [2.0, 3.0, 3.5, 1.0, 2.0, 0.9]
