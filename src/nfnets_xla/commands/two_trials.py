@@ -2,7 +2,8 @@
 
 Taking for granted that the best rate never rises with epochs or size, each model at each number of
 epochs is run twice: with the lowest of the rates that were best for runs no larger and no longer,
-and with half of it. Small models and few epochs come first, since the others start from them.
+and with half of it; where such a run diverged at all its rates, with half the lowest of these at
+most. Small models and few epochs come first, since the others start from them.
 """
 
 from nfnets_xla import compose
