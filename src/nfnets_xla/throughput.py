@@ -6,7 +6,6 @@ for every step, so that nothing is read or decoded meanwhile. What is written do
 of a run's record: median images a second, MFU, compilations; and the peak of the device's memory.
 """
 
-import io
 import resource
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from nfnets_xla.backend import Backend
 from nfnets_xla.config import Run
 from nfnets_xla.data.index import build_index
-from nfnets_xla.data.pack import Sample, pack_samples
+from nfnets_xla.data.pack import Sample, encode_image, pack_samples
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.display import Display, Lines, summary
 from nfnets_xla.inputs import make_order, make_train_batches
@@ -112,10 +110,8 @@ def noise(run: Run, folder: Path) -> ShardIndex:
 
     def samples() -> Iterator[Sample]:
         for number in range(images):
-            file = io.BytesIO()
             pixels = rng.integers(0, 256, (NOISE, NOISE, 3), np.uint8)
-            Image.fromarray(pixels).save(file, "PNG")
-            yield f"{number:06d}", file.getvalue(), "png", number % classes
+            yield f"{number:06d}", encode_image(pixels), "png", number % classes
 
     pack_samples(samples(), folder, samples_per_shard=max(1, images // run.data.num_streams))
     return build_index(folder)

@@ -95,6 +95,17 @@ def test_the_table_has_all_of_them(runs: Path, capsys: pytest.CaptureFixture[str
         assert word in printed
 
 
+def test_in_a_pipe_a_run_is_one_line_however_long_its_name(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "/".join(["sweep-of-" + "x" * 90] * 3)
+    made(runs / long, ended=True)
+    main(["runs", str(runs)])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 + 4
+    assert sum(long in line for line in printed) == 1
+
+
 @pytest.mark.parametrize(("width", "gone"), [(200, []), (100, ["starts", "lost"])])
 def test_a_narrow_terminal_is_spared_columns_and_no_digits(
     runs: Path, width: int, gone: list[str]
