@@ -84,7 +84,7 @@ def save(
     """Write `root/step-<step>`; `forms` are host tensors. Returns its bytes.
 
     It is on the disk, or at the address, when this returns. An unfinished or damaged folder of the
-    same step is replaced; a complete one is left as it is. What cannot be finished is deleted.
+    same step is replaced; a complete one stays. What cannot be finished is deleted, if it can be.
 
     Raises OtherRun if the newest there, or that of this step, is of another run: two runs in one
     folder would delete each other's checkpoints, or go on from them.

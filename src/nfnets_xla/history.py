@@ -27,11 +27,16 @@ class Past:
     best: tuple[int, float] | None = None  # step and held-out loss of the best checkpoint
 
 
-def past_of(start: Checkpoint | None, run_dir: Path, saved: Collection[int]) -> Past:
-    """`saved` are the steps of the checkpoints that the run has."""
+def record_before(start: Checkpoint | None, run_dir: Path) -> RunRecord | None:
+    """What earlier starts wrote, as far as one from `start` builds on it."""
     folder = run_dir if start is None else history(start, run_dir)
     step = 0 if start is None else start.step
-    record = read_record(folder, step) if has_record(folder) else None
+    return read_record(folder, step) if has_record(folder) else None
+
+
+def past_of(start: Checkpoint | None, record: RunRecord | None, saved: Collection[int]) -> Past:
+    """`record` is the one before `start`; `saved` are the steps of the checkpoints that the run
+    has."""
     lost_seconds = 0.0 if record is None else record.seconds_lost
     if start is None:
         return Past(lost_seconds=lost_seconds)
@@ -39,7 +44,7 @@ def past_of(start: Checkpoint | None, run_dir: Path, saved: Collection[int]) -> 
     if record is not None:
         evaluated = evaluations(record, "ema" if "ema" in start.forms else "raw")
     return Past(
-        step,
+        start.step,
         seconds=start.state["seconds"],
         lost_seconds=lost_seconds,
         missed=0 if record is None else missed_before(record),

@@ -17,7 +17,7 @@ from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.display import Say
 from nfnets_xla.exits import Interrupted
-from nfnets_xla.history import Past, history, past_of
+from nfnets_xla.history import Past, past_of, record_before
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.inputs import (
     check_cache,
@@ -169,12 +169,11 @@ def tell_of_other_weights(plan: Plan, begun_with: dict[str, Any], say: Say) -> N
 def find_past(plan: Plan, start: Checkpoint | None, say: Say) -> Past:
     """What earlier starts have left. The best so far is only of the held-out samples of now."""
     saved = [] if start is None else [start.step, *checkpoint.steps(plan.checkpoints)]
-    past = past_of(start, plan.folder, saved)
-    if start is None or plan.held_out is None:
+    record = record_before(start, plan.folder)
+    past = past_of(start, record, saved)
+    if start is None or record is None or plan.held_out is None:
         return past
-    if not has_record(folder := history(start, plan.folder)):
-        return past
-    other = other_held_out(read_record(folder).headers, start.step, plan.held_out.fingerprint)
+    other = other_held_out(record.headers, start.step, plan.held_out.fingerprint)
     if other == start.step:
         say(
             f"warning: data.eval_shards holds other samples than up to step {other}: held-out "

@@ -205,9 +205,12 @@ class SPMDStrategy(SingleDeviceStrategy):
     def _heard(self, exchange: Callable[[], T]) -> T:
         """HostLost for what the runtime raises after the first step, of several hosts: it is not
         the program's fault then, and comes with whatever asks for the devices next."""
-        if self._has_stepped and self._num_hosts > 1:
-            return xla.open_hosts().heard(exchange)
-        return exchange()
+        try:
+            return exchange()
+        except RuntimeError as error:  # not before: opening the hosts may wait for all of them
+            if self._has_stepped and self._num_hosts > 1:
+                raise xla.open_hosts().lost(error) from error
+            raise
 
     @property
     def _is_automatic(self) -> bool:

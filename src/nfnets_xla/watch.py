@@ -15,7 +15,13 @@ from nfnets_xla.curves import Curves, NoCurves
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.display import Display, Say
 from nfnets_xla.exits import Interrupted
-from nfnets_xla.history import flush_history, past_of, refuse_half_a_history, take_history
+from nfnets_xla.history import (
+    flush_history,
+    past_of,
+    record_before,
+    refuse_half_a_history,
+    take_history,
+)
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.ledger import Ledger, head_of
 from nfnets_xla.models.registry import count_parameters
@@ -102,7 +108,8 @@ def take_over(ready: Ready) -> None:
     folder, start, root = ready.plan.folder, ready.start, ready.plan.checkpoints
     # Without a record the past is another folder's, whose run may go on.
     # The best of it may have been left out, being of other held-out samples (prepare.find_past).
-    now, then = (replace(past, best=None) for past in (past_of(start, folder, ()), ready.past))
+    found = past_of(start, record_before(start, folder), ())
+    now, then = (replace(past, best=None) for past in (found, ready.past))
     if has_record(folder) and now != then:
         raise Interrupted(
             f"another start has written into {folder} while this one was preparing: start again, "

@@ -47,7 +47,7 @@ from nfnets_xla.models.variants import (
 )
 
 Recompute = Callable[..., Tensor]  # as torch.utils.checkpoint: (function, *arguments)
-OWN_HEADS: tuple[type[nn.Module], ...] = (Linear, nn.Identity)
+OWN_HEADS: tuple[type[nn.Module], ...] = (Linear, nn.Identity)  # of any dtype
 TAPPED = STEM_STRIDES.index(2, 1)  # convolutions of the stem at stride 2; the next goes to 4
 
 

@@ -49,7 +49,7 @@ class Cell:
         return self.bounds(other) and (self.macs, self.epochs) != (other.macs, other.epochs)
 
     def bounds(self, other: "Cell") -> bool:
-        """The same, or itself."""
+        """Whether `other` is no smaller and no shorter; each bounds itself."""
         return self.macs <= other.macs and self.epochs <= other.epochs
 
     def __str__(self) -> str:
