@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, record
 from nfnets_xla.record import read_record
-from tests.chaos_suite import FOLDERS, HEAD, Suite, ended, finished, kill, rows, write
+from tests.chaos_suite import FOLDERS, HEAD, Suite, Wound, ended, finished, kill, rows, write
 from tests.data.server import Fault, serving
 from tests.runs import UNOPTIMISED, xla
 from tests.shallow import SHALLOW, register_shallow
@@ -63,6 +63,36 @@ def kills_while_starting(suite: Suite, count: int) -> None:
         kill(pid)
     suite.run(arguments, run_dir)
     suite.judge("SIGKILL while starting", [run_dir], count, suite.reference(arguments))
+
+
+def two_machines(suite: Suite, count: int) -> None:
+    """Train one run beside each other in its one folder, and each begins again when it was
+    overtaken, until both have seen the end. Now and then one stands still."""
+
+    def elsewhere() -> None:
+        record._machine = lambda: "elsewhere"
+
+    arguments, run_dir = suite.arguments(16), suite.folder / "two"
+    wounds: dict[int, Wound | None] = {}
+    for wound in (None, elsewhere):
+        wounds[suite.started(arguments, run_dir, wound)] = wound
+    overtaken = 0
+    while wounds:
+        for pid, wound in list(wounds.items()):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                del wounds[pid]
+                if code := ended(pid):
+                    assert code == 75, suite.log.read_text()[-3000:]
+                    overtaken += 1
+                    wounds[suite.start(arguments, run_dir, wound)] = wound
+            elif suite.rng.random() < 0.3 and overtaken < count:
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(suite.rng.uniform(0, 1))
+                os.kill(pid, signal.SIGCONT)
+        time.sleep(0.1)
+    assert overtaken, "neither was ever behind"
+    reference, note = suite.reference(arguments), "exit code 75 of the one behind"
+    suite.judge("two machines train it at once", [run_dir], overtaken, reference, note)
 
 
 def kills_on_devices(suite: Suite, count: int) -> None:
@@ -235,6 +265,7 @@ LONG: dict[str, Callable[[Suite], None]] = {
     "starting": lambda suite: kills_while_starting(suite, 10),
     "term": lambda suite: requests_to_stop(suite, 10),
     "devices": lambda suite: kills_on_devices(suite, 20),
+    "two": lambda suite: two_machines(suite, 10),
     "damage": damage,
     "full": full_disk,
     "read-only": read_only,

@@ -17,6 +17,7 @@ from fsspec.config import conf
 from nfnets_xla import checkpoint, sources
 from nfnets_xla.commands.checkpoint import main as checkpoints
 from nfnets_xla.data.storage import Folder
+from nfnets_xla.retention import prune
 from tests.data.object_store import GCS, S3, storing
 
 FORMS = {"model": {"w": torch.arange(6.0).reshape(2, 3), "gain": torch.tensor(0.5)}}
@@ -133,10 +134,10 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     no_manifest(tmp_path / "step-00000003")
-    checkpoint.prune(tmp_path, start=0, written=[1, 2, 3, 4], keep=2)
+    prune(tmp_path, start=0, written=[1, 2, 3, 4], keep=2)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["step-00000002", "step-00000004"]
-    checkpoint.prune(tmp_path, start=0, written=[1, 2, 3, 4], keep=1)
+    prune(tmp_path, start=0, written=[1, 2, 3, 4], keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
@@ -144,7 +145,7 @@ def test_what_is_left_of_old_ones_goes_where_there_are_just_enough(tmp_path: Pat
     for step in (1, 2, 3):
         save(tmp_path, step)
     no_manifest(tmp_path / "step-00000001")
-    checkpoint.prune(tmp_path, start=0, written=[1, 2, 3], keep=2)
+    prune(tmp_path, start=0, written=[1, 2, 3], keep=2)
     assert checkpoint.steps(tmp_path) == [3, 2]
 
 
@@ -154,7 +155,7 @@ def test_what_a_kill_left_of_a_file_goes_with_its_checkpoint(tmp_path: Path) -> 
         checkpoint.save(tmp_path, step, FORMS, {})
     (tmp_path / "step-00000001" / f".manifest.json.{'0a' * 16}").touch()
     (tmp_path / "step-00000002" / ".nfs0000000000000a").touch()
-    checkpoint.prune(tmp_path, start=0, written=[1, 2, 3], keep=1)
+    prune(tmp_path, start=0, written=[1, 2, 3], keep=1)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == [
         "step-00000002",
         "step-00000003",
@@ -173,7 +174,7 @@ def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for step in (1, 2):
         save(tmp_path, step)
     monkeypatch.setattr(Folder, "remove", noted)
-    checkpoint.prune(tmp_path, start=0, written=[1, 2], keep=1)
+    prune(tmp_path, start=0, written=[1, 2], keep=1)
     assert gone[0] == "step-00000001/manifest.json"
     assert len(gone) == 3
 
@@ -182,9 +183,9 @@ def test_the_best_and_one_of_every_few_hours_stay(tmp_path: Path) -> None:
     """A checkpoint every 40 minutes of the run's time; one of every two hours is to stay."""
     for step in range(1, 10):
         save(tmp_path, step, seconds=2400.0 * step)
-    checkpoint.prune(tmp_path, start=8, written=[9], keep=2, every_hours=2, best=[5, None])
+    prune(tmp_path, start=8, written=[9], keep=2, every_hours=2, best=[5, None])
     assert checkpoint.steps(tmp_path) == [9, 8, 6, 5, 3]  # 2 h are over at step 3, 4 h at 6
-    checkpoint.prune(tmp_path, start=8, written=[9], keep=1, best=[6])
+    prune(tmp_path, start=8, written=[9], keep=1, best=[6])
     assert checkpoint.steps(tmp_path) == [9, 6]
 
 
@@ -194,11 +195,11 @@ def test_a_state_that_cannot_be_read_now_costs_no_checkpoint(tmp_path: Path) -> 
         save(tmp_path, step, seconds=3600.0 * step)
     state = (tmp_path / "step-00000002" / "state.json").rename(tmp_path / "aside")
     (tmp_path / "step-00000002" / "state.json").mkdir()
-    checkpoint.prune(tmp_path, start=5, written=[6], keep=1, every_hours=2)
+    prune(tmp_path, start=5, written=[6], keep=1, every_hours=2)
     assert checkpoint.steps(tmp_path) == [6, 4, 3, 2]  # 3 in the place of 2
     (tmp_path / "step-00000002" / "state.json").rmdir()
     state.rename(tmp_path / "step-00000002" / "state.json")
-    checkpoint.prune(tmp_path, start=5, written=[6], keep=1, every_hours=2)
+    prune(tmp_path, start=5, written=[6], keep=1, every_hours=2)
     assert checkpoint.steps(tmp_path) == [6, 4, 2]
 
 
@@ -209,13 +210,13 @@ def test_what_does_not_verify_takes_nobodys_place(tmp_path: Path) -> None:
     flipped_bit(tmp_path / "step-00000009")
     (tmp_path / "step-00000003" / "state.json").write_text('{"step": ')
     save(tmp_path, 6, seconds=21600.0)
-    checkpoint.prune(tmp_path, start=4, written=[6], keep=1, every_hours=2)
+    prune(tmp_path, start=4, written=[6], keep=1, every_hours=2)
     assert checkpoint.steps(tmp_path) == [9, 6, 4, 2]
     found, skipped = checkpoint.latest(tmp_path)
     assert found is not None
     assert (found.step, len(skipped)) == (6, 1)
     save(tmp_path, 10)  # past the damaged one, which is still no checkpoint
-    checkpoint.prune(tmp_path, start=4, written=[6, 10], keep=2)
+    prune(tmp_path, start=4, written=[6, 10], keep=2)
     assert checkpoint.steps(tmp_path) == [10, 6]
 
 
@@ -264,6 +265,27 @@ def test_two_runs_do_not_save_in_one_folder(tmp_path: Path) -> None:
             checkpoint.save(tmp_path, step, FORMS, state)
     checkpoint.save(tmp_path, 7, FORMS, {**ours, "begun_with": None})  # of an older release
     assert checkpoint.steps(tmp_path) == [7, 5]
+
+
+def test_two_starts_of_a_run_do_not_save_in_turns(tmp_path: Path) -> None:
+    """The one that another has overtaken ends; what was there when it began is no other's."""
+    identity: dict[str, Any] = {"identity": {"seed": 1}}
+    first = {**identity, "start": "a", "resumed_from": 0}
+    second = {**identity, "start": "b", "resumed_from": 5}
+    checkpoint.save(tmp_path, 5, FORMS, first)
+    checkpoint.save(tmp_path, 7, FORMS, second)
+    for step in (6, 7, 8):
+        with pytest.raises(
+            checkpoint.OtherStart, match=r"-00000007 was saved by another start of this run"
+        ):
+            checkpoint.save(tmp_path, step, FORMS, first)
+    assert checkpoint.steps(tmp_path) == [7, 5]
+    checkpoint.save(tmp_path, 8, FORMS, second)
+    checkpoint.save(tmp_path, 9, FORMS, identity)  # of an older release, which had no names
+    checkpoint.save(tmp_path, 10, FORMS, second)
+    (tmp_path / "step-00000010" / "model.safetensors").unlink()  # it is none, whosever it was
+    checkpoint.save(tmp_path, 9, FORMS, first)
+    assert checkpoint.steps(tmp_path) == [10, 9, 8, 7, 5]
 
 
 def test_a_damaged_newest_is_of_no_other_run(tmp_path: Path) -> None:
@@ -325,7 +347,7 @@ def test_an_object_store_keeps_checkpoints_as_a_disk_does(
         assert sources.find_weights(url, "raw").source == f"{url}/step-00000001"
         checkpoint.save(url, 3, FORMS, {})
         assert checkpoint.latest(url)[0] is not None
-        checkpoint.prune(url, start=0, written=[1, 2, 3], keep=1)
+        prune(url, start=0, written=[1, 2, 3], keep=1)
         assert checkpoint.steps(url) == [3]
 
 

@@ -33,7 +33,7 @@ from nfnets_xla.saves import Saves
 from nfnets_xla.watch import open_watch
 from tests.test_ledger import ANY, batch
 from tests.test_ledger import ORDER as LEDGER_ORDER
-from tests.test_saves import FORMS, IDENTITY, ORDER, RANDOM
+from tests.test_resume import FORMS, IDENTITY, ORDER, RANDOM
 from tests.test_watch import made_ready
 
 

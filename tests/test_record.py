@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_seconds_that_a_restart_threw_away(tmp_path: Path) -> None:
     for number, (resumed_from, rows) in enumerate(clocks, start=1):
         if number == 3:  # what it is going to replace is known before it has written anything
             assert read_record(tmp_path).seconds_lost == 9
-            assert read_record(tmp_path, resuming_at=5).seconds_lost == 9 + 11
+            assert read_record(tmp_path, {"resumed_from": 5}).seconds_lost == 9 + 11
         lines = [{"kind": "header", "step": resumed_from, "seconds": 0.0}]
         lines[0]["resumed_from"] = resumed_from
         lines += [{"kind": "train", "step": step, "seconds": clock} for step, clock in rows]
@@ -145,12 +146,86 @@ def test_however_starts_follow_each_other(tmp_path: Path, data: st.DataObject) -
         text = "".join(json.dumps(line) + "\n" for line in starts[-1])
         (folder / f"run-{number}.jsonl").write_text(text)
     resuming_at = data.draw(st.none() | step)
-    found = read_record(folder, resuming_at)
+    following: Row | None = None if resuming_at is None else {"resumed_from": resuming_at}
+    found = read_record(folder, following)
     rows, steps_lost, seconds_lost = joined_one_by_one(starts, resuming_at)
     ended = [line for line in found.rows if line["kind"] == "end"]
     assert [line for line in found.rows if line not in ended] == [r for r in rows if r not in ended]
     assert len(ended) <= 1
     assert (found.steps_lost, found.seconds_lost) == (steps_lost, seconds_lost)
+
+
+class World:
+    """Starts of one run that may train beside each other, and the checkpoints of all of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved: dict[int, list[int]] = {0: []}  # by step, which start computed each up to it
+        self.alive: list[Start] = []
+        self.count = 0
+
+    def begin(self) -> None:
+        self.count += 1
+        newest = max(self.saved)
+        lineage = self.saved[newest]
+        header = {"kind": "header", "step": newest, "resumed_from": newest, "num_steps": 99}
+        header |= {"start": str(self.count), "continues": str(lineage[-1]) if lineage else None}
+        self.alive.append(Start(self.count, newest, list(lineage)))
+        self.write(self.count, header)
+
+    def compute(self, start: "Start") -> None:
+        start.lineage.append(start.number)
+        self.write(start.number, {"kind": "train", "step": len(start.lineage), "by": start.number})
+
+    def save(self, start: "Start") -> None:
+        """As checkpoint.save has it: one that has been overtaken ends."""
+        newest, step = max(self.saved), len(start.lineage)
+        if newest > start.resumed_from and self.saved[newest][-1] != start.number:
+            self.alive.remove(start)
+        elif step > start.resumed_from:
+            self.saved[step] = list(start.lineage)
+
+    def write(self, number: int, row: Row) -> None:
+        with (self.folder / f"run-{number}.jsonl").open("a") as file:
+            file.write(json.dumps({**row, "seconds": 0.0}) + "\n")
+
+
+@dataclass
+class Start:
+    number: int
+    resumed_from: int
+    lineage: list[int]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_however_starts_train_beside_each_other(tmp_path: Path, data: st.DataObject) -> None:
+    """What is read is what led to the newest checkpoint, and what was computed from there."""
+    world = World(Path(tempfile.mkdtemp(dir=tmp_path)))
+    world.begin()
+    action = st.sampled_from(["begin", "compute", "compute", "compute", "save", "kill"])
+    for what in data.draw(st.lists(action, max_size=40)):
+        if what == "begin" or not world.alive:
+            world.begin()
+            continue
+        start = data.draw(st.sampled_from(world.alive))
+        if what == "kill":
+            world.alive.remove(start)
+        else:
+            getattr(world, what)(start)
+    world.begin()
+    last, newest = world.alive[-1], max(world.saved)
+    header = json.loads((world.folder / f"run-{world.count}.jsonl").read_text())
+    before = read_record(world.folder, header)
+    assert [row["by"] for row in before.of_kind("train")] == world.saved[newest]
+    for _ in range(2):
+        world.compute(last)
+    record = read_record(world.folder)
+    rows = record.of_kind("train")
+    assert [row["by"] for row in rows] == last.lineage
+    assert [row["step"] for row in rows] == list(range(1, newest + 3))
+    computed = sum(path.read_text().count('"train"') for path in world.folder.iterdir())
+    assert record.steps_lost == computed - len(rows)
 
 
 def test_a_history_is_read_in_one_look_at_each_row(tmp_path: Path) -> None:

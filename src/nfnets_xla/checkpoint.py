@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor
 from nfnets_xla.config import differences
 from nfnets_xla.data.remote import AnyFolder, RemoteFolder, open_folder
 from nfnets_xla.data.storage import address
-from nfnets_xla.exits import Unreachable
+from nfnets_xla.exits import Interrupted, Unreachable
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -87,44 +87,59 @@ def save(
     same step is replaced; a complete one stays. What cannot be finished is deleted, if it can be.
 
     Raises OtherRun if the newest there, or that of this step, is of another run: two runs in one
-    folder would delete each other's checkpoints, or go on from them.
+    folder would delete each other's checkpoints, or go on from them. Raises OtherStart if another
+    start of this run, on another machine perhaps, has saved it since the one of `state` began.
     """
     if not address(root):
         Path(root).mkdir(parents=True, exist_ok=True)
     folder, name = open_folder(root), folder_name(step)
-    complete = _complete(folder.sizes(""))
+    complete = complete_steps(folder.sizes(""))
     newest = max(complete, default=step)
     if newest != step and _seems_of_another(folder, newest, state):
-        _refuse_another(verify_one(_at(root, newest)), state)
+        found = verify_one(_at(root, newest))
+        if isinstance(found, Checkpoint):
+            _refuse_another(found.where, found.state, state)
     if step in complete:
         found = verify_one(_at(root, step))
-        _refuse_another(found, state)
         if isinstance(found, Checkpoint):
+            _refuse_another(found.where, found.state, state)
             files = (path for path in found.folder.iterdir() if path.name != MANIFEST)
             return sum(path.stat().st_size for path in files)
-    _remove(folder, _files(folder, step))
+    remove(folder, step)
     try:
         return _write(folder, name, forms, {**state, "step": step, "format": FORMAT})
     except Exception as error:
         if not isinstance(error, Unreachable):  # which would not answer to this either
             with suppress(Exception):  # what there is of it may be what fills the disk
-                _remove(folder, _files(folder, step))
+                remove(folder, step)
         raise
 
 
 def _seems_of_another(folder: AnyFolder, step: int, state: Mapping[str, Any]) -> bool:
     """By its state alone, which is quickly read, and may be damaged."""
+    name = folder_name(step)
     try:
-        return bool(_differences(json.loads(folder.read(f"{folder_name(step)}/{STATE}")), state))
-    except (OSError, ValueError, AttributeError, TypeError):  # also: not to be read now
+        theirs = json.loads(folder.read(f"{name}/{STATE}"))
+        _refuse_another(name, theirs, state)
+    except (OtherRun, OtherStart):
+        return True
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):  # also: not to be read now
         return False
+    return False
 
 
-def _refuse_another(found: "Checkpoint | str", state: Mapping[str, Any]) -> None:
-    if isinstance(found, Checkpoint) and (changed := _differences(found.state, state)):
+def _refuse_another(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    if changed := _differences(theirs, ours):
         raise OtherRun(
-            f"{found} is of another run ({'; '.join(changed)}), and two cannot keep their "
+            f"{where} is of another run ({'; '.join(changed)}), and two cannot keep their "
             "checkpoints in one folder: choose another trainer.checkpoint_dir"
+        )
+    starts = theirs.get("start"), ours.get("start")
+    if None not in starts and starts[0] != starts[1] and theirs["step"] > ours["resumed_from"]:
+        raise OtherStart(
+            f"{where} was saved by another start of this run, which trains elsewhere or did until "
+            "now: this one ends, and the same command goes on from there; if the other lives, end "
+            "one of them"
         )
 
 
@@ -210,58 +225,6 @@ def latest(root: str | Path, run: Path | None = None) -> tuple[Checkpoint | None
     return None, skipped
 
 
-def prune(
-    root: str | Path,
-    *,
-    start: int,
-    written: Sequence[int],
-    keep: int,
-    every_hours: float | None = None,
-    best: Sequence[int | None] = (),
-) -> None:
-    """Delete all but the newest `keep` checkpoints of a run that went on from `start` and has since
-    `written` some, and what is left of older ones. Others that are newer than `start` did not
-    verify, or it would have gone on from them: they take nobody's place.
-
-    Those also stay that are the first of each further `every_hours` of the run's own time (not of
-    the clock, which may be set back), and those of the steps `best`. The manifest goes first, so
-    that an interrupted deletion never leaves half a checkpoint that looks like a whole one.
-    """
-    folder = open_folder(root)
-    files = folder.sizes("")
-    found = [step for step in steps(root) if step <= written[-1]]
-    good = [step for step in found if step <= start or step in written]
-    whole = _complete(files)
-    complete = [step for step in good if step in whole]
-    kept = {*complete[:keep], *best}
-    if every_hours is not None:
-        kept |= _hourly(folder, complete, every_hours)
-    if len(complete) < keep:
-        return
-    for step in found:
-        if step not in kept and step < written[-1]:
-            _remove(folder, _files(folder, step))
-
-
-def _hourly(folder: AnyFolder, steps: list[int], every_hours: float) -> set[int]:
-    """The first of each further `every_hours`, and those of which it cannot be read now when they
-    were: a disk or a bucket that fails once must not cost what is kept for good."""
-    first: dict[int, int] = {}
-    unknown: set[int] = set()
-    for step in sorted(steps):
-        try:
-            data = folder.read(f"{folder_name(step)}/{STATE}")
-        except FileNotFoundError:
-            continue  # it is no checkpoint
-        except (OSError, ValueError):  # the latter of an address
-            unknown.add(step)
-            continue
-        with suppress(ValueError):  # torn: it is none either
-            seconds = json.loads(data).get("seconds", 0.0)
-            first.setdefault(int(seconds / 3600 // every_hours), step)
-    return unknown | {step for number, step in first.items() if number}
-
-
 # ---- files ------------------------------------------------------------------------------------
 
 
@@ -271,6 +234,10 @@ class Fault(Exception):
 
 class OtherRun(ValueError):
     """Two runs keep their checkpoints in one folder."""
+
+
+class OtherStart(Interrupted):
+    """A run is trained by two processes, and the other one has come further."""
 
 
 class Newer(ValueError):
@@ -314,18 +281,17 @@ def _step(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _complete(files: Iterable[str]) -> set[int]:
+def complete_steps(files: Iterable[str]) -> set[int]:
     """Steps that have a manifest."""
     steps = (_step(name) for name in files if name.endswith(f"/{MANIFEST}"))
     return {step for step in steps if step is not None}
 
 
-def _files(folder: AnyFolder, step: int) -> list[str]:
-    return [name for name in folder.sizes("") if name.startswith(f"{folder_name(step)}/")]
-
-
-def _remove(folder: AnyFolder, names: list[str]) -> None:
-    for name in sorted(names, key=lambda name: not name.endswith(f"/{MANIFEST}")):
+def remove(folder: AnyFolder, step: int) -> None:
+    """The manifest goes first: an interrupted deletion never leaves half a checkpoint that looks
+    like a whole one."""
+    files = [name for name in folder.sizes("") if name.startswith(f"{folder_name(step)}/")]
+    for name in sorted(files, key=lambda name: not name.endswith(f"/{MANIFEST}")):
         folder.remove(name)
 
 

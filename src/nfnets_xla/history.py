@@ -27,11 +27,17 @@ class Past:
     best: tuple[int, float] | None = None  # step and held-out loss of the best checkpoint
 
 
+def continuation(start: Checkpoint | None) -> Row:
+    """What the header of a start from `start` says of it."""
+    if start is None:
+        return {"resumed_from": 0, "continues": None}
+    return {"resumed_from": start.step, "continues": start.state.get("start")}
+
+
 def record_before(start: Checkpoint | None, run_dir: Path) -> RunRecord | None:
     """What earlier starts wrote, as far as one from `start` builds on it."""
     folder = run_dir if start is None else history(start, run_dir)
-    step = 0 if start is None else start.step
-    return read_record(folder, step) if has_record(folder) else None
+    return read_record(folder, continuation(start)) if has_record(folder) else None
 
 
 def past_of(start: Checkpoint | None, record: RunRecord | None, saved: Collection[int]) -> Past:

@@ -178,6 +178,9 @@ def audit(run_dir: Path) -> Audit:
     for path in paths:
         head, frames = read_ledger(path)
         sizes = head or sizes
+        if record is not None and attempt_of(path) in record.rivals:
+            again += len(frames)
+            continue
         if head is None or not frames:
             continue
         replaced = [step for step in effective if step > head["resumed_from"]]

@@ -1,5 +1,6 @@
 """What a run is, and then what it is made of on this machine; both before its first step."""
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -102,6 +103,7 @@ def which(run: Run, initial: Weights | None) -> str | None:
 class Ready:
     plan: Plan
     start: Checkpoint | None
+    start_id: str  # by which the checkpoints of this start, and no others, are known
     past: Past
     begun_with: dict[str, Any] | None
     backend: Backend
@@ -149,7 +151,8 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
     backend.hosts.by_writer(lambda: try_to_write(plan.checkpoints))  # before anything else is
     if run.trainer.compile_cache and not backend.cache_compilations(plan.folder / "compiled"):
         say(f"compile cache: off, {backend.device_kind} could not read it back")
-    return Ready(plan, start, past, begun_with, backend, net, dataset, task)
+    start_id = uuid.uuid4().hex
+    return Ready(plan, start, start_id, past, begun_with, backend, net, dataset, task)
 
 
 def tell_of_other_weights(plan: Plan, begun_with: dict[str, Any], say: Say) -> None:

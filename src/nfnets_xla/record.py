@@ -32,7 +32,8 @@ class RecordWriter:
     def __init__(
         self, run_dir: Path, header: Row, first: Callable[[], None] = lambda: None
     ) -> None:
-        """`header["resumed_from"]` is the step whose checkpoint this start continues (0: none).
+        """`header["resumed_from"]` is the step whose checkpoint this start continues (0: none);
+        `header["start"]` names this start, `header["continues"]` the one that wrote it.
 
         `first` is done when no other start can write into the folder, and before this one does.
         Raises ValueError if one is going on there.
@@ -133,6 +134,7 @@ class RunRecord:
     seconds: float | None  # of all attempts, to the last line of each; None: an older record
     seconds_lost: float  # of them, those after a line that a later start still builds on
     newest: list[Row]  # all lines of the last start, with its header
+    rivals: frozenset[int] = frozenset()  # attempts of which nothing is built on: see _rivals
 
     def of_kind(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] == kind]
@@ -155,7 +157,7 @@ def refuse_training(run_dir: str | None) -> None:
 
 
 def read_record(
-    run_dir: Path | str, resuming_at: int | None = None, begun: Collection[int] = ()
+    run_dir: Path | str, following: Row | None = None, begun: Collection[int] = ()
 ) -> RunRecord:
     """Join the attempts in `run_dir`.
 
@@ -163,33 +165,65 @@ def read_record(
     training once it has a row, or is among those that are known to have `begun` without one. A torn
     last line (the process was killed while writing) is dropped; a torn line elsewhere is damage
     and a ValueError, as is a folder without a record. What a start that is still to write its
-    header, from step `resuming_at`, will replace counts as replaced.
+    header, `following`, will replace counts as replaced.
     """
     folder = Path(run_dir)
     attempts = sorted(_attempts(folder))
     if not attempts:
         raise ValueError(f"{folder} holds no run-*.jsonl: it is not the folder of a run")
-    headers: list[Row] = []
-    opening: Row = {}
-    lines: list[Row] = []
-    counted: list[list[Row]] = []  # attempts that replace what earlier ones wrote
-    seconds: float | None = 0.0
-    for number, path in attempts:
-        if not (read := _read_lines(path)):
-            continue  # killed before its header was complete
-        lines = read
-        headers.append(lines[0])
-        opening = opening or lines[0]
-        if len(lines) == 1 and "num_steps" in lines[0] and number not in begun:
-            continue  # of a training that has computed nothing
-        counted.append(lines)
-        opening = lines[0] if lines[0]["resumed_from"] == 0 else opening
-        known = None if seconds is None else lines[-1].get("seconds")
-        seconds = None if seconds is None or known is None else seconds + known
-    resumed = [int(of_start[0]["resumed_from"]) for of_start in counted]
-    rows, seconds_lost = _still_built_on(counted, [*resumed[1:], resuming_at])
-    steps_lost = _computed_again(counted, resumed)
-    return RunRecord(headers, opening, rows, steps_lost, seconds, seconds_lost, lines)
+    starts = [(number, lines) for number, path in attempts if (lines := _read_lines(path))]
+    # One that was killed before its header was complete is none. One of a training that has
+    # computed nothing replaces nothing.
+    counted = [
+        (number, lines)
+        for number, lines in starts
+        if len(lines) > 1 or "num_steps" not in lines[0] or number in begun
+    ]
+    headers = [lines[0] for _, lines in starts]
+    rivals = _rivals([*starts, (0, [following])] if following else starts)
+    built_on = [lines for number, lines in counted if number not in rivals]
+    resumed = [int(lines[0]["resumed_from"]) for lines in built_on]
+    at_last = None if following is None else int(following["resumed_from"])
+    rows, lost = _still_built_on(built_on, [*resumed[1:], at_last])
+    in_vain = [lines for number, lines in counted if number in rivals]
+    clocks: list[float | None] = [lines[-1].get("seconds") for _, lines in counted]
+    known = [clock for clock in clocks if clock is not None]
+    return RunRecord(
+        headers,
+        _opening(headers, built_on),
+        rows,
+        steps_lost=_computed_again(built_on, resumed) + sum(map(_computed, in_vain)),
+        seconds=sum(known) if len(known) == len(clocks) else None,
+        seconds_lost=lost + sum(lines[-1].get("seconds", 0.0) for lines in in_vain),
+        newest=starts[-1][1] if starts else [],
+        rivals=rivals,
+    )
+
+
+def _opening(headers: list[Row], built_on: list[list[Row]]) -> Row:
+    for lines in reversed(built_on):
+        if lines[0]["resumed_from"] == 0:
+            return lines[0]
+    return headers[0] if headers else {}
+
+
+def _rivals(starts: list[tuple[int, list[Row]]]) -> frozenset[int]:
+    """Attempts that trained beside one that came further, on another machine perhaps: a later start
+    continues from a checkpoint of an earlier one, which nothing of those between them led to.
+
+    Older records do not say which start they continue: there each continues the one before it.
+    """
+    rivals: set[int] = set()
+    place = {lines[0]["start"]: at for at, (_, lines) in enumerate(starts) if "start" in lines[0]}
+    for at, (_, lines) in enumerate(starts):
+        writer = place.get(lines[0].get("continues"), at)
+        between = starts[writer + 1 : at]
+        rivals |= {
+            number
+            for number, other in between
+            if other[0]["resumed_from"] < lines[0]["resumed_from"]
+        }
+    return frozenset(rivals)
 
 
 def _still_built_on(
@@ -218,6 +252,12 @@ def _still_built_on(
                 lost += now - before
         kept.append(good)
     return [row for good in reversed(kept) for row in good], lost
+
+
+def _computed(lines: list[Row]) -> int:
+    """Steps of one start, as far as the rows show."""
+    begun = int(lines[0]["resumed_from"])
+    return max((row["step"] - begun for row in lines[1:] if row["kind"] in _PROGRESS), default=0)
 
 
 def _computed_again(starts: list[list[Row]], resumed: Sequence[int]) -> int:

@@ -49,6 +49,8 @@ class RunState:
     versions: dict[str, str]
     seconds_before: float  # of earlier starts, up to the checkpoint that this one goes on from
     begun_with: dict[str, Any] | None = None  # see Beginning; None: it was not recorded
+    start: str | None = None  # by which this start is known
+    resumed_from: int = 0  # step of the checkpoint that it goes on from
     _began: float = field(default_factory=time.monotonic)
 
     def at(self, step: int) -> dict[str, Any]:
@@ -56,6 +58,8 @@ class RunState:
             "identity": self.identity,
             "recipe": digest(self.identity),
             "begun_with": self.begun_with,
+            "start": self.start,
+            "resumed_from": self.resumed_from,
             "samples": min(step * self.order.unique_per_step, self.order.total_draws),
             "next": position(self.order, step),
             "seconds": round(self.seconds_before + time.monotonic() - self._began, 3),
@@ -156,7 +160,14 @@ def _tell(found: Checkpoint, newer: list[str], run_dir: Path, say: Callable[[str
     """What a person should know of a start from `found`; `newer` are versions."""
     if newer:
         say(f"warning: {found} was written under other versions ({'; '.join(newer)})")
-    if found.step and not (has_record(run_dir) or has_record(found.run_dir)):
+    start = found.state.get("start")
+    if has_record(run_dir):
+        if start and start not in [each.get("start") for each in read_record(run_dir).headers]:
+            say(
+                f"warning: {run_dir} will lack the record of steps up to {found.step}: another "
+                f"run_dir has that of the start that saved {found}"
+            )
+    elif found.step and not has_record(found.run_dir):
         say(
             f"warning: {run_dir} will lack the record of the steps up to {found.step}, which is "
             f"not beside {found}: begin with resume=RUN, the folder of its run, to take it along"

@@ -2,8 +2,8 @@
 
 The step waits for the copy only, and for an earlier checkpoint that is still being written: there
 is never more than one copy in memory. A checkpoint that cannot be written is no reason to end a run
-that goes well; it is said, and the next one is tried. That another run saves there is one: trying
-again would lose or mix the weights of both.
+that goes well; it is said, and the next one is tried. That another run saves there, or another
+start of this one, is a reason: trying again would lose or mix the weights of both.
 """
 
 import threading
@@ -20,6 +20,7 @@ from nfnets_xla import checkpoint
 from nfnets_xla.data.remote import open_folder
 from nfnets_xla.data.storage import address
 from nfnets_xla.exits import Unreachable
+from nfnets_xla.retention import prune
 
 Forms = Mapping[str, Mapping[str, Tensor]]
 TRIAL = "trial"  # a file that is no checkpoint's
@@ -87,7 +88,7 @@ class Saves:
         self.better: int | None = None
         self._thread: threading.Thread | None = None
         self._written: list[Written] = []
-        self._refused: checkpoint.OtherRun | None = None
+        self._refused: checkpoint.OtherRun | checkpoint.OtherStart | None = None
 
     def __enter__(self) -> "Saves":
         return self
@@ -118,7 +119,7 @@ class Saves:
 
     def written(self) -> list[Written]:
         """Those that have ended, well or not, since this was last asked. Raises OtherRun if the
-        folder is another run's."""
+        folder is another run's, OtherStart if another start of this run has come further there."""
         if self._refused is not None:
             raise self._refused
         done = []
@@ -136,7 +137,7 @@ class Saves:
             if step == self.better:
                 self.best = step
             self._prune()
-        except checkpoint.OtherRun as error:
+        except (checkpoint.OtherRun, checkpoint.OtherStart) as error:
             self._refused = error
             return
         except Exception as error:  # of a full disk safetensors says in a class of its own
@@ -146,7 +147,7 @@ class Saves:
         self._written.append(Written(step, *took, size, fault, unpruned))
 
     def _prune(self) -> None:
-        checkpoint.prune(
+        prune(
             self.root,
             start=self.start,
             written=self._steps,

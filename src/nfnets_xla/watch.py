@@ -16,6 +16,7 @@ from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.display import Display, Say
 from nfnets_xla.exits import Interrupted
 from nfnets_xla.history import (
+    continuation,
     flush_history,
     past_of,
     record_before,
@@ -74,7 +75,6 @@ def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
         trace=make_trace(ready.dataset, hosts) if run.trainer.trace_samples else None,
         lost_seconds=past.lost_seconds,
     )
-    keeper = open_keeper(ready, monitor, skips, display.say, open_files)
     missed = Missed(
         record,
         ceiling=run.data.max_missed,
@@ -85,6 +85,7 @@ def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
         hosts=hosts,
         say=display.say,
     )
+    keeper = open_keeper(ready, monitor, skips, display.say, open_files)
     # The monitor sees a batch come before the hosts talk about it.
     callbacks: list[Callback] = [monitor, missed, keeper]
     if run.trainer.ledger:
@@ -125,7 +126,11 @@ def take_over(ready: Ready) -> None:
 
 
 def open_keeper(
-    ready: Ready, monitor: Monitor, skips: Skips, say: Say, open_files: ExitStack
+    ready: Ready,
+    monitor: Monitor,
+    skips: Skips,
+    say: Say,
+    open_files: ExitStack,
 ) -> Checkpointer:
     plan, trainer = ready.plan, ready.plan.run.trainer
     saves = Saves(
@@ -136,8 +141,15 @@ def open_keeper(
         writes=ready.hosts.writes,
         before=partial(flush_history, plan.folder, monitor.record.attempt),
     )
-    seconds, begun_with = ready.past.seconds, ready.begun_with
-    state = RunState(plan.identity, plan.order, installed(), seconds, begun_with)
+    state = RunState(
+        plan.identity,
+        plan.order,
+        installed(),
+        seconds_before=ready.past.seconds,
+        begun_with=ready.begun_with,
+        start=ready.start_id,
+        resumed_from=ready.past.step,
+    )
     return Checkpointer(
         open_files.enter_context(saves),
         monitor,
@@ -166,7 +178,8 @@ def header(ready: Ready) -> dict[str, Any]:
     """The record's first line: all that is needed to know what the numbers below it are of."""
     plan, run, net, backend = ready.plan, ready.plan.run, ready.net, ready.backend
     return {
-        "resumed_from": ready.past.step,
+        "start": ready.start_id,
+        **continuation(ready.start),
         "config": asdict(run),
         "begun_with": ready.begun_with,
         "fingerprint": plan.index.fingerprint,

@@ -1,0 +1,8 @@
+"""The command line, as on another machine with the same folders: python -m tests.elsewhere ..."""
+
+from nfnets_xla import record
+from nfnets_xla.cli import main
+
+if __name__ == "__main__":
+    record._machine = lambda: "elsewhere"  # by which the machine's own lock is named
+    main()
