@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -242,6 +243,15 @@ def test_undecodable_samples_are_listed_and_counted_over_a_kill(tmp_path: Path) 
     names = {sample["id"] for sample in listed if sample["split"] == "train"}
     assert names == {f"shard-00000{n // 15}/t{n:05d}" for n in (3, 23, 43, 63, 83)}
     assert all("60 bytes do not decode" in sample["reason"] for sample in listed)
+
+    # From checkpoints alone, without the record that names them.
+    newest, kept = max((run_dir / "checkpoints").iterdir()), tmp_path / "kept"
+    shutil.rmtree(newest)
+    shutil.copytree(run_dir / "checkpoints", kept)
+    other = [*arguments, "data.max_missed=0.1", f"run_dir={tmp_path / 'other'}"]
+    run([*other, f"resume={kept}"], log)
+    (end,) = read_record(tmp_path / "other").of_kind("end")
+    assert end["missed"] == missed[-1]["total"]
 
     strict = [*arguments, "data.max_missed=0.01", f"run_dir={tmp_path / 'strict'}"]
     process = start(strict, log := tmp_path / "strict.txt")

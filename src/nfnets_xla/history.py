@@ -53,7 +53,7 @@ def past_of(start: Checkpoint | None, record: RunRecord | None, saved: Collectio
         start.step,
         seconds=start.state["seconds"],
         lost_seconds=lost_seconds,
-        missed=0 if record is None else missed_before(record),
+        missed=start.state.get("missed", 0) if record is None else missed_before(record),
         skipped=start.state.get("skipped", 0),
         evaluated=evaluated,
         best=best_of(start, evaluated, saved),

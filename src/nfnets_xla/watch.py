@@ -85,7 +85,7 @@ def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
         hosts=hosts,
         say=display.say,
     )
-    keeper = open_keeper(ready, monitor, skips, display.say, open_files)
+    keeper = open_keeper(ready, monitor, skips, missed, display.say, open_files)
     # The monitor sees a batch come before the hosts talk about it.
     callbacks: list[Callback] = [monitor, missed, keeper]
     if run.trainer.ledger:
@@ -129,6 +129,7 @@ def open_keeper(
     ready: Ready,
     monitor: Monitor,
     skips: Skips,
+    missed: Missed,
     say: Say,
     open_files: ExitStack,
 ) -> Checkpointer:
@@ -154,6 +155,7 @@ def open_keeper(
         open_files.enter_context(saves),
         monitor,
         skips,
+        missed,
         every=trainer.checkpoint_every,
         total_steps=plan.num_steps,
         state=state.at,

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from nfnets_xla.callbacks.missed import Missed
 from nfnets_xla.callbacks.monitor import Monitor, task_of
 from nfnets_xla.callbacks.skips import Skips
 from nfnets_xla.exits import Failed, Unreachable
@@ -25,6 +26,7 @@ class Checkpointer(Callback):
         saves: Saves,
         monitor: Monitor,
         skips: Skips,
+        missed: Missed,
         *,
         every: int | None,
         total_steps: int,
@@ -38,6 +40,7 @@ class Checkpointer(Callback):
         self.saves = saves
         self.monitor = monitor
         self.skips = skips
+        self.missed = missed
         self.every = every
         self.total_steps = total_steps
         self.state = state
@@ -106,7 +109,7 @@ class Checkpointer(Callback):
         if self.skips.frozen_at is not None:
             step = self.skips.frozen_at - 1
         self.saved_at = step
-        state = self.state(step) | {"skipped": self.skips.count}
+        state = self.state(step) | {"skipped": self.skips.count, "missed": self.missed.trained}
         if self.keep_best:
             state["best"] = self._best_with(step)
         return step, forms, state
