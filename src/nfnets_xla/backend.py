@@ -162,16 +162,12 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, kept_bytes: int) 
 
     def report() -> dict[str, Any]:
         counted = xla.counters().since(started)
+        on_host = {"trace_seconds": strategy.trace_seconds}
+        on_host["dispatch_seconds"] = strategy.dispatch_seconds
+        numbers = {**vars(counted), **on_host}
         return {
-            "compilations": counted.compilations,
-            "gather_compilations": counted.gather_compilations,
-            "compile_seconds": round(counted.compile_seconds, 6),
-            "executions": counted.executions,
-            "execute_seconds": round(counted.execute_seconds, 6),
-            "tensors_to_host": counted.tensors_to_host,
-            "fallbacks": counted.fallbacks,
-            "trace_seconds": round(strategy.trace_seconds, 6),
-            "dispatch_seconds": round(strategy.dispatch_seconds, 6),
+            name: round(value, 6) if isinstance(value, float) else value
+            for name, value in numbers.items()
         }
 
     return Backend(

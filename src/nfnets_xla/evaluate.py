@@ -15,10 +15,8 @@ from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.display import Say
 from nfnets_xla.inputs import check_cache, count_classes, make_eval_batches, open_index
-from nfnets_xla.models import registry
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network
-from nfnets_xla.models.weights import load_into
 from nfnets_xla.network import make_task, put_on_device
 from nfnets_xla.record import Discard, RecordWriter, refuse_training
 from nfnets_xla.trainer import make_trainer
@@ -93,18 +91,14 @@ def trained(run: Run, held_out: ShardIndex) -> tuple[Network, str, int]:
     if run.model.init_from is None:
         raise ValueError("model.init_from is not set; it must name the weights to evaluate")
     found = sources.find_weights(run.model.init_from, run.model.init_weights)
-    weights = found.tensors()
-    if has := registry.count_classes(name, weights):
-        check_head(has, num_classes, found.source)
-        num_classes = has
-    options: dict[str, Any] = {"num_classes": num_classes}
+    options: dict[str, Any] = {}
     if is_peer(name):  # a ViT is made for the size that its weights were trained at, where known
         evaluated = run.data.eval_image_size
         trained_at = evaluated if found.sizes is None else found.sizes.train
-        options |= {"image_size": trained_at, "eval_image_size": evaluated}
-    net = create_network(name, **options)
-    load_into(net, weights, source=found.source)
-    return net, found.source, num_classes
+        options = {"image_size": trained_at, "eval_image_size": evaluated}
+    net = found.network(name, **options)
+    check_head(net.num_classes, num_classes, found.source)
+    return net, found.source, net.num_classes
 
 
 def check_head(has: int, needed: int, source: str) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 from nfnets_xla.checkpoint import MANIFEST, Checkpoint, is_one, latest, load, steps
 from nfnets_xla.config import differences, flat, identity_of
 from nfnets_xla.data.storage import address
+from nfnets_xla.models.registry import Network, count_classes, create_network
 from nfnets_xla.models.timm_names import Sizes
-from nfnets_xla.models.weights import load_checkpoint
+from nfnets_xla.models.weights import load_checkpoint, load_into
 from nfnets_xla.record import CHECKPOINTS, read_record
 
 _log = logging.getLogger(__name__)
@@ -155,6 +156,15 @@ class Weights:
 
     def tensors(self) -> dict[str, Tensor]:
         return load_checkpoint(self.file) if self.of is None else load_file(self.file)
+
+    def network(self, name: str, *, headless: bool = False, **options: Any) -> Network:
+        """The model with these weights and as many classes as they have, or without a classifier;
+        `options` are create_network's. ValueError for weights of another model."""
+        state = self.tensors()
+        classes = 0 if headless else count_classes(name, state)
+        net = create_network(name, num_classes=classes, **options)
+        load_into(net, state, source=self.source, allow_new_head=headless)
+        return net
 
 
 def find_weights(given: str, which: str) -> Weights:

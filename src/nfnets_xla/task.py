@@ -27,6 +27,7 @@ from nfnets_xla.inductor import as_it_is
 from nfnets_xla.losses import LOSSES, probabilities, target_of
 from nfnets_xla.models.registry import Network
 from nfnets_xla.models.stacked import output_axes
+from nfnets_xla.models.timm_names import MEAN, STDDEV
 from nfnets_xla.optim.by_role import ByRole
 from nfnets_xla.optim.choice import make_optimizer
 from nfnets_xla.optim.ema import EMA
@@ -41,9 +42,7 @@ Fetch = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 AddUp = Callable[[Sequence[Tensor]], None]
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# ImageNet's channel means and deviations on the 0-255 scale (dataset.py:34-35 of the reference).
-MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+MEAN_RGB, STDDEV_RGB = (tuple(255 * part for part in parts) for parts in (MEAN, STDDEV))  # of bytes
 
 NO_WEIGHT = 1e-6  # under the sum of rows' weights: a part without any has no gradient, not NaN
 TRAIN_METRICS = ("loss", "top1")

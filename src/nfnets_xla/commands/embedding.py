@@ -22,7 +22,6 @@ from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import VITS, is_peer
 from nfnets_xla.models.registry import Network, create_network
 from nfnets_xla.models.timm_names import sizes_of_cfg
-from nfnets_xla.models.weights import load_into
 from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
 
 SIZE = 224  # pixels, of models that do not say what they are tested at
@@ -69,8 +68,7 @@ def load(name: str, weights: str | None) -> Model:
         sizes = found.sizes
         of_one_size = name in VITS or (is_peer(name) and sizes is not None)
         options = found.peer_options(name) if of_one_size else {}
-        net = create_network(name, num_classes=0, **options)
-        load_into(net, found.tensors(), source=found.source, allow_new_head=True)
+        net = found.network(name, headless=True, **options)
     net.eval()
     if isinstance(net, NFNet):
         return Model(net, (sizes or sizes_of_cfg(net.pretrained_cfg)).test)

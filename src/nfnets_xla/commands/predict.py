@@ -23,9 +23,8 @@ from nfnets_xla.models.card import SCHEME, has_its_own, read_card
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.published import IMAGENET
-from nfnets_xla.models.registry import Network, count_classes, create_network, split_tag
+from nfnets_xla.models.registry import Network, create_network, split_tag
 from nfnets_xla.models.timm_names import Sizes, sizes_of_cfg
-from nfnets_xla.models.weights import load_into
 from nfnets_xla.sources import Weights
 from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
 
@@ -78,13 +77,10 @@ def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[N
 
 def of_weights(name: str, found: Weights, size: int | None) -> tuple[Network, Sizes | None]:
     """And the sizes of the run that they are of. A peer is made for them."""
-    state = found.tensors()
-    classes = count_classes(name, state)
-    if not classes:
-        raise ValueError(f"{found.source} has no classifier: give weights that have one")
     options = found.peer_options(name, size) if is_peer(name) else {}
-    net = create_network(name, num_classes=classes, **options)
-    load_into(net, state, source=found.source)
+    net = found.network(name, **options)
+    if not net.num_classes:
+        raise ValueError(f"{found.source} has no classifier: give weights that have one")
     return net, found.sizes
 
 

@@ -20,9 +20,8 @@ from nfnets_xla.arguments import Parser
 from nfnets_xla.models.card import SCHEME, has_its_own
 from nfnets_xla.models.layers import SqueezeExcite
 from nfnets_xla.models.nfnet import NFBlock, NFNet
-from nfnets_xla.models.registry import count_classes, create_network
+from nfnets_xla.models.registry import create_network
 from nfnets_xla.models.variants import ALPHA, betas
-from nfnets_xla.models.weights import load_into
 
 
 @dataclass(frozen=True)
@@ -153,9 +152,7 @@ def main(arguments: Sequence[str]) -> None:
         if not is_card:
             open_branches(net)
     else:
-        state = sources.find_weights(given.weights, "raw").tensors()
-        net = create_network(given.name, num_classes=count_classes(given.name, state))
-        load_into(net, state, source=given.weights)
+        net = sources.find_weights(given.weights, "raw").network(given.name)
     whose = "its weights" if is_card else given.weights or "new weights, skip gains 1"
     title = f"{given.name}, {whose}, Gaussian noise"
     size = given.size or getattr(getattr(net, "variant", None), "train_size", 224)

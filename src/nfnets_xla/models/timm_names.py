@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # torch is timm's to load
 
 PREFIX = "xla_"
 TIMM = "timm.models"
+# ImageNet's channels, from 0 to 1 (dataset.py:34-35 of the reference).
+MEAN, STDDEV = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MARGIN = 32  # pixels: DeepMind resizes both sides to size + 32 for evaluation
 
 
@@ -94,8 +96,8 @@ def timm_cfg(name: str, variant: Variant) -> dict[str, Any]:
         **sized_cfg(Sizes(variant.train_size, variant.test_size)),
         "crop_mode": "squash",
         "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": MEAN,
+        "std": STDDEV,
         "first_conv": "stem.0",
         "classifier": NFNet.classifier_name,
     }
