@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfnets_xla import NFNet, xla
-from nfnets_xla.models.nfnet import Stage
+from nfnets_xla.models.blocks import Stage
 from nfnets_xla.models.stacked import StackedStage, stack
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.optim import SGD_AGC, parameter_roles

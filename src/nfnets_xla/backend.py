@@ -22,7 +22,7 @@ from nfnets_xla.devices import (
     tpu_is_attached,
 )
 from nfnets_xla.hosts import ALONE, Hosts, open_hosts
-from nfnets_xla.models.nfnet import Recompute, recompute
+from nfnets_xla.models.blocks import Recompute, recompute
 from nfnets_xla.models.stacked import Scan, loop
 
 

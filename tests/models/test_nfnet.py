@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nfnets_xla.models.blocks import NFBlock
 from nfnets_xla.models.layers import SqueezeExcite, WSConv2d, gelu, scaled_gelu
-from nfnets_xla.models.nfnet import NFBlock, NFNet
+from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import VARIANTS, Variant, betas
 from tests.fixtures import deepmind
 from tests.models.networks import trained

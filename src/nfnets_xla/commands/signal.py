@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from nfnets_xla import sources
 from nfnets_xla.arguments import Parser
+from nfnets_xla.models.blocks import NFBlock
 from nfnets_xla.models.card import SCHEME, has_its_own
 from nfnets_xla.models.layers import SqueezeExcite
-from nfnets_xla.models.nfnet import NFBlock, NFNet
+from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.registry import create_network
 from nfnets_xla.models.variants import ALPHA, betas
 

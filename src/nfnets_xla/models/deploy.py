@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfnets_xla.models.blocks import NFBlock
 from nfnets_xla.models.layers import (
     GELU_GAIN,
     Gelu,
@@ -32,7 +33,7 @@ from nfnets_xla.models.layers import (
     uncompiled,
     without_autocast,
 )
-from nfnets_xla.models.nfnet import NFBlock, NFNet
+from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.stacked import is_stacked, unstack
 from nfnets_xla.models.variants import ALPHA
 

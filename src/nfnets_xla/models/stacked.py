@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
+from nfnets_xla.models.blocks import NFBlock, Recompute, Stage
 from nfnets_xla.models.layers import GELU_GAIN
-from nfnets_xla.models.nfnet import NFBlock, NFNet, Recompute, Stage
+from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import Variant
 
 # stages.2.tail.conv0.weight holds stages.2.1.conv0.weight and those of the blocks after it.
