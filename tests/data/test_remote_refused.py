@@ -1,6 +1,7 @@
 """What cannot be had from an address is named in one line, after the attempts it is worth."""
 
 import re
+import resource
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -132,7 +133,7 @@ def test_a_folder_without_an_index_says_how_to_make_one(tmp_path: Path) -> None:
             assert message.startswith(f"{server.url} can be neither listed nor written: run")
 
 
-def test_a_full_disk_is_not_a_damaged_index(local: ShardIndex) -> None:
+def test_a_full_disk_is_not_a_damaged_index(local: ShardIndex, tmp_path: Path) -> None:
     class Full(Cache):
         def open(self, key: str, fetch: Fetch) -> OpenFile:
             fetch(lambda size: Path("/dev/full"))
@@ -144,12 +145,19 @@ def test_a_full_disk_is_not_a_damaged_index(local: ShardIndex) -> None:
             file = folder.indexed(name, "key", size)
             assert one_line(file.whole) == (
                 f"{server.url}/{name} cannot be kept ([Errno 28] No space left on device): "
-                "make room, or lower data.cache_bytes"
+                "make room, or lower data.cache_bytes, or give a data.cache_dir on another disk"
             )
         name, full = local.name(0), Path("/dev/full")
         without = RemoteFolder(server.url, patience=QUICK)
         message = one_line(lambda: without.download(name, 10240, full))
         assert message.endswith("make room, or set TMPDIR to a folder on another disk")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as of FAT, or a user's
+        try:
+            message = one_line(lambda: without.download(name, 10240, tmp_path / "file"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert f"{name} cannot be kept ([Errno 27] File too large): make room" in message
 
 
 def test_a_cache_must_hold_two_windows_of_every_stream(local: ShardIndex, cache: Cache) -> None:

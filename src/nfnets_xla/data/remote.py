@@ -31,7 +31,7 @@ LONGEST_WAIT = 60.0  # seconds between two attempts
 FAMILIAR = 3  # failures in a row that are not worth a word
 PASSING = (408, 425, 429)  # of the HTTP statuses 400 to 499: those that may pass
 AGREEING = 5  # answers in a row that have one wrong length: then it is the file's
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # no network's
 
 
 class Patience(NamedTuple):
@@ -213,9 +213,9 @@ class RemoteFolder:
         except OSError as error:
             if error.errno not in DISK_FAULTS:
                 raise
-            other = (
-                "lower data.cache_bytes" if self.cache else "set TMPDIR to a folder on another disk"
-            )
+            other = "set TMPDIR to a folder on another disk"
+            if self.cache:
+                other = "lower data.cache_bytes, or give a data.cache_dir on another disk"
             raise ValueError(
                 f"{self.url}/{name} cannot be kept ({error}): make room, or {other}"
             ) from error
