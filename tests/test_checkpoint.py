@@ -5,7 +5,9 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,96 +132,6 @@ def test_a_failure_that_may_pass_names_its_file(tmp_path: Path) -> None:
         checkpoint.verify_one(folder)
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step)
-    no_manifest(tmp_path / "step-00000003")
-    prune(tmp_path, start=0, written=[1, 2, 3, 4], keep=2)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["step-00000002", "step-00000004"]
-    prune(tmp_path, start=0, written=[1, 2, 3, 4], keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
-
-
-def test_what_is_left_of_old_ones_goes_where_there_are_just_enough(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        save(tmp_path, step)
-    no_manifest(tmp_path / "step-00000001")
-    prune(tmp_path, start=0, written=[1, 2, 3], keep=2)
-    assert checkpoint.steps(tmp_path) == [3, 2]
-
-
-def test_what_a_kill_left_of_a_file_goes_with_its_checkpoint(tmp_path: Path) -> None:
-    """But not what is another's, as the .nfs files of a file that is open elsewhere."""
-    for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, FORMS, {})
-    (tmp_path / "step-00000001" / f".manifest.json.{'0a' * 16}").touch()
-    (tmp_path / "step-00000002" / ".nfs0000000000000a").touch()
-    prune(tmp_path, start=0, written=[1, 2, 3], keep=1)
-    assert sorted(folder.name for folder in tmp_path.iterdir()) == [
-        "step-00000002",
-        "step-00000003",
-    ]
-    assert len([*(tmp_path / "step-00000002").iterdir()]) == 1
-
-
-def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However a deletion is interrupted, no half of a checkpoint looks like a whole one."""
-    gone, remove = [], Folder.remove
-
-    def noted(folder: Folder, name: str) -> None:
-        gone.append(name)
-        remove(folder, name)
-
-    for step in (1, 2):
-        save(tmp_path, step)
-    monkeypatch.setattr(Folder, "remove", noted)
-    prune(tmp_path, start=0, written=[1, 2], keep=1)
-    assert gone[0] == "step-00000001/manifest.json"
-    assert len(gone) == 3
-
-
-def test_the_best_and_one_of_every_few_hours_stay(tmp_path: Path) -> None:
-    """A checkpoint every 40 minutes of the run's time; one of every two hours is to stay."""
-    for step in range(1, 10):
-        save(tmp_path, step, seconds=2400.0 * step)
-    prune(tmp_path, start=8, written=[9], keep=2, every_hours=2, best=[5, None])
-    assert checkpoint.steps(tmp_path) == [9, 8, 6, 5, 3]  # 2 h are over at step 3, 4 h at 6
-    prune(tmp_path, start=8, written=[9], keep=1, best=[6])
-    assert checkpoint.steps(tmp_path) == [9, 6]
-
-
-def test_a_state_that_cannot_be_read_now_costs_no_checkpoint(tmp_path: Path) -> None:
-    """A folder in its place is an OSError, as a failing disk is."""
-    for step in range(1, 7):
-        save(tmp_path, step, seconds=3600.0 * step)
-    state = (tmp_path / "step-00000002" / "state.json").rename(tmp_path / "aside")
-    (tmp_path / "step-00000002" / "state.json").mkdir()
-    prune(tmp_path, start=5, written=[6], keep=1, every_hours=2)
-    assert checkpoint.steps(tmp_path) == [6, 4, 3, 2]  # 3 in the place of 2
-    (tmp_path / "step-00000002" / "state.json").rmdir()
-    state.rename(tmp_path / "step-00000002" / "state.json")
-    prune(tmp_path, start=5, written=[6], keep=1, every_hours=2)
-    assert checkpoint.steps(tmp_path) == [6, 4, 2]
-
-
-def test_what_does_not_verify_takes_nobodys_place(tmp_path: Path) -> None:
-    """A start went on from step 4, because 9 was damaged; the one before has a torn state, too."""
-    for step in (1, 2, 3, 4, 9):
-        save(tmp_path, step, seconds=3600.0 * step)
-    flipped_bit(tmp_path / "step-00000009")
-    (tmp_path / "step-00000003" / "state.json").write_text('{"step": ')
-    save(tmp_path, 6, seconds=21600.0)
-    prune(tmp_path, start=4, written=[6], keep=1, every_hours=2)
-    assert checkpoint.steps(tmp_path) == [9, 6, 4, 2]
-    found, skipped = checkpoint.latest(tmp_path)
-    assert found is not None
-    assert (found.step, len(skipped)) == (6, 1)
-    save(tmp_path, 10)  # past the damaged one, which is still no checkpoint
-    prune(tmp_path, start=4, written=[6, 10], keep=2)
-    assert checkpoint.steps(tmp_path) == [10, 6]
-
-
 def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     secret = tmp_path / "secret"
@@ -283,9 +195,75 @@ def test_two_starts_of_a_run_do_not_save_in_turns(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 8, FORMS, second)
     checkpoint.save(tmp_path, 9, FORMS, identity)  # of an older release, which had no names
     checkpoint.save(tmp_path, 10, FORMS, second)
-    (tmp_path / "step-00000010" / "model.safetensors").unlink()  # it is none, whosever it was
-    checkpoint.save(tmp_path, 9, FORMS, first)
-    assert checkpoint.steps(tmp_path) == [10, 9, 8, 7, 5]
+    (tmp_path / "step-00000010" / "model.safetensors").unlink()  # it hides none that is whole
+    with pytest.raises(checkpoint.OtherStart, match="-00000008 was saved by another"):
+        checkpoint.save(tmp_path, 9, FORMS, first)
+    third = {**identity, "start": "c", "resumed_from": 8}
+    checkpoint.save(tmp_path, 11, FORMS, third)
+    assert checkpoint.steps(tmp_path) == [11, 10, 9, 8, 7, 5]
+
+
+def test_two_starts_do_not_mix_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins while the first is at it, whose file then comes between, and which ends."""
+    first: dict[str, Any] = {"start": "a", "resumed_from": 0}
+    second = {**first, "start": "b"}
+    others = {"model": {"w": torch.full((6,), 3.0)}, "ema": FORMS["model"]}
+    real = Folder.writing
+    late = threading.Event()
+
+    @contextmanager
+    def writing(folder: Folder, name: str) -> Iterator[Path]:
+        with real(folder, name) as path:
+            yield path
+            if threading.current_thread() is thread and name.endswith("model.safetensors"):
+                whole = path.read_bytes()
+                late.set()
+                done.wait()
+                path.write_bytes(whole)
+
+    def save_first() -> None:
+        with pytest.raises(checkpoint.OtherStart, match="-00000001 is being saved by another"):
+            checkpoint.save(tmp_path, 1, others, first)
+        ended.set()
+
+    done, ended = threading.Event(), threading.Event()
+    thread = threading.Thread(target=save_first)
+    monkeypatch.setattr(Folder, "writing", writing)
+    thread.start()
+    late.wait()
+    checked = checkpoint.verify_one
+
+    def once(where: str) -> Any:  # after its manifest the second looks whether all is its own
+        done.set()
+        thread.join()
+        monkeypatch.setattr(checkpoint, "verify_one", checked)
+        return checked(where)
+
+    monkeypatch.setattr(checkpoint, "verify_one", once)
+    checkpoint.save(tmp_path, 1, {"model": FORMS["model"], "ema": FORMS["model"]}, second)
+    assert ended.is_set()
+    found = checkpoint.load(tmp_path / "step-00000001")
+    assert found.state["start"] == "b"
+    assert torch.equal(found.tensors("model")["w"], FORMS["model"]["w"])
+
+
+def test_a_save_that_fails_leaves_what_another_start_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: dict[str, Any] = {"start": "a", "resumed_from": 0}
+    real = checkpoint.save_file
+
+    def overtaken(tensors: Any, path: Path) -> None:
+        monkeypatch.setattr(checkpoint, "save_file", real)
+        checkpoint.save(tmp_path, 1, FORMS, {**first, "start": "b"})
+        raise OSError("no space")
+
+    monkeypatch.setattr(checkpoint, "save_file", overtaken)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(tmp_path, 1, FORMS, first)
+    assert checkpoint.load(tmp_path / "step-00000001").state["start"] == "b"
 
 
 def test_a_damaged_newest_is_of_no_other_run(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nfnets_xla.record import RecordWriter, Row, read_record
+from nfnets_xla.record import RecordWriter, Row, RunRecord, read_record
 
 
 def attempt(folder: Path, resumed_from: int, steps: range, end: bool = False) -> Path:
@@ -155,14 +155,26 @@ def test_however_starts_follow_each_other(tmp_path: Path, data: st.DataObject) -
     assert (found.steps_lost, found.seconds_lost) == (steps_lost, seconds_lost)
 
 
+@dataclass(eq=False)
+class Training:
+    """One start of a World's run."""
+
+    number: int
+    resumed_from: int
+    lineage: list[int]  # of each step of the run behind its weights, which start computed it
+    has_saved: bool = False
+
+
 class World:
     """Starts of one run that may train beside each other, and the checkpoints of all of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.saved: dict[int, list[int]] = {0: []}  # by step, which start computed each up to it
-        self.alive: list[Start] = []
-        self.count = 0
+        self.saved: dict[int, list[int]] = {0: []}  # by step, the lineage
+        self.recorded: list[int] = []  # steps that were saved, whatever became of them
+        self.alive: list[Training] = []
+        self.count = self.computed = 0
+        self.begin()
 
     def begin(self) -> None:
         self.count += 1
@@ -170,62 +182,141 @@ class World:
         lineage = self.saved[newest]
         header = {"kind": "header", "step": newest, "resumed_from": newest, "num_steps": 99}
         header |= {"start": str(self.count), "continues": str(lineage[-1]) if lineage else None}
-        self.alive.append(Start(self.count, newest, list(lineage)))
+        header["saved_to"] = max([newest, *self.recorded])
+        self.header, self.last = header, Training(self.count, newest, list(lineage))
+        self.ahead: Training | None = None  # of the last, which has saved nothing
+        self.alive.append(self.last)
         self.write(self.count, header)
 
-    def compute(self, start: "Start") -> None:
+    def compute(self, start: Training) -> None:
+        self.computed += 1
         start.lineage.append(start.number)
         self.write(start.number, {"kind": "train", "step": len(start.lineage), "by": start.number})
 
-    def save(self, start: "Start") -> None:
+    def save(self, start: Training) -> None:
         """As checkpoint.save has it: one that has been overtaken ends."""
-        newest, step = max(self.saved), len(start.lineage)
+        step = len(start.lineage)
+        newest = max(self.saved)
         if newest > start.resumed_from and self.saved[newest][-1] != start.number:
             self.alive.remove(start)
         elif step > start.resumed_from:
             self.saved[step] = list(start.lineage)
+            self.recorded.append(step)
+            start.has_saved = True
+            self.write(start.number, {"kind": "checkpoint", "step": step})
+            if not self.last.has_saved and step > self.header["saved_to"]:
+                self.ahead = start
+
+    def damage(self, _: Training) -> None:
+        del self.saved[max(self.saved)]
+        self.saved.setdefault(0, [])
+
+    def kill(self, start: Training) -> None:
+        self.alive.remove(start)
 
     def write(self, number: int, row: Row) -> None:
         with (self.folder / f"run-{number}.jsonl").open("a") as file:
             file.write(json.dumps({**row, "seconds": 0.0}) + "\n")
 
 
-@dataclass
-class Start:
-    number: int
-    resumed_from: int
-    lineage: list[int]
+def computed_by(record: RunRecord) -> list[int]:
+    rows = record.of_kind("train")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["by"] for row in rows]
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("damaging", [False, True])
+@settings(
+    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
-def test_however_starts_train_beside_each_other(tmp_path: Path, data: st.DataObject) -> None:
+def test_however_starts_train_beside_each_other(
+    tmp_path: Path, data: st.DataObject, damaging: bool
+) -> None:
     """What is read is what led to the newest checkpoint, and what was computed from there."""
     world = World(Path(tempfile.mkdtemp(dir=tmp_path)))
-    world.begin()
-    action = st.sampled_from(["begin", "compute", "compute", "compute", "save", "kill"])
-    for what in data.draw(st.lists(action, max_size=40)):
+    actions = ["begin", "compute", "compute", "compute", "save", "kill", *["damage"] * damaging]
+    for what in data.draw(st.lists(st.sampled_from(actions), max_size=40)):
         if what == "begin" or not world.alive:
             world.begin()
-            continue
-        start = data.draw(st.sampled_from(world.alive))
-        if what == "kill":
-            world.alive.remove(start)
         else:
-            getattr(world, what)(start)
+            getattr(world, what)(data.draw(st.sampled_from(world.alive)))
+    if len(world.last.lineage) > world.last.resumed_from:  # else it replaces nothing yet
+        newest = world.last if world.ahead is None or world.last.has_saved else world.ahead
+        assert computed_by(read_record(world.folder)) == newest.lineage
     world.begin()
-    last, newest = world.alive[-1], max(world.saved)
-    header = json.loads((world.folder / f"run-{world.count}.jsonl").read_text())
-    before = read_record(world.folder, header)
-    assert [row["by"] for row in before.of_kind("train")] == world.saved[newest]
+    before = read_record(world.folder, world.header)
+    assert computed_by(before) == world.saved[max(world.saved)]
     for _ in range(2):
-        world.compute(last)
+        world.compute(world.last)
     record = read_record(world.folder)
-    rows = record.of_kind("train")
-    assert [row["by"] for row in rows] == last.lineage
-    assert [row["step"] for row in rows] == list(range(1, newest + 3))
-    computed = sum(path.read_text().count('"train"') for path in world.folder.iterdir())
-    assert record.steps_lost == computed - len(rows)
+    assert computed_by(record) == world.last.lineage
+    assert damaging or record.steps_lost == world.computed - len(world.last.lineage)
+
+
+def test_what_led_nowhere_makes_nobody_a_rival(tmp_path: Path) -> None:
+    """The third went on from a checkpoint of the first that was damaged since; then the second,
+    which had begun with the first, saved."""
+    world = World(tmp_path)
+    world.begin()
+    first, second = world.alive
+    world.compute(first)
+    world.save(first)
+    world.begin()
+    world.damage(first)
+    for _ in range(5):
+        world.compute(second)
+    world.save(second)
+    world.begin()
+    world.compute(world.last)
+    assert computed_by(read_record(tmp_path)) == [2, 2, 2, 2, 2, 4]
+
+
+def test_one_that_has_saved_is_not_behind(tmp_path: Path) -> None:
+    """Though another had saved before it, which was damaged since."""
+    world = World(tmp_path)
+    (first,) = world.alive
+    world.begin()
+    world.compute(first)
+    world.save(first)
+    assert computed_by(read_record(tmp_path)) == [1]
+    world.compute(world.last)
+    assert computed_by(read_record(tmp_path)) == [1]
+    world.damage(first)
+    world.compute(world.last)
+    world.save(world.last)
+    assert computed_by(read_record(tmp_path)) == [2, 2]
+
+
+def test_what_another_folder_tells_is_not_made_up_for(tmp_path: Path) -> None:
+    """Of two run_dirs that share their checkpoints: this one was at 10 when the other, which had
+    gone on from its 5, saved 10, from which it goes on."""
+    attempt(tmp_path, 0, range(1, 11))
+    header = {"resumed_from": 10, "continues": "elsewhere", "since": 5}
+    with RecordWriter(tmp_path, header) as writer:
+        writer.write("train", 11, loss=1.0)
+    record = read_record(tmp_path)
+    assert [row["step"] for row in record.of_kind("train")] == [1, 2, 3, 4, 5, 11]
+    assert record.steps_lost == 5
+
+
+def test_an_evaluation_that_was_made_up_for_appears_once(tmp_path: Path) -> None:
+    """By the next start; and the first was not dead."""
+    for number, resumed_from in ((1, 0), (2, 3)):
+        with RecordWriter(tmp_path, {"resumed_from": resumed_from}) as writer:
+            for weights in ("raw", "ema"):
+                writer.write("eval", 3, weights=weights, loss=float(number))
+    rows = read_record(tmp_path).of_kind("eval")
+    assert [(row["weights"], row["loss"]) for row in rows] == [("raw", 2.0), ("ema", 2.0)]
+
+
+def test_a_number_that_another_machine_has_taken_is_left_to_it(tmp_path: Path) -> None:
+    """As a share may show it: after the folder was listed."""
+    attempt(tmp_path, 0, range(1, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nfnets_xla.record._attempts", lambda _: [])
+        with RecordWriter(tmp_path, {"resumed_from": 0}) as writer:
+            assert (writer.attempt, writer.path.name) == (2, "run-2.jsonl")
 
 
 def test_a_history_is_read_in_one_look_at_each_row(tmp_path: Path) -> None:

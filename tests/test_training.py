@@ -225,6 +225,7 @@ def test_undecodable_samples_are_listed_and_counted_over_a_kill(tmp_path: Path) 
     arguments = [*RECIPE, *SMALL, *PLAIN_CPU, "optim.epochs=1.5", "trainer.checkpoint_every=1"]
     arguments += [f"data.{key}={tmp_path / name}" for key, name in FOLDERS]
     lenient = [*arguments, "data.max_missed=0.1", f"run_dir={run_dir}"]
+    lenient += ["trainer.keep_checkpoints=4"]
     run_killed_at(lenient, run_dir, 4, log, kind="checkpoint")
     run(lenient, log)
 
@@ -245,11 +246,13 @@ def test_undecodable_samples_are_listed_and_counted_over_a_kill(tmp_path: Path) 
     assert all("60 bytes do not decode" in sample["reason"] for sample in listed)
 
     # From checkpoints alone, without the record that names them.
-    newest, kept = max((run_dir / "checkpoints").iterdir()), tmp_path / "kept"
-    shutil.rmtree(newest)
-    shutil.copytree(run_dir / "checkpoints", kept)
+    kept, oldest = tmp_path / "kept", min((run_dir / "checkpoints").iterdir())
+    shutil.copytree(oldest, kept / oldest.name)
     other = [*arguments, "data.max_missed=0.1", f"run_dir={tmp_path / 'other'}"]
-    run([*other, f"resume={kept}"], log)
+    then = int(oldest.name.removeprefix("step-")) + 1
+    other += [f"resume={kept}"]
+    run_killed_at(other, tmp_path / "other", then, log, kind="checkpoint")
+    run(other, log)
     (end,) = read_record(tmp_path / "other").of_kind("end")
     assert end["missed"] == missed[-1]["total"]
 

@@ -44,12 +44,12 @@ def test_a_second_start_is_refused_and_leaves_the_first_alone(
     assert capsys.readouterr().out.endswith("every sample exactly once\n")
 
 
-@pytest.mark.parametrize("ahead", ["first", "second"])
+@pytest.mark.parametrize("ahead", ["first", "second", "first, to the end"])
 def test_of_two_machines_that_train_a_run_the_one_ahead_goes_on(
     tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str], ahead: str
 ) -> None:
     """The other ends when it comes to save, and no sample of the run that is left was shown twice.
-    Of the one ahead the record may have the older start, and what came after it is no part of it.
+    The one behind is no part of it, also if it began last and nothing was started after it.
     """
     run_dir, logs = tmp_path / "run", {"first": tmp_path / "1", "second": tmp_path / "2"}
     arguments = [*ONE, *data, "optim.epochs=2", "trainer.ledger=true", f"run_dir={run_dir}"]
@@ -64,19 +64,21 @@ def test_of_two_machines_that_train_a_run_the_one_ahead_goes_on(
     first = reached(logs["first"], 3)
     second = reached(logs["second"], 3, "tests.elsewhere")
     both = {"first": first, "second": second}
+    ahead, *finished = ahead.split(", ")
     both[ahead].send_signal(signal.SIGCONT)
     while not (run_dir / "checkpoints" / "step-00000004" / "manifest.json").exists():
         assert both[ahead].poll() is None, logs[ahead].read_text()
+    if finished:
+        assert both[ahead].wait() == 0, logs[ahead].read_text()
     both[ahead].kill()
     (behind,) = both.keys() - {ahead}
     both[behind].send_signal(signal.SIGCONT)
     assert both[behind].wait() == 75, logs[behind].read_text()
     assert "was saved by another start of this run, which trains" in logs[behind].read_text()
-    run(arguments, tmp_path / "log")
+    if not finished:
+        run(arguments, tmp_path / "log")
     record = read_record(run_dir)
-    assert (
-        record.headers[-1]["continues"] == record.headers[("first", "second").index(ahead)]["start"]
-    )
+    assert record.line[-1 if finished else -2] == record.headers[ahead == "second"]
     assert record.rivals == ({2} if ahead == "first" else set())
     assert [row["step"] for row in record.of_kind("samples")] == list(range(1, 14))
     main(["audit", str(run_dir)])

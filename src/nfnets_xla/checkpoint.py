@@ -33,6 +33,7 @@ from nfnets_xla.exits import Interrupted, Unreachable
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+ENDS = "this one ends, and the same command goes on from there; if both live, end one of them"
 FORMAT = 1  # of all this; a number higher than ours is a newer release's
 
 
@@ -93,10 +94,12 @@ def save(
     if not address(root):
         Path(root).mkdir(parents=True, exist_ok=True)
     folder, name = open_folder(root), folder_name(step)
+    state = {**state, "step": step, "format": FORMAT}
     complete = complete_steps(folder.sizes(""))
-    newest = max(complete, default=step)
-    if newest != step and _seems_of_another(folder, newest, state):
-        found = verify_one(_at(root, newest))
+    for newer in sorted(complete - {step}, reverse=True):  # the newest is ours, nearly always
+        if not _seems_of_another(folder, newer, state):
+            break
+        found = verify_one(_at(root, newer))
         if isinstance(found, Checkpoint):
             _refuse_another(found.where, found.state, state)
     if step in complete:
@@ -105,14 +108,20 @@ def save(
             _refuse_another(found.where, found.state, state)
             files = (path for path in found.folder.iterdir() if path.name != MANIFEST)
             return sum(path.stat().st_size for path in files)
+    claimed = _seems_of_another(folder, step, state)  # by a start that was killed, or by one at it
     remove(folder, step)
     try:
-        return _write(folder, name, forms, {**state, "step": step, "format": FORMAT})
+        size = _write(folder, name, forms, state)
     except Exception as error:
-        if not isinstance(error, Unreachable):  # which would not answer to this either
+        # An address would not answer to this either; and another start's files are not touched.
+        if not isinstance(error, Unreachable | OtherStart):
             with suppress(Exception):  # what there is of it may be what fills the disk
+                _hold(folder, name, state)
                 remove(folder, step)
         raise
+    if claimed and isinstance(verify_one(_at(root, step)), str):
+        return save(root, step, forms, state)  # the other's last file came between; it has ended
+    return size
 
 
 def _seems_of_another(folder: AnyFolder, step: int, state: Mapping[str, Any]) -> bool:
@@ -128,6 +137,21 @@ def _seems_of_another(folder: AnyFolder, step: int, state: Mapping[str, Any]) ->
     return False
 
 
+def _hold(folder: AnyFolder, name: str, state: Mapping[str, Any]) -> None:
+    """Raises OtherStart if another start has begun to save the same step since this one did."""
+    if state.get("start") is None:
+        return
+    try:
+        data = folder.read(f"{name}/{STATE}")
+    except FileNotFoundError:  # which this start has written
+        data = b"{}"
+    start = None
+    with suppress(ValueError, AttributeError):  # torn: it is being written
+        start = json.loads(data).get("start")
+    if start != state["start"]:
+        raise OtherStart(f"{name} is being saved by another start of this run: {ENDS}")
+
+
 def _refuse_another(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     if changed := _differences(theirs, ours):
         raise OtherRun(
@@ -138,8 +162,7 @@ def _refuse_another(where: str, theirs: Mapping[str, Any], ours: Mapping[str, An
     if None not in starts and starts[0] != starts[1] and theirs["step"] > ours["resumed_from"]:
         raise OtherStart(
             f"{where} was saved by another start of this run, which trains elsewhere or did until "
-            "now: this one ends, and the same command goes on from there; if the other lives, end "
-            "one of them"
+            f"now: {ENDS}"
         )
 
 
@@ -159,17 +182,20 @@ def _write(
     forms: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
 ) -> int:
-    manifest: dict[str, dict[str, Any]] = {}
+    """The state first, which says whose all of it is, and the manifest last."""
+    data = _json(state)
+    with folder.writing(f"{name}/{STATE}") as path:
+        path.write_bytes(data)
+    manifest = {STATE: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
     for form, tensors in forms.items():
+        _hold(folder, name, state)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with folder.writing(f"{name}/{form}.safetensors") as path:
             save_file(contiguous, path)
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             manifest[f"{form}.safetensors"] = {"bytes": path.stat().st_size, "sha256": digest}
-    data = _json(state)
-    folder.write(f"{name}/{STATE}", data)
-    manifest[STATE] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    _hold(folder, name, state)
     folder.write(f"{name}/{MANIFEST}", _json(manifest))
     return sum(entry["bytes"] for entry in manifest.values())
 
@@ -190,8 +216,13 @@ def steps(root: str | Path) -> list[int]:
     return sorted({step for step in found if step is not None}, reverse=True)
 
 
+def complete(root: str | Path) -> set[int]:
+    """Of those that have a manifest, whether or not they verify."""
+    return complete_steps(open_folder(root).sizes("")) if steps(root) else set()
+
+
 def folders(root: str | Path) -> list[str]:
-    """The same, each as `load` and `verify_one` take it."""
+    """All of them, each as `load` and `verify_one` take it."""
     return [_at(root, step) for step in steps(root)]
 
 

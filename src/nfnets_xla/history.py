@@ -28,10 +28,12 @@ class Past:
 
 
 def continuation(start: Checkpoint | None) -> Row:
-    """What the header of a start from `start` says of it."""
+    """What the header of a start from `start` says of it; see lineage.py."""
     if start is None:
-        return {"resumed_from": 0, "continues": None}
-    return {"resumed_from": start.step, "continues": start.state.get("start")}
+        return {"resumed_from": 0, "continues": None, "since": None}
+    state = start.state
+    since = state.get("resumed_from")
+    return {"resumed_from": start.step, "continues": state.get("start"), "since": since}
 
 
 def record_before(start: Checkpoint | None, run_dir: Path) -> RunRecord | None:
@@ -53,11 +55,18 @@ def past_of(start: Checkpoint | None, record: RunRecord | None, saved: Collectio
         start.step,
         seconds=start.state["seconds"],
         lost_seconds=lost_seconds,
-        missed=start.state.get("missed", 0) if record is None else missed_before(record),
+        missed=_missed(start, record),
         skipped=start.state.get("skipped", 0),
         evaluated=evaluated,
         best=best_of(start, evaluated, saved),
     )
+
+
+def _missed(start: Checkpoint, record: RunRecord | None) -> int:
+    """A record may lack what came before it; checkpoints of older releases do not say."""
+    if "missed" in start.state:
+        return int(start.state["missed"])
+    return 0 if record is None else missed_before(record)
 
 
 def best_of(

@@ -183,7 +183,10 @@ def audit(run_dir: Path) -> Audit:
             continue
         if head is None or not frames:
             continue
-        replaced = [step for step in effective if step > head["resumed_from"]]
+        begun_at: int = head["resumed_from"]
+        if record is not None:
+            begun_at = record.builds_on.get(attempt_of(path), begun_at)
+        replaced = [step for step in effective if step > begun_at]
         again += len(replaced)
         for step in replaced:
             del effective[step]
@@ -225,7 +228,7 @@ def attempt_of(path: Path) -> int:
 
 def _take_verdicts(found: Audit, record: RunRecord) -> None:
     """What the record says of the steps, that their frames do not: they come too early."""
-    saved = [header["resumed_from"] for header in record.headers[-1:]]
+    saved = [header["resumed_from"] for header in record.line[-1:]]
     saved += [row["step"] for kind in ("checkpoint", "end") for row in record.of_kind(kind)]
     found.certain = max(saved, default=0)
     for row in record.of_kind("nonfinite"):

@@ -31,7 +31,7 @@ from nfnets_xla.models.registry import Network
 from nfnets_xla.network import initial_weights, make_model, make_task, put_on_device, restore
 from nfnets_xla.optim.passes import Passes
 from nfnets_xla.optim.schedule import Schedule
-from nfnets_xla.record import CHECKPOINTS, Row, has_record, read_record
+from nfnets_xla.record import CHECKPOINTS, Row, RunRecord, has_record, read_record
 from nfnets_xla.resume import Beginning, find_resume, installed
 from nfnets_xla.saves import try_to_write
 from nfnets_xla.sources import Weights
@@ -105,6 +105,7 @@ class Ready:
     start: Checkpoint | None
     start_id: str  # by which the checkpoints of this start, and no others, are known
     past: Past
+    saved_to: int  # the newest step that was known to be saved, whole or not
     begun_with: dict[str, Any] | None
     backend: Backend
     net: Network  # on the host, with the weights of `start`
@@ -128,7 +129,9 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
         begun_with, initial = start.state.get("begun_with"), None
     net = make_model(run, plan.num_classes, initial, say)
     backend = put_on_device(net, run)
-    past = find_past(plan, start, say)
+    record = record_before(start, plan.folder)
+    past = find_past(plan, start, record, say)
+    saved_to = max(newest_saved(plan, record), past.step)
     task = make_task(
         net,
         run,
@@ -152,7 +155,7 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
     if run.trainer.compile_cache and not backend.cache_compilations(plan.folder / "compiled"):
         say(f"compile cache: off, {backend.device_kind} could not read it back")
     start_id = uuid.uuid4().hex
-    return Ready(plan, start, start_id, past, begun_with, backend, net, dataset, task)
+    return Ready(plan, start, start_id, past, saved_to, begun_with, backend, net, dataset, task)
 
 
 def tell_of_other_weights(plan: Plan, begun_with: dict[str, Any], say: Say) -> None:
@@ -169,14 +172,18 @@ def tell_of_other_weights(plan: Plan, begun_with: dict[str, Any], say: Say) -> N
         )
 
 
-def find_past(plan: Plan, start: Checkpoint | None, say: Say) -> Past:
+def newest_saved(plan: Plan, record: RunRecord | None) -> int:
+    """The newest step of which there is, or was, a checkpoint; 0: none."""
+    return max([*checkpoint.complete(plan.checkpoints), 0 if record is None else record.saved])
+
+
+def find_past(plan: Plan, start: Checkpoint | None, record: RunRecord | None, say: Say) -> Past:
     """What earlier starts have left. The best so far is only of the held-out samples of now."""
     saved = [] if start is None else [start.step, *checkpoint.steps(plan.checkpoints)]
-    record = record_before(start, plan.folder)
     past = past_of(start, record, saved)
     if start is None or record is None or plan.held_out is None:
         return past
-    other = other_held_out(record.headers, start.step, plan.held_out.fingerprint)
+    other = other_held_out(record.line, start.step, plan.held_out.fingerprint)
     if other == start.step:
         say(
             f"warning: data.eval_shards holds other samples than up to step {other}: held-out "

@@ -14,15 +14,22 @@ import math
 import os
 import platform
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
-Row = dict[str, Any]
+from nfnets_xla.lineage import (
+    Row,
+    Start,
+    builds_on,
+    computed_again,
+    computed_in_vain,
+    rivals,
+    still_built_on,
+)
+
 CHECKPOINTS = "checkpoints"  # in the run's folder, if no other place is named for them
 
 
@@ -33,7 +40,7 @@ class RecordWriter:
         self, run_dir: Path, header: Row, first: Callable[[], None] = lambda: None
     ) -> None:
         """`header["resumed_from"]` is the step whose checkpoint this start continues (0: none);
-        `header["start"]` names this start, `header["continues"]` the one that wrote it.
+        what else a header says of that is in lineage.py.
 
         `first` is done when no other start can write into the folder, and before this one does.
         Raises ValueError if one is going on there.
@@ -42,10 +49,9 @@ class RecordWriter:
         self._lock = _lock(run_dir)
         try:
             first()
-            self.attempt = 1 + max((number for number, _ in _attempts(run_dir)), default=0)
-            self.path = run_dir / f"run-{self.attempt}.jsonl"
             self._opened = time.monotonic()
-            self._file: TextIO = self.path.open("x", encoding="utf-8")
+            self.attempt = 1 + max((number for number, _ in _attempts(run_dir)), default=0)
+            self.path, self._file = self._new(run_dir)
             try:
                 self.write("header", header["resumed_from"], **header)
             except BaseException:
@@ -55,6 +61,15 @@ class RecordWriter:
         except BaseException:
             os.close(self._lock)
             raise
+
+    def _new(self, run_dir: Path) -> tuple[Path, TextIO]:
+        """Another machine may just have taken a number, which a share shows later."""
+        while True:
+            path = run_dir / f"run-{self.attempt}.jsonl"
+            try:
+                return path, path.open("x", encoding="utf-8")
+            except FileExistsError:
+                self.attempt += 1
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
         seconds = round(time.monotonic() - self._opened, 3)
@@ -128,13 +143,16 @@ class RunRecord:
     """All attempts of a run as one history: what a restart repeated appears once."""
 
     headers: list[Row]
+    line: list[Row]  # those of them that led to the run as it is now: see lineage.py
     opening: Row  # the header of the start that the run, as it is now, began with; {} without one
     rows: list[Row]
     steps_lost: int  # computed (as far as the record shows), in no checkpoint, computed again
     seconds: float | None  # of all attempts, to the last line of each; None: an older record
     seconds_lost: float  # of them, those after a line that a later start still builds on
-    newest: list[Row]  # all lines of the last start, with its header
-    rivals: frozenset[int] = frozenset()  # attempts of which nothing is built on: see _rivals
+    saved: int  # the newest step that any start has recorded as saved; 0: none
+    newest: list[Row]  # all lines of the last start in line, with its header
+    rivals: frozenset[int]  # attempts that are not in line
+    builds_on: dict[int, int]  # by attempt, the step up to which it builds on those before it
 
     def of_kind(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] == kind]
@@ -171,108 +189,43 @@ def read_record(
     attempts = sorted(_attempts(folder))
     if not attempts:
         raise ValueError(f"{folder} holds no run-*.jsonl: it is not the folder of a run")
-    starts = [(number, lines) for number, path in attempts if (lines := _read_lines(path))]
+    starts = [Start(number, lines) for number, path in attempts if (lines := _read_lines(path))]
     # One that was killed before its header was complete is none. One of a training that has
     # computed nothing replaces nothing.
     counted = [
-        (number, lines)
-        for number, lines in starts
-        if len(lines) > 1 or "num_steps" not in lines[0] or number in begun
+        start
+        for start in starts
+        if len(start.lines) > 1 or "num_steps" not in start.header or start.number in begun
     ]
-    headers = [lines[0] for _, lines in starts]
-    rivals = _rivals([*starts, (0, [following])] if following else starts)
-    built_on = [lines for number, lines in counted if number not in rivals]
-    resumed = [int(lines[0]["resumed_from"]) for lines in built_on]
-    at_last = None if following is None else int(following["resumed_from"])
-    rows, lost = _still_built_on(built_on, [*resumed[1:], at_last])
-    in_vain = [lines for number, lines in counted if number in rivals]
-    clocks: list[float | None] = [lines[-1].get("seconds") for _, lines in counted]
+    to_come = [] if following is None else [Start(0, [following])]
+    in_vain = rivals([*starts, *to_come]) if starts else frozenset[int]()
+    up_to = builds_on([*starts, *to_come])
+    line = [start for start in counted if start.number not in in_vain]
+    built_on = [up_to[start.number] for start in line]
+    rows, lost = still_built_on(line, [*built_on[1:], up_to.get(0)] if line else [])
+    lost_starts = [start for start in counted if start.number in in_vain]
+    clocks: list[float | None] = [start.lines[-1].get("seconds") for start in counted]
     known = [clock for clock in clocks if clock is not None]
     return RunRecord(
-        headers,
-        _opening(headers, built_on),
-        rows,
-        steps_lost=_computed_again(built_on, resumed) + sum(map(_computed, in_vain)),
+        headers=[start.header for start in starts],
+        line=[start.header for start in starts if start.number not in in_vain],
+        opening=_opening(starts, line),
+        rows=rows,
+        steps_lost=computed_again(line, built_on) + sum(map(computed_in_vain, lost_starts)),
         seconds=sum(known) if len(known) == len(clocks) else None,
-        seconds_lost=lost + sum(lines[-1].get("seconds", 0.0) for lines in in_vain),
-        newest=starts[-1][1] if starts else [],
-        rivals=rivals,
+        seconds_lost=lost + sum(start.lines[-1].get("seconds", 0.0) for start in lost_starts),
+        saved=max((start.saved for start in starts), default=0),
+        newest=next((s.lines for s in reversed(starts) if s.number not in in_vain), []),
+        rivals=in_vain,
+        builds_on=up_to,
     )
 
 
-def _opening(headers: list[Row], built_on: list[list[Row]]) -> Row:
-    for lines in reversed(built_on):
-        if lines[0]["resumed_from"] == 0:
-            return lines[0]
-    return headers[0] if headers else {}
-
-
-def _rivals(starts: list[tuple[int, list[Row]]]) -> frozenset[int]:
-    """Attempts that trained beside one that came further, on another machine perhaps: a later start
-    continues from a checkpoint of an earlier one, which nothing of those between them led to.
-
-    Older records do not say which start they continue: there each continues the one before it.
-    """
-    rivals: set[int] = set()
-    place = {lines[0]["start"]: at for at, (_, lines) in enumerate(starts) if "start" in lines[0]}
-    for at, (_, lines) in enumerate(starts):
-        writer = place.get(lines[0].get("continues"), at)
-        between = starts[writer + 1 : at]
-        rivals |= {
-            number
-            for number, other in between
-            if other[0]["resumed_from"] < lines[0]["resumed_from"]
-        }
-    return frozenset(rivals)
-
-
-def _still_built_on(
-    starts: list[list[Row]], followed_at: Sequence[int | None]
-) -> tuple[list[Row], float]:
-    """The rows of `starts`, each with its header first, that no later one replaces, and the seconds
-    of those that one does. Each is followed by a start from the step given, the last by none or by
-    one that is still to write. An end that was gone on from is none any more, and is not lost.
-
-    From the newest to the oldest: a row is good if it is of a step that all later starts were
-    resumed from, or after. What is read is looked at once, however many starts there are.
-    """
-    kept: list[list[Row]] = []
-    lost = 0.0
-    bound = math.inf
-    for place in reversed(range(len(starts))):
-        lines, follows = starts[place], followed_at[place]
-        bound = min(bound, math.inf if follows is None else follows)
-        clock = [row.get("seconds", 0.0) for row in lines]
-        good: list[Row] = []
-        for row, (before, now) in zip(lines[1:], pairwise(clock), strict=True):
-            if row["step"] <= bound:
-                if place == len(starts) - 1 or row["kind"] != "end":
-                    good.append(row)
-            else:
-                lost += now - before
-        kept.append(good)
-    return [row for good in reversed(kept) for row in good], lost
-
-
-def _computed(lines: list[Row]) -> int:
-    """Steps of one start, as far as the rows show."""
-    begun = int(lines[0]["resumed_from"])
-    return max((row["step"] - begun for row in lines[1:] if row["kind"] in _PROGRESS), default=0)
-
-
-def _computed_again(starts: list[list[Row]], resumed: Sequence[int]) -> int:
-    """Steps that a later start computed once more, as far as the rows show."""
-    steps: list[int] = []  # that were computed and are still built on, sorted
-    lost = 0
-    for lines, begun in zip(starts, resumed, strict=True):
-        if steps:
-            lost += max(0, steps[-1] - begun)
-            del steps[bisect_right(steps, begun) :]
-        steps += sorted(row["step"] for row in lines[1:] if row["kind"] in _PROGRESS)
-    return lost
-
-
-_PROGRESS = ("train", "samples")  # rows written for a computed step
+def _opening(starts: list[Start], line: list[Start]) -> Row:
+    for start in reversed(line):
+        if start.resumed_from == 0:
+            return start.header
+    return starts[0].header if starts else {}
 
 
 def _attempts(run_dir: Path) -> Iterable[tuple[int, Path]]:

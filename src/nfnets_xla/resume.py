@@ -182,7 +182,7 @@ def _look_for_newer(
     if not has_record(run_dir):
         return
     record = read_record(run_dir)
-    saved = [header["resumed_from"] for header in record.headers[-1:]]
+    saved = [header["resumed_from"] for header in record.line[-1:]]
     saved += [row["step"] for row in record.of_kind("checkpoint")]
     before = sources.checkpoint_dir_of(run_dir)
     if found is None and before not in (None, root):  # which the last start may have had no time

@@ -182,6 +182,7 @@ def header(ready: Ready) -> dict[str, Any]:
     return {
         "start": ready.start_id,
         **continuation(ready.start),
+        "saved_to": ready.saved_to,
         "config": asdict(run),
         "begun_with": ready.begun_with,
         "fingerprint": plan.index.fingerprint,

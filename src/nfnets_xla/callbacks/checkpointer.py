@@ -109,7 +109,8 @@ class Checkpointer(Callback):
         if self.skips.frozen_at is not None:
             step = self.skips.frozen_at - 1
         self.saved_at = step
-        state = self.state(step) | {"skipped": self.skips.count, "missed": self.missed.trained}
+        counts = {"skipped": self.skips.count, "missed": self.missed.trained_up_to(step)}
+        state = self.state(step) | counts
         if self.keep_best:
             state["best"] = self._best_with(step)
         return step, forms, state

@@ -48,6 +48,7 @@ class Missed(Callback):
         self.train_samples = train_samples
         self.eval_samples = eval_samples
         self.trained = before
+        self._by_step: dict[int, int] = {}
         self.evaluated = 0
         self.hosts = hosts
         self.say = say
@@ -60,7 +61,13 @@ class Missed(Callback):
         shown = max(step * self.unique_per_step, AT_LEAST)
         missed = self._of_all_hosts(batch)
         self.trained += len(missed)
+        if missed:
+            self._by_step[step] = len(missed)
         self._take(missed, "train", step, self.trained, min(shown, self.train_samples))
+
+    def trained_up_to(self, step: int) -> int:
+        """Of the updates to `step`; batches of later ones may have been shown."""
+        return self.trained - sum(count for at, count in self._by_step.items() if at > step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.evaluated = 0
