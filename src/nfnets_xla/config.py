@@ -52,7 +52,7 @@ class DataConfig:
     randaugment_ops: int  # operations applied to a view in turn
     mix: str  # "none", or "mixup_cutmix": MixUp on half of the rows and CutMix on the others
     batch_size: int  # rows of a global batch: unique images x repeats
-    eval_batch_size: int
+    eval_batch_size: int  # rows of a global batch, evaluation
     repeats: int  # views of each image in a batch (repeated augmentation)
     num_streams: int  # canonical streams: divides batch_size / repeats; hosts divide it
     window_shards: int  # shards shuffled together within a stream
@@ -75,7 +75,7 @@ class OptimConfig:
     optimizer: str  # "sgd", with Nesterov momentum, or "adamw"
     momentum: float  # Nesterov's; AdamW's beta1
     beta2: float | None  # AdamW's
-    weight_decay: float
+    weight_decay: float  # of weights; gains and biases have none
     clipping: float | None  # AGC's lambda; None: no clipping
     loss: str  # "softmax", or "sigmoid": every class a question of its own
     label_smoothing: float  # of the targets, after mixing
@@ -114,7 +114,7 @@ class Run:
     job: str  # what the recipe is for: train, evaluate, throughput or smoke
     run_dir: str | None  # everything the run leaves behind; training needs one
     resume: str  # "auto": go on with what run_dir holds; "never"; or a checkpoint to begin from
-    seed: int
+    seed: int  # of the initial weights, the order and every random draw
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig

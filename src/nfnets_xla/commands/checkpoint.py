@@ -34,7 +34,7 @@ def parser() -> Parser:
         ("verify", verify, "compare every file with its size and SHA-256"),
         ("show", show, "say what the newest one holds"),
         ("export", export, "write the newest one's weights as one .safetensors file"),
-        ("card", card, "write a folder that create_model('local-dir:FOLDER') and timm load"),
+        ("card", card, "write a folder that create_model('local-dir:FOLDER') loads, and timm"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)
         command.add_argument("where", help="a run, a folder of checkpoints or one, or its address")

@@ -299,7 +299,7 @@ def status(tpu: Slice) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Slice], Any], str]] = {
     "create": (Slice.create, "put the slice into the queue"),
-    "wait": (Slice.wait, "until it is there"),
+    "wait": (Slice.wait, "wait until the slice is there"),
     "install": (Slice.install, "mount the share and install the library, on all workers"),
     "start": (Slice.start, "start the run on all workers"),
     "status": (status, "what the slice and its workers do"),
@@ -357,7 +357,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         command.add_argument("--dry-run", action="store_true", help="print the commands only")
         command.add_argument("--every", type=float, default=60, help="seconds between questions")
         if name == "logs":
-            command.add_argument("--worker", type=int, default=0, help="whose")
+            command.add_argument("--worker", type=int, default=0, help="whose log, by number")
     return top, commands.choices
 
 

@@ -121,9 +121,9 @@ def check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
 class Standardise(torch.autograd.Function):
     """(w - mean) / sqrt(max(sum (w - mean)^2, floor) + addend) * gain, per output channel.
 
-    With its own derivative, since autograd's through `var_mean` takes four times as long on a CPU
-    and through plain arithmetic keeps a centred copy of every weight: here the backward pass needs
-    the weight alone. Of the three results only the first is to be differentiated.
+    With its own derivative, since autograd's keeps a centred copy of every weight: here the
+    backward pass needs the weight alone. benchmarks/standardise.py times it beside others. Of the
+    three results only the first is to be differentiated.
     """
 
     generate_vmap_rule = True  # gradients per sample
