@@ -119,7 +119,9 @@ def test_a_split_that_is_there_is_refused_before_anything_is_read(
     (tmp_path / "out" / split).mkdir(parents=True)
     (tmp_path / "out" / split / "a.tar").touch()
     (source / imagenet.TRAIN).write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match=f"out/{split} holds shards .* choose an empty folder"):
+    with pytest.raises(
+        ValueError, match=f"out/{split} holds a.tar already: choose an empty folder"
+    ):
         pack_imagenet(source, tmp_path / "out")
     assert len(list((tmp_path / "out").rglob("*.tar"))) == 1
 

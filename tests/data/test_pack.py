@@ -153,7 +153,7 @@ def test_refused_arguments(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     pack()()
     before = tree(tmp_path)
-    assert "holds shards or classes.json already: choose an empty folder" in one_line(pack())
+    assert "holds shard-000000.tar already: choose an empty folder" in one_line(pack())
     assert tree(tmp_path) == before
 
 

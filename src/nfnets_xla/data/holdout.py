@@ -10,6 +10,7 @@ smallest of its hashes.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nfnets_xla.data.jobs import Progress, map_jobs
-from nfnets_xla.data.pack import Sample, check_empty, pack_samples
+from nfnets_xla.data.pack import Sample, check_empty, claim, pack_samples
 from nfnets_xla.data.records import SIDECAR, Records
 from nfnets_xla.data.remote import AnyFolder
 from nfnets_xla.data.shards import ShardIndex, short_name
@@ -49,12 +50,13 @@ def hold_out(
             f"{samples} samples are to be held out of {index.num_samples}: hold out at least one, "
             "and leave one"
         )
-    check_empty(local(folder))
+    where = local(folder)
     if is_below(Path(folder) / IDS, index.folder) or is_below(index.folder, folder):
         raise ValueError(
             f"{folder} and {index.folder}, of which samples are to be held out, lie in each other, "
             "and an index takes in the shards of all folders below: choose a folder beside it"
         )
+    check_empty(where, IDS)
     chosen = choose(index, samples, alike=alike, engine=engine, jobs=jobs, on_progress=on_progress)
     ids = [index.sample_id(shard, row) for shard, row in chosen]
 
@@ -69,13 +71,15 @@ def hold_out(
     # The list first: without it, or with a part of it, shards that are there would be trained on.
     is_new = not Path(folder).exists()
     Path(folder).mkdir(parents=True, exist_ok=True)
+    claim(Path(folder, IDS))
     try:
         Folder(folder).write(IDS, "".join(f"{sample_id}\n" for sample_id in ids).encode())
         pack_samples(copies(), folder, samples_per_shard=samples_per_shard, prefix="held-out")
     except BaseException:  # no shards are there now: the list would leave out what nobody evaluates
         Path(folder, IDS).unlink(missing_ok=True)
         if is_new:
-            Path(folder).rmdir()
+            with suppress(OSError):  # not empty: another process's by now
+                Path(folder).rmdir()
         raise
     return ids
 

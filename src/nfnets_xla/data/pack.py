@@ -7,7 +7,7 @@ made aside and moved into place when all is well, so that a failure leaves nothi
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from shutil import rmtree
@@ -20,7 +20,7 @@ from PIL import Image
 
 from nfnets_xla.data import labels
 from nfnets_xla.data.scan import IMAGES
-from nfnets_xla.data.storage import local
+from nfnets_xla.data.storage import Folder, local
 
 CLASSES = "classes.json"
 
@@ -44,7 +44,8 @@ def pack_samples(
     unique, without dots and slashes; images are copied as they are. `classes` are written beside
     the shards, as classes.json. `on_progress` is called with the samples done so far. Raises
     ValueError for a bad or repeated sample, for none at all, and for a folder that has shards
-    already. A process that is killed leaves a folder `.packing-*` behind, which can be deleted.
+    already, or gets them meanwhile. A process that is killed leaves a folder `.packing-*` behind,
+    which can be deleted.
     """
     # Before there is a folder: it imports torch, which takes a second.
     from webdataset.writer import ShardWriter
@@ -71,10 +72,26 @@ def pack_samples(
     return sorted(Path(folder).glob("*.tar"))
 
 
-def check_empty(folder: Path) -> None:
-    """Raises ValueError for a folder that has shards already: before any long work for new ones."""
-    if any(folder.glob("*.tar")) or (folder / CLASSES).exists():
-        raise ValueError(f"{folder} holds shards or {CLASSES} already: choose an empty folder")
+def check_empty(folder: Path, *others: str) -> None:
+    """Raises ValueError for a folder in which `index` would find shards, or that has one of the
+    other files: before any long work for new ones."""
+    shards = Folder(folder).sizes() if folder.is_dir() else {}
+    files = (name for name in (CLASSES, *others) if (folder / name).exists())
+    for name in (*shards, *files):
+        raise _not_empty(folder, name)
+
+
+def claim(path: Path) -> None:
+    """Have an empty file there, to be replaced by what is written. Raises ValueError if there is
+    one: it may be another process's, and of two that claim it one gets it."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        raise _not_empty(path.parent, path.name) from None
+
+
+def _not_empty(folder: Path, name: str) -> ValueError:
+    return ValueError(f"{folder} holds {name} already: choose an empty folder")
 
 
 def encode_image(pixels_HWC: NDArray[np.uint8], ext: str = "png", quality: int = 95) -> bytes:
@@ -107,19 +124,26 @@ def _aside(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     # Within the folder, and so on its file system: there, to rename is atomic.
     aside = Path(mkdtemp(prefix=".packing-", dir=folder))
-    moved: list[Path] = []
+    claimed: list[Path] = []
     try:
         yield aside
-        for path in sorted(aside.iterdir()):
-            path.replace(folder / path.name)
-            moved.append(folder / path.name)
+        for name in sorted(os.listdir(aside)):
+            claim(folder / name)
+            claimed.append(folder / name)
+        # After the claims: of two processes with different names, one at least sees the other's.
+        others = Folder(folder).sizes().keys() - {path.name for path in claimed}
+        if others:
+            raise _not_empty(folder, min(others))
+        for path in claimed:
+            (aside / path.name).replace(path)
         aside.rmdir()
     except BaseException:
-        for path in moved:
+        for path in claimed:
             path.unlink()
         rmtree(aside)
         if is_new:
-            folder.rmdir()
+            with suppress(OSError):  # not empty: another process's by now
+                folder.rmdir()
         raise
 
 
