@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nfnets_xla.data.holdout import hold_out
 from nfnets_xla.data.index import build_index
+from nfnets_xla.data.lint import stats
 from nfnets_xla.data.shards import ShardIndex
 from tests.data.tars import Member, one_line, sample, scanned, write_tar
 
@@ -172,6 +174,26 @@ def test_a_sidecar_of_another_index_is_refused(folder: Path, index: ShardIndex) 
     for shard, name in enumerate(("gnu", "pax")):
         message = one_line(lambda: index.read(shard, 0))  # noqa: B023
         assert f"index no longer matches its shards: {name}.tar.idx.npz is damaged" in message
+
+
+@pytest.mark.parametrize("damage", ["of another shard", "truncated", "missing"])
+def test_stats_and_holdout_take_no_number_from_a_wrong_sidecar(
+    folder: Path, index: ShardIndex, tmp_path: Path, damage: str
+) -> None:
+    path = folder / "gnu.tar.idx.npz"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:500])
+    else:
+        path.write_bytes((folder / "wds.tar.idx.npz").read_bytes())
+    for action in (stats, lambda index: hold_out(index, tmp_path / "out", samples=9)):
+        message = one_line(lambda: action(index))  # noqa: B023
+        how = "missing" if damage == "missing" else "damaged"
+        said = f"{folder}: index no longer matches its shards: gnu.tar.idx.npz is {how}"
+        assert message.startswith(said)
+        assert message.endswith(f"; run `nfnets-xla shards index {folder}`")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sidecar_that_cannot_be_read_is_not_called_damaged(

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from nfnets_xla.data.jobs import Progress, map_jobs
 from nfnets_xla.data.pack import Sample, check_empty, claim, pack_samples
-from nfnets_xla.data.records import SIDECAR, Records
 from nfnets_xla.data.remote import AnyFolder
-from nfnets_xla.data.shards import ShardIndex, short_name
+from nfnets_xla.data.shards import ShardIndex, read_records, short_name
 from nfnets_xla.data.sources import extension_of
 from nfnets_xla.data.storage import Folder, is_below, local
 
@@ -108,8 +107,8 @@ def choose(
     if strangers := sorted(smallest.keys() - names):
         refuse_unknown(index, f"{strangers[0]}/{min(smallest[strangers[0]])}")
     shards = [
-        (name, index.excluded(shard), smallest.get(short_name(name), {}))
-        for shard, name in enumerate(map(index.name, range(index.num_shards)))
+        (name, key, index.excluded(shard), smallest.get(short_name(name), {}))
+        for shard, (name, key) in enumerate(index.sidecars())
     ]
     parts = list(map_jobs(job, shards, engine=engine, jobs=jobs, on_progress=on_progress))
     for unknown in filter(None, (unknown for _, _, unknown in parts)):
@@ -163,12 +162,14 @@ def group_hashes(alike: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
 
 
 def _hashes(
-    folder: AnyFolder, limit: np.uint64, shard: tuple[str, NDArray[np.uint32], Mapping[str, int]]
+    folder: AnyFolder,
+    limit: np.uint64,
+    shard: tuple[str, str, NDArray[np.uint32], Mapping[str, int]],
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64], str | None]:
     """Of one shard, its excluded rows and its keys that have another's hash: the hashes up to a
     limit, the rows that have them, and the id of a key that it should have and has not."""
-    name, excluded, smallest = shard
-    records = Records.from_bytes(folder.read(name + SIDECAR))
+    name, key, excluded, smallest = shard
+    records = read_records(folder, name, key)
     keys = [records.key(row) for row in range(records.num_samples)]
     hashes = [smallest[key] if key in smallest else key_hash(key) for key in keys]
     left = np.delete(np.array(hashes, np.uint64), excluded)

@@ -13,10 +13,9 @@ import numpy as np
 from nfnets_xla.data.decode import decode
 from nfnets_xla.data.index import same_names, same_samples
 from nfnets_xla.data.jobs import Progress, map_jobs
-from nfnets_xla.data.records import SIDECAR, Records
 from nfnets_xla.data.remote import AnyFolder, open_folder
 from nfnets_xla.data.scan import scan_shard
-from nfnets_xla.data.shards import ShardIndex
+from nfnets_xla.data.shards import ShardIndex, read_records
 from nfnets_xla.data.tar import Fault
 
 # Smaller or longer pictures are icons, trackers and separators, not photographs.
@@ -96,11 +95,10 @@ def stats(
     on_progress: Progress | None = None,
 ) -> dict[str, str]:
     """What an index holds, in lines to print; excluded samples included."""
-    names = [index.name(shard) for shard in range(index.num_shards)]
-    job = partial(_shard_stats, index.folder)
+    job, shards = partial(_shard_stats, index.folder), index.sidecars()
     per_class: Counter[int] = Counter()
     smallest, largest, image_bytes = 2**63, 0, 0
-    for part in map_jobs(job, names, engine=engine, jobs=jobs, on_progress=on_progress):
+    for part in map_jobs(job, shards, engine=engine, jobs=jobs, on_progress=on_progress):
         per_class.update(part.class_counts)
         smallest, largest = min(smallest, part.smallest), max(largest, part.largest)
         image_bytes += part.image_bytes
@@ -110,7 +108,7 @@ def stats(
     spread = _spread(np.array(list(per_class.values())), empty)
     return {
         "samples": f"{samples:,}",
-        "shards": f"{len(names):,} of {_spread(index.manifest.counts_S)} samples",
+        "shards": f"{len(shards):,} of {_spread(index.manifest.counts_S)} samples",
         "bytes": f"{int(index.manifest.bytes_S.sum()):,}",
         "image bytes": f"{smallest:,} to {largest:,} (mean {image_bytes // samples:,})",
         "labels per sample": per_sample,
@@ -119,8 +117,8 @@ def stats(
     }
 
 
-def _shard_stats(folder: AnyFolder, name: str) -> _Part:
-    records = Records.from_bytes(folder.read(name + SIDECAR))
+def _shard_stats(folder: AnyFolder, shard: tuple[str, str]) -> _Part:
+    records = read_records(folder, *shard)
     sizes = records.sizes_N
     total = int(sizes.sum(dtype=np.int64))
     classes, counts = np.unique(records.labels_M, return_counts=True)

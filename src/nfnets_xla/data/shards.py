@@ -193,6 +193,10 @@ class ShardIndex:
         """The sidecar of a shard, as it is, excluded samples included."""
         return self._opened(shard).records
 
+    def sidecars(self) -> list[tuple[str, str]]:
+        """Of each shard, what `read_records` is to be given in another process."""
+        return [(self.name(shard), self.manifest.key(shard)) for shard in range(self.num_shards)]
+
     def excluded(self, shard: int) -> NDArray[np.uint32]:
         """Rows of its sidecar that are not shown."""
         return _excluded(self.exclusions, shard)
@@ -208,7 +212,8 @@ class ShardIndex:
             file.keep()
 
     def _copies(self, shard: int) -> Iterator[CachedFile]:
-        for file in (_sidecar(self.folder, self.manifest, shard), self._file(shard)):
+        name, key = self.name(shard), self.manifest.key(shard)
+        for file in (_sidecar(self.folder, name, key), self._file(shard)):
             assert isinstance(file, CachedFile)
             yield file
 
@@ -268,35 +273,36 @@ class _Sidecar(NamedTuple):
 def _open_sidecar(
     folder: AnyFolder, manifest: Manifest, exclusions: Exclusions | None, shard: int
 ) -> _Sidecar:
-    name, digest = manifest.name(shard) + SIDECAR, manifest.digests_S[shard].tobytes()
-    try:
-        records = _read_sidecar(_sidecar(folder, manifest, shard), digest)
-    except FileNotFoundError as error:
-        raise _mismatch(folder, f"{name} is missing ({error})") from error
-    if isinstance(records, str):
-        raise _mismatch(folder, f"{name} is damaged ({records})")
+    records = read_records(folder, manifest.name(shard), manifest.key(shard))
     excluded = _excluded(exclusions, shard)
     kept = np.delete(np.arange(records.num_samples), excluded) if len(excluded) else None
     return _Sidecar(records, kept)
 
 
-def _read_sidecar(file: AnyFile, digest: bytes) -> Records | str:
-    """What it holds, or what is wrong with the last copy that came."""
-    records = _records(file.whole(), digest)
-    for _ in range(READS - 1):
-        if not isinstance(records, str) or not file.refresh():
-            break
-        records = _records(file.whole(), digest)
+def read_records(folder: AnyFolder, name: str, key: str) -> Records:
+    """The sidecar of a shard, which has this name and key in the manifest. Raises ValueError for
+    one that is missing, damaged or of another index."""
+    try:
+        file = _sidecar(folder, name, key)
+        records = _records(file.whole(), key)
+        for _ in range(READS - 1):
+            if not isinstance(records, str) or not file.refresh():
+                break
+            records = _records(file.whole(), key)
+    except FileNotFoundError as error:
+        raise _mismatch(folder, f"{name}{SIDECAR} is missing ({error})") from error
+    if isinstance(records, str):
+        raise _mismatch(folder, f"{name}{SIDECAR} is damaged ({records})")
     return records
 
 
-def _records(data: bytes, digest: bytes) -> Records | str:
+def _records(data: bytes, key: str) -> Records | str:
     """Of a sidecar; or what is wrong with it."""
     try:
         records = Records.from_bytes(data)
     except ValueError as error:
         return str(error)
-    return records if records.digest() == digest else "of another index"
+    return records if records.digest().hex() == key else "of another index"
 
 
 def _excluded(exclusions: Exclusions | None, shard: int) -> NDArray[np.uint32]:
@@ -308,8 +314,8 @@ def _open_file(folder: AnyFolder, manifest: Manifest, shard: int) -> AnyFile:
     return folder.indexed(name, manifest.key(shard) + SHARD, size)
 
 
-def _sidecar(folder: AnyFolder, manifest: Manifest, shard: int) -> AnyFile:
-    return folder.indexed(manifest.name(shard) + SIDECAR, manifest.key(shard) + SIDECAR, None)
+def _sidecar(folder: AnyFolder, name: str, key: str) -> AnyFile:
+    return folder.indexed(name + SIDECAR, key + SIDECAR, None)
 
 
 # ---- manifests --------------------------------------------------------------------------------
