@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -62,6 +63,27 @@ def test_a_shard_that_is_there_twice_is_a_fault(tmp_path: Path) -> None:
         "e.tar, offset 0: e.tar and a.tar",
         "f.tar, offset 0: f.tar and b.tar",
     ]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.tar", b"a\tb.tar", b"a\nb.tar", b"sub\xff/a.tar"])
+def test_a_name_that_no_list_can_hold_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: bytes
+) -> None:
+    """By latin-1's bytes it could not be written in the index, by a tab or newline in no list."""
+    path = tmp_path / os.fsdecode(name)
+    path.parent.mkdir(exist_ok=True)
+    write_tar(path, sample("x", 1, noise_png(0)))
+    (tmp_path / "A.tar").write_bytes(b"rubbish, which would be said first if it was read")
+    for command in ("index", "lint"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["shards", command, str(tmp_path), "--jobs", "1"])
+        assert stopped.value.code == 2
+        said = f"{tmp_path} holds {os.fsdecode(name)!r}, which is not printable in UTF-8: rename it"
+        assert capsys.readouterr().err == f"nfnets-xla: {said}\n"
+    assert not list(tmp_path.rglob("*.npz"))
+    path.rename(tmp_path / "B.tar")
+    (tmp_path / "A.tar").unlink()
+    assert lint(tmp_path) == []
 
 
 def test_an_image_too_large_to_decode_is_a_fault(

@@ -148,7 +148,7 @@ def test_refused_arguments(tmp_path: Path) -> None:
         )
 
     assert "samples_per_shard is 0; it must be at least 1" in one_line(pack(0))
-    for prefix in ("", "a/b", ".a", "%d"):
+    for prefix in ("", "a/b", ".a", "%d", "a\tb"):
         assert f"prefix is {prefix!r}" in one_line(pack(prefix=prefix))
     assert list(tmp_path.iterdir()) == []
     pack()()

@@ -34,16 +34,13 @@ def build_index(
 ) -> ShardIndex:
     """Index every *.tar in a folder and its subfolders, and write the index beside them.
 
-    With `force`, shards are scanned again whatever is there. Raises ValueError for two shards of
-    one file name or of the same samples, for the first fault of a shard (`lint.py` lists them all),
-    and for an address to which nothing can be written.
+    With `force`, shards are scanned again whatever is there. Raises ValueError for a shard's name
+    that is not printable, for two of one file name or of the same samples, for the first fault of a
+    shard (`lint.py` lists them all), and for an address to which nothing can be written.
     """
     where = open_folder(folder)
-    sizes = where.sizes()
-    names = list(sizes)
-    if not names:
-        raise ValueError(f"{folder} holds no shards: give a folder that has files named *.tar")
-    twice = same_names(names)
+    sizes = shard_sizes(where)
+    twice = same_names(list(sizes))
     if twice:
         raise ValueError(f"{folder}: {twice[0][1]}")
     job = partial(index_shard, where, force)
@@ -92,6 +89,18 @@ def _up_to_date(folder: AnyFolder, name: str, size: int) -> Records | None:
     except ValueError:
         return None
     return records if np.all(records.offsets_N + records.sizes_N <= size) else None
+
+
+def shard_sizes(folder: AnyFolder) -> dict[str, int]:
+    """Bytes of every shard, by name. Raises ValueError if there is none, and for a name that a list
+    of ids, one on a line and in UTF-8, could not hold."""
+    sizes = folder.sizes()
+    if not sizes:
+        raise ValueError(f"{folder} holds no shards: give a folder that has files named *.tar")
+    for name in sizes:
+        if not name.isprintable():
+            raise ValueError(f"{folder} holds {name!r}, which is not printable in UTF-8: rename it")
+    return sizes
 
 
 def same_names(names: list[str]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nfnets_xla.data.decode import decode
-from nfnets_xla.data.index import same_names, same_samples
+from nfnets_xla.data.index import same_names, same_samples, shard_sizes
 from nfnets_xla.data.jobs import Progress, map_jobs
 from nfnets_xla.data.remote import AnyFolder, open_folder
 from nfnets_xla.data.scan import scan_shard
@@ -39,11 +39,10 @@ def lint(
     jobs: int = 1,
     on_progress: Progress | None = None,
 ) -> list[ShardFault]:
-    """Scan all shards of a folder; needs no index and writes none."""
+    """Scan all shards of a folder; needs no index and writes none. Raises ValueError for names by
+    which no fault could be told."""
     where = open_folder(folder)
-    names = list(where.sizes())
-    if not names:
-        raise ValueError(f"{folder} holds no shards: give a folder that has files named *.tar")
+    names = list(shard_sizes(where))
     job = partial(_lint_shard, where)
     scans = map_jobs(job, names, engine=engine, jobs=jobs, on_progress=on_progress)
     found: list[ShardFault] = []

@@ -152,8 +152,11 @@ def _check_shards(samples_per_shard: int, shard_bytes: float, prefix: str) -> No
         raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
     if not shard_bytes >= 1:
         raise ValueError(f"shard_bytes is {shard_bytes}; it must be at least 1")
-    if not prefix or "/" in prefix or "%" in prefix or prefix.startswith("."):
-        raise ValueError(f"prefix is {prefix!r}; it must be a file name's beginning, without %")
+    is_name = prefix.isprintable() and "/" not in prefix and not prefix.startswith(".")
+    if not prefix or not is_name or "%" in prefix:
+        raise ValueError(
+            f"prefix is {prefix!r}; it must be a file name's beginning, printable and without %"
+        )
 
 
 def _write(
