@@ -1,5 +1,6 @@
 """Excluded samples are in no count, order or batch; the fingerprint says which they are."""
 
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.exclude import resolve, save_exclusions, without
 from nfnets_xla.data.holdout import choose, hold_out, key_hash
@@ -102,6 +104,42 @@ def test_lists_that_do_not_fit_are_refused(index: ShardIndex, tmp_path: Path) ->
     assert "was resolved against another index; run `nfnets-xla shards exclude" in refused(
         tmp_path / "a.npz"
     )
+
+
+def test_a_resolved_list_takes_the_place_of_no_index(
+    index: ShardIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused before a sidecar is read; here one could not be."""
+    folder, ids = tmp_path / "shards", listed(tmp_path, ["shard-000000/00001"])
+    sidecar = folder / "shard-000000.tar.idx.npz"
+    sidecar.write_bytes(b"rubbish")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for out, said in (
+        (folder / "index.npz", "has the name of an index's file: give another, FILE.npz"),
+        (sidecar, "has the name of an index's file: give another, FILE.npz"),
+        (tmp_path / "none" / "a.npz", f"is in no folder that is there: make {tmp_path / 'none'}"),
+        (tmp_path / "rows.txt", "must end in .npz: rows are no text"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["shards", "exclude", str(folder), str(ids), str(out)])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == f"nfnets-xla: {out} {said}\n"
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_resolved_list_is_written_whole_or_not_at_all(index: ShardIndex, tmp_path: Path) -> None:
+    path = tmp_path / "rows.npz"
+    save_exclusions(path, index, resolve(index, ["shard-000000/00001"]))
+    before = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))  # as a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_exclusions(path, index, resolve(index, ["shard-000000/00002"]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["rows.npz", "shards"]
 
 
 # ---- held out ---------------------------------------------------------------------------------

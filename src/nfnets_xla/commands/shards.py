@@ -156,9 +156,10 @@ def run_holdout(given: Any) -> None:
 
 
 def run_exclude(given: Any) -> None:
-    from nfnets_xla.data.exclude import read_ids, resolve, save_exclusions
+    from nfnets_xla.data.exclude import check_output, read_ids, resolve, save_exclusions
     from nfnets_xla.data.shards import ShardIndex
 
+    check_output(given.list)
     index = ShardIndex.load(given.dir)
     ids = [sample_id for path in given.ids for sample_id in read_ids(path)]
     exclusions = resolve(index, ids, ", ".join(map(str, given.ids)))

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nfnets_xla.data.records import Records
-from nfnets_xla.data.shards import Exclusions, ShardIndex, short_name
+from nfnets_xla.data.records import SIDECAR, Records
+from nfnets_xla.data.shards import MANIFEST, Exclusions, ShardIndex, short_name
+from nfnets_xla.data.storage import Folder
 
 RESOLVED = ".npz"
 
@@ -88,13 +89,22 @@ def rows_by_key(records: Records) -> dict[str, int]:
     return {records.key(row): row for row in range(records.num_samples)}
 
 
-def save_exclusions(path: Path, index: ShardIndex, exclusions: Exclusions) -> None:
+def check_output(path: Path) -> None:
+    """Raises ValueError for where no resolved list can be: before any long work for it."""
     if path.suffix != RESOLVED:
         raise ValueError(f"{path} must end in {RESOLVED}: rows are no text")
+    if path.name == MANIFEST or path.name.endswith(SIDECAR):
+        raise ValueError(f"{path} has the name of an index's file: give another, FILE{RESOLVED}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} is in no folder that is there: make {path.parent}")
+
+
+def save_exclusions(path: Path, index: ShardIndex, exclusions: Exclusions) -> None:
+    check_output(path)
     file = io.BytesIO()
     fingerprint = np.frombuffer(bytes.fromhex(index.manifest.fingerprint()), "u1")
     np.savez(file, **exclusions._asdict(), fingerprint=fingerprint)
-    path.write_bytes(file.getvalue())
+    Folder(path.parent).write(path.name, file.getvalue())
 
 
 def load_exclusions(path: Path, index: ShardIndex) -> Exclusions:
