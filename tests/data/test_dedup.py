@@ -123,9 +123,10 @@ def test_damaged_files_are_made_again_or_named(
         file.unlink()
     assert lines(find([train], [against], tmp_path, Settings())) == lines(first)
     damaged = next((tmp_path / dedup.MATCHES).iterdir())
-    damaged.write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match=f"{damaged.name} is damaged .*: delete it"):
-        find([train], [against], tmp_path, Settings())
+    for data in (b"rubbish", bytes(999)):
+        damaged.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{damaged.name} is damaged, or .* format: delete it"):
+            find([train], [against], tmp_path, Settings())
 
 
 def test_within_a_set_the_first_of_each_group_stays(folder: Path, tmp_path: Path) -> None:

@@ -97,8 +97,12 @@ def test_lists_that_do_not_fit_are_refused(index: ShardIndex, tmp_path: Path) ->
     assert "list.txt names no samples" in refused(listed(tmp_path, [""]))
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
     assert "is not a text file of sample ids" in refused(tmp_path / "a.txt")
-    (tmp_path / "a.npz").write_bytes(b"rubbish")
-    assert "is not a resolved list" in refused(tmp_path / "a.npz")
+    for data in (b"rubbish", bytes(999)):
+        (tmp_path / "a.npz").write_bytes(data)
+        assert refused(tmp_path / "a.npz") == (
+            f"{tmp_path}/a.npz is damaged, or no resolved list; "
+            f"run `nfnets-xla shards exclude {index.folder} IDS FILE.npz`"
+        )
     other = packed(tmp_path / "other", 24, 10)
     save_exclusions(tmp_path / "a.npz", other, resolve(other, ["shard-000000/00001"]))
     assert "was resolved against another index; run `nfnets-xla shards exclude" in refused(

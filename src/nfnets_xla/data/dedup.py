@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from nfnets_xla.data.jobs import Progress, map_jobs
 from nfnets_xla.data.likeness import likeness
+from nfnets_xla.data.npz import Arrays, from_npz
 from nfnets_xla.data.perceptual import views
 from nfnets_xla.data.references import (
     AT_A_TIME,
@@ -340,15 +341,13 @@ def _write(where: Folder, name: str, arrays: dict[str, NDArray]) -> None:
 
 def _read(where: Folder, name: str) -> dict[str, NDArray]:
     """Raises ValueError for a damaged file, or one of another format."""
-    data = where.read(name)
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays = dict(file)
-        right = arrays.pop("format").tolist() == [FORMAT, SIDE]
-    except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
-        raise ValueError(f"{where}/{name} is damaged ({error}): delete it") from error
-    if not right:
-        raise ValueError(f"{where}/{name} is of another format: delete it")
+    fault = f"{where}/{name} is damaged, or of another format: delete it"
+    return from_npz(where.read(name), _of_format, fault)
+
+
+def _of_format(arrays: Arrays) -> Arrays:
+    if arrays.pop("format").tolist() != [FORMAT, SIDE]:
+        raise ValueError("another format")
     return arrays
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nfnets_xla.data.npz import Arrays, from_npz
 from nfnets_xla.data.records import SIDECAR, Records
 from nfnets_xla.data.shards import MANIFEST, Exclusions, ShardIndex, short_name
 from nfnets_xla.data.storage import Folder
@@ -109,19 +110,22 @@ def save_exclusions(path: Path, index: ShardIndex, exclusions: Exclusions) -> No
 
 def load_exclusions(path: Path, index: ShardIndex) -> Exclusions:
     """Raises ValueError for a list of another index."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        fingerprint = arrays.pop("fingerprint").tobytes().hex()
-        exclusions = Exclusions(**arrays)
-        ordered = bool(np.all(np.diff(exclusions.shards_E) > 0))
-        whole = len(exclusions.ends_E) == 0 or exclusions.ends_E[-1] == len(exclusions.rows)
-    except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is not a resolved list ({what}); {_again(index)}") from error
-    if fingerprint != index.manifest.fingerprint() or not ordered or not whole:
+    fault = f"{path} is damaged, or no resolved list; {_again(index)}"
+    exclusions, fingerprint = from_npz(path.read_bytes(), _ordered, fault)
+    if fingerprint != index.manifest.fingerprint():
         raise ValueError(f"{path} was resolved against another index; {_again(index)}")
     return exclusions
+
+
+def _ordered(arrays: Arrays) -> tuple[Exclusions, str]:
+    """And the fingerprint of the index that they are for."""
+    fingerprint = arrays.pop("fingerprint").tobytes().hex()
+    exclusions = Exclusions(**arrays)
+    ends_E = exclusions.ends_E
+    is_whole = len(ends_E) == 0 or ends_E[-1] == len(exclusions.rows)
+    if not is_whole or not np.all(np.diff(exclusions.shards_E) > 0):
+        raise ValueError("altered by hand")
+    return exclusions, fingerprint
 
 
 def _unknown(sample_id: str, source: str, index: ShardIndex) -> str:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nfnets_xla.data.npz import Arrays, from_npz
+
 SIDECAR = ".idx.npz"  # after the shard's whole name
 DIGEST = 16  # bytes: SHA-256, cut; against accidents, of which 400,000 shards can have a few
 
@@ -72,15 +74,15 @@ class Records(NamedTuple):
     @classmethod
     def from_bytes(cls, data: bytes) -> "Records":
         """Raises ValueError for a damaged file. Whether it is the right one, its digest says."""
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                records = cls(**arrays)
-        except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
-            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-        for values, dtype in zip(records, _DTYPES, strict=True):
-            if values.dtype != dtype or values.ndim != 1:
-                raise ValueError("arrays of other types")
-        return records
+        return from_npz(data, _of_types, "damaged")
+
+
+def _of_types(arrays: Arrays) -> Records:
+    records = Records(**arrays)
+    for values, dtype in zip(records, _DTYPES, strict=True):
+        if values.dtype != dtype or values.ndim != 1:
+            raise ValueError("arrays of other types")
+    return records
 
 
 _DTYPES = ("<u1", "<u4", "<i8", "<u4", "<u4", "<i4", "<f4", "<u4")

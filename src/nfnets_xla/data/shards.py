@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nfnets_xla.data.cache import Cache
+from nfnets_xla.data.npz import Arrays, from_npz
 from nfnets_xla.data.records import DIGEST, SIDECAR, Records
 from nfnets_xla.data.remote import AnyFolder, CachedFile, RangeFile, open_folder
 from nfnets_xla.data.storage import SHARD, Folder, OpenFile
@@ -292,7 +293,7 @@ def read_records(folder: AnyFolder, name: str, key: str) -> Records:
     except FileNotFoundError as error:
         raise _mismatch(folder, f"{name}{SIDECAR} is missing ({error})") from error
     if isinstance(records, str):
-        raise _mismatch(folder, f"{name}{SIDECAR} is damaged ({records})")
+        raise _mismatch(folder, f"{name}{SIDECAR} is {records}")
     return records
 
 
@@ -358,21 +359,16 @@ def _read_manifest(folder: AnyFolder) -> Manifest:
             data = folder.read(MANIFEST)
         except FileNotFoundError:
             raise ValueError(f"{folder} has no {MANIFEST}; {folder.how_to_index}") from None
+        fault = f"{folder}/{MANIFEST} is damaged, or no index of format {FORMAT}"
         try:
-            return _load_manifest(data)
-        except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
+            return from_npz(data, _of_format, f"{fault}; {folder.how_to_index}")
+        except ValueError:
             if isinstance(folder, Folder) or read == READS:
-                what = " ".join(str(error).split()) or type(error).__name__
-                raise ValueError(
-                    f"{folder}/{MANIFEST} is not a whole index of format {FORMAT} ({what}); "
-                    f"{folder.how_to_index}"
-                ) from error
+                raise
     raise AssertionError("the last read returns or raises")
 
 
-def _load_manifest(data: bytes) -> Manifest:
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        arrays = dict(file)
+def _of_format(arrays: Arrays) -> Manifest:
     fingerprint = arrays.pop("fingerprint").tobytes().hex()
     manifest = Manifest(**arrays)
     if manifest.head[0] != FORMAT or manifest.fingerprint() != fingerprint:
