@@ -117,50 +117,79 @@ def _read_table(path: Path) -> Found:
         raise ValueError(f"{path} is no table: give a file that ends in {' or '.join(TABLES)}")
     images: Found = {}
     for number, row in enumerate(TABLES[path.suffix](path), start=1):
+        where = f"{path}, row {number}"
         if not row.get("path") or row.get("label") in (None, ""):
-            raise ValueError(f"{path}, row {number}: it must have a path and a label")
-        image = path.parent / str(row["path"])
+            raise ValueError(f"{where}: it must have a path and a label")
+        if not isinstance(row["path"], str):
+            raise ValueError(f"{where}: path is {row['path']!r}; it must be text")
+        image = path.parent / row["path"]
+        if not image.is_file() or _extension(image) not in IMAGES:
+            raise ValueError(f"{where}: {image} is not a {', '.join(IMAGES)} file")
         given = row.get("key")
         key = str(Path(row["path"]).with_suffix("") if given in (None, "") else given)
         key = key.replace("/", "_").replace(".", "_")
         if key in images:
-            raise ValueError(f"{path}, row {number}: duplicate key {key}: give each its own")
-        if not image.is_file() or _extension(image) not in IMAGES:
-            raise ValueError(f"{path}, row {number}: {image} is not a {', '.join(IMAGES)} file")
-        images[key] = image, _label(row["label"], f"{path}, row {number}")
+            raise ValueError(f"{where}: duplicate key {key}: give each its own")
+        images[key] = image, _label(row["label"], where)
     return images
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    done = 0
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
-            yield from csv.DictReader(file)
+            for row in csv.DictReader(file, strict=True):
+                yield row
+                done += 1
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): save it so") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}, row {done + 1}: {error}: mend its quotes") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ValueError(f"{path} needs pyarrow to be read: pip install pyarrow") from error
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
+    done = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    yield row
+                    done += 1
+    except (ArrowException, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # a disk's; damage has no number
+            raise
+        what = " ".join(str(error).split())
+        raise ValueError(f"{path}, row {done + 1}: {what}: write the file again") from error
 
 
 TABLES = {".csv": _csv_rows, ".parquet": _parquet_rows}
+COLUMNS = ("path", "label", "key")
 
 
 def _label(value: Any, where: str) -> Any:
     if isinstance(value, list):
         return _several(value, where)
     if not isinstance(value, str):
-        return value
+        return _one(value, where)
     found = labels.parse("txt", value.encode())
     if found is None:
         raise ValueError(f"{where}: label {value!r} is none of 3, 3 7, 3:0.8 7:0.2")
     return found
+
+
+def _one(value: Any, where: str) -> dict[int, float]:
+    try:
+        return labels.checked([value], [1.0])
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{where}: label is {value!r}; it must be a whole number of 0 to {labels.MAX_LABEL}, "
+            "in a column of integers"
+        ) from None
 
 
 def _several(values: list[Any], where: str) -> dict[int, float]:
