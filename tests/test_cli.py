@@ -169,6 +169,8 @@ def test_a_wrong_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         ["convert", f"{absent}.npz", str(tmp_path / "out"), "--model", "nfnet_f0"],
         ["pretrain_demo", f"data.shards={absent}", f"run_dir={tmp_path / 'run'}"],
         ["shards", "pack", "fractals", "/proc/none", "--classes=1", "--per-class=1", "--size=8"],
+        ["shards", "pack", "fractals", __file__, "--classes=1", "--per-class=1", "--size=8"],
+        ["shards", "index", "x" * 256],
     ):
         refused(command, capsys)
 

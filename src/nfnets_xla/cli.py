@@ -17,7 +17,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from errno import ENOSPC
+from errno import ENAMETOOLONG, ENOSPC
 from importlib import import_module
 
 from nfnets_xla.exits import INTERRUPTED, START_AGAIN, Failed, HostLost, Interrupted
@@ -46,7 +46,13 @@ COMMANDS = {  # each a module of commands/
 }
 HELP, VERSION = ("-h", "--help", "help"), ("-V", "--version")
 
-WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+WRONG_PATH = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 # The extra of setup.cfg that brings each package which `pip install nfnets_xla` does not.
 EXTRAS = {
     **dict.fromkeys(("hydra", "omegaconf", "yaml", "lightning", "webdataset", "PIL"), "train"),
@@ -75,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             refuse(error, 1)
         let_go_of_output()  # `nfnets-xla models | head`: the reader has seen enough
     except OSError as error:
-        refuse(error, 2 if isinstance(error, WRONG_PATH) else 1)
+        is_wrong = isinstance(error, WRONG_PATH) or error.errno == ENAMETOOLONG
+        refuse(error, 2 if is_wrong else 1)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
