@@ -103,7 +103,8 @@ def test_every_package_of_the_extras_is_named_by_its_extra() -> None:
                 assert EXTRAS[name] == extra
 
 
-def test_interrupted_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_is_one_line_and_nothing_stays(tmp_path: Path, number: int, code: int) -> None:
     words = ["shards", "pack", "fractals", str(tmp_path / "out"), "--per-class=100000"]
     # Jobs that a shell starts with & ignore SIGINT, and so does all that they start.
     hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
@@ -113,9 +114,10 @@ def test_interrupted_is_one_line(tmp_path: Path) -> None:
         while not any(tmp_path.iterdir()):  # until it packs
             assert process.poll() is None
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate()
-    assert (process.returncode, error) == (130, "nfnets-xla: interrupted\n")
+    assert (process.returncode, error) == (code, "nfnets-xla: interrupted\n")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_line() -> None:

@@ -14,13 +14,22 @@ import difflib
 import os
 import select
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from errno import ENAMETOOLONG, ENOSPC
 from importlib import import_module
 
-from nfnets_xla.exits import INTERRUPTED, START_AGAIN, Failed, HostLost, Interrupted
+from nfnets_xla.exits import (
+    INTERRUPTED,
+    START_AGAIN,
+    TERMINATED,
+    Failed,
+    HostLost,
+    Interrupted,
+    Terminated,
+)
 from nfnets_xla.manual import recipes
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.version import __version__
@@ -97,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse(error, START_AGAIN, at_once=True)
     except Interrupted as error:
         refuse(error, START_AGAIN)
+    except Terminated:
+        refuse("interrupted", TERMINATED)
     except KeyboardInterrupt:
         refuse("interrupted", INTERRUPTED)
 
@@ -141,6 +152,8 @@ def obey(arguments: list[str], *, ours: bool) -> int | None:
         print(f"nfnets_xla {__version__}")
         return None
     if name in COMMANDS and name != "two_trials":
+        if ours:
+            signal.signal(signal.SIGTERM, terminate)
         return command(name)(rest)
     own_folder = any(word.startswith(("--config-dir", "-cd")) for word in rest)
     if name not in (*COMMANDS, *recipes()) and not own_folder:
@@ -159,6 +172,11 @@ def obey(arguments: list[str], *, ours: bool) -> int | None:
 
 def command(name: str) -> Callable[..., int | None]:
     return import_module(f"nfnets_xla.commands.{name}").main
+
+
+def terminate(_number: int, _frame: object) -> None:
+    """Or the process would be gone at once, and leave its workers and half-written folders."""
+    raise Terminated
 
 
 def no_such(name: str) -> str:

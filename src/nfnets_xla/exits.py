@@ -2,10 +2,15 @@
 
 START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
 INTERRUPTED = 130  # by Ctrl-C, as shells have it: a command that has nothing to go on with
+TERMINATED = 143  # by SIGTERM, likewise
 
 
 class Interrupted(Exception):
     """The run ends now, and the same command would go on from its newest checkpoint."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, to a command that has nothing to go on with: all is cleaned up as after Ctrl-C."""
 
 
 class HostLost(Interrupted):

@@ -1,5 +1,6 @@
 """One pure function per shard, mapped by joblib: on this machine, or on a Ray or Dask cluster."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -58,7 +59,11 @@ def map_jobs(
 
 _BACKENDS = {"local": "loky", "ray": "ray", "dask": "dask"}
 # A worker takes a core; by Ray's default it takes none while it runs, and all land on one node.
-_OPTIONS: dict[str, dict[str, Any]] = {"ray": {"ray_remote_args": {"num_cpus": 1}}}
+# Ctrl-C comes to all processes of a terminal, and this one ends its workers: they say nothing.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "local": {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)},
+    "ray": {"ray_remote_args": {"num_cpus": 1}},
+}
 
 
 def _cluster(engine: str) -> AbstractContextManager[object]:

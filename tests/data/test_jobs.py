@@ -1,0 +1,67 @@
+"""A command that is told to stop leaves no worker behind, and says one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nfnets_xla.data.pack import pack_samples
+from tests.data.images import encoded
+
+# Jobs that a shell starts with & ignore SIGINT, and so does all that they start.
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+PROGRAM = f"{HEARS}; from nfnets_xla.cli import main; main()"
+
+
+def busy(parent: int) -> set[int]:
+    """Its children that have a shard open."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return {int(child) for child in children if reads_a_shard(child)}
+
+
+def reads_a_shard(pid: str) -> bool:
+    try:
+        return any(os.readlink(f).endswith(".tar") for f in Path(f"/proc/{pid}/fd").iterdir())
+    except FileNotFoundError:  # a file that was closed meanwhile
+        return False
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text() != ""  # nothing: it has ended
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "code"), [(signal.SIGTERM, False, 143), (signal.SIGINT, True, 130)]
+)
+def test_workers_end_with_the_command(tmp_path: Path, number: int, to_all: bool, code: int) -> None:
+    """`kill` and systemd tell the command alone, a terminal each of its processes."""
+    image = encoded(Image.new("RGB", (4000, 4000)), "PNG")  # it takes a while to decode
+    samples = ((f"{n}", image, "png", 0) for n in range(104))
+    pack_samples(samples, tmp_path / "shards", samples_per_shard=100)
+    command = [sys.executable, "-c", PROGRAM, "shards", "lint", str(tmp_path / "shards")]
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [*command, "--jobs=2"], stdout=said, stderr=said, start_new_session=True
+        )
+    workers: set[int] = set()
+    try:
+        while len(workers) < 2 or len(busy(process.pid)) == 2:  # until one works and one waits
+            assert process.poll() is None
+            workers |= busy(process.pid)
+            time.sleep(0.05)
+        (os.killpg if to_all else os.kill)(process.pid, number)
+        assert process.wait() == code
+        assert not any(map(is_alive, workers))
+        assert (tmp_path / "said").read_text() == "nfnets-xla: interrupted\n"
+    finally:
+        if process.poll() is None or any(map(is_alive, workers)):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
