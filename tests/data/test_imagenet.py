@@ -1,5 +1,6 @@
 """ImageNet's archives, made small: a tar of tars, a tar, and a development kit."""
 
+import gzip
 import io
 import json
 import shutil
@@ -24,16 +25,16 @@ TRUTH = [2, 1, 3, 2, 1]  # of the validation images, by these numbers
 REAL = [[0], [], [1, 2], [0, 1], [2]]
 
 
-def devkit(padding: int = 0) -> bytes:
+def devkit(padding: int = 0, meta: bytes | None = None) -> bytes:
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
     synsets = np.array([(n, name, 0) for n, name in enumerate(SYNSETS, start=1)], fields)
-    meta: Any = io.BytesIO()  # whose type the stubs of savemat lack
-    savemat(meta, {"synsets": synsets})
+    matlab: Any = io.BytesIO()  # whose type the stubs of savemat lack
+    savemat(matlab, {"synsets": synsets})
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
         for name, data in (
             ("ILSVRC2012_validation_ground_truth.txt", "\n".join(map(str, TRUTH)).encode()),
-            ("meta.mat", meta.getvalue()),
+            ("meta.mat", matlab.getvalue() if meta is None else meta),
             ("unrelated.txt", bytes(padding)),
         ):
             info = tarfile.TarInfo(f"ILSVRC2012_devkit_t12/data/{name}")
@@ -131,11 +132,12 @@ FAULTS: dict[str, tuple[Callable[[Path, Any], object], str]] = {
     "no folder": (lambda s, m: shutil.rmtree(s), "is not a folder: give the one that holds ILSVRC"),
     "classes": (lambda s, m: m.setattr(imagenet, "CLASSES", 1000), "3 classes in ILSVRC2012_img_t"),
     "train": (lambda s, m: m.setattr(imagenet, "TRAIN_IMAGES", 13), "12 images in .*: .* be 13"),
-    "val": (lambda s, m: m.setattr(imagenet, "VAL_IMAGES", 6), "5 images in ILSVRC2012_img_val"),
+    "val": (lambda s, m: write_tar(s / imagenet.VAL, []), "0 images in ILSVRC2012_img_val"),
+    "truth": (lambda s, m: m.setattr(imagenet, "VAL_IMAGES", 6), "5 labels in ILSVRC2012_devkit"),
     "real": (lambda s, m: (s / "real.json").write_text("[[1]]"), "1 entries in real.json"),
     "bomb": (
         lambda s, m: (s / imagenet.DEVKIT).write_bytes(devkit(2**26 + 1)),  # 65 kB on disk
-        r"67108865 bytes in one file",
+        "67108865 bytes in one file.*: get it again",
     ),
     "damage": (
         lambda s, m: (s / imagenet.TRAIN).write_bytes((s / imagenet.TRAIN).read_bytes()[:9000]),
@@ -151,5 +153,31 @@ def test_other_archives_are_refused(
     make, message = FAULTS[case]
     make(source, monkeypatch)
     with pytest.raises(ValueError, match=message):
+        pack_imagenet(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+DAMAGES: dict[str, tuple[str, bytes]] = {
+    "truncated": (imagenet.DEVKIT, devkit()[:-100]),
+    "empty": (imagenet.DEVKIT, b""),
+    "a page": (imagenet.DEVKIT, b"<html>Log in first</html>"),
+    "another archive": (imagenet.DEVKIT, gzip.compress(tar_bytes([("a.txt", b"a")]))),
+    "another meta.mat": (imagenet.DEVKIT, devkit(meta=b"<html>")),
+    "real truncated": (imagenet.REAL, b"[[1], [2"),
+    "real is no list": (imagenet.REAL, b'{"label": 1}'),
+    "real of names": (imagenet.REAL, b'[["cat"]]'),
+    "real of numbers": (imagenet.REAL, b"[1, 2, 3, 4, 5]"),
+    "real of fractions": (imagenet.REAL, b"[[0.5]]"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_small_file_that_is_damaged_is_named_before_the_large_ones_are_read(
+    source: Path, tmp_path: Path, case: str
+) -> None:
+    name, data = DAMAGES[case]
+    (source / name).write_bytes(data)
+    (source / imagenet.TRAIN).write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match=f"^{name} [^\n]*: get it again$"):
         pack_imagenet(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nfnets_xla.data.labels import checked
 from nfnets_xla.data.pack import Sample, check_empty, pack_samples
 from nfnets_xla.data.storage import Folder, OpenFile
 from nfnets_xla.data.tar import Member, read_members
@@ -27,6 +28,7 @@ from nfnets_xla.data.tar import Member, read_members
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 MAX_DEVKIT_MEMBER = 2**26  # bytes; the largest file in the published one has half a million
 DEVKIT, REAL = "ILSVRC2012_devkit_t12.tar.gz", "real.json"
+TRUTH, META = "/data/ILSVRC2012_validation_ground_truth.txt", "/data/meta.mat"  # in the devkit
 CLASSES, TRAIN_IMAGES, VAL_IMAGES = 1000, 1_281_167, 50_000  # of the challenge
 
 
@@ -59,14 +61,15 @@ def pack_imagenet(
     has_real = where.modified(REAL) is not None
     for name in ("train", "val", "val-real")[: 2 + has_real]:
         check_empty(out / name)
+    # The small files first: to scan the large ones takes a while.
+    synsets = _val_synsets(where.read(DEVKIT))
+    real = _real_labels(where.read(REAL)) if has_real else None
     train = where.open(TRAIN)
     by_class = _train_places(train)
     index_of = {synset: number for number, synset in enumerate(sorted(by_class))}
     val = where.open(VAL)
     images = sorted(_files(val, 0, val.size, VAL))
     _expect(len(images), VAL_IMAGES, f"images in {VAL}")
-    synsets = _val_synsets(where.read(DEVKIT))
-    _expect(len(synsets), VAL_IMAGES, f"labels in {DEVKIT}")
     unknown = sorted(set(synsets) - set(index_of))
     if unknown:
         raise ValueError(f"{DEVKIT} has class {unknown[0]}, which {TRAIN} has not: get both again")
@@ -75,9 +78,7 @@ def pack_imagenet(
         "train": (TRAIN_IMAGES, _shuffled(train, by_class, index_of, seed)),
         "val": (VAL_IMAGES, _val(val, images, labels)),
     }
-    if has_real:
-        real = [dict.fromkeys(found, 1.0) for found in json.loads(where.read(REAL))]
-        _expect(len(real), VAL_IMAGES, f"entries in {REAL}")
+    if real is not None:
         splits["val-real"] = sum(map(bool, real)), _val(val, images, real)
     for name, (count, samples) in splits.items():
 
@@ -144,22 +145,45 @@ def _val_synsets(devkit: bytes) -> list[str]:
         from scipy.io import loadmat
     except ImportError as error:
         raise ValueError(f"{DEVKIT} needs scipy to be read: pip install scipy") from error
-    truth = meta = None
+    try:
+        truth, meta = _ground_truth(devkit)
+        file: Any = io.BytesIO(meta)  # whose type the stubs of loadmat lack
+        rows: Any = loadmat(file, squeeze_me=True)["synsets"]
+        synset_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
+        synsets = [synset_of[int(number)] for number in truth.split()]
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged bytes tarfile, zlib and scipy raise nearly anything
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{DEVKIT} cannot be read ({what}): get it again") from error
+    _expect(len(synsets), VAL_IMAGES, f"labels in {DEVKIT}")
+    return synsets
+
+
+def _ground_truth(devkit: bytes) -> tuple[bytes, bytes]:
+    """Of its files: the validation images' numbers, and what these are."""
+    found: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(devkit), mode="r:gz") as tar:
         for member in tar:
             if member.size > MAX_DEVKIT_MEMBER:
-                raise ValueError(f"{DEVKIT} holds {member.size} bytes in one file: get it again")
+                raise ValueError(f"it holds {member.size} bytes in one file")
             file = tar.extractfile(member)  # into memory: nothing is unpacked
-            if file and member.name.endswith("/data/ILSVRC2012_validation_ground_truth.txt"):
-                truth = file.read().split()
-            elif file and member.name.endswith("/data/meta.mat"):
-                meta = file.read()
-    if truth is None or meta is None:
-        raise ValueError(f"{DEVKIT} lacks the ground truth or meta.mat: get it again")
-    file: Any = io.BytesIO(meta)  # whose type the stubs of loadmat lack
-    rows: Any = loadmat(file, squeeze_me=True)["synsets"]
-    synset_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
-    return [synset_of[int(number)] for number in truth]
+            if file and member.name.endswith((TRUTH, META)):
+                found[Path(member.name).name] = file.read()
+    if len(found) < 2:
+        raise ValueError("it lacks the ground truth or meta.mat")
+    return found[Path(TRUTH).name], found[Path(META).name]
+
+
+def _real_labels(text: bytes) -> list[dict[int, float]]:
+    """Of each validation image, perhaps none."""
+    try:
+        each = [dict.fromkeys(found, 1.0) for found in json.loads(text)]
+        real = [checked([*found], [*found.values()]) if found else {} for found in each]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{REAL} is no list of lists of labels ({error}): get it again") from error
+    _expect(len(real), VAL_IMAGES, f"entries in {REAL}")
+    return real
 
 
 def _expect(count: int, wanted: int, what: str) -> None:
