@@ -5,12 +5,15 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
+from nfnets_xla.data.decode import decode
 from nfnets_xla.data.index import build_index
-from nfnets_xla.data.sources import pack_table
+from nfnets_xla.data.sources import dataset_samples, pack_table
 
 
 @pytest.fixture
@@ -82,3 +85,33 @@ def test_other_columns_of_a_parquet_are_not_read(folder: Path) -> None:
         parquet.read_table(table)
     pack_table(table, folder / "out")
     assert build_index(folder / "out").labels(0, 0) == {1: 1.0}
+
+
+def test_a_label_that_numpy_has_wrapped_is_a_number() -> None:
+    ((*_, found),) = dataset_samples([{"image": b"x", "label": np.array(3)}])
+    assert found == 3
+    assert type(found) is int
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            np.linspace(0, 1, 64, dtype=np.float32),
+            "has fractions as pixels, mode F: bring it",
+        ),
+        (np.arange(64, dtype=np.int32) * 4, "has pixels of 0 to 252, mode I: bring it"),
+        (np.arange(64, dtype=np.int32) * 2000, "has pixels of 0 to 126000, mode I"),
+        (np.arange(64, dtype=np.int32) * 1000 - 1, "has pixels of -1 to 62999, mode I"),
+    ],
+)
+def test_an_image_whose_white_is_unknown_is_refused(values: Any, message: str) -> None:
+    """Those of 0 to 255 and of 0 to 1 were packed as black."""
+    rows = [{"image": Image.fromarray(values.reshape(8, 8)), "label": 0}]
+    assert f"row 0: image {message}" in one_line(lambda: list(dataset_samples(rows)))
+
+
+def test_an_image_of_sixteen_bits_in_32_is_scaled() -> None:
+    grey = np.arange(64, dtype=np.int32).reshape(8, 8) * 1000
+    ((_, png, _, _),) = dataset_samples([{"image": Image.fromarray(grey), "label": 0}])
+    np.testing.assert_array_equal(decode(png)[..., 0], grey >> 8)

@@ -86,6 +86,7 @@ def dataset_samples(
     for number, row in enumerate(dataset):
         found = row[image].get("bytes") if isinstance(row[image], Mapping) else row[image]
         if isinstance(found, Image.Image):
+            _check_range(found, f"row {number}: {image}")
             data, extension = encode_image(np.asarray(to_rgb(found))), "png"
         elif isinstance(found, bytes):
             data, extension = found, extension_of(found)
@@ -95,9 +96,23 @@ def dataset_samples(
                 "file's bytes"
             )
         found = row[label]
+        if isinstance(found, np.ndarray) and found.ndim == 0:
+            found = found.item()
         if isinstance(found, list | tuple | np.ndarray):
             found = _several(list(found), f"row {number}")
         yield f"{number:09d}", data, extension, found
+
+
+def _check_range(image: Image.Image, what: str) -> None:
+    """Nothing says which number is white in pixels of 32 bits, modes I and F of Pillow."""
+    advice = 'bring it to 0 to 255 and convert it to "L" or "RGB"'
+    if image.mode == "F":
+        raise ValueError(f"{what} has fractions as pixels, mode F: {advice}")
+    if image.mode == "I":
+        pixels = np.asarray(image)
+        low, high = pixels.min(), pixels.max()
+        if low < 0 or not 255 < high < 2**16:  # of 16 bits, as to_rgb takes them
+            raise ValueError(f"{what} has pixels of {low} to {high}, mode I: {advice}")
 
 
 def extension_of(data: bytes) -> str:
