@@ -83,7 +83,7 @@ def _by_pillow(data: bytes) -> Pixels:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """16 bits become 8, and transparency white."""
+    """16 bits become 8, and transparency white, but for two rare kinds of PNG (docs/data.md)."""
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         grey = np.asarray(image)
         shown = (grey >> 8).astype(np.uint8)
