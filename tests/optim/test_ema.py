@@ -1,10 +1,16 @@
 """The average's own promises; its numbers are in test_optim and test_deepmind_trajectory."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.func import functional_call
 
+from nfnets_xla.inductor import Clock, as_it_is
 from nfnets_xla.optim.ema import EMA
+from nfnets_xla.optim.schedule import Schedule
 from tests.optim.network import images_and_labels, small_net
 
 
@@ -45,6 +51,37 @@ def test_bfloat16_weights_are_averaged_in_float32() -> None:
     ema = EMA(small_net().bfloat16().named_parameters(), 0.9)
     ema.update(0.5)
     assert {shadow.dtype for shadow in ema.shadow.values()} == {torch.float32}
+
+
+def test_a_loop_compiled_by_inductor_has_the_same_rates_and_average() -> None:
+    """Over the warm-up of the decay and past it; more updates than torch.compile makes graphs."""
+    torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
+    clock, schedule = Clock(), Schedule("cosine", peak=1.6, warmup_steps=3, total_steps=12)
+    (plain, plain_rates), (compiled, rates) = (
+        averaged(schedule, compile) for compile in (as_it_is, torch.compile)
+    )
+    assert clock.graphs <= 4  # two pieces; the number of the update once fixed, then symbolic
+    assert all(torch.equal(compiled[name], plain[name]) for name in plain)
+    torch.testing.assert_close(rates, plain_rates, rtol=1e-6, atol=0)
+
+
+def averaged(
+    schedule: Schedule, compile: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The average after a loop's updates, and the rates that it saw."""
+    net = small_net()
+    ema = EMA(net.named_parameters(), 0.5)
+
+    def step(number: int) -> Tensor:
+        rate = torch.ones(1) * schedule(number)
+        with torch.no_grad():
+            net.gain.add_(1)
+        ema.update(ema.decay_at(number))
+        return rate
+
+    compiled = compile(step)
+    rates = torch.cat([compiled(number) for number in range(12)])
+    return ema.shadow, rates
 
 
 def test_loading_takes_copies() -> None:

@@ -41,12 +41,14 @@ class EMA:
             for name, parameter in self._parameters.items()
         }
 
+    @torch._disable_dynamo  # Inductor's minimum with a symbolic integer in it is 0 (torch 2.9)
     def decay_at(self, update: int) -> float:
         """Decay of update number `update`, counted from 0: a tenth at first, rising to `decay`."""
         if update < 0:
             raise ValueError(f"update is {update}; updates are counted from 0")
         return min(self.decay, (1 + update) / (10 + update))
 
+    @torch._disable_dynamo  # as ByRole.step; each decay would be a graph of its own
     @torch.no_grad()
     def update(self, decay: float | Tensor) -> None:
         """shadow += (1 - decay) * (parameter - shadow), with 1 - decay in `shadow`'s dtype.
