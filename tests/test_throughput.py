@@ -1,5 +1,6 @@
 """The step without its data, and the check of a machine: what they write and what they refuse."""
 
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,8 @@ from nfnets_xla.data.pack import Sample
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.record import RecordWriter, read_record
-from tests.runs import PLAIN_CPU, run, xla
+from tests.runs import PLAIN_CPU, run, start_hosts, xla
+from tests.warm import Warm
 
 SMALL = ["model.name=nfnet_mini_f0", "model.compute_dtype=float32", "data.image_size=32"]
 SMALL += ["data.batch_size=32", "data.eval_batch_size=32", "data.num_streams=8"]
@@ -78,6 +80,26 @@ def test_smoke(device: list[str], tmp_path: Path) -> None:
     assert "the loss came back" in (tmp_path / "log").read_text()
     run(["smoke", *device, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")  # and once more
     assert len(list((tmp_path / "run").glob("run-*.jsonl"))) == 1
+
+
+def test_smoke_on_two_hosts_is_one_run(tmp_path: Path) -> None:
+    """Both begin in a folder that nobody has packed into yet, and load what the first has saved."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    hosts = start_hosts(["smoke", *PLAIN_CPU, f"run_dir={folder}"], log, 2)
+    assert all_end(hosts) == [0, 0], log.read_text()
+    assert log.read_text().count("the loss came back") == 1
+    assert sorted(path.name for path in (folder / "shards").iterdir()) == ["held-out", "train"]
+    assert len(read_record(folder).headers) == 1
+
+
+def all_end(hosts: list[Warm]) -> list[int]:
+    """Their exit codes. What has lost a host would wait for it: it is ended, too."""
+    while None in (codes := [host.poll() for host in hosts]):
+        if any(codes):
+            for host in hosts:
+                host.kill()
+        time.sleep(0.05)
+    return [code for code in codes if code is not None]
 
 
 def test_smoke_that_was_stopped_while_it_packed_packs_anew(

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nfnets_xla.backend import open_backend
 from nfnets_xla.config import Run
 from nfnets_xla.data.fractals import fractal_samples
 from nfnets_xla.data.index import build_index
@@ -31,20 +32,31 @@ def smoke(
     """Returns the evaluation. ValueError if `run_dir` is not set; Failed if the losses differ."""
     if run.run_dir is None:
         raise ValueError("run_dir is not set; it must name a folder for what this leaves")
-    display, folder = display or Lines(), Path(run.run_dir)
-    shards = {name: folder / "shards" / name for name in ("train", "held-out")}
-    _pack(shards["train"], PER_CLASS, 0, run.data.image_size)
-    _pack(shards["held-out"], HELD_OUT, PER_CLASS, run.data.image_size)
-    data = replace(run.data, shards=str(shards["train"]), eval_shards=str(shards["held-out"]))
+    hosts, folder = open_backend(run.trainer).hosts, Path(run.run_dir)
+    display = display or Lines()
+    if not hosts.writes:
+        display = Lines(lambda _: None)
+    train_shards, held_out = folder / "shards" / "train", folder / "shards" / "held-out"
+
+    def pack() -> None:
+        _pack(train_shards, PER_CLASS, 0, run.data.image_size)
+        _pack(held_out, HELD_OUT, PER_CLASS, run.data.image_size)
+
+    hosts.by_writer(pack)
+    data = replace(run.data, shards=str(train_shards), eval_shards=str(held_out))
     run = replace(run, data=data)
     train(run, display, preemption)
-    (evaluated, *_) = reversed(
-        [row for row in read_record(folder).of_kind("eval") if row["weights"] == "raw"]
-    )
+    # The others wait here until host 0 has saved, and may not see yet what it has recorded.
+    saved_loss = hosts.gather(_last_loss(folder) if hosts.writes else None)[0]
     loaded = replace(run.model, init_from=str(folder))
     found = evaluate(replace(run, model=loaded, run_dir=None), say=display.say)
-    _same(found["loss"], evaluated["loss"], display.say)
+    _same(found["loss"], saved_loss, display.say)
     return found
+
+
+def _last_loss(folder: Path) -> float:
+    rows = [row for row in read_record(folder).of_kind("eval") if row["weights"] == "raw"]
+    return rows[-1]["loss"]
 
 
 def _same(loaded: float, saved: float, say: Callable[[str], None]) -> None:
