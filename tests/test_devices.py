@@ -4,14 +4,16 @@ import re
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
+from lightning.pytorch.plugins import MixedPrecision
 
 from nfnets_xla import backend, devices, xla
 from nfnets_xla.devices import DEVICES, GIB, find_device, measured_cpu_peak, smallest_fsdp
 from nfnets_xla.exits import HostLost
 from nfnets_xla.hosts import Hosts
-from nfnets_xla.strategy import XLAAccelerator
+from nfnets_xla.strategy import SPMDStrategy, XLAAccelerator
 from tests.data.server import serving
 
 
@@ -36,6 +38,13 @@ def test_how_many_devices_the_strategy_is_given() -> None:
     for wrong in ([0, 1], 0, -2, 1.5, "many"):
         with pytest.raises(ValueError, match=re.escape(f"devices={wrong!r}: one process drives")):
             XLAAccelerator.parse_devices(wrong)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_the_strategy_refuses_autocast(precision: Literal["bf16-mixed", "16-mixed"]) -> None:
+    said = f"precision is '{precision}', and xla_spmd has no autocast: give precision='bf16-true'"
+    with pytest.raises(ValueError, match=said):
+        SPMDStrategy().precision_plugin = MixedPrecision(precision, "cpu")
 
 
 def test_a_network_card_of_google_is_no_tpu(

@@ -22,6 +22,7 @@ import torch
 from lightning.fabric.utilities.types import _DEVICE
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -117,6 +118,20 @@ class SPMDStrategy(SingleDeviceStrategy):
         self._has_stepped = False
         self._has_failed = False
         self._at_teardown = ExitStack()
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        """ValueError for autocast, which Lightning asks of CUDA whatever the device."""
+        if isinstance(precision_plugin, MixedPrecision):
+            raise ValueError(
+                f"precision is {precision_plugin.precision!r}, and {self.strategy_name} has no "
+                "autocast: give precision='bf16-true', or cast inside the module"
+            )
+        self._precision_plugin = precision_plugin
 
     def setup_environment(self) -> None:
         xla.start()
