@@ -217,17 +217,24 @@ _CHOICES = {
 # (what holds, in words, the settings of each group); what is null is not asked.
 _RANGES: list[tuple[Callable[[float], bool], str, dict[str, str]]] = [
     (
-        lambda value: value > 0,
-        "greater than 0",
+        lambda value: 0 < value < math.inf,
+        "greater than 0 and finite",
         {
             "data": "num_classes image_size eval_image_size batch_size eval_batch_size repeats "
-            "num_streams window_shards randaugment_ops cache_bytes",
-            "optim": "epochs peak_lr clipping sam_rho accumulation sam_microbatches lr_batch "
+            "num_streams window_shards randaugment_ops",
+            "optim": "peak_lr clipping sam_rho accumulation sam_microbatches lr_batch "
             "rsqrt_timescale",
-            "trainer": "virtual_devices log_every eval_every checkpoint_every keep_checkpoints "
-            "keep_every_hours grace",
+            "trainer": "virtual_devices log_every eval_every checkpoint_every keep_checkpoints",
         },
     ),
+    (  # inf: as much as there is, or never
+        lambda value: value > 0,
+        "greater than 0",
+        {"data": "cache_bytes", "trainer": "keep_every_hours grace"},
+    ),
+    # Samples of so many passes can still be counted, whatever the shards.
+    (lambda value: 0 < value <= 1e6, "greater than 0 and at most 1e6", {"optim": "epochs"}),
+    (math.isfinite, "finite", {"model": "head_bias"}),
     (
         lambda value: 0 <= value < 1,
         "in [0, 1)",
