@@ -41,6 +41,16 @@ def test_more_rows_than_there_are_images_show_all_of_them(
     assert "100 views" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ['a "b"', "a\\", 'a\\"b', "a, b=[c]"])
+def test_a_folder_may_have_any_name(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).symlink_to(shards / "train")
+    options = ["--out", str(tmp_path / "sheet.png"), "--rows", "1", *SMALL]
+    main(["shards", "show", str(tmp_path / name), *options])
+    assert "8 views" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("mix", [False, True])
 def test_tiles_are_the_first_batchs_views(shards: Path, mix: bool) -> None:
     dataset = train(ShardIndex.load(shards / "train"), mix=mix, randaugment_magnitude=5)

@@ -55,6 +55,14 @@ def test_refused(tmp_path: Path, case: str) -> None:
     assert os.listdir(tmp_path) == ["a.tar"]
 
 
+def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+    """To open it would wait for ever."""
+    os.mkfifo(tmp_path / "a.tar")
+    assert one_line(lambda: build_index(tmp_path)) == (
+        f"{tmp_path}/a.tar is no regular file: take it out"
+    )
+
+
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "in a header": (lambda tar: tar[:1000], "offset 0: truncated: a member of 1 bytes needs 24 mo"),
     "in the last data": (lambda tar: tar[:1539], "offset 1024: truncated: a member of 7 bytes"),

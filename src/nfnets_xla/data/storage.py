@@ -7,6 +7,7 @@ can hold shards; who can take a large file and delete one as well, checkpoints.
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,10 +45,14 @@ class Folder:
                 if name.endswith(ending) and not name.startswith("."):
                     path = os.path.join(top, name)
                     try:
-                        found[str(inside / name)] = os.stat(path).st_size
+                        status = os.stat(path)
                     except FileNotFoundError:  # deleted since, unless it is a link to nothing
                         if os.path.lexists(path):
                             raise
+                        continue
+                    if not stat.S_ISREG(status.st_mode):  # to open a pipe may wait for ever
+                        raise ValueError(f"{path} is no regular file: take it out")
+                    found[str(inside / name)] = status.st_size
         return dict(sorted(found.items()))
 
     def _folders(self, *, links: bool) -> Iterator[tuple[str, list[str]]]:
@@ -82,10 +87,10 @@ class Folder:
         link on the way to it was made."""
         path = self.path / name
         try:
-            stat, links = path.stat(), [os.lstat(link) for link in _links(path)]
+            status, links = path.stat(), [os.lstat(link) for link in _links(path)]
         except FileNotFoundError:
             return None
-        return max(stat.st_mtime_ns, stat.st_ctime_ns, *(link.st_ctime_ns for link in links))
+        return max(status.st_mtime_ns, status.st_ctime_ns, *(link.st_ctime_ns for link in links))
 
     def open(self, name: str) -> "OpenFile":
         return OpenFile(self.path / name)
