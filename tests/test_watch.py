@@ -4,6 +4,7 @@ start that looked before another wrote does not go on from what it saw."""
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,27 @@ def locked(run_dir: Path, pid: str) -> bool:
 def made_ready(run_dir: Path, data: list[str]) -> Ready:
     plan = make_plan(to_run(composed(ONE[0], [*ONE[1:], *data, f"run_dir={run_dir}"])))
     return prepare(plan, None, print)
+
+
+def test_nobody_goes_on_from_a_checkpoint_that_is_being_deleted(
+    tmp_path: Path, data: list[str]
+) -> None:
+    """By another machine, which makes room while this one reads, and the manifest goes first.
+    Without its momentum it could be gone on from, to other weights."""
+    options = [*ONE, *data, "optim.epochs=0.25", "optim.warmup_steps=1"]
+    run([*options, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")
+    deleted: list[str] = []
+    for name in ("manifest.json", "state.json", "momentum.safetensors", "model.safetensors"):
+        deleted.append(name)
+        run_dir = tmp_path / name
+        shutil.copytree(tmp_path / "run", run_dir)
+        plan = make_plan(to_run(composed(options[0], [*options[1:], f"run_dir={run_dir}"])))
+        start = plan.find_start(print)
+        assert start is not None
+        for file in deleted:
+            (start.folder / file).unlink()
+        with pytest.raises(Interrupted, match="was deleted while it was read, by another start"):
+            prepare(plan, start, print)
 
 
 def test_what_another_start_wrote_meanwhile_is_not_replaced(

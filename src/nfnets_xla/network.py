@@ -1,13 +1,17 @@
 """The network of a run: made, given its weights, brought to the device in the form it runs, and
 there given its task."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from nfnets_xla import sources
 from nfnets_xla.backend import Backend, open_backend
-from nfnets_xla.checkpoint import Checkpoint
+from nfnets_xla.checkpoint import MANIFEST, Checkpoint
 from nfnets_xla.config import Run
 from nfnets_xla.display import Say
+from nfnets_xla.exits import Interrupted
 from nfnets_xla.inputs import check_form, untrained
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.registry import (
@@ -116,10 +120,28 @@ def make_task(
 
 def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
     """Weights go into the network now; the rest waits until the optimizer exists."""
-    load_into(net, resume.tensors("model"), source=str(resume))
-    ema = None if run.optim.ema_decay is None else resume.tensors("ema")
-    kept = [form for form in resume.forms if form not in ("model", "ema")]
-    slots = {form: as_in(net, resume.tensors(form)) for form in kept}
+    with _still_there(resume):
+        load_into(net, resume.tensors("model"), source=str(resume))
+        ema = None if run.optim.ema_decay is None else resume.tensors("ema")
+        kept = [form for form in resume.forms if form not in ("model", "ema")]
+        slots = {form: as_in(net, resume.tensors(form)) for form in kept}
     resume.release()
     skipped = int(resume.state.get("skipped", 0))
     return Restored(slots, ema and as_in(net, ema), resume.step - skipped, skipped)
+
+
+@contextmanager
+def _still_there(found: Checkpoint) -> Iterator[None]:
+    """What is read of it inside is whole. Raises Interrupted if another start, on another machine,
+    has deleted it to make room for newer ones. The manifest goes first."""
+    manifest = found.folder / MANIFEST
+    try:
+        yield
+    except (ValueError, OSError):
+        if manifest.is_file():
+            raise
+    if not manifest.is_file():
+        raise Interrupted(
+            f"{found} was deleted while it was read, by another start of this run: start again, to "
+            "go on from what is there now"
+        )
