@@ -78,7 +78,7 @@ def builds_on(starts: Sequence[Start]) -> dict[int, int]:
     found: dict[int, int] = {}
     for start in starts:
         known = start.header.get("continues") in (None, *names)
-        found[start.number] = start.resumed_from if known else int(start.header.get("since", 0))
+        found[start.number] = start.resumed_from if known else int(start.header.get("since") or 0)
     return found
 
 
