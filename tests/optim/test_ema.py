@@ -53,13 +53,11 @@ def test_bfloat16_weights_are_averaged_in_float32() -> None:
     assert {shadow.dtype for shadow in ema.shadow.values()} == {torch.float32}
 
 
-def test_a_loop_compiled_by_inductor_has_the_same_rates_and_average(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+# torch_xla, which other tests have imported, turns it off.
+@torch._dynamo.config.patch(automatic_dynamic_shapes=True)  # pyright: ignore[reportPrivateImportUsage]
+def test_a_loop_compiled_by_inductor_has_the_same_rates_and_average() -> None:
     """Over the warm-up of the decay and past it; more updates than torch.compile makes graphs."""
     torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
-    # torch_xla, which other tests have imported, turns it off.
-    monkeypatch.setattr("torch._dynamo.config.automatic_dynamic_shapes", True)
     clock, schedule = Clock(), Schedule("cosine", peak=1.6, warmup_steps=3, total_steps=12)
     (plain, plain_rates), (compiled, rates) = (
         averaged(schedule, compile) for compile in (as_it_is, torch.compile)
