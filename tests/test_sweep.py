@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from nfnets_xla import checkpoint
+from nfnets_xla.arguments import quoted
 from nfnets_xla.cli import main
 from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.shards import ShardIndex
@@ -57,11 +58,12 @@ def test_a_cell_is_named_after_what_is_swept() -> None:
     assert chosen.folder == Path("R/optim_vit-epochs_0.25")  # a group, not the values in it
 
 
-def test_a_cell_is_given_its_folder_as_it_is() -> None:
-    given = ["data.shards=S", "optim.epochs=1", 'run_dir="my runs (1), again"']
+@pytest.mark.parametrize("name", ["my runs (1), again", 'my "runs"', "my\\"])
+def test_a_cell_is_given_its_folder_as_it_is(name: str) -> None:
+    given = ["data.shards=S", "optim.epochs=1", f"run_dir={quoted(name)}"]
     cell = Cell(to_run(composed("pretrain", given)), ["seed"], "pretrain", given)
     run = to_run(composed("pretrain", cell.command[4:]))
-    assert run.run_dir == "my runs (1), again/seed_0"
+    assert run.run_dir == f"{name}/seed_0"
     assert run.trainer.checkpoint_dir is None
 
 

@@ -44,3 +44,9 @@ class Parser(argparse.ArgumentParser):
             "overrides", nargs="*", metavar="key=value", help="settings of the recipe"
         )
         self.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
+
+
+def quoted(text: str) -> str:
+    """As Hydra reads any text: in quotes, with those in it and backslashes before one escaped."""
+    doubled = re.sub(r'\\+(?="|$)', lambda run: 2 * run[0], text)
+    return '"' + doubled.replace('"', r"\"") + '"'

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nfnets_xla.arguments import quoted
 from nfnets_xla.config import GROUPS, Run, differences
 from nfnets_xla.exits import START_AGAIN, CellFailed, Interrupted, Unreachable
 from nfnets_xla.history import ended
@@ -53,9 +54,9 @@ class Cell:
 
     @property
     def command(self) -> list[str]:
-        own = ["hydra.mode=RUN", f'run_dir="{self.folder}"']
+        own = ["hydra.mode=RUN", f"run_dir={quoted(str(self.folder))}"]
         if self.run.job == "train" and (root := self.checkpoint_dir):
-            own.append(f'trainer.checkpoint_dir="{root}"')
+            own.append(f"trainer.checkpoint_dir={quoted(root)}")
         return [sys.executable, "-m", "nfnets_xla", self.recipe, *self.overrides, *own]
 
     @property

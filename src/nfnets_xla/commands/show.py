@@ -7,14 +7,13 @@ and epochs), as they enter normalisation: cropped, augmented and mixed, each wit
 with their shares) and its sample's id.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nfnets_xla.arguments import Parser
+from nfnets_xla.arguments import Parser, quoted
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.mix import mixed
@@ -35,12 +34,6 @@ def main(arguments: list[str]) -> None:
     overrides = [f"data.shards={quoted(given.dir)}", *NEEDLESS, *given.overrides]
     run = to_run(composed(given.recipe, overrides, given.config_dir))
     show(run, Path(given.out), given.rows, given.step)
-
-
-def quoted(text: str) -> str:
-    """As Hydra reads any text: in quotes, with those in it and backslashes before one escaped."""
-    doubled = re.sub(r'\\+(?="|$)', lambda run: 2 * run[0], text)
-    return '"' + doubled.replace('"', r"\"") + '"'
 
 
 def parse(arguments: list[str]) -> Any:
