@@ -210,15 +210,19 @@ def load(where: str | Path) -> Checkpoint:
 
 def steps(root: str | Path) -> list[int]:
     """Of every checkpoint in `root`, complete or not; the newest first."""
-    if not address(root) and not Path(root).is_dir():
-        return []
-    found = (_step(name) for name in open_folder(root).sizes(""))
+    found = map(_step, _names(root))
     return sorted({step for step in found if step is not None}, reverse=True)
 
 
 def complete(root: str | Path) -> set[int]:
     """Of those that have a manifest, whether or not they verify."""
-    return complete_steps(open_folder(root).sizes("")) if steps(root) else set()
+    return complete_steps(_names(root))
+
+
+def _names(root: str | Path) -> Iterable[str]:
+    """Of all files; none where there is no folder yet."""
+    is_there = address(root) or Path(root).is_dir()
+    return open_folder(root).sizes("") if is_there else ()
 
 
 def folders(root: str | Path) -> list[str]:

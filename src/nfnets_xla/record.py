@@ -198,31 +198,32 @@ def read_record(
         if len(start.lines) > 1 or "num_steps" not in start.header or start.number in begun
     ]
     to_come = [] if following is None else [Start(0, [following])]
-    in_vain = rivals([*starts, *to_come]) if starts else frozenset[int]()
+    beside = rivals([*starts, *to_come]) if starts else frozenset[int]()
     up_to = builds_on([*starts, *to_come])
-    line = [start for start in counted if start.number not in in_vain]
-    built_on = [up_to[start.number] for start in line]
-    rows, lost = still_built_on(line, [*built_on[1:], up_to.get(0)] if line else [])
-    lost_starts = [start for start in counted if start.number in in_vain]
+    line = [start for start in starts if start.number not in beside]
+    kept = [start for start in counted if start.number not in beside]
+    in_vain = [start for start in counted if start.number in beside]
+    built_on = [up_to[start.number] for start in kept]
+    rows, lost = still_built_on(kept, [*built_on[1:], up_to.get(0)] if kept else [])
     clocks: list[float | None] = [start.lines[-1].get("seconds") for start in counted]
     known = [clock for clock in clocks if clock is not None]
     return RunRecord(
         headers=[start.header for start in starts],
-        line=[start.header for start in starts if start.number not in in_vain],
-        opening=_opening(starts, line),
+        line=[start.header for start in line],
+        opening=_opening(starts, kept),
         rows=rows,
-        steps_lost=computed_again(line, built_on) + sum(map(computed_in_vain, lost_starts)),
+        steps_lost=computed_again(kept, built_on) + sum(map(computed_in_vain, in_vain)),
         seconds=sum(known) if len(known) == len(clocks) else None,
-        seconds_lost=lost + sum(start.lines[-1].get("seconds", 0.0) for start in lost_starts),
+        seconds_lost=lost + sum(start.lines[-1].get("seconds", 0.0) for start in in_vain),
         saved=max((start.saved for start in starts), default=0),
-        newest=next((s.lines for s in reversed(starts) if s.number not in in_vain), []),
-        rivals=in_vain,
+        newest=line[-1].lines if line else [],
+        rivals=beside,
         builds_on=up_to,
     )
 
 
-def _opening(starts: list[Start], line: list[Start]) -> Row:
-    for start in reversed(line):
+def _opening(starts: list[Start], kept: list[Start]) -> Row:
+    for start in reversed(kept):
         if start.resumed_from == 0:
             return start.header
     return starts[0].header if starts else {}
