@@ -16,7 +16,7 @@ import torch
 from fsspec import filesystem
 from fsspec.config import conf
 
-from nfnets_xla import checkpoint, sources
+from nfnets_xla import checkpoint, claims, sources
 from nfnets_xla.commands.checkpoint import main as checkpoints
 from nfnets_xla.data.storage import Folder
 from nfnets_xla.retention import prune
@@ -171,9 +171,7 @@ def test_two_runs_do_not_save_in_one_folder(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 5, FORMS, ours)
     others = [{**ours, "identity": {"seed": 0}}, {**ours, "begun_with": {"which": "b"}}]
     for step, state in itertools.product((3, 5, 7), others):
-        with pytest.raises(
-            checkpoint.OtherRun, match=r"-00000005 is of another run .*: choose ano"
-        ):
+        with pytest.raises(claims.OtherRun, match=r"-00000005 is of another run .*: choose ano"):
             checkpoint.save(tmp_path, step, FORMS, state)
     checkpoint.save(tmp_path, 7, FORMS, {**ours, "begun_with": None})  # of an older release
     assert checkpoint.steps(tmp_path) == [7, 5]
@@ -188,7 +186,7 @@ def test_two_starts_of_a_run_do_not_save_in_turns(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 7, FORMS, second)
     for step in (6, 7, 8):
         with pytest.raises(
-            checkpoint.OtherStart, match=r"-00000007 was saved by another start of this run"
+            claims.OtherStart, match=r"-00000007 was saved by another start of this run"
         ):
             checkpoint.save(tmp_path, step, FORMS, first)
     assert checkpoint.steps(tmp_path) == [7, 5]
@@ -196,7 +194,7 @@ def test_two_starts_of_a_run_do_not_save_in_turns(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 9, FORMS, identity)  # of an older release, which had no names
     checkpoint.save(tmp_path, 10, FORMS, second)
     (tmp_path / "step-00000010" / "model.safetensors").unlink()  # it hides none that is whole
-    with pytest.raises(checkpoint.OtherStart, match="-00000008 was saved by another"):
+    with pytest.raises(claims.OtherStart, match="-00000008 was saved by another"):
         checkpoint.save(tmp_path, 9, FORMS, first)
     third = {**identity, "start": "c", "resumed_from": 8}
     checkpoint.save(tmp_path, 11, FORMS, third)
@@ -224,7 +222,7 @@ def test_two_starts_do_not_mix_one_checkpoint(
                 path.write_bytes(whole)
 
     def save_first() -> None:
-        with pytest.raises(checkpoint.OtherStart, match="-00000001 is being saved by another"):
+        with pytest.raises(claims.OtherStart, match="-00000001 is being saved by another"):
             checkpoint.save(tmp_path, 1, others, first)
         ended.set()
 

@@ -26,14 +26,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nfnets_xla.config import differences
+from nfnets_xla import claims
+from nfnets_xla.claims import STATE, OtherStart
 from nfnets_xla.data.remote import AnyFolder, RemoteFolder, open_folder
 from nfnets_xla.data.storage import address
-from nfnets_xla.exits import Interrupted, Unreachable
+from nfnets_xla.exits import Unreachable
 
 MANIFEST = "manifest.json"
-STATE = "state.json"
-ENDS = "this one ends, and the same command goes on from there; if both live, end one of them"
 FORMAT = 1  # of all this; a number higher than ours is a newer release's
 
 
@@ -97,18 +96,19 @@ def save(
     state = {**state, "step": step, "format": FORMAT}
     complete = complete_steps(folder.sizes(""))
     for newer in sorted(complete - {step}, reverse=True):  # the newest is ours, nearly always
-        if not _seems_of_another(folder, newer, state):
+        if not claims.seems_of_another(folder, folder_name(newer), state):
             break
         found = verify_one(_at(root, newer))
         if isinstance(found, Checkpoint):
-            _refuse_another(found.where, found.state, state)
+            claims.refuse_another(found.where, found.state, state)
     if step in complete:
         found = verify_one(_at(root, step))
         if isinstance(found, Checkpoint):
-            _refuse_another(found.where, found.state, state)
+            claims.refuse_another(found.where, found.state, state)
             files = (path for path in found.folder.iterdir() if path.name != MANIFEST)
             return sum(path.stat().st_size for path in files)
-    claimed = _seems_of_another(folder, step, state)  # by a start that was killed, or by one at it
+    # By a start that was killed, or by one that is writing now.
+    claimed = claims.seems_of_another(folder, name, state)
     remove(folder, step)
     try:
         size = _write(folder, name, forms, state)
@@ -116,64 +116,12 @@ def save(
         # An address would not answer to this either; and another start's files are not touched.
         if not isinstance(error, Unreachable | OtherStart):
             with suppress(Exception):  # what there is of it may be what fills the disk
-                _hold(folder, name, state)
+                claims.check_held(folder, name, state)
                 remove(folder, step)
         raise
     if claimed and isinstance(verify_one(_at(root, step)), str):
         return save(root, step, forms, state)  # the other's last file came between; it has ended
     return size
-
-
-def _seems_of_another(folder: AnyFolder, step: int, state: Mapping[str, Any]) -> bool:
-    """By its state alone, which is quickly read, and may be damaged."""
-    name = folder_name(step)
-    try:
-        theirs = json.loads(folder.read(f"{name}/{STATE}"))
-        _refuse_another(name, theirs, state)
-    except (OtherRun, OtherStart):
-        return True
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):  # also: not to be read now
-        return False
-    return False
-
-
-def _hold(folder: AnyFolder, name: str, state: Mapping[str, Any]) -> None:
-    """Raises OtherStart if another start has begun to save the same step since this one did."""
-    if state.get("start") is None:
-        return
-    try:
-        data = folder.read(f"{name}/{STATE}")
-    except FileNotFoundError:  # which this start has written
-        data = b"{}"
-    start = None
-    with suppress(ValueError, AttributeError):  # torn: it is being written
-        start = json.loads(data).get("start")
-    if start != state["start"]:
-        raise OtherStart(f"{name} is being saved by another start of this run: {ENDS}")
-
-
-def _refuse_another(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    if changed := _differences(theirs, ours):
-        raise OtherRun(
-            f"{where} is of another run ({'; '.join(changed)}), and two cannot keep their "
-            "checkpoints in one folder: choose another trainer.checkpoint_dir"
-        )
-    starts = theirs.get("start"), ours.get("start")
-    if None not in starts and starts[0] != starts[1] and theirs["step"] > ours["resumed_from"]:
-        raise OtherStart(
-            f"{where} was saved by another start of this run, which trains elsewhere or did until "
-            f"now: {ENDS}"
-        )
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """In what runs are known by; see resume.py."""
-    changed = differences(theirs.get("identity", {}), ours.get("identity", {}))
-    before, now = theirs.get("begun_with"), ours.get("begun_with")
-    if before and now:
-        weights = "initial_weights"
-        changed += differences({weights: before["which"]}, {weights: now["which"]})
-    return changed
 
 
 def _write(
@@ -188,14 +136,14 @@ def _write(
         path.write_bytes(data)
     manifest = {STATE: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
     for form, tensors in forms.items():
-        _hold(folder, name, state)
+        claims.check_held(folder, name, state)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with folder.writing(f"{name}/{form}.safetensors") as path:
             save_file(contiguous, path)
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             manifest[f"{form}.safetensors"] = {"bytes": path.stat().st_size, "sha256": digest}
-    _hold(folder, name, state)
+    claims.check_held(folder, name, state)
     folder.write(f"{name}/{MANIFEST}", _json(manifest))
     return sum(entry["bytes"] for entry in manifest.values())
 
@@ -265,14 +213,6 @@ def latest(root: str | Path, run: Path | None = None) -> tuple[Checkpoint | None
 
 class Fault(Exception):
     """Why a folder is not a checkpoint."""
-
-
-class OtherRun(ValueError):
-    """Two runs keep their checkpoints in one folder."""
-
-
-class OtherStart(Interrupted):
-    """A run is trained by two processes, and the other one has come further."""
 
 
 class Newer(ValueError):

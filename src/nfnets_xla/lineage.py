@@ -2,7 +2,7 @@
 
 A start goes on from a checkpoint, and replaces what earlier ones wrote of later steps. Most follow
 each other. Two may also train beside each other, on two machines: then the line goes on with the
-one that saves first (checkpoint.OtherStart), and of the other, a rival, nothing is left in it.
+one that saves first (claims.OtherStart), and of the other, a rival, nothing is left in it.
 
 A header says so by names: "start" is its own, "continues" that of the start which saved the
 checkpoint it goes on from, "since" the step that one itself went on from, and "saved_to" the newest

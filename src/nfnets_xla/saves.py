@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, claims
 from nfnets_xla.data.remote import open_folder
 from nfnets_xla.data.storage import address
 from nfnets_xla.exits import Unreachable
@@ -88,7 +88,7 @@ class Saves:
         self.better: int | None = None
         self._thread: threading.Thread | None = None
         self._written: list[Written] = []
-        self._refused: checkpoint.OtherRun | checkpoint.OtherStart | None = None
+        self._refused: claims.OtherRun | claims.OtherStart | None = None
 
     def __enter__(self) -> "Saves":
         return self
@@ -137,7 +137,7 @@ class Saves:
             if step == self.better:
                 self.best = step
             self._prune()
-        except (checkpoint.OtherRun, checkpoint.OtherStart) as error:
+        except (claims.OtherRun, claims.OtherStart) as error:
             self._refused = error
             return
         except Exception as error:  # of a full disk safetensors says in a class of its own
