@@ -72,6 +72,14 @@ for kind in (ValueError, Unreachable):
         hosts.by_writer(lambda: refuse(kind))
     except ValueError as error:
         told[kind.__name__] = [type(error).__name__, str(error)]
+try:
+    hosts.by_writer(lambda: open("/dev/full", "w", buffering=1).write("\\n"))
+except OSError as error:
+    told["OSError"] = [type(error).__name__, str(error)]
+try:
+    hosts.by_writer(lambda: open("nowhere"))
+except OSError as error:
+    told["absent"] = [type(error).__name__, error.filename]
 print(json.dumps(told), flush=True)
 if hosts.number == 1:
     time.sleep(60)  # and is killed meanwhile
@@ -109,6 +117,8 @@ def test_hosts_add_gather_agree_and_notice_a_loss(tmp_path: Path) -> None:
             "command, and see the same shards and run_dir",
             "ValueError": ["ValueError", "asked of host 0"],
             "Unreachable": ["Unreachable", "asked of host 0"],
+            "OSError": ["OSError", "[Errno 28] No space left on device"],
+            "absent": ["FileNotFoundError", "nowhere"],
         }
     processes[1].kill()
     for number in (0, 2):

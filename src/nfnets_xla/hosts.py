@@ -108,17 +108,24 @@ class Hosts:
                     )
 
     def by_writer(self, work: Callable[[], T]) -> T | None:
-        """What `work` gives on host 0, which alone does it. If it raises ValueError there, every
-        host raises it; an Unreachable stays one."""
+        """What `work` gives on host 0, which alone does it. If it raises ValueError or OSError
+        there, every host does, with the same words; an Unreachable stays one."""
         result = fault = None
         if self.writes:
             try:
                 result = work()
+            except Unreachable as error:
+                fault = "Unreachable", str(error)
             except ValueError as error:
-                fault = isinstance(error, Unreachable), str(error)
+                fault = "ValueError", str(error)
+            except OSError as error:
+                file = None if error.filename is None else str(error.filename)
+                words = (error.errno, error.strerror, file) if error.errno else (str(error),)
+                fault = "OSError", *words
         if (fault := self.gather(fault)[0]) is not None:
-            may_pass, why = fault
-            raise Unreachable(why) if may_pass else ValueError(why)
+            kinds = {"Unreachable": Unreachable, "ValueError": ValueError, "OSError": OSError}
+            name, *words = fault
+            raise kinds[name](*words)
         return result
 
     def heard(self, exchange: Callable[[], T]) -> T:

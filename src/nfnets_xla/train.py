@@ -63,10 +63,11 @@ def train_now(run: Run, display: Display, preemption: Preemption | None) -> dict
 
 def introduce(ready: Ready, say: Say) -> None:
     plan, run, backend = ready.plan, ready.plan.run, ready.backend
+    epochs = f"{run.optim.epochs:g} epoch{'' if run.optim.epochs == 1 else 's'}"
     say(
         f"{run.model.name}: {count_parameters(ready.net):,} parameters; "
         f"{plan.index.num_samples:,} images in {plan.index.num_shards} shards; "
-        f"{plan.num_steps} steps of {run.data.batch_size} rows ({run.optim.epochs:g} epochs) on "
+        f"{plan.num_steps} steps of {run.data.batch_size} rows ({epochs}) on "
         f"{backend.num_devices} x {backend.device_kind}"
     )
     if run.optim.sam_rho is not None:

@@ -68,7 +68,7 @@ def test_a_warm_up_is_given_in_one_of_three_units() -> None:
         warmup_length(steps=7, fraction=0.1, **run)
     with pytest.raises(ValueError, match=r"warmup_fraction is 1; it must be in \[0, 1\)"):
         warmup_length(fraction=1, **run)
-    with pytest.raises(ValueError, match="warmup_epochs is -1; it must be 0 or more"):
+    with pytest.raises(ValueError, match="warmup_epochs is -1; it must be 0 or more, and finite"):
         warmup_length(epochs=-1, **run)
     with pytest.raises(
         ValueError, match=r"warmup_epochs is 8, a warm-up of 100 steps, .* has 100;"

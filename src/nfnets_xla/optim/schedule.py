@@ -112,7 +112,7 @@ def warmup_length(
         )
     ((name, value),) = values.items()
     if not 0 <= value < math.inf:
-        raise ValueError(f"{name} is {value}; it must be 0 or more")
+        raise ValueError(f"{name} is {value}; it must be 0 or more, and finite")
     if fraction is not None and fraction >= 1:
         raise ValueError(f"warmup_fraction is {fraction}; it must be in [0, 1)")
     per_unit = {"warmup_steps": 1, "warmup_epochs": steps_per_epoch, "warmup_fraction": total_steps}
