@@ -311,6 +311,18 @@ def test_a_full_disk_leaves_no_part_of_an_index(tmp_path: Path) -> None:
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npy", ".pictures"]
 
 
+@pytest.mark.parametrize("suffix", [".faiss", ".pictures", ".samples.npy"])
+def test_damaged_references_are_called_so(tmp_path: Path, suffix: str) -> None:
+    """In our words: of zeros numpy says that they are a pickle, and how to run it."""
+    rows = np.stack([np.zeros(4, int), np.arange(4)], axis=1)
+    build_references(tmp_path / "r.faiss", [(some(4), rows)], 0.7)
+    (tmp_path / f"r{suffix}").write_bytes(bytes(100))
+    with pytest.raises(
+        ValueError, match=r"/r\.faiss or a file beside it is damaged: delete .*/r\.\*"
+    ):
+        load_references(tmp_path / "r.faiss", 0.7)
+
+
 @pytest.mark.parametrize("name", ["framed", "barred"])
 def test_borders_are_seen(name: str) -> None:
     small = thumbnails(jpeg(COPIES[name](picture(3)), 40))

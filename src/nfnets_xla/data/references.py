@@ -123,13 +123,22 @@ def build_references(
 
 @lru_cache(1)  # of a process that searches one shard after another
 def load_references(path: Path, crop: float) -> References:
-    index = _faiss().read_index_binary(str(path))
-    index.nflip = FLIPPED
-    pictures = np.memmap(path.with_suffix(PICTURES), np.uint8, mode="r")
-    samples_N3 = np.load(path.with_suffix(SAMPLES))
-    _, first_P = np.unique(samples_N3[:, 2], return_index=True)
-    first_P2 = samples_N3[first_P, :2]
-    return References(pictures.reshape(-1, SIDE, SIDE), first_P2, samples_N3, views(crop), index)
+    """What `build_references` wrote. Raises ValueError for what is damaged."""
+    faiss = _faiss()
+    try:
+        index = faiss.read_index_binary(str(path))
+        index.nflip = FLIPPED
+        pictures = np.memmap(path.with_suffix(PICTURES), np.uint8, mode="r")
+        samples_N3 = np.load(path.with_suffix(SAMPLES), allow_pickle=False)
+        _, first_P = np.unique(samples_N3[:, 2], return_index=True)
+        first_P2 = samples_N3[first_P, :2]
+        pictures_PSS = pictures.reshape(len(first_P2), SIDE, SIDE)
+    except (RuntimeError, ValueError, IndexError, EOFError) as error:  # the first is faiss's
+        raise ValueError(
+            f"{path} or a file beside it is damaged: delete {path.parent / path.stem}.*, and give "
+            "the same command again"
+        ) from error
+    return References(pictures_PSS, first_P2, samples_N3, views(crop), index)
 
 
 @contextmanager
