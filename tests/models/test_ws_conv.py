@@ -110,7 +110,8 @@ def test_gradients_of_the_convolution_are_right(variance_times_fan_in: float) ->
     x = torch.randn(1, 4, 4, 5, dtype=torch.float64, requires_grad=True)
     # The step shrinks with the weights, so that it never carries one across the floor.
     eps = 1e-6 * variance_times_fan_in**0.5
-    assert torch.autograd.gradcheck(convolve, (x, *values.values()), eps=eps, atol=1e-4)
+    inputs = (x, *values.values())
+    assert torch.autograd.gradcheck(convolve, inputs, eps=eps, atol=1e-4, check_forward_ad=True)
 
 
 @pytest.mark.parametrize("eps_mode", ["floor", "add"])
@@ -134,7 +135,36 @@ def test_gradients_per_sample_and_second_derivatives_are_right(eps_mode: EpsMode
         named = dict(zip(values, parameters, strict=True))
         return torch.func.functional_call(conv, named, (x[:1],))
 
-    assert torch.autograd.gradgradcheck(convolve, tuple(values.values()))
+    parameters = tuple(values.values())
+    assert torch.autograd.gradgradcheck(convolve, parameters, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("eps_mode", ["floor", "add"])
+def test_forward_over_reverse_reverse_over_forward_and_twice_reverse_agree(
+    eps_mode: EpsMode,
+) -> None:
+    """Products of the Hessian with a vector, by torch.func, of a loss in all of a convolution."""
+    torch.manual_seed(0)
+    conv = WSConv2d(4, 6, 3, eps_mode=eps_mode).double()
+    values: dict[str, Tensor] = dict(conv.named_parameters())
+    along = {name: torch.randn_like(value) for name, value in values.items()}
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(conv, values, (x,)).pow(3).sum()
+
+    def slope(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.jvp(loss, (values,), (along,))[1]
+
+    def slope_by_reverse(values: dict[str, Tensor]) -> Tensor:
+        gradient = torch.func.grad(loss)(values)
+        return torch.stack([(gradient[name] * along[name]).sum() for name in along]).sum()
+
+    wanted = torch.func.grad(slope_by_reverse)(values)
+    torch.testing.assert_close(
+        torch.func.jvp(torch.func.grad(loss), (values,), (along,))[1], wanted
+    )
+    torch.testing.assert_close(torch.func.grad(slope)(values), wanted)
 
 
 def test_standardised_weight_has_mean_0_and_fan_in_variance() -> None:
