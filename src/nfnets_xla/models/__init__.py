@@ -1,2 +1,2 @@
-"""NFNets: the networks, their names, their weights. Needs nothing of the trainer; the table of
-variants, which is what accounts and plans need, loads no torch either."""
+"""NFNets: the networks, their names, their weights. Imports nothing from the trainer. The table of
+variants (variants.py), which scaling/ needs, does not load torch either."""

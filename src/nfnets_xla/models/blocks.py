@@ -3,7 +3,7 @@
 Reference: deepmind-research/nfnets, nfnet.py and base.py at f5de0ed.
 
 Scalar gains (the activation's, beta, alpha, squeeze-excite's 2) are multiplied into weights and
-gates, never into feature maps: one pass over memory less for each.
+gates, never into feature maps: each saves one pass over memory.
 
 Shape suffixes: B batch, C channels in and O out, H W pixels, N residual blocks.
 """
@@ -52,18 +52,18 @@ class NFBlock(nn.Module):
 
     @property
     def beta(self) -> float:
-        """The gain of the input: one over its expected standard deviation."""
+        """The gain on the input: 1 / its expected standard deviation."""
         return self._beta[0]
 
     @property
     def input_gain(self) -> float | Tensor:
-        """`beta` and what the activation takes away; a tensor in a stack of blocks."""
+        """`beta` times the GELU gain that `gelu` leaves out; a tensor in a stack of blocks."""
         return GELU_GAIN * self.beta
 
     def forward(self, x_BCHW: Tensor, keep_B: Tensor | None = None) -> Tensor:
         """`(B, C, H, W)` to `(B, O, ceil(H / stride), ceil(W / stride))`.
 
-        `keep_B` is 1 for rows whose branch counts, 0 for rows that are only the shortcut.
+        `keep_B` is 1 where the branch is kept, 0 where it is dropped and the shortcut remains.
         """
         activated = gelu(x_BCHW, self.gelu)
         shortcut = x_BCHW
@@ -79,9 +79,9 @@ class NFBlock(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """`stage[0]` projects; `stage[1:]` are alike and keep their input's shape.
+    """`stage[0]` projects; `stage[1:]` are identical and keep their input's shape.
 
-    The network calls a stage as one thing, so that one scan over a stacked tail can take its place.
+    The network calls stages, not blocks, so that one scan over stacked blocks can replace a stage.
     """
 
     checkpoint: Recompute | None = None  # recomputes a block in the backward pass
@@ -100,7 +100,7 @@ class Stage(nn.ModuleList):
 
 
 def recompute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """torch's checkpointing. A block draws nothing random: its masks are arguments."""
+    """torch's checkpointing, without saving RNG state: a block's masks are arguments."""
     result = torch_checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportUnknownVariableType]
     assert isinstance(result, Tensor)
     return result

@@ -1,10 +1,10 @@
 """A folder that is a model: weights, a config that timm reads, and a card for people.
 
 `create_model("local-dir:FOLDER")` loads it here, and `timm.create_model("local-dir:FOLDER",
-pretrained=True)` there. Names that timm has (dm_nfnet_f0 to f6) are written in its names, so that
-it needs nothing of this library (timm's network has another eps and another GELU: the logits differ
-by some per cent); the others are `xla_nfnet_*`, which timm knows once `nfnets_xla`
-is imported.
+pretrained=True)` there. A model that timm has (dm_nfnet_f0 to f6) is written with timm's parameter
+names, so that timm loads it without this library; its logits then differ by a few per cent, since
+timm uses another eps and another GELU. The others are `xla_nfnet_*`, which timm knows once
+`nfnets_xla` is imported.
 """
 
 import json
@@ -21,14 +21,14 @@ from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.models.weights import describe, save_tensors
 
 SCHEME = "local-dir:"
-# The options of NFNet that change what its weights mean, and what they usually are.
+# The options of NFNet that change what the same weights compute, with their defaults.
 HOW = {"plus_bottleneck": "code", "gelu": "tanh", "eps_mode": "floor"}
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "card.md"
 OF_TIMM = {f"nfnet_f{number}": f"dm_nfnet_f{number}" for number in range(7)}
 
 
 def has_its_own(name: str, left_out: str) -> ValueError:
-    """What a card's name meets that is given together with other weights."""
+    """The error for a card given together with other weights."""
     return ValueError(f"{name} has its own weights: leave out {left_out}")
 
 
@@ -41,8 +41,9 @@ def write_card(
     sizes: Sizes | None = None,
     loss: str = "softmax",
 ) -> None:
-    """All of it or nothing. `facts` are what a person is told, `sizes` those of the run, or the
-    variant's, `loss` what its logits were trained for. ValueError if `folder` exists."""
+    """Write the whole folder or nothing. `facts` are rows of the card for people; `sizes` are the
+    run's (by default the variant's); `loss` is what the logits were trained with. ValueError if
+    `folder` exists."""
     if folder.exists():
         raise ValueError(f"{folder} exists: name a folder that does not")
     if not folder.parent.is_dir():
@@ -53,7 +54,7 @@ def write_card(
     cfg["num_classes"] = net.num_classes
     for key in ("input_size", "test_input_size"):
         cfg[key] = (net.in_chans, *cfg[key][1:])
-    for key in ("hf_hub_id", "license"):  # those of the public weights
+    for key in ("hf_hub_id", "license"):  # describe the public weights, not these
         cfg.pop(key, None)
     if in_timm:
         cfg |= {"first_conv": "stem.conv1", "classifier": "head.fc"}
@@ -85,7 +86,7 @@ def write_card(
 
 
 def made_otherwise(net: NFNet) -> dict[str, str]:
-    """Those of `HOW` that are not the usual ones."""
+    """The options in `HOW` whose values are not the defaults."""
     its = {
         "plus_bottleneck": "paper" if net.variant.dense_remainder else "code",
         "gelu": net.variant.gelu,
@@ -99,11 +100,11 @@ class Card(NamedTuple):
     options: dict[str, Any]
     weights: Path
     sizes: Sizes
-    loss: str  # "softmax" or "sigmoid": what makes probabilities of the logits
+    loss: str  # "softmax" or "sigmoid": turns logits into probabilities
 
 
 def read_card(name: str) -> Card:
-    """Of "local-dir:FOLDER". ValueError for any other folder."""
+    """The card at "local-dir:FOLDER". ValueError if FOLDER is not one that `write_card` wrote."""
     folder = Path(name.removeprefix(SCHEME))
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

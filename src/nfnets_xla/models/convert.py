@@ -1,4 +1,4 @@
-"""One file of weights into another: any form and anybody's names in, a chosen one's out."""
+"""Convert a file of weights: reads any known format and naming, writes the naming asked for."""
 
 # pyright: reportUnknownMemberType=false
 # torch types its own signatures in part.
@@ -31,9 +31,9 @@ def convert_weights(
 ) -> str:
     """Rewrite weights of an NFNet as .safetensors: in our names, timm's, or DeepMind's.
 
-    Every name, shape and value is checked against the model first. DeepMind's names come with
-    their layouts. Returns one line to be printed. Raises ValueError, writing nothing, for weights
-    of another model, for a target of another suffix, and for one that exists unless `force`.
+    Every name, shape and value is checked against the model first. With DeepMind's names the arrays
+    have DeepMind's layouts. Returns one line to print. Raises ValueError, writing nothing, for
+    weights of another model, a target with another suffix, or one that exists (without `force`).
     """
     if target.suffix != ".safetensors":
         raise ValueError(f"{target} has to end in .safetensors, which is what is written")
@@ -60,7 +60,7 @@ def convert_weights(
 
 
 def _sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Classes and input channels, read off the weights."""
+    """Numbers of classes and of input channels, from the shapes of the weights."""
     bias, stem = state.get(HEAD[1]), state.get("stem.0.weight")
     classes = 0 if bias is None else len(bias)
     return classes, stem.shape[1] if stem is not None and stem.ndim == 4 else 3

@@ -2,9 +2,9 @@
 
     fused = nfnets_xla.fuse(net)     # the same logits, from plain convolutions
 
-What is left are ordinary convolutions and linear layers, GELU, and one multiply-add per block, so
-that it exports and quantises like any other network; the head stays in float32. Nothing of it can
-be trained.
+Only ordinary convolutions and linear layers, GELU, and one multiply-add per block remain, so that
+the result exports and quantises like any other network; the head stays in float32. It cannot be
+trained.
 
 Shape suffixes as in nfnet.py.
 """
@@ -40,11 +40,11 @@ from nfnets_xla.models.variants import ALPHA
 
 @torch.no_grad()
 def fuse(net: NFNet) -> "FusedNFNet":
-    """A copy of `net`, in either form, for inference, in channels_last: the same logits to 1e-4.
+    """A copy of `net` (stacked or not) for inference, in channels_last: the same logits to 1e-4.
 
-    Device and dtypes are kept, and images must be of the weights' dtype: `fuse(net).bfloat16()` for
-    bfloat16 images. `net` is left as it is. ValueError for another network, and for one
-    whose last stages were dropped (`prune_intermediate_layers`).
+    Device and dtypes are kept, and images must have the weights' dtype: `fuse(net).bfloat16()` for
+    bfloat16 images. `net` itself is not changed. ValueError for a network that is no NFNet, and for
+    one whose last stages were dropped (`prune_intermediate_layers`).
     """
     whole = uncompiled(net)
     if not isinstance(whole, NFNet):
@@ -66,10 +66,10 @@ def fuse(net: NFNet) -> "FusedNFNet":
 
 
 class FusedNFNet(nn.Module):
-    """What `fuse` returns. Overwrites its own activations, never its input; so it has no gradient,
-    not even to its input."""
+    """What `fuse` returns. Overwrites its activations in place, never its input; so there is no
+    backward pass, not even to the input."""
 
-    pretrained_cfg: dict[str, Any]  # as the network's, if that has one: for timm.data's transforms
+    pretrained_cfg: dict[str, Any]  # the network's, if it has one: for timm.data's transforms
 
     def __init__(self, net: NFNet) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ class FusedNFNet(nn.Module):
         self.head = _plain_linear(net.head, Linear) if own else deepcopy(net.head)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits `(B, K)` in float32, or pooled features `(B, F)` without a classifier; or what
-        `net` has before pooling, if it does not pool."""
+        """Logits `(B, K)` in float32; pooled features `(B, F)` if there is no classifier; unpooled
+        ones if `net` does not pool."""
         features_BFHW = self.forward_features(images_BCHW)
         if self.global_pool == "":
             return features_BFHW * GELU_GAIN
@@ -120,8 +120,8 @@ class FusedBlock(nn.Module):
         if block.conv_shortcut is not None:
             self.conv_shortcut = _plain(block.conv_shortcut, GELU_GAIN * block.beta)
         plain = {id(linear): _plain_linear(linear) for linear in block.squeeze_excite.children()}
-        self.squeeze_excite = deepcopy(block.squeeze_excite, plain)  # with these in their places
-        # A buffer, so that a state dict is the whole network.
+        self.squeeze_excite = deepcopy(block.squeeze_excite, plain)  # `plain` replaces the linears
+        # A buffer, so that the state dict holds the whole network.
         self.branch_gain: Tensor
         self.register_buffer("branch_gain", block.skip_gain.detach() * (2 * ALPHA))
 
@@ -149,8 +149,8 @@ def gelu_(x: Tensor, form: Gelu) -> Tensor:
 
 
 def _plain_linear(linear: nn.Module, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
-    """Of torch's own class, by which quantisation knows it, where inputs have the weights' dtype;
-    without what torch.nn.utils has put on it."""
+    """A copy without hooks or parametrisations of torch.nn.utils. By default of torch's own class,
+    which quantisation recognises, and whose input must have the weights' dtype."""
     assert isinstance(linear, nn.Linear)
     _bring_up_to_date(linear)
     with torch.device("meta"):
@@ -161,7 +161,7 @@ def _plain_linear(linear: nn.Module, kind: type[nn.Linear] = nn.Linear) -> nn.Li
 
 
 def _bring_up_to_date(module: nn.Module) -> None:
-    """Pruning, and the older weight norm, set a weight just before it is used."""
+    """Run the hooks by which pruning and the older weight norm set a weight before each use."""
     for hook in module._forward_pre_hooks.values():  # pyright: ignore[reportUnknownVariableType]
         kind = type(hook)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         if kind.__module__.startswith("torch.nn.utils."):
@@ -169,7 +169,7 @@ def _bring_up_to_date(module: nn.Module) -> None:
 
 
 def _plain(conv: nn.Module, input_gain: float = 1.0) -> nn.Conv2d:
-    """The convolution that a WSConv2d amounts to, on inputs that lack this gain."""
+    """The ordinary convolution equal to this WSConv2d, with `input_gain` folded into its weight."""
     assert isinstance(conv, WSConv2d)
     _bring_up_to_date(conv)
     strided = conv.stride[0] > 1

@@ -1,4 +1,4 @@
-"""Files at an address, fetched once: resumed where they broke off, and checked when they are whole.
+"""Download a file once: resume where it broke off, and verify it when it is complete.
 
     path = download("https://storage.googleapis.com/dm-nfnets/F0_haiku.npz")
 
@@ -43,16 +43,16 @@ def cache_folder() -> Path:
 
 
 def download(address: str, folder: Path | None = None, on_progress: Progress | None = None) -> Path:
-    """The file at `address`, from `folder` (the cache) if it is there.
+    """The file at `address`; not fetched again if it is in `folder` (by default the cache).
 
-    A download that broke off goes on where it stopped, in this process or in a later one. The size
-    the server states is checked, and the MD5 if it states one, as Google's storage does.
-    `on_progress` is called with (bytes here, bytes in all, if known); without it a bar is shown on
-    standard error. Raises ValueError if the server refuses, if what arrives is not what it stated,
-    or when offline.
+    A download that broke off is resumed where it stopped, by this process or a later one. Its size
+    is checked against the server's, and so is its MD5 if the server sends one, as Google's storage
+    does. `on_progress` is called with (bytes so far, total bytes or None); without it a bar is
+    shown on standard error. Raises ValueError if the server refuses, if size or MD5 differ, or when
+    offline.
     """
     folder = cache_folder() if folder is None else folder
-    # Named after the whole address: two places have files of one name.
+    # Named after the whole address: files at two addresses may have the same name.
     name = hashlib.sha256(address.encode()).hexdigest()[:12] + "-" + address.rsplit("/", 1)[-1]
     target = folder / re.sub(r"[^\w.+-]", "_", name)
     if target.exists():
@@ -64,7 +64,7 @@ def download(address: str, folder: Path | None = None, on_progress: Progress | N
         )
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(target):
-        if not target.exists():  # it is there if another process held the lock to fetch it
+        if not target.exists():  # another process may have fetched it while this one waited
             part = target.with_name(target.name + ".part")
             _fetch(address, part, on_progress or progress("fetched"))
             part.replace(target)
@@ -82,7 +82,7 @@ def _fetch(address: str, part: Path, on_progress: Progress) -> None:
             return
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == 416:  # nothing lies past what is here: it is of another file
+            if error.code == 416:  # range not satisfiable: the part is of another file
                 part.unlink(missing_ok=True)
             elif error.code not in (408, 429) and error.code < 500:
                 raise ValueError(
@@ -98,9 +98,9 @@ def _fetch(address: str, part: Path, on_progress: Progress) -> None:
 
 
 def _append(address: str, part: Path, on_progress: Progress) -> Any:
-    """Fetch what is missing at the end of `part`; returns the answer's headers.
+    """Fetch what is missing at the end of `part`; returns the headers of the response.
 
-    If-Range asks for the rest only if the file is still the one that was begun, else for all of it.
+    With If-Range the server sends the rest if the file is unchanged since, else the whole file.
     """
     mark = part.with_name(part.name + ".etag")
     begun = part.stat().st_size if part.exists() and mark.exists() else 0
@@ -131,7 +131,7 @@ def _append(address: str, part: Path, on_progress: Progress) -> Any:
 
 
 def _check(address: str, part: Path, headers: Any) -> None:
-    """Google's storage states `x-goog-hash: md5=...`, of the whole file even for a part of it."""
+    """Google's storage sends `x-goog-hash: md5=...`: of the whole file, even for a range of it."""
     stated = re.search(r"md5=([A-Za-z0-9+/=]+)", ",".join(headers.get_all("x-goog-hash") or []))
     if stated is None:
         return

@@ -1,12 +1,12 @@
-"""Files of weights: told apart by content, read without running anything, refused if not whole.
+"""Files of weights: recognised by content, read without running code, refused if incomplete.
 
     .safetensors                         ours, and timm's on the Hugging Face Hub
     torch.save's zip and its older form  a state dict alone (`weights_only`)
     .npz of float arrays                 flattened Haiku names
     pickle (haiku_pickle.py)             DeepMind's F*_haiku.npz, which are no .npz
 
-What a file holds keeps its names here, less what torch's wrappers put before all of them; names.py
-turns them into ours.
+Tensors keep the file's names, without the prefixes of torch's wrappers; names.py translates them
+into ours.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -31,14 +31,14 @@ from nfnets_xla.models.names import unwrapped
 
 SAFETENSORS, TORCH, NPZ, PICKLE = "safetensors", "torch", "npz", "pickle"
 MAX_HEADER = 100_000_000  # bytes; as the safetensors library has it
-# How torch.save's older form begins: protocol 2, then a number of ten bytes.
+# How a file in torch.save's older form begins: pickle protocol 2, then a ten-byte integer.
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-# Under which training scripts keep their weights; where there is an average, it, as timm's loader.
+# Keys under which training scripts keep their weights; an average comes first, as timm does it.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """{name: tensor} as the file has it, on the CPU. Raises ValueError for anything else."""
+    """{name: tensor} from the file, on the CPU. Raises ValueError if it is no file of weights."""
     return unwrapped(_read(path))
 
 
@@ -56,7 +56,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a .safetensors file says of itself; empty for the other forms."""
+    """The metadata of a .safetensors file; empty for the other formats."""
     if recognise(path) != SAFETENSORS:
         return {}
     with _safetensors(path) as file:
@@ -64,7 +64,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def recognise(path: Path) -> str:
-    """Which of the forms a file has, whatever its suffix. Raises ValueError if none."""
+    """The format of a file, whatever its suffix. Raises ValueError if it is none of the four."""
     if not path.is_file():
         raise ValueError(f"there is no weights file {str(path)!r}")
     size = path.stat().st_size
@@ -77,7 +77,7 @@ def recognise(path: Path) -> str:
         return TORCH
     header = struct.unpack("<Q", start[:8])[0] if len(start) > 8 else 0
     has_header = start[8:9] == b"{"
-    # A header's length may begin with the byte that begins a pickle; no pickle is that short of it.
+    # 0x80 begins a pickle, but may also be the first byte of a .safetensors header's length.
     if start[:1] == b"\x80" and not (has_header and header <= MAX_HEADER):
         return PICKLE
     if has_header:
@@ -102,7 +102,7 @@ def _zip_names(path: Path) -> list[str]:
 
 
 class _Safetensors(Protocol):
-    """An open file, whose own types the library leaves out."""
+    """An open file: the library does not annotate its own class."""
 
     def keys(self) -> list[str]: ...
     def get_tensor(self, name: str) -> Tensor: ...
@@ -149,7 +149,7 @@ def _is_mapping(value: object) -> TypeGuard[Mapping[object, object]]:
 
 
 def _check_torch_zip(path: Path) -> None:
-    """torch.save stores without compressing, so a compressed member is not of its making."""
+    """torch.save never compresses, so a file with a compressed member is not from torch.save."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as file:
@@ -160,7 +160,7 @@ def _check_torch_zip(path: Path) -> None:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Float arrays; every size is checked against the zip's own before memory is taken for it."""
+    """Float arrays; sizes are checked against the zip directory before memory is allocated."""
     with zipfile.ZipFile(path) as file:
         infos = file.infolist()
         _check_total(path, sum(info.file_size for info in infos))

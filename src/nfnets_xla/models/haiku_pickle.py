@@ -1,13 +1,13 @@
 """Reads DeepMind's published weights, which are pickles (nfnets/utils.py:111-115), untrusted.
 
-Unpickling runs whatever a file asks for. This reader answers a dozen names, all listed below, with
-stand-ins that can only become arrays and mappings, knows only the instructions that data needs, and
-needs neither Haiku nor JAX nor dill. Everything else is refused by name.
+Unpickling runs whatever a file asks for. This reader accepts a dozen names, all listed below, and
+replaces each by a stand-in that can only become an array or a mapping; it accepts only the opcodes
+that data needs, and refuses everything else by name. It needs neither Haiku nor JAX nor dill.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownLambdaType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownVariableType=false
-# What a file holds has no type before it was checked.
+# What a file holds has no type until it has been checked.
 
 import io
 import math
@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-MAX_BYTES = 2**33  # of all arrays: twice F7+ with 29,593 classes in float32
+MAX_BYTES = 2**33  # of all arrays: twice the size of F7+ with 29,593 classes in float32
 _FLOATS = ("f2", "f4", "f8")
 
-# Instructions that build data. Left out are those that call by other routes (INST, OBJ), name
-# objects outside the file (PERSID, EXT), or that no dump of arrays has.
+# Opcodes that build data. Left out are those that call something by another route (INST, OBJ) or
+# name objects outside the file (PERSID, EXT), and those that no dump of arrays has.
 _INSTRUCTIONS = """
     PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
     STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES
@@ -40,7 +40,7 @@ def read_haiku_pickle(data: bytes) -> dict[str, np.ndarray]:
         loaded = _Reader(io.BytesIO(data)).load()
     except _Refused:
         raise
-    except Exception as error:  # of hostile bytes an unpickler raises nearly anything
+    except Exception as error:  # on hostile bytes an unpickler raises nearly anything
         raise _Refused(f"the pickle is broken ({type(error).__name__})") from None
     if not isinstance(loaded, dict) or not loaded:
         raise _Refused("the pickle does not hold a mapping of modules")
@@ -66,8 +66,8 @@ class _Refused(ValueError):
 
 
 class _Reader(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
-    """Of the standard library's two unpicklers the one in Python: instructions can be withheld from
-    it, and a file cannot make it allocate a table of its own choosing."""
+    """The standard library's unpickler in Python, not the one in C: opcodes can be removed from it,
+    and a file cannot make it allocate a memo table as large as the file says."""
 
     dispatch: ClassVar[dict[int, Any]] = {}  # filled below
     stack: list[Any]
@@ -87,7 +87,7 @@ class _Reader(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
         _put(self.stack[-1], zip(items[::2], items[1::2], strict=True))
 
     def find_class(self, module: str, name: str) -> Any:
-        # Made anew for each file, so that none can leave a changed one behind.
+        # New stand-ins for each file, so that no file can alter those of the next.
         if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             if name == "_reconstruct":
                 return _Maker(lambda *_: _Array(self))
@@ -134,7 +134,7 @@ _Reader.dispatch[pickle.SETITEMS[0]] = _Reader.load_setitems
 
 
 class _Maker:
-    """Can be called, and nothing else: BUILD finds no attribute to set on it."""
+    """Can be called, and nothing else: BUILD cannot set attributes on it."""
 
     __slots__ = ("_make",)
 
@@ -175,7 +175,7 @@ class _Array:
         self.filled(shape, dtype, data, fortran=bool(fortran))
 
     def filled(self, shape: Any, dtype: Any, data: Any, *, fortran: bool = False) -> "_Array":
-        """Exactly as many bytes as the shape needs; nothing is allocated before that is known."""
+        """`data` must have exactly as many bytes as the shape needs; checked before allocating."""
         data = data.encode("latin1") if isinstance(data, str) else data  # Python 2's bytes
         sides = [side for side in shape if type(side) is int and 0 <= side <= MAX_BYTES]
         if not isinstance(dtype, _Dtype) or len(sides) != len(shape) or len(sides) > 4:
@@ -203,7 +203,7 @@ def _mapping(mapping: Any = ()) -> dict[str, Any]:
 
 
 def _put(mapping: Any, items: Iterable[tuple[Any, Any]]) -> None:
-    """Only strings are keys: hashing a tuple of tuples of ... would overflow the stack."""
+    """Accepts only string keys: hashing deeply nested tuples would overflow the stack."""
     if type(mapping) is not dict:
         raise _Refused("the pickle treats something else as a mapping")
     for key, value in items:

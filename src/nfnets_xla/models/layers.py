@@ -1,4 +1,4 @@
-"""What NFNets are made of: the scaled activation, the standardised convolution, squeeze-excite.
+"""The layers of NFNets: scaled activation, weight-standardised convolution, squeeze-excite.
 
 Reference: deepmind-research/nfnets, base.py at f5de0ed. Shape suffixes: B batch, C channels, H W
 pixels, O out and I in channels of a weight.
@@ -24,12 +24,12 @@ vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # pyright: ignore
 
 
 def uncompiled(net: Any) -> Any:
-    """The network that torch.compile wraps, or the one given."""
+    """The network inside torch.compile's wrapper, or `net` itself if it has none."""
     return getattr(net, "_orig_mod", net)
 
 
 def gelu(x: Tensor, form: Gelu = "tanh") -> Tensor:
-    """GELU without its gain, which the convolution that follows folds into its weight."""
+    """GELU without its gain, which the next convolution folds into its weight."""
     return F.gelu(x, approximate="tanh" if form == "tanh" else "none")
 
 
@@ -40,17 +40,17 @@ def scaled_gelu(x: Tensor, form: Gelu = "tanh") -> Tensor:
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """TensorFlow's SAME: pixels before and after. A stride-2 3x3 on an even size pads (0, 1)."""
-    if stride == 1:  # whatever the size, which then need not be known when a graph is exported
+    if stride == 1:  # does not depend on the size, which may be symbolic in an exported graph
         return (kernel - 1) // 2, kernel // 2
-    # By the remainder, as a number: of a size that a compiler does not know, any other term grows
-    # from layer to layer until nothing can be done with it.
+    # The remainder is found as a plain number: with a symbolic size, a formula would grow from
+    # layer to layer until the compiler could not simplify it.
     last = next(length for length in range(1, stride + 1) if (size - length) % stride == 0)
     total = max(kernel - last, 0)
     return total // 2, total - total // 2
 
 
 def pixels(x_BCHW: Tensor) -> tuple[int, int]:
-    """Height and width. torch.jit.trace has tensors there, and holds for one size only."""
+    """Height and width as numbers: torch.jit.trace has tensors there (its trace fits one size)."""
     _, _, height, width = x_BCHW.shape
     tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     return (int(height), int(width)) if tracing else (height, width)
@@ -62,27 +62,27 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def without_autocast(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`, which autocast would compute in a smaller dtype than `x` has."""
+    """`layer(x)` with autocast off, which would compute it in a lower precision than `x`'s."""
     device = x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(device):  # meta has no autocast to ask for
+    if x.is_meta or not torch.is_autocast_enabled(device):  # the meta device has no autocast
         return layer(x)
     with torch.autocast(device, enabled=False):
         return layer(x)
 
 
 class Linear(nn.Linear):
-    """nn.Linear that computes in its input's dtype, whatever its own, as WSConv2d does."""
+    """nn.Linear that casts its weights to the input's dtype, as WSConv2d does."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
 
 
 class PooledDropout(nn.Module):
-    """A network that drops of its pooled features what a mask says, or at a rate of its own.
+    """A network with dropout on its pooled features: by a given mask, or drawn at `drop_rate`.
 
-    The rate is kept in a tuple. torch.compile takes a bare float of a module for unknown once it
-    takes sizes for unknown, and torch 2.9 then no longer checks which sizes a graph is for: it
-    computed wrong logits without a word.
+    The rate is kept in a tuple. Once torch.compile makes sizes symbolic, it makes a module's bare
+    floats symbolic too, and torch 2.9 then drops the guards on a graph's sizes: it silently
+    computed wrong logits.
     """
 
     def __init__(self, drop_rate: float) -> None:
@@ -100,7 +100,7 @@ class PooledDropout(nn.Module):
         self._drop_rate = (rate,)
 
     def drop(self, pooled_BF: Tensor, keep_BF: Tensor | None) -> Tensor:
-        """`keep_BF` is 1 for what stays, in either mode; without one, torch's own in training."""
+        """`keep_BF` (1 keeps) applies in train and eval mode; without it, torch's dropout."""
         if keep_BF is None:
             return F.dropout(pooled_BF, self.drop_rate, self.training)
         check_mask("dropout_keep_BF", keep_BF, tuple(pooled_BF.shape))
@@ -113,7 +113,7 @@ def check_rate(name: str, rate: float) -> None:
 
 
 def check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
-    """A mask of another shape could broadcast, and drop the wrong thing without a word."""
+    """A mask of another shape could broadcast, and silently drop the wrong things."""
     if tuple(mask.shape) != shape:
         raise ValueError(f"{name} is {tuple(mask.shape)}; for these images it must be {shape}")
 
@@ -121,9 +121,9 @@ def check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
 class Standardise(torch.autograd.Function):
     """(w - mean) / sqrt(max(sum (w - mean)^2, floor) + addend) * gain, per output channel.
 
-    With its own derivative, since autograd's keeps a centred copy of every weight: here the
-    backward pass needs the weight alone. benchmarks/standardise.py times it beside others. Of the
-    three results only the first is to be differentiated.
+    Its backward pass is written by hand, and needs only the weight: autograd would keep a centred
+    copy of every weight. benchmarks/standardise.py times it beside others. Only the first of its
+    three results can be differentiated.
     """
 
     generate_vmap_rule = True  # gradients per sample
@@ -151,14 +151,14 @@ class Standardise(torch.autograd.Function):
         """With c = w - mean and s the scale: dw = gain s (G - mean G) - gain s^3 c sum(G c)."""
         weight_OIHW, gain_O, mean_O111, squares_O111 = ctx.saved_tensors
         floor, addend = ctx.floor_and_addend
-        if torch.is_grad_enabled():  # to be differentiated again: what was kept is a constant
+        if torch.is_grad_enabled():  # double backward: the saved statistics would be constants
             _, mean_O111, squares_O111 = Standardise.forward(weight_OIHW, gain_O, floor, addend)
         grad_OIHW = grads[0]
         centred = weight_OIHW - mean_O111
         scale_O111 = torch.rsqrt(squares_O111.clamp(min=floor) + addend)
         scaled_gain_O111 = scale_O111 * gain_O[:, None, None, None]
         along_O111 = (grad_OIHW * centred).sum(dim=(1, 2, 3), keepdim=True)
-        above_O111 = squares_O111 > floor  # under it the scale is a constant
+        above_O111 = squares_O111 > floor  # below the floor the scale is constant
         shrink_O111 = scaled_gain_O111 * scale_O111.square() * along_O111 * above_O111
         shift_O111 = scaled_gain_O111 * grad_OIHW.mean(dim=(1, 2, 3), keepdim=True)
         grad_weight = torch.addcmul(-shift_O111, grad_OIHW, scaled_gain_O111)
@@ -192,12 +192,12 @@ class StandardiseEager(Standardise):
 class WSConv2d(nn.Conv2d):
     """Convolution with scaled weight standardisation, a gain per output channel, and SAME padding.
 
-    The weight is standardised in float32 and cast to the input's dtype, so that the dtype of the
-    input decides what the convolution computes in while the master weights stay float32.
+    The weight is standardised in float32 and then cast to the input's dtype: the convolution
+    computes in the input's dtype while the master weights stay float32.
     Reference: base.py:121-154. The gain is `(O,)` as there: AGC clips it as one vector.
 
-    `place_weight`, if set, is applied to the standardised and cast weight: where the parameter is
-    cut over devices, it brings the weight together in the smaller dtype.
+    `place_weight`, if set, is applied to the standardised, cast weight: where parameters are
+    sharded over devices, it gathers the weight in the lower precision.
     """
 
     place_weight: Callable[[Tensor], Tensor] | None = None
@@ -230,7 +230,7 @@ class WSConv2d(nn.Conv2d):
     def standardised_weight(self, input_gain: float | Tensor = 1.0) -> Tensor:
         """`(O, I / groups, H, W)`: mean 0, variance 1 / fan-in per output channel, times the gains.
 
-        float32, or float64 for a float64 weight. A tensor as `input_gain` has no axes.
+        float32, or float64 for a float64 weight. `input_gain` may be a 0-d tensor.
         """
         weight = at_least_float32(self.weight)
         gain = self.gain.to(weight.dtype) * input_gain
@@ -241,13 +241,13 @@ class WSConv2d(nn.Conv2d):
             function = Standardise if torch.compiler.is_compiling() else StandardiseEager
             results = function.apply(weight, gain, floor, addend)  # pyright: ignore[reportUnknownVariableType]
             return results[0]  # pyright: ignore[reportUnknownVariableType, reportOptionalSubscript]
-        return Standardise.forward(weight, gain, floor, addend)[0]  # which a trace can follow
+        return Standardise.forward(weight, gain, floor, addend)[0]  # traceable
 
     def forward(self, input: Tensor, input_gain: float | Tensor = 1.0) -> Tensor:
         """`(B, C, H, W)` to `(B, O, ceil(H / stride), ceil(W / stride))`, in the input's dtype.
 
-        As if the input were multiplied by `input_gain`, which costs nothing here. ValueError for
-        integers, which cannot be normalised images.
+        The result is as if the input were multiplied by `input_gain`, which is free here.
+        ValueError for integers, which cannot be normalised images.
         """
         if input.ndim != 4:
             raise ValueError(
@@ -277,17 +277,19 @@ def same_conv2d(
     if (top, left) != (bottom, right):  # asymmetric: pad by hand
         x_BCHW = F.pad(x_BCHW, (left, right, top, bottom))
         padding = (0, 0)
-    # Along one pixel there is nowhere to stride to. oneDNN's bfloat16 gradient by the weight, which
-    # strides all the same, is memory that nobody wrote (torch 2.9 on CPUs with AVX-512).
+    # Along an axis of one pixel the stride does not matter. With a stride there, oneDNN's bfloat16
+    # weight gradient is uninitialised memory (torch 2.9 on CPUs with AVX-512).
     strides = [stride if size != 1 else 1 for size in (height, width)]
     return F.conv2d(x_BCHW, weight, bias, strides, padding, groups=groups)
 
 
 def same_avg_pool2d(x_BCHW: Tensor, stride: int) -> Tensor:
-    """Mean over 2x2 windows; at an odd edge over the pixels that are there."""
+    """Mean over 2x2 windows; at an odd edge, over the pixels inside the image."""
     if stride == 1:
         return x_BCHW
-    window = [2 if size > 1 else 1 for size in pixels(x_BCHW)]  # XLA: no 2 over 1
+    window = [
+        2 if size > 1 else 1 for size in pixels(x_BCHW)
+    ]  # XLA rejects a window of 2 over 1 pixel
     return F.avg_pool2d(x_BCHW, window, stride, ceil_mode=True, count_include_pad=False)
 
 

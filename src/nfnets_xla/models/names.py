@@ -1,4 +1,4 @@
-"""The names of parameters: ours, DeepMind's, timm's. Explicit tables; nothing is guessed.
+"""Parameter names and layouts: ours, DeepMind's, timm's. Explicit tables; nothing is guessed.
 
 ours      stages.0.1.conv0.weight         (O, I, H, W), gains (O,), linears (O, I)
 DeepMind  NFNet.nf_block_1.conv0.w        (H, W, I, O), gains (O,), linears (I, O)
@@ -26,19 +26,19 @@ TIMM_PARTS = {
     "skip_gain": "skipinit_gain",
 }
 HEAD = ("head.weight", "head.bias")
-NFNETS = "stages.0.0.conv1.gain"  # a name that only these networks have, by ours and by timm's
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
+NFNETS = "stages.0.0.conv1.gain"  # a name only NFNets have, in our names and in timm's
+PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel's, torch.compile's
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what torch's wrappers put before every name, or add of their own; of the state of a
-    module that has one NFNet in it, that one's."""
+    """`state` without the prefixes and entries of torch's wrappers. If it is of a module that
+    contains exactly one NFNet, only that network's entries."""
     rest = dict(state)
-    rest.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel, beside "module."
-    for prefix in (*PREFIXES, *PREFIXES):  # one may be around the other, either way
+    rest.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel adds it beside "module."
+    for prefix in (*PREFIXES, *PREFIXES):  # the wrappers may be nested in either order
         if all(name.startswith(prefix) for name in rest):
             rest = {name.removeprefix(prefix): tensor for name, tensor in rest.items()}
-    # A training module has its network under a name of its own, as Lightning's "model.".
+    # A training module prefixes its network's names with an attribute, as Lightning's "model.".
     around = {name.removesuffix(NFNETS) for name in rest if name.endswith(NFNETS)}
     if len(around) == 1 and (prefix := around.pop()).endswith("."):
         inside = {name: tensor for name, tensor in rest.items() if name.startswith(prefix)}
@@ -48,9 +48,9 @@ def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def haiku_names(net: NFNet) -> dict[str, str]:
     """{name in our state dict: DeepMind's flattened name}, e.g.
-    {"stages.0.1.conv0.weight": "NFNet.nf_block_1.conv0.w"}; blocks are numbered through there.
+    {"stages.0.1.conv0.weight": "NFNet.nf_block_1.conv0.w"}; DeepMind numbers blocks across stages.
 
-    The classifier is among them even if `net` has none."""
+    Includes the classifier even if `net` has none."""
     names: dict[str, str] = {}
 
     def add(ours: str, theirs: str, leaves: Mapping[str, str]) -> None:
@@ -77,7 +77,7 @@ def haiku_names(net: NFNet) -> dict[str, str]:
 
 
 def timm_names(net: NFNet) -> dict[str, str]:
-    """{name in our state dict: timm's}, e.g. {"stem.0.gain": "stem.conv1.gain"}; as above."""
+    """The same for timm's names, e.g. {"stem.0.gain": "stem.conv1.gain"}."""
     names: dict[str, str] = {}
     for ours in haiku_names(net):
         place, _, leaf = ours.rpartition(".")
@@ -93,10 +93,10 @@ def timm_names(net: NFNet) -> dict[str, str]:
 
 
 def from_haiku(net: NFNet, theirs: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor]:
-    """A state dict (float32, on the CPU) for `net`, whose shapes it does not check.
+    """A state dict (float32, on the CPU) for `net`; shapes are not checked.
 
-    `theirs` are Haiku's parameters under flattened names. Raises ValueError unless they are those
-    of `net`'s variant; a classifier may be there or not.
+    `theirs` are Haiku's parameters under flattened names. Raises ValueError unless the names are
+    those of `net`'s variant, with or without a classifier.
     """
     names = _checked(haiku_names(net), theirs)
     return {ours: _from_haiku_layout(theirs[name]) for ours, name in names.items()}
@@ -110,7 +110,7 @@ def to_haiku(net: NFNet) -> dict[str, np.ndarray]:
 
 
 def from_timm(net: NFNet, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict for `net` of one of timm's dm_nfnet; raises ValueError as `from_haiku` does."""
+    """A state dict for `net` from a timm dm_nfnet's; raises ValueError as `from_haiku` does."""
     names = _checked(timm_names(net), theirs)
     return {ours: _from_timm_layout(ours, theirs[name]) for ours, name in names.items()}
 
@@ -123,7 +123,7 @@ def to_timm(net: NFNet) -> dict[str, Tensor]:
 
 
 def in_our_names(net: NFNet, state: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
-    """`state` whoever named it. timm's own nfnet, a different network, is a ValueError."""
+    """`state` with our names, from anybody's. ValueError for timm's own nfnet, another network."""
     try:
         if any(name.startswith("NFNet.") for name in state):
             return from_haiku(net, state)
@@ -141,15 +141,15 @@ def in_our_names(net: NFNet, state: Mapping[str, Tensor], source: str) -> Mappin
 
 
 def classes_in(state: Mapping[str, Tensor], classifier: str = "head") -> int:
-    """How many a state dict's classifier knows, whoever named it; 0 if it has none.
+    """The number of classes in a state dict, in anybody's names; 0 if it has no classifier.
 
-    `classifier` is what the network calls it: NFNets "head", peers by many names."""
+    `classifier` is the network's name for it: "head" in NFNets, many others in peers."""
     biases = (f"{classifier}.bias", "head.fc.bias", "NFNet.linear.b")
     return next((state[name].numel() for name in biases if name in state), 0)
 
 
 def _checked(names: dict[str, str], theirs: Mapping[str, object]) -> dict[str, str]:
-    """`names` without a classifier that is not there. Raises ValueError for other differences."""
+    """`names`, less the classifier if `theirs` has none. ValueError for any other difference."""
     present = {ours: name for ours, name in names.items() if ours not in HEAD or name in theirs}
     wanted = set(present.values())
     for verb, wrong in (("lack", wanted - theirs.keys()), ("also hold", theirs.keys() - wanted)):

@@ -39,16 +39,16 @@ from nfnets_xla.models.variants import (
     betas,
 )
 
-OWN_HEADS: tuple[type[nn.Module], ...] = (Linear, nn.Identity)  # of any dtype
-TAPPED = STEM_STRIDES.index(2, 1)  # convolutions of the stem at stride 2; the next goes to 4
+OWN_HEADS: tuple[type[nn.Module], ...] = (Linear, nn.Identity)  # take any dtype
+TAPPED = STEM_STRIDES.index(2, 1)  # how many of the stem's convolutions are at stride 2
 
 
 class NFNet(PooledDropout):
-    """The network: stem, four stages, a last convolution to twice the width, pooling, head.
+    """The network: stem, four stages, a convolution to twice the width, pooling, head.
 
     Parameters are named by place, e.g. `stages.2.0.conv1b.gain`: stage, block in it, convolution.
-    What timm asks of a model is there under timm's names (`forward_intermediates`,
-    `feature_info`, `group_matcher`, ...), so that its tools work on this one.
+    It has the methods of a timm model (`forward_intermediates`, `feature_info`, `group_matcher`,
+    ...), so that timm's tools work on it.
     """
 
     classifier_name = "head"
@@ -72,7 +72,7 @@ class NFNet(PooledDropout):
         `plus_bottleneck="paper"` keeps 192 dense channels in a "+" model's first stage.
         `gelu="erf"` with `eps_mode="add"` computes what timm's dm_nfnet does. `global_pool=""`,
         with no classes, leaves the features unpooled. Raises ValueError for rates outside [0, 1)
-        and for options that are none of these.
+        and for any other value of these options.
         """
         super().__init__(variant.drop_rate if drop_rate is None else drop_rate)
         check_rate("drop_path_rate", drop_path_rate)
@@ -118,10 +118,10 @@ class NFNet(PooledDropout):
     ) -> Tensor:
         """Logits `(B, K)` in float32; the convolutions compute in the images' dtype.
 
-        A trainer that keys its randomness passes both masks (any dtype; 1 keeps). Masks that are
-        given are applied in either mode. Without them the model draws its own from torch's
-        generator in training mode, and drops nothing in evaluation mode. Raises ValueError for a
-        mask of another shape. float64 images give float64 logits.
+        A trainer with keyed randomness passes both masks (any dtype; 1 keeps), which then apply in
+        train and eval mode alike. Without them the model draws masks from torch's generator in
+        train mode and drops nothing in eval mode. Raises ValueError for a mask of another shape.
+        float64 images give float64 logits.
         """
         features_BFHW = self.forward_features(images_BCHW, keep_masks_BN)
         return self.forward_head(features_BFHW, dropout_keep_BF=dropout_keep_BF)
@@ -148,7 +148,7 @@ class NFNet(PooledDropout):
         if pre_logits:
             return pooled_BF
         head: nn.Module = self.head
-        if not isinstance(head, OWN_HEADS):  # put there by others: may not cast
+        if not isinstance(head, OWN_HEADS):  # set by the user: may not cast its input
             pooled_BF = pooled_BF.to(next(head.parameters(), pooled_BF).dtype)
         return at_least_float32(without_autocast(head, pooled_BF))
 
@@ -163,9 +163,10 @@ class NFNet(PooledDropout):
     ) -> Any:
         """Maps before activation, at `indices` of `feature_info` (None: all; n: the last n).
 
-        Returns (what `forward_features` returns, maps), or only the maps if asked. With
-        `stop_early` no stage is computed past the last map wanted, and the first is then that map.
-        `norm` is of no effect: there is none. Raises ValueError for another `output_fmt`.
+        Returns (the result of `forward_features`, maps), or only the maps with
+        `intermediates_only`. `stop_early` computes no stage after the last map wanted, and returns
+        that map as the first element. `norm` has no effect: there is no norm layer. Raises
+        ValueError for any `output_fmt` but "NCHW".
         """
         from timm.models._features import feature_take_indices
 
@@ -187,7 +188,7 @@ class NFNet(PooledDropout):
         return (scaled_gelu(x, self.variant.gelu) if len(stages) == len(STAGE_STRIDES) else x), maps
 
     def _stem(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Two maps before activation: the last at stride 2, and the one at stride 4."""
+        """Two maps before activation: the last at stride 2, and the output at stride 4."""
         x = self.stem[0](images_BCHW)
         for conv in self.stem[1:TAPPED]:
             x = conv(gelu(x, self.variant.gelu), GELU_GAIN)
@@ -199,7 +200,7 @@ class NFNet(PooledDropout):
     def _stage_masks(
         self, images_BCHW: Tensor, keep_masks_BN: Tensor | None
     ) -> Sequence[Tensor | None]:
-        """One `(B, blocks)` mask per stage: of those given, of our own in training, or none."""
+        """One `(B, blocks)` mask per stage: the given ones, drawn ones in training, or None."""
         batch, device = images_BCHW.shape[0], images_BCHW.device
         if keep_masks_BN is None and self.training and any(self.stochastic_depth_rates):
             rates_N = torch.tensor(self.stochastic_depth_rates, device=device)
@@ -212,7 +213,7 @@ class NFNet(PooledDropout):
     # ---- what timm's tools ask for ------------------------------------------------------------
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head: weight N(0, 0.01**2), bias 0; or none for 0. ValueError below 0."""
+        """A new head: weight N(0, 0.01**2), bias 0; none for 0 classes. ValueError below 0."""
         if num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}; it must be 0 (no head) or more")
         global_pool = self.global_pool if global_pool is None else global_pool
@@ -233,14 +234,14 @@ class NFNet(PooledDropout):
     def set_grad_checkpointing(
         self, enable: bool = True, checkpoint: Recompute = recompute
     ) -> None:
-        """Keep only each block's input for the backward pass, which then computes it again."""
+        """Keep only each block's input; the backward pass then computes the block again."""
         for stage in self.stages:
             assert isinstance(stage, Stage)
             stage.checkpoint = checkpoint if enable else None
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """The maps that `forward_intermediates` can return: channels, stride, and where it is."""
+        """The maps that `forward_intermediates` can return: channels, stride, and module name."""
         maps = [(self.variant.stem[-1], "stem.2")]
         maps += [(width, f"stages.{stage}") for stage, width in enumerate(self.variant.width)]
         maps[-1] = (2 * self.variant.width[-1], "final_conv")
@@ -252,7 +253,7 @@ class NFNet(PooledDropout):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the maps at `indices` do not need; returns those, counted from 0."""
+        """Drop the layers that the maps at `indices` do not need; returns the indices from 0."""
         from timm.models._features import feature_take_indices
 
         wanted, last = feature_take_indices(len(self.stages) + 1, indices)  # type: ignore[arg-type]
@@ -270,7 +271,7 @@ class NFNet(PooledDropout):
         return wanted
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers by depth, as timm's layer-wise rates want them; a stacked tail is one layer."""
+        """Layers by depth, for timm's layer-wise learning rates; a stacked tail is one layer."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         tails, last = (r"^stages\.(\d+)\.tail", (1,)), (r"^final_conv", (99999,))
         return {"stem": r"^stem", "blocks": [(blocks, None), tails, last]}
@@ -282,14 +283,14 @@ class NFNet(PooledDropout):
     # ---- cost ---------------------------------------------------------------------------------
 
     def flops(self, size: int) -> int:
-        """Floating-point operations, forward: twice the `macs`, and the unit of the ViT papers."""
+        """Floating-point operations of a forward pass: twice `macs`; the unit of the ViT papers."""
         return 2 * self.macs(size)
 
     def macs(self, size: int, blocks_only: bool = False) -> int:
         """Multiply-accumulates of one `size` x `size` image, forward. What NF calls "FLOPs".
 
         Counted as the reference does (nfnet.py:154-173): convolutions, squeeze-excites, classifier.
-        `blocks_only` are those that gradient checkpointing computes twice.
+        With `blocks_only`, only the blocks: what gradient checkpointing computes twice.
         """
         outside = blocks = 0
         for conv in self.stem:

@@ -1,8 +1,8 @@
-"""Other people's networks by the same door: any timm model, and the paper's ViTs.
+"""Other networks with the interface of an NFNet: any timm model, and the paper's ViTs.
 
-A fair comparison needs the same data, loss, optimizer and accounts, so a peer answers to what the
-trainer asks of an NFNet: logits in float32 from images in the compute dtype, keyed dropout on the
-pooled features, and its cost. Randomness inside timm's own layers is not keyed, so it is off.
+A fair comparison needs the same data, loss, optimizer and cost accounting, so a peer has what the
+trainer needs from an NFNet: logits in float32 from images in the compute dtype, keyed dropout on
+the pooled features, and its cost. Randomness inside timm's layers is not keyed, so it is off.
 
 Shape suffixes: B batch, C channels, H W pixels, N residual blocks (none here), F features.
 """
@@ -38,9 +38,9 @@ class Encoder(NamedTuple):
 
 
 # arXiv 2106.04560, Table 2, for g/14 (giant) and G/14 (gigantic); arXiv 2305.13035, Table 1, for
-# SoViT, whose 428M parameters include a head that pools by attention, while the 1011M and 1843M of
-# g and G are those of the encoder alone. The minis are chosen here, for studies at 32 px: patches
-# of 4 px, and the cost of nfnet_mini_f1 (1 % more) and of nfnet_mini_f3 (7 % more).
+# SoViT. SoViT's 428M parameters include its attention-pooling head; g's 1011M and G's 1843M count
+# only the encoder. The minis are our choice, for studies at 32 px: patches of 4 px, and the costs
+# of nfnet_mini_f1 (1 % more) and nfnet_mini_f3 (7 % more).
 VITS: dict[str, Encoder] = {
     "vit_giant_14": Encoder(1408, 40, 6144, 16, "avg"),
     "vit_gigantic_14": Encoder(1664, 48, 8192, 16, "avg"),
@@ -63,8 +63,8 @@ class Peer(PooledDropout):
         in_chans: int = 3,
         drop_rate: float = 0.0,
     ) -> None:
-        """`make(size=..., pretrained=...)` builds the timm model; `drop_rate` is of the pooled
-        features."""
+        """`make(size=..., pretrained=...)` builds the timm model; `drop_rate` applies to the
+        pooled features."""
         super().__init__(drop_rate)
         self.make, self.in_chans = make, in_chans
         self.net: Any = make(pretrained=pretrained)
@@ -82,11 +82,11 @@ class Peer(PooledDropout):
         keep_masks_BN: Tensor | None = None,
         dropout_keep_BF: Tensor | None = None,
     ) -> Tensor:
-        """Logits in float32. Weights are cast where timm's layers need it, by autocast."""
+        """Logits in float32. For bfloat16 and float16 images, autocast casts the weights."""
         device, dtype = images_BCHW.device.type, images_BCHW.dtype
         lower = dtype in (torch.bfloat16, torch.float16)
         images_BCHW = images_BCHW.float() if lower else images_BCHW
-        # Of float32 images the caller's own, if there is one, decides.
+        # For float32 images, the caller's autocast applies, if there is one.
         with torch.autocast(device, dtype) if lower else nullcontext():
             features = self.net.forward_features(images_BCHW)
             pooled_BF = self.net.forward_head(features, pre_logits=True)
@@ -97,7 +97,7 @@ class Peer(PooledDropout):
         return at_least_float32(without_autocast(head, pooled_BF.to(weight.dtype)))
 
     def no_weight_decay(self) -> set[str]:
-        """What timm says of its own: a ViT's positions and tokens."""
+        """The names timm exempts from decay: a ViT's positions and tokens."""
         own = getattr(self.net, "no_weight_decay", set[str])()
         return {f"net.{name}" for name in own}
 
@@ -106,10 +106,10 @@ class Peer(PooledDropout):
         self.num_classes = num_classes
 
     def at_our_size(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`state` with a ViT's learned positions, of square images, brought to the grid of ours.
+        """`state` with a ViT's position embeddings (for square images) resized to our grid.
 
-        Interpolated by their places (arXiv 2010.11929, section 3.2), bicubic, by timm. What has
-        other positions than `pos_embed`, or none, comes as it is.
+        timm interpolates them in 2D, bicubic (arXiv 2010.11929, section 3.2). A state without
+        `pos_embed` is returned unchanged.
         """
         from timm.layers import pos_embed
 
@@ -125,9 +125,9 @@ class Peer(PooledDropout):
         return state
 
     def flops(self, size: int) -> int:
-        """Floating-point operations of one `size` x `size` image, forward; twice the `macs`.
+        """Floating-point operations of a forward pass on one `size` x `size` image: twice `macs`.
 
-        Counted by torch over convolutions, linear layers and attention, without computing them.
+        torch counts convolutions, linear layers and attention, on the meta device.
         """
         from torch.utils.flop_counter import FlopCounterMode
 
@@ -156,10 +156,10 @@ def create_peer(
     eval_image_size: int | None = None,
     **options: Any,
 ) -> Peer:
-    """`timm/<model>` with timm's options, or one of VITS. ValueError for names that are neither.
+    """`timm/<model>` with timm's options, or one of VITS. ValueError for any other name.
 
-    `image_size`, in pixels, is for networks made for one (ViTs), which then take some others too;
-    ValueError if `eval_image_size` is not one of them.
+    `image_size`, in pixels, matters for networks built for one size (ViTs), which then accept some
+    other sizes too; ValueError if `eval_image_size` is not among those.
     """
     for option, rate in options.items():
         if "drop" in option and rate:
@@ -205,7 +205,7 @@ def _make(
 
 
 def _fault_of(make: Callable[..., nn.Module], channels: int, size: int) -> str | None:
-    """What the network says to images of a size; nothing is computed."""
+    """The network's error message for images of this size, if any; run on the meta device."""
     with torch.device("meta"), torch.no_grad():
         try:
             make().eval()(torch.empty(1, channels, size, size))
@@ -215,7 +215,7 @@ def _fault_of(make: Callable[..., nn.Module], channels: int, size: int) -> str |
 
 
 def _without_randomness(net: nn.Module) -> None:
-    """Some of timm's networks drop paths unless they are told not to (FocalNet: 0.1)."""
+    """Turn dropout off: some timm networks drop paths by default (FocalNet: 0.1)."""
     from timm.layers.drop import DropPath
 
     for module in net.modules():
@@ -245,7 +245,7 @@ def _vit(encoder: Encoder, size: int | None, options: dict[str, Any]) -> nn.Modu
         class_token=False,
         global_pool=encoder.pooling,  # type: ignore[arg-type]
         fc_norm=False,
-        dynamic_img_size=size % encoder.patch == 0,  # timm wants that of other sizes, too
+        dynamic_img_size=size % encoder.patch == 0,  # else timm raises
         **options,
     )
     net.pretrained_cfg = {"classifier": "head"}  # type: ignore[assignment]

@@ -1,8 +1,8 @@
-"""Public weights of NFNets: DeepMind's, of F0 to F6, on ImageNet. There are no others.
+"""Public weights of NFNets: DeepMind's F0 to F6, trained on ImageNet. There are no others.
 
-`dm_in1k` comes from the Hugging Face Hub, where timm keeps its copy as .safetensors: through
-`huggingface_hub`, so that its cache, mirrors and `HF_HUB_OFFLINE` work as its users know them.
-`dm_in1k_haiku` comes from DeepMind's own address, as the pickle that was published.
+`dm_in1k` is timm's .safetensors copy on the Hugging Face Hub, fetched by `huggingface_hub`, so that
+the Hub's cache, mirrors and `HF_HUB_OFFLINE` work as usual. `dm_in1k_haiku` is the pickle that
+DeepMind published, from DeepMind's own address.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ DEEPMIND = "https://storage.googleapis.com/dm-nfnets/F{number}_haiku.npz"
 
 
 def fetch_pretrained(name: str, tag: str | None = None) -> Path:
-    """The file of a model's public weights, fetched if need be. ValueError if there are none."""
+    """The file of a model's public weights, fetched if not cached. ValueError if there are none."""
     if name not in IMAGENET:
         raise ValueError(
             f"{name} has no public weights; there are those of {', '.join(IMAGENET)} "

@@ -40,7 +40,7 @@ TIMM_TOP1: dict[str, float] = {
     "nfnet_f6": 86.36,
 }
 
-# After pre-training on JFT: arXiv 2102.06171, Table 5, and arXiv 2310.16764. No weights of these.
+# After pre-training on JFT: arXiv 2102.06171, Table 5, and arXiv 2310.16764. Weights unpublished.
 TRANSFERRED: dict[str, str] = {
     "nfnet_f4": "89.2 top-1 after JFT-300M",
     "nfnet_f4_plus": "89.2 top-1 after JFT-300M (arXiv 2102.06171, Table 5)",

@@ -1,7 +1,7 @@
 """Names to models. `nfnet_f3` here is DeepMind's network, which timm calls `dm_nfnet_f3`.
 
-A name may carry a tag for its weights (`nfnet_f3.dm_in1k`), `timm/<name>` is any of timm's, and
-`local-dir:<folder>` one that `nfnets-xla checkpoint card` has written.
+A name may have a tag for its weights (`nfnet_f3.dm_in1k`); `timm/<name>` is any timm model, and
+`local-dir:<folder>` a model that `nfnets-xla checkpoint card` has written.
 """
 
 import difflib
@@ -39,9 +39,9 @@ def create_model(
 ) -> nn.Module:
     """Build a model by name; the other options are those of `create_network`.
 
-    With `features_only` it returns a list of feature maps, those at `out_indices`; by default all
-    five of an NFNet, of strides 2, 4, 8, 16 and 32, and of a peer its last four. `device` is
-    torch's current one if not given; on meta nothing is allocated.
+    With `features_only` the model returns a list of feature maps, those at `out_indices`: by
+    default all five of an NFNet, at strides 2, 4, 8, 16 and 32, and the last four of a peer.
+    `device` defaults to torch's current one; on "meta" nothing is allocated.
 
     >>> create_model("nfnet_mini_f0", num_classes=10).num_features
     384
@@ -76,16 +76,15 @@ def create_network(
     allow_new_head: bool = False,
     **options: Any,
 ) -> Network:
-    """The same, typed for those who train it: an NFNet, or a peer that answers to the same calls.
+    """The network itself, typed for training: an NFNet, or a peer with the same interface.
 
-    Random weights, or public ones (`pretrained`), or those of a file (`checkpoint_path`, see
-    weights.py). The file's classifier must have `num_classes`, except that 0 asks for none and
-    leaves theirs out, and that with `allow_new_head` one of another size gives way to a new one, as
-    that of public weights always does. Their first convolution is fitted to `in_chans` as timm does
-    it. 1000 classes and 3 channels if they are not given; of "local-dir:FOLDER" (card.py) those of
-    its weights, which are loaded, and a new classifier if they are given and of another size.
-    Raises ValueError for an unknown name (with the nearest ones), for options out of range, and for
-    weights of another model.
+    Its weights are random, public (`pretrained`) or from a file (`checkpoint_path`, weights.py).
+    A file's classifier must have `num_classes`: with `allow_new_head` one of another size is
+    replaced by a new one, and with 0 classes it is left out. Public weights always allow a new
+    head, and their first convolution is adapted to `in_chans` as timm does it. The defaults are
+    1000 classes and 3 channels. "local-dir:FOLDER" (card.py) loads that folder's weights; both
+    default to theirs, and another `num_classes` gives a new head. Raises ValueError for an unknown
+    name (suggesting the nearest), options out of range, and weights of another model.
     """
     if pretrained and checkpoint_path is not None:
         raise ValueError("pretrained=True and checkpoint_path are two sources of weights; give one")
@@ -132,8 +131,8 @@ def _of_card(
 
 
 def load_pretrained(net: NFNet, name: str, tag: str | None) -> bool:
-    """Public weights into `net`, which keeps its own classifier if that is of another size: then
-    it returns True."""
+    """Load public weights into `net`. If its classifier has another size, `net` keeps that, and
+    the result is True."""
     check_holds(net, name)  # before anything is fetched
     path = fetch_pretrained(name, tag)
     state = dict(in_our_names(net, read_weights(path), str(path)))
@@ -146,7 +145,7 @@ def load_pretrained(net: NFNet, name: str, tag: str | None) -> bool:
 
 
 def count_classes(name: str, state: Mapping[str, Tensor]) -> int:
-    """How many the classifier of a state dict of this model knows; 0 if it has none."""
+    """The number of classes in a state dict of this model; 0 if it has no classifier."""
     if not is_peer(name):
         return classes_in(state)
     with torch.device("meta"):
@@ -154,7 +153,7 @@ def count_classes(name: str, state: Mapping[str, Tensor]) -> int:
 
 
 def split_tag(name: str) -> tuple[str, str | None]:
-    """("nfnet_f3", "dm_in1k") of `nfnet_f3.dm_in1k`; None for no tag. ValueError for other tags."""
+    """`nfnet_f3.dm_in1k` to ("nfnet_f3", "dm_in1k"); None if untagged. ValueError if unknown."""
     plain, dot, tag = name.partition(".")
     plain = canonical_name(plain)
     if dot and tag not in (TAG, HAIKU_TAG):
@@ -163,7 +162,7 @@ def split_tag(name: str) -> tuple[str, str | None]:
 
 
 def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
-    """Names that match a shell pattern, in natural order; or tagged names of public weights.
+    """Model names that match a shell pattern, in natural order; `pretrained`: tagged names only.
 
     >>> list_models("nfnet_f[01]*")
     ['nfnet_f0', 'nfnet_f0_plus', 'nfnet_f1', 'nfnet_f1_plus']
@@ -175,7 +174,7 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
 
 
 def canonical_name(name: str) -> str:
-    """Accepts what people write: `NFNet_F7+`, `F7+`, and timm's `dm_nfnet_f7`."""
+    """Our name for what people write: `NFNet_F7+`, `F7+`, or timm's `dm_nfnet_f7`."""
     plain = name.lower().replace("-", "_").replace("+", "_plus")
     plain = plain.removeprefix("dm_").removeprefix("xla_")
     if re.fullmatch(r"(mini_)?f\d(_plus)?", plain):

@@ -1,10 +1,10 @@
-"""Depth as a loop: the alike blocks of every stage as one block whose parameters are stacked.
+"""Depth as a loop: a stage's identical blocks become one block with stacked parameters.
 
-A stage is a projecting block and a tail of identical ones. `stack` makes one parameter per role of
-a tail, with a leading axis that counts its blocks, and runs it as a loop over that axis. Under XLA
-the loop is one operation, so that graph, compilation and tracing do not grow with depth. `unstack`
-is the inverse. Both forms compute the same, and nothing that is saved tells them apart: state dicts
-have the names of single blocks, `stages.2.3.conv0.weight`, in either form.
+A stage is a projecting block and a tail of identical blocks. `stack` joins each parameter of the
+tail's blocks along a new leading axis, and runs the tail as a loop over that axis. Under XLA the
+loop is one operation, so that tracing, graph size and compilation do not grow with depth. `unstack`
+is the inverse. Both forms compute the same and save the same: in both, state dicts have the names
+of single blocks, `stages.2.3.conv0.weight`.
 
 Shape suffixes: as in nfnet.py, and D blocks of a tail.
 """
@@ -29,19 +29,17 @@ from nfnets_xla.models.variants import Variant
 # stages.2.tail.conv0.weight holds stages.2.1.conv0.weight and those of the blocks after it.
 _STACKED_NAME = re.compile(r"((?:.*\.)?)tail\.(.+)")
 
-Slices = tuple[
-    dict[str, Tensor], dict[str, Tensor]
-]  # those that take a gradient, those that do not
+Slices = tuple[dict[str, Tensor], dict[str, Tensor]]  # with gradient, without
 
 
 class Body(Protocol):
-    """One step of a loop: the next carry from this one and a slice of every stacked tensor."""
+    """One step of a loop: the next carry, from the current one and a slice of each tensor."""
 
     def __call__(self, carry: Tensor, slices: Slices) -> Tensor: ...
 
 
 class Scan(Protocol):
-    """The last carry of a loop over the first axis of `stacked`; `checkpoint` recomputes steps."""
+    """Loops over the first axis of `stacked`, returns the last carry; `checkpoint` recomputes."""
 
     def __call__(
         self, body: Body, carry: Tensor, stacked: Slices, checkpoint: Recompute | None
@@ -49,7 +47,7 @@ class Scan(Protocol):
 
 
 def loop(body: Body, carry: Tensor, stacked: Slices, checkpoint: Recompute | None) -> Tensor:
-    """Python's own loop, for devices that run one operation after the other."""
+    """A plain Python loop, for devices that run operations eagerly."""
     if carry.device.type == "xla":
         raise ValueError(
             "a stacked network on an XLA device was given no scan, and its slices would compile "
@@ -67,9 +65,9 @@ def _at(unbound: Mapping[str, Sequence[Tensor]], index: int) -> dict[str, Tensor
 
 
 class StackedBlocks(NFBlock):
-    """NFBlock with an axis in front of every parameter, which only its stage can run."""
+    """NFBlock with a leading axis on every parameter; only StackedStage can run it."""
 
-    is_stack = True  # the optimizer's units are those of a block: optim/roles.py
+    is_stack = True  # tells optim/roles.py that the first axis counts blocks
 
     def __init__(self, variant: Variant, blocks: Sequence[NFBlock]) -> None:
         channels = blocks[0].conv2.out_channels
@@ -94,22 +92,22 @@ class StackedBlocks(NFBlock):
 
     @property
     def input_gain(self) -> Tensor:
-        """Of the one block whose slices stand in for the parameters and buffers."""
+        """The gain of one block: functional_call puts its slice in place of `gains_D`."""
         return self.gains_D
 
     def _gains_D(self) -> Tensor:
         gains, like = [GELU_GAIN * beta for beta in self.betas], self.skip_gain
-        wide = torch.promote_types(like.dtype, torch.float32)  # as a block by itself has them
+        wide = torch.promote_types(like.dtype, torch.float32)  # as precise as in a single block
         return torch.tensor(gains, dtype=wide, device=like.device)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "StackedBlocks":
-        """Made anew: a smaller dtype would have rounded them, and `to_empty` lost them."""
+        """Recomputes `gains_D`, which a lower precision would round and `to_empty` would lose."""
         super()._apply(fn, recurse)
         self.gains_D = self._gains_D()
         return self
 
     def blocks(self, variant: Variant) -> list[NFBlock]:
-        """Each block by itself, with copies of its parameters."""
+        """The single blocks, with copies of their parameters."""
         channels = self.conv2.out_channels
         with torch.device("meta"):
             blocks = [
@@ -126,9 +124,9 @@ def _set_parameter(module: nn.Module, name: str, value: Tensor, *, requires_grad
     setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=requires_grad))
 
 
-@dataclass(eq=False)  # a scan keeps what it traced by the body's identity
+@dataclass(eq=False)  # a scan caches its trace by the identity of the body
 class _OneBlock:
-    """The body of a tail's loop: `tail` as the block whose parameters are given."""
+    """The body of a tail's loop: runs `tail` with the parameters of one block."""
 
     tail: StackedBlocks
 
@@ -168,9 +166,9 @@ class StackedStage(Stage):
 def stack(net: NFNet, *, scan: Scan = loop) -> NFNet:
     """Turn `net` into its stacked form, in place; returns it. `xla.scan` is the `scan` for XLA.
 
-    To be done before the network moves to its device and before its optimizer is made. A tail of
-    one block stays as it is. Raises ValueError for a network that is stacked already, and for one
-    whose blocks are frozen in part, have hooks, or are parametrised: a stack would lose that.
+    Call it before the network moves to its device and before its optimizer is made. A tail of one
+    block is not stacked. Raises ValueError if the network is stacked already, or if its blocks are
+    partly frozen, have hooks or are parametrised: a stack would lose that.
     """
     for number, stage in enumerate(net.stages):
         assert isinstance(stage, Stage)
@@ -188,7 +186,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def unstack(net: NFNet) -> NFNet:
-    """The inverse of `stack`: every block by itself again, in place."""
+    """The inverse of `stack`, in place."""
     for number, stage in enumerate(net.stages):
         if isinstance(stage, StackedStage):
             blocks = Stage([stage[0], *stage.tail.blocks(net.variant)])
@@ -202,11 +200,11 @@ def is_stacked(net: nn.Module) -> bool:
 
 
 def output_axes(net: nn.Module) -> dict[str, int]:
-    """{parameter: the axis that counts its outputs}, of matrices and more.
+    """{parameter name: the axis that counts its outputs}, for matrices and convolutions.
 
-    Where to cut parameters that are to be spread over devices: never along a stack, whose loop
-    needs one block at a time, and so that a unit of the clipping stays in one place. Vectors hold
-    a thousandth of the numbers, and would be a message each.
+    Parameters are sharded over devices along this axis: a unit of AGC then stays on one device, and
+    a stack, whose loop needs one block at a time, is not cut along its blocks. Vectors are left
+    out: they hold a thousandth of the weights, and each would cost a message.
     """
     axes = {name: int(bool(_STACKED_NAME.fullmatch(name))) for name, _ in net.named_parameters()}
     return {name: axis for name, axis in axes.items() if net.get_parameter(name).ndim > axis + 1}
@@ -216,10 +214,10 @@ def output_axes(net: nn.Module) -> dict[str, int]:
 
 
 def per_block(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters, or what is shaped like them, under the names of single blocks.
+    """Parameters, or tensors shaped like them, under the names of single blocks.
 
-    Stacked ones become views of their slices, on the host: on an XLA device every slice would be a
-    graph to compile. Those of a network that is not stacked pass as they are.
+    Stacked tensors become views of their slices, made on the host if they are on an XLA device,
+    where each slice would be a graph to compile. Tensors that are not stacked pass unchanged.
     """
     result: dict[str, Tensor] = {}
     tails: dict[str, dict[str, Tensor]] = {}
@@ -237,9 +235,9 @@ def per_block(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def as_in(net: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `per_block`: under the names that `net`, in either form, has for them.
+    """The inverse of `per_block`: tensors under the names of `net`, stacked or not.
 
-    Raises ValueError if one is missing of which `net` has a stack.
+    Raises ValueError if a block of one of `net`'s stacks is missing.
     """
     result = dict(named)
     for name, stage in cast("Iterator[tuple[str, nn.Module]]", net.named_modules()):
@@ -250,7 +248,7 @@ def as_in(net: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _stack_names(stage: StackedStage, prefix: str, named: MutableMapping[str, Any]) -> list[str]:
-    """Replace blocks' tensors by their stacks; returns the names that are missing for that."""
+    """Replace single blocks' tensors in `named` by stacks; returns the names that are missing."""
     missing: list[str] = []
     for leaf, own in stage.tail.named_parameters():
         names = [f"{prefix}{place + 1}.{leaf}" for place in range(len(own))]
@@ -264,7 +262,7 @@ def _stack_names(stage: StackedStage, prefix: str, named: MutableMapping[str, An
 def _save(
     stage: nn.Module, state: MutableMapping[str, Any], prefix: str, _metadata: dict[str, Any]
 ) -> None:
-    """After `stage` has put its tensors into `state`."""
+    """Unstack the tensors that `stage` has put into `state`."""
     stacked = {name: state.pop(name) for name in list(state) if name.startswith(f"{prefix}tail.")}
     state.update(per_block(stacked))
 
@@ -272,6 +270,6 @@ def _save(
 def _load(
     stage: nn.Module, state: MutableMapping[str, Any], prefix: str, *_of_no_use: object
 ) -> None:
-    """Before `stage` takes its tensors from `state`; torch reports what is missing."""
+    """Stack the tensors that `stage` takes from `state`; torch reports what is missing."""
     assert isinstance(stage, StackedStage)
     _stack_names(stage, prefix, state)

@@ -1,8 +1,8 @@
-"""Our networks under timm's door: `timm.create_model("xla_nfnet_f7_plus")`.
+"""Registers our networks with timm: `timm.create_model("xla_nfnet_f7_plus")`.
 
 timm calls DeepMind's networks `dm_nfnet_*` and has others under `nfnet_*`; ours are `xla_nfnet_*`.
 `import nfnets_xla` calls `register_with_timm`, which waits until timm is imported: timm takes as
-long to load as torch, and a data worker needs neither its models nor ours.
+long to import as torch, and a data worker needs no models.
 """
 
 import importlib.abc
@@ -30,7 +30,7 @@ MARGIN = 32  # pixels: DeepMind resizes both sides to size + 32 for evaluation
 
 
 class Sizes(NamedTuple):
-    """Of images, in pixels: how a network is trained and evaluated."""
+    """Image sizes, in pixels, at which a network is trained and evaluated."""
 
     train: int
     test: int
@@ -38,15 +38,15 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of_run(cls, data: Mapping[str, Any]) -> "Sizes":
-        """By its configuration's `data`."""
+        """From the `data` section of a run's configuration."""
         return cls(data["image_size"], data["eval_image_size"], data["eval_margin"])
 
 
-default_cfgs: dict[str, Any] = {}  # read by timm's registry, which takes them from this module
+default_cfgs: dict[str, Any] = {}  # timm's registry reads this name in this module
 
 
 def register_with_timm() -> None:
-    """Now if timm is loaded, else as soon as it is."""
+    """Register now if timm is imported already, else as soon as it is."""
     if TIMM in sys.modules:
         _register()
     else:
@@ -54,7 +54,7 @@ def register_with_timm() -> None:
 
 
 class _AfterTimm(importlib.abc.MetaPathFinder):
-    """Lets the import of timm.models take its course and registers after it."""
+    """Registers our networks right after timm.models is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -85,7 +85,7 @@ def _register() -> None:
 
 
 def timm_cfg(name: str, variant: Variant) -> dict[str, Any]:
-    """What timm wants to know: sizes, how to evaluate, where the classifier and the weights are."""
+    """timm's pretrained_cfg: sizes, preprocessing, and where classifier and weights are."""
     from nfnets_xla.models.nfnet import NFNet
 
     found = {"hf_hub_id": f"timm/dm_{name}.{TAG}", "license": "apache-2.0"}
@@ -104,7 +104,7 @@ def timm_cfg(name: str, variant: Variant) -> dict[str, Any]:
 
 
 def sized_cfg(sizes: Sizes) -> dict[str, Any]:
-    """What of it depends on the images' sizes."""
+    """The entries of timm's pretrained_cfg that depend on the image sizes."""
     return {
         "input_size": (3, sizes.train, sizes.train),
         "test_input_size": (3, sizes.test, sizes.test),
@@ -121,8 +121,8 @@ def sizes_of_cfg(cfg: Mapping[str, Any]) -> Sizes:
 
 
 def _crop_share(size: int, margin: int) -> float:
-    """Of the resized side, which timm gets back by dividing and rounding down: hence a little
-    less."""
+    """The share of the resized side that the crop keeps. Slightly less, since timm divides by it
+    and rounds down to get the resized side."""
     return size / (size + margin) * (1 - 1e-9)
 
 

@@ -1,4 +1,4 @@
-"""The members of the NFNet family: F0 ... F7, F0+ ... F7+, and the same at an eighth of the width.
+"""The NFNet family: F0 ... F7, F0+ ... F7+, and the same at an eighth of the width.
 
 Reference: deepmind-research/nfnets, base.py at f5de0ed, and Table 1 of arXiv 2102.06171.
 """
@@ -32,7 +32,7 @@ class Variant:
     stem: tuple[int, int, int] = (16, 32, 64)  # the fourth has width[0] // 2
     dense_remainder: bool = False  # keep a bottleneck that group_width does not divide, ungrouped
     gelu: Gelu = "tanh"  # or "erf", as timm has it
-    eps_mode: EpsMode = "floor"  # under the variance of a weight; "add" to it, as timm does
+    eps_mode: EpsMode = "floor"  # of a weight's variance; "add": eps is added to it, as timm does
 
 
 # Of F0 ... F7: Table 1 of the paper and its A.3; F7 from the code (base.py:57-90).
@@ -74,8 +74,8 @@ VARIANTS: dict[str, Variant] = _family()
 def bottleneck(variant: Variant, out_channels: int) -> tuple[int, int]:
     """Channels and groups of the 3x3 convolutions (nfnet.py:193-196).
 
-    The code rounds half the width down to whole groups. The numbers printed for F4+ in the paper
-    (527M, 367B) need the 192 channels of its first stage kept, as one dense group.
+    The code rounds half the width down to whole groups. The paper's numbers for F4+ (527M, 367B)
+    hold only if the first stage keeps its 192 channels, as one dense group.
     """
     mid = out_channels // 2
     groups = max(mid // variant.group_width, 1)

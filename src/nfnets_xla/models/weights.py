@@ -1,4 +1,4 @@
-"""Weights into and out of a network; from a file or an address, in anybody's names."""
+"""Load and save a network's weights: from a file or an address, in anybody's names."""
 
 import os
 import re
@@ -21,10 +21,10 @@ from nfnets_xla.models.peers import Peer
 
 
 def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
-    """Tensors of a file of weights (formats.py), or of one at an http(s) address, kept for later.
+    """The tensors in a file of weights (formats.py), or at an http(s) address (then cached).
 
     The names are the file's; `load_into` translates them. Raises ValueError for a file that is
-    absent, broken, or anything but tensors.
+    absent or broken, or that holds anything but tensors.
     """
     return read_weights(download(str(source)) if is_address(source) else Path(source))
 
@@ -34,10 +34,10 @@ def load_into(
 ) -> bool:
     """Copy `state` into `net`; every name and shape must agree. Returns whether the head is new.
 
-    DeepMind's and timm's names become ours first, and a ViT's positions those of `net`'s image
-    size. With `allow_new_head` a classifier of another size (or none, on either side) is left out,
-    and `net` keeps its own: fine-tuning. `source` is what messages call the weights. Raises
-    ValueError, changing nothing, if the weights are of another model or not all finite.
+    DeepMind's and timm's names are translated first, and a ViT's position embeddings resized. With
+    `allow_new_head`, if the classifiers differ in size or one side has none, `net` keeps its own
+    (for fine-tuning). Messages call the weights `source`. Raises ValueError, changing nothing, if
+    the weights are of another model or not all finite.
     """
     net = uncompiled(net)
     if not isinstance(net, (NFNet, Peer)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -82,7 +82,7 @@ def load_into(
 
 
 def check_holds(net: NFNet | Peer, source: str) -> None:
-    """ValueError for a network on the meta device, where copying weights is silently nothing."""
+    """ValueError for a network on the meta device, where loading weights silently does nothing."""
     if any(parameter.is_meta for parameter in net.parameters()):
         raise ValueError(
             f"the network is on the meta device, which keeps no values, so that {source} cannot be "
@@ -91,13 +91,13 @@ def check_holds(net: NFNet | Peer, source: str) -> None:
 
 
 def save_weights(net: nn.Module, path: Path, about: Mapping[str, str]) -> None:
-    """Write `net`'s state dict as .safetensors that says what it is; the whole file or nothing."""
+    """Write `net`'s state dict as .safetensors with metadata `about`; all of it or nothing."""
     state = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     save_tensors(state, path, about)
 
 
 def save_tensors(state: dict[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
-    """Raises OSError if they cannot be written; what was at the path stays until they are."""
+    """Replaces the file at `path` only when all is written; OSError if it cannot be."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         save_file(state, temporary, metadata=dict(about))
@@ -111,7 +111,7 @@ def save_tensors(state: dict[str, Tensor], path: Path, about: Mapping[str, str])
 
 
 def describe(net: NFNet, name: str, provenance: str) -> dict[str, str]:
-    """What a file of `net`'s weights says of them."""
+    """The metadata for a file of `net`'s weights."""
     return {
         "model": name,
         "num_classes": str(net.num_classes),
@@ -122,7 +122,7 @@ def describe(net: NFNet, name: str, provenance: str) -> dict[str, str]:
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> str | None:
-    """As a message prints it, so that the 0-d shape `()` is not taken for absence."""
+    """The shape as a string; None if absent (a 0-d shape as a tuple would be false, too)."""
     return str(tuple(state[name].shape)) if name in state else None
 
 
@@ -131,7 +131,7 @@ def _length(state: Mapping[str, Tensor], name: str) -> int:
 
 
 def _check_body(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    """Another member of the family is told by its depths and widths, not by a parameter of it."""
+    """If depths or widths differ, the message names those, not the first parameter that differs."""
     theirs, ours = _body(state), _body(expected)
     if theirs != ours:
         raise ValueError(
