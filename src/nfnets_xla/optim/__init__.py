@@ -1,4 +1,4 @@
-"""The optimizers: SGD with adaptive gradient clipping, SAM around it, schedule and average."""
+"""Optimizers (SGD and AdamW with adaptive gradient clipping, SAM), schedule, weight average."""
 
 from nfnets_xla.optim.adamw import AdamW_AGC as AdamW_AGC
 from nfnets_xla.optim.agc import agc_ as agc_

@@ -1,8 +1,8 @@
 """AdamW, with adaptive gradient clipping or without: for networks that SGD trains badly.
 
-Loshchilov and Hutter, arXiv 1711.05101, algorithm 2. The NFNets' is SGD (sgd_agc.py): Adam did
-worse on them. ViTs were trained by Adafactor with momentum (arXiv 2106.04560, section 3), which is
-nearer to this than SGD is.
+Loshchilov and Hutter, arXiv 1711.05101, algorithm 2. NFNets are trained with SGD (sgd_agc.py):
+Adam did worse on them. ViTs were trained with Adafactor with momentum (arXiv 2106.04560, section
+3), which is closer to AdamW than to SGD.
 """
 
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
@@ -26,9 +26,9 @@ class AdamW_AGC(ByRole):
         w = w - lr * weight_decay * w
         w = w - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    which is `torch.optim.AdamW` after the clipping. t counts the updates that were made: one that
-    the guard leaves out is none, nor is a step without gradients. There is one t for all, where
-    torch's is each parameter's own: one that is unfrozen late moves about 3 times as far at first.
+    which is `torch.optim.AdamW` after the clipping. t counts the updates made: not those that the
+    guard skips, nor steps without gradients. All parameters share one t, while torch keeps one for
+    each: here a parameter that is unfrozen late moves about 3 times as far at first.
     """
 
     SLOTS = ("first_moment", "second_moment")
@@ -71,7 +71,7 @@ class AdamW_AGC(ByRole):
         return self.state[self._first]["updates"]
 
     def _set_updates(self, updates: float) -> None:
-        # float32 as torch's kernels have it: exact up to 16.7 million updates.
+        # float32, as torch's kernels need it: exact up to 16.7 million updates.
         count_1 = torch.full((1,), float(updates))
         self.state[self._first]["updates"] = count_1.to(self._first.device)
 
@@ -101,14 +101,13 @@ class AdamW_AGC(ByRole):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
-            found_inf=holds,  # at 1 the kernel leaves all as it is
+            found_inf=holds,  # if 1, the kernel changes nothing
         )
 
     def _scales(self, group: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """1 - beta^t of both, 0-d, without cancellation.
+        """1 - beta^t for both betas, 0-d, without cancellation.
 
-        Not 0 before the first update: should the guard leave it out, its result is not used, but is
-        computed.
+        Never 0, even if t is 0: an update that the guard skips is computed, though not used.
         """
         tiny = torch.finfo(self.updates_1.dtype).tiny
         logs = (math.log(max(beta, tiny)) for beta in group["betas"])
@@ -139,5 +138,5 @@ class AdamW_AGC(ByRole):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # A count of its own, and float32: torch takes tensors as they are, in the weights' dtype.
+        # A copy, in float32: torch keeps the given tensor, cast to the weights' dtype.
         self.state[self._first]["updates"] = self.updates_1.to(torch.float32, copy=True)

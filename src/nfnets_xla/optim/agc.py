@@ -1,9 +1,10 @@
-"""Adaptive gradient clipping (AGC): every unit's gradient to at most a share of its weight's norm.
+"""Adaptive gradient clipping (AGC): bounds each unit's gradient norm by a share of its weight norm.
 
 arXiv 2102.06171, section 4.1, eq. 3; reference: deepmind-research/nfnets at f5de0ed,
-optim.py:446-499. by_role.py has it in its optimizers' step; `agc_` does it before any other's.
+optim.py:446-499. The optimizers in by_role.py clip in their step; with any other optimizer, call
+`agc_` before its step.
 
-Shape suffixes: P parameters, U units of all of them, one after the other.
+Shape suffixes: P parameters, U the units of all parameters, E the elements of all vectors.
 """
 
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from nfnets_xla.optim import roles as role
 
-NORM_FLOOR = 1e-6  # optim.py:497: under the gradient's norm, against dividing by 0
+NORM_FLOOR = 1e-6  # optim.py:497: of the gradient's norm, against division by 0
 
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # pyright: ignore[reportUnknownVariableType]
 
@@ -34,10 +35,10 @@ def agc_(
 ) -> dict[str, Tensor]:
     """Clip `.grad` of the parameters in place; call it between `backward` and an optimizer's step.
 
-    `roles` are `parameter_roles`' of them: the classifier's weight is exempt. Returns for every
-    parameter that was looked at the share of its units that were clipped, 0-d, on its device, in
-    float32 or wider, as norms are; nothing waits for it. Raises ValueError for a parameter without
-    a role, and for `clipping` or `eps` that are not greater than 0.
+    `roles` come from `parameter_roles`: the classifier's weight is exempt. Returns, for every other
+    parameter with a gradient, the share of its units that were clipped: 0-d, on its device, in
+    float32 or wider, without synchronising. Raises ValueError for a parameter without a role, and
+    for `clipping` or `eps` that are not greater than 0.
 
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
     >>> net(torch.ones(1, 3, 3, 3)).sum().mul(1e6).backward()
@@ -65,7 +66,7 @@ def agc_(
 
 
 def by_form(named: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Parameters that can be treated together: those of one device and one dtype."""
+    """Groups of parameters with the same device and dtype, which one call can handle."""
     alike: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, parameter in named.items():
         alike.setdefault((parameter.device, parameter.dtype), {})[name] = parameter
@@ -94,15 +95,15 @@ def clip_together_(
     eps: float,
     stacked: bool,
 ) -> Tensor:
-    """Clip many gradients in place: all units' factors come from one vector of norms.
+    """Clip many gradients in place: all units' factors are computed in one vector.
 
-    Of one device and dtype, and at least one. Returns `(P,)`, the shares of clipped units. For
-    devices that run operation after operation. Where they are traced, the one vector would only be
-    gathered from wherever its parts lie: see `clip_adaptively`.
+    There is at least one gradient, and all have the same device and dtype. Returns `(P,)`, the
+    shares of clipped units. For devices that run operations eagerly; where they are traced, joining
+    the norms into one vector only adds copies: see `clip_adaptively`.
     """
     shapes = [unit_shape(weight.shape, stacked=stacked) for weight in weights]
     counts = [math.prod(shape) for shape in shapes]
-    # Those of one unit are the most, and small: they come first, and are treated in one call each.
+    # Most parameters are one unit, and small: they come first, and take one call per operation.
     whole = [place for place, count in enumerate(counts) if count == 1]
     parted = [place for place, count in enumerate(counts) if count > 1]
     norm_U, weight_norm_U = (
@@ -123,18 +124,18 @@ def clip_together_(
 
 
 def _shares(factor_U: Tensor, places: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """(P,), in the order of `counts`; `places` are those of the parts of `factor_U`."""
+    """(P,), in the order of `counts`; `places` says where each part of `factor_U` is in it."""
     clipped_U = (factor_U < 1).to(factor_U.dtype)
     lengths_P = _on(factor_U.device, *(counts[place] for place in places))
-    # Unchecked, or a GPU is waited for: the lengths are right.
+    # unsafe: checking the lengths, which are right, would synchronise with the GPU.
     share_P = torch.segment_reduce(clipped_U, "mean", lengths=lengths_P, unsafe=True)
     parts = sorted(range(len(places)), key=places.__getitem__)
     return share_P[_on(factor_U.device, *parts)]
 
 
 def _on(device: torch.device, *numbers: int) -> Tensor:
-    """Uploaded once, since a GPU waits for numbers from the host; but what is made under a mode,
-    such as FakeTensorMode, is of no use outside it, nor the reverse."""
+    """Uploaded once, since an upload makes a GPU wait. Not cached under a dispatch mode such as
+    FakeTensorMode, whose tensors cannot be used outside it, nor others inside it."""
     if _len_torch_dispatch_stack():
         return torch.tensor(numbers, device=device)
     return _uploaded(device, *numbers)
@@ -146,7 +147,7 @@ def _uploaded(device: torch.device, *numbers: int) -> Tensor:
 
 
 def _norms(whole: Sequence[Tensor], parted: Sequence[Tensor], *, stacked: bool) -> Tensor:
-    """(U,): of tensors that are one unit each, and then of all units of the others."""
+    """(U,): first the norms of the one-unit tensors, then those of the others' units."""
     dtype = wide((*whole, *parted)[0].dtype)
     of_whole = [torch.stack(torch._foreach_norm([*whole], dtype=dtype))] if whole else []
     of_parted = [unitwise_norm(x, stacked=stacked, keepdim=False) for x in parted]
@@ -154,8 +155,8 @@ def _norms(whole: Sequence[Tensor], parted: Sequence[Tensor], *, stacked: bool) 
 
 
 def _multiply_vectors_(vectors: Sequence[Tensor], factor_P: Tensor) -> None:
-    """Each by its own factor, in as few calls as there are steps. Views of views of vectors would
-    be half of the time, so that none is made."""
+    """Multiply each vector by its factor, one call per operation. Vectors are not reshaped: views
+    would take half of the time."""
     lengths = [vector.numel() for vector in vectors]
     lengths_P = _on(vectors[0].device, *lengths)
     factor_E = factor_P.repeat_interleave(lengths_P, output_size=sum(lengths))
@@ -173,8 +174,8 @@ def clip_adaptively(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 3: scale each unit of `grad` down to `clipping` times the norm of that unit of `weight`.
 
-    Returns the clipped gradient, in which units within the bound are as before, bit for bit, and
-    the units' factors.
+    Returns the clipped gradient, where units within the bound are unchanged bit for bit, and the
+    units' factors.
     """
     norm = unitwise_norm(grad, stacked=stacked)
     factor = clip_factor(norm, unitwise_norm(weight, stacked=stacked), clipping, eps)
@@ -182,7 +183,7 @@ def clip_adaptively(
 
 
 def clipped_shares(factors: Sequence[Tensor]) -> Tensor:
-    """(P,): of each parameter's factors, the share that clips. Vectors are asked all at once."""
+    """(P,): the share of each parameter's factors below 1. One-unit parameters take one call."""
     if all(factor.numel() == 1 for factor in factors):
         factor_P = torch.stack([factor.reshape(()) for factor in factors])
         return (factor_P < 1).to(factor_P.dtype)
@@ -190,20 +191,20 @@ def clipped_shares(factors: Sequence[Tensor]) -> Tensor:
 
 
 def clip_factor(norm: Tensor, weight_norm: Tensor, clipping: float, eps: float) -> Tensor:
-    """What to multiply units of gradients with: exactly 1 within the bound, however small."""
+    """The factor for each unit's gradient: exactly 1 within the bound, however small it is."""
     largest = weight_norm.clamp(min=eps) * clipping
     factor = (largest / norm.clamp(min=NORM_FLOOR)).clamp(max=1)
-    if clipping * eps >= NORM_FLOOR:  # as anywhere sensible: no bound is below the floor
+    if clipping * eps >= NORM_FLOOR:  # with any sensible settings: no bound is below the floor
         return factor
     return torch.where(norm > largest, factor, 1.0)
 
 
 def wider(x: Tensor) -> Tensor:
-    """In float32 or wider, as all arithmetic is."""
+    """`x` in float32 or wider, as all arithmetic here."""
     return x.to(wide(x.dtype))
 
 
-@cache  # torch's own is an operator, of which there would be one for each parameter
+@cache  # promote_types is a torch operator: uncached, one call for each parameter
 def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -211,22 +212,22 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def unit_shape(shape: torch.Size, *, stacked: bool) -> tuple[int, ...]:
     """The leading axes of a parameter that count its units: () if it is one unit.
 
-    A unit is what feeds one output: a filter of an OIHW convolution, a row of torch's (O, I) linear
-    weight. A tensor with at most one axis longer than 1 is one unit (optim.py:446-459). The first
-    axis of a stacked one counts tensors: (D, C) has D units, and so has (D,).
+    A unit is the weights of one output: a filter of an OIHW convolution, a row of torch's (O, I)
+    linear weight. A tensor with at most one axis longer than 1 is one unit (optim.py:446-459). The
+    first axis of a stacked parameter counts tensors: stacked (D, C) and (D,) have D units.
     """
     own = shape[1:] if stacked else shape
     return tuple(shape[: int(stacked) + int(sum(size > 1 for size in own) > 1)])
 
 
 def unitwise_norm(x: Tensor, *, stacked: bool = False, keepdim: bool = True) -> Tensor:
-    """L2 norm of every unit of a parameter (or of its gradient), shaped to broadcast against it, or
-    without the axes that are summed over; in float32 or wider: float16 ends at 65,504."""
+    """L2 norm of every unit of a parameter or gradient, in float32 or wider (float16 ends at
+    65,504). With `keepdim` it broadcasts against `x`, else the summed axes are gone."""
     kept = len(unit_shape(x.shape, stacked=stacked))
     x = wider(x)
-    if kept == x.ndim > 0:  # stacked scalars; no axis to sum over would mean all of them
+    if kept == x.ndim > 0:  # stacked scalars: an empty list of axes would mean all axes
         return x.abs()
     axes = tuple(range(kept, x.ndim))
-    if x.device.type == "xla":  # where vector_norm is two powers and an absolute value
+    if x.device.type == "xla":  # there, vector_norm becomes two powers and an absolute value
         return (x * x).sum(dim=axes, keepdim=keepdim and kept > 0).sqrt()
     return vector_norm(x, dim=axes or None, keepdim=keepdim and kept > 0)

@@ -1,12 +1,12 @@
-"""What optimizers here have in common: groups by role, clipping in the step, no waiting.
+"""The base class of our optimizers: groups by role, clipping in the step, no host syncs.
 
 Groups: deepmind-research/nfnets at f5de0ed, experiment_nfnets.py:101-129.
 
-Clipping is part of the step, not a hook before it: with SAM the ascent gradient must stay raw. The
-step runs on the device from end to end: nothing in it depends on a value, and what changes between
-steps may be a tensor.
+Clipping is part of the step, not a hook before it, because SAM's ascent needs the raw gradient. The
+whole step runs on the device: the host branches on no tensor's value, and settings that change
+between steps may be tensors.
 
-On a CPU or a GPU a step is horizontally fused: few calls, each for many parameters, and torch's own
+On a CPU or GPU a step is horizontally fused: few calls, each for many parameters, then torch's
 fused kernel. Under XLA it is written out parameter by parameter, for the compiler to fuse.
 """
 
@@ -43,23 +43,24 @@ GROUPS: tuple[tuple[tuple[str, ...], bool, bool], ...] = (
 )
 
 
-FUSED_ON = ("cpu", "cuda")  # where torch has a fused SGD
+FUSED_ON = ("cpu", "cuda")  # where torch has fused optimizer kernels
 
 
 class ByRole(torch.optim.Optimizer):
-    """An optimizer whose groups follow from what its parameters are for.
+    """An optimizer whose parameter groups follow from the roles of its parameters.
 
-    There is one parameter group for each row of GROUPS that has members, and one for those of them
-    that are stacked; "weight_decay" is 0 and "clipping" None where exempt.
+    Each row of GROUPS makes up to two groups, one of plain and one of stacked parameters. Where a
+    row exempts them, "weight_decay" is 0 or "clipping" is None.
 
-    After a step `clipped_P` has, for each parameter in `clipped_names`, the share of its units
-    whose gradient was too large; a tensor on the device, which nothing waits for.
+    After a step `clipped_P` holds, for each parameter in `clipped_names`, the share of its units
+    that were clipped: a tensor on the device, not synchronised.
 
-    A new one has its SLOTS, its two updates, a line in choice.py and its settings in conf/optim.
+    A new optimizer needs SLOTS, `_update_fused` and `_after`, a line in choice.py and its settings
+    in conf/optim.
     """
 
-    SLOTS: ClassVar[tuple[str, ...]]  # what it keeps of every parameter, in that one's shape
-    ONCE: ClassVar[tuple[str, ...]] = ()  # and of all, with the first one's, where torch looks
+    SLOTS: ClassVar[tuple[str, ...]]  # state kept per parameter, in the parameter's shape
+    ONCE: ClassVar[tuple[str, ...]] = ()  # state kept once, with that of the first parameter
 
     def __init__(
         self,
@@ -73,14 +74,14 @@ class ByRole(torch.optim.Optimizer):
         guard: Guard | None,
         **own: Any,
     ) -> None:
-        """`named_parameters` are on their device already; `roles` are `parameter_roles`' of them.
+        """`named_parameters` are on their device already; `roles` come from `parameter_roles`.
 
-        They are float32 (or float64), and so is all arithmetic.
+        Parameters and all arithmetic are float32 (or float64).
 
-        `clipping` is the largest norm of a unit's gradient relative to the unit's own norm, or None
-        for no clipping; `clipping_eps` is a floor under the latter, so that zeros (a new skip gain)
-        can move. `lr` is described at `set_lr`. A `guard` says of every update whether it is made.
-        `own` are further values of every group.
+        `clipping` is the largest ratio of a unit's gradient norm to its weight norm, or None for no
+        clipping; `clipping_eps` is a floor of the weight norm, so that zeros (a new skip gain) can
+        move. For `lr` see `set_lr`. The `guard` decides whether each update is made. `own` are
+        further entries of every group.
         """
         if not 0 <= weight_decay < math.inf:
             raise ValueError(f"weight_decay is {weight_decay}; it must be 0 (none) or more")
@@ -108,10 +109,10 @@ class ByRole(torch.optim.Optimizer):
         }
         super().__init__(groups, defaults | own)
         self.set_lr(lr)
-        # Made here and not at the first step: on XLA a first step that makes its buffers is another
-        # graph than the second, and is compiled separately. Laid out like the parameter. In the
-        # order of load_slots: a graph returns its results in the order in which tensors were made,
-        # so that in another one a resumed run would not find its program in the cache.
+        # State is made here, not in the first step: on XLA a step that makes its buffers is another
+        # graph than the next, compiled separately. It has the parameter's memory layout. The order
+        # is that of load_slots: a graph returns its results in the order in which tensors were
+        # made, so with another order a resumed run would miss its program in the cache.
         for slot in self.SLOTS:
             for _, parameter in self._named():
                 zeros = torch.zeros_like(parameter.detach(), device="cpu")
@@ -121,7 +122,7 @@ class ByRole(torch.optim.Optimizer):
         self.guard = guard
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles; torch's has only what it knows of, and neither have hooks."""
+        """For copies and pickles: torch's state lacks our attributes. Hooks are not copied."""
         own = ("guard", "clipped_P", "clipped_names")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -129,14 +130,14 @@ class ByRole(torch.optim.Optimizer):
         """Learning rate of the following steps, for all groups.
 
         A float, or a `(1,)` tensor of the parameters' dtype and device. On XLA a rate that changes
-        should be the tensor: a float (or a 0-d tensor) that becomes exactly 0 or 1 costs a graph.
+        should be the tensor: a float (or 0-d tensor) that is exactly 0 or 1 compiles another graph.
         """
         lr = checked_hyperparameter("lr", lr, self._first)
         for group in self.param_groups:
             group["lr"] = lr
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """For the groups it is made with. ValueError afterwards."""
+        """Only for the constructor; a later call is a ValueError."""
         if hasattr(self, "clipped_names"):
             raise ValueError(
                 f"the groups of {type(self).__name__} follow from its parameters' roles, and none "
@@ -149,7 +150,7 @@ class ByRole(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. A `closure` is called first, with gradients enabled; returns its result.
 
-        torch.compile leaves it as it is, and compiles what is around it.
+        torch.compile does not trace into it, and compiles the code around it.
         """
         loss = None
         if closure is not None:
@@ -163,7 +164,7 @@ class ByRole(torch.optim.Optimizer):
             self._count(holds)
         for group in self.param_groups:
             named = dict(zip(group["param_names"], group["params"], strict=True))
-            # No gradient means frozen or unused. Decay and momentum alone would still move it.
+            # No gradient: frozen or unused. Skipped, since decay and momentum alone would move it.
             moved = {n: p for n, p in named.items() if p.grad is not None and p.numel()}
             for alike in by_form(moved):
                 fused = next(iter(alike.values())).device.type in FUSED_ON
@@ -183,16 +184,16 @@ class ByRole(torch.optim.Optimizer):
         return [gradient(parameter) for parameter in params if parameter.grad is not None]
 
     def _count(self, holds: Tensor | None) -> None:
-        """Once an update, before the groups; `holds` is 1 if it is left out, else 0."""
+        """Called once per update, before the groups; `holds` is 1 if it is skipped, else 0."""
 
     def _clip_and_update_fused(
         self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
     ) -> Tensor | None:
-        """Parameters of one device and dtype, together. Clips the gradients in place."""
+        """For parameters of one device and dtype, together. Clips the gradients in place."""
         params = [*named.values()]
         self._check_dtype(*next(iter(named.items())))
-        # The kernel walks memory: gradient and state must lie as their parameter does, whatever
-        # layout a state was saved in, or the network was brought into since.
+        # The kernel ignores strides: gradient and state must have their parameter's memory layout,
+        # even if the state was saved in another, or the network has been converted since.
         grads = [_laid_out_like(p, gradient(p)) for p in params]
         for parameter, slot in product(params, self.SLOTS):
             state = self.state[parameter]
@@ -220,7 +221,7 @@ class ByRole(torch.optim.Optimizer):
         group: Mapping[str, Any],
         holds: Tensor | None,
     ) -> None:
-        """By one of torch's fused kernels. Gradients are clipped; at `holds` nothing changes."""
+        """By a fused kernel of torch. Gradients are clipped; if `holds` is 1, nothing changes."""
 
     def _clip_and_update_apart(
         self, named: Mapping[str, Tensor], group: Mapping[str, Any], holds: Tensor | None
@@ -238,12 +239,12 @@ class ByRole(torch.optim.Optimizer):
             state = [self.state[parameter][slot] for slot in self.SLOTS]
             after = self._after(parameter, grad, state, group, scales)
             for tensor, result in zip([parameter, *state], after, strict=True):
-                # Results are chosen, because NaN times 0 is NaN.
+                # where, not multiplication: NaN times 0 is NaN.
                 tensor.copy_(result if held is None else torch.where(held, tensor, result))
         return clipped_shares(factors) if factors else None
 
     def _scales(self, group: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """What `_after` needs and all parameters share, so that it is traced once."""
+        """What `_after` needs for every parameter alike, so that it is traced once."""
         del group
         return ()
 
@@ -256,7 +257,7 @@ class ByRole(torch.optim.Optimizer):
         group: Mapping[str, Any],
         scales: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
-        """The parameter after the update, and its slots, all new; `grad` is clipped."""
+        """The new parameter and its new slots, as new tensors; `grad` is clipped already."""
 
     def units(self) -> dict[str, int]:
         """{parameter name: the number of its units}."""
@@ -267,16 +268,16 @@ class ByRole(torch.optim.Optimizer):
         }
 
     def slots(self) -> dict[str, dict[str, Tensor]]:
-        """{slot: {parameter name: tensor}}: the optimizer's own, shaped as the parameters."""
+        """{slot: {parameter name: tensor}}: the optimizer's own tensors, not copies."""
         return {
             slot: {name: self.state[parameter][slot] for name, parameter in self._named()}
             for slot in self.SLOTS
         }
 
     def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]], *, updates: int) -> None:
-        """Take copies of tensors of any device; so many `updates` they have behind them.
+        """Replace the state by copies of `slots`, which may be on any device, after `updates`.
 
-        Names and shapes must agree.
+        Names and shapes must agree (ValueError).
         """
         del updates
         if sorted(slots) != sorted(self.SLOTS):
@@ -291,15 +292,15 @@ class ByRole(torch.optim.Optimizer):
                 self.state[parameter][slot] = copies[slot][name]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's. ValueError for the state of an optimizer that keeps or needs less, or of another
-        model. What torch.distributed.checkpoint leaves out, of the frozen, stays what it is here.
+        """As torch's. ValueError for a state that lacks what this optimizer needs, or is of another
+        model. Frozen parameters that torch.distributed.checkpoint left out keep their state.
         """
-        # A scheduler adds keys of its own to the groups, and a copy has some in its defaults.
+        # A scheduler adds its own keys to the groups, and a copy has some in its defaults.
         needed = self.param_groups[0].keys() & {"params", *self.defaults}
         kept: dict[int, Mapping[str, Any]] = {**state_dict["state"]}
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         first, named = next(iter(numbers), None), self._named()
-        if len(numbers) == len(named):  # else torch says so
+        if len(numbers) == len(named):  # else torch raises below
             for number, (name, parameter) in zip(numbers, named, strict=True):
                 if number not in kept and not parameter.requires_grad:
                     own = self.state[parameter]
@@ -331,7 +332,7 @@ class ByRole(torch.optim.Optimizer):
 
 
 def _laid_out_like(parameter: Tensor, x: Tensor) -> Tensor:
-    """`x`, or where its strides are not the parameter's a copy with these."""
+    """`x`, copied if its strides are not the parameter's."""
     if x.stride() == parameter.stride():
         return x
     return torch.empty_like(parameter.detach()).copy_(x)
@@ -340,8 +341,8 @@ def _laid_out_like(parameter: Tensor, x: Tensor) -> Tensor:
 def checked_hyperparameter(name: str, value: float | Tensor, like: Tensor) -> Any:
     """`value`, if it is a float >= 0, or a `(1,)` tensor (not read) of `like`'s dtype and device.
 
-    Raises ValueError otherwise. For what may change between steps: the learning rate here, rho in
-    sam.py, the decay in ema.py.
+    Raises ValueError otherwise. For settings that may change between steps: the learning rate here,
+    rho in sam.py, the decay in ema.py.
     """
     if not isinstance(value, Tensor):
         if not 0 <= value < math.inf:
@@ -357,7 +358,7 @@ def checked_hyperparameter(name: str, value: float | Tensor, like: Tensor) -> An
 
 
 def check_shape(what: str, name: str, own: Tensor, source: Tensor) -> None:
-    """ValueError if they differ: torch takes any, and its fused kernels then write beside it."""
+    """ValueError if they differ: torch accepts any, and its fused kernels write out of bounds."""
     if source.shape != own.shape:
         raise ValueError(
             f"{what} of another model: that of {name!r} has shape {tuple(source.shape)}, the "
@@ -368,10 +369,10 @@ def check_shape(what: str, name: str, own: Tensor, source: Tensor) -> None:
 def copies_like(
     what: str, own: Mapping[str, Tensor], source: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Copies of `source` to be held in place of `own`; names and shapes must agree (ValueError).
+    """Copies of `source` that replace `own`; names and shapes must agree (ValueError).
 
-    Not copied into the tensors that are there: on XLA, writing a 0-d host tensor into one on the
-    device is a graph to compile.
+    New tensors, not copies into those of `own`: on XLA, writing a 0-d host tensor into one on the
+    device compiles a graph.
     """
     for name in sorted(own.keys() ^ source.keys()):
         problem = "is missing" if name in own else "has no parameter"

@@ -25,7 +25,7 @@ def make_optimizer(
     clipping: float | None,
     guard: Guard | None,
 ) -> ByRole:
-    """With `beta2`, `momentum` is beta1."""
+    """If `beta2` is given (AdamW), `momentum` is beta1."""
     own: dict[str, Any] = {"momentum": momentum}
     if beta2 is not None:
         own = {"betas": (momentum, beta2)}

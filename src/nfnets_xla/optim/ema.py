@@ -17,14 +17,14 @@ from nfnets_xla.optim.roles import in_pairs
 
 
 class EMA:
-    """Follows parameters with copies in `shadow`, float32 or wider, under the parameters' names.
+    """Averages of the parameters in `shadow`, float32 or wider, under the parameters' names.
 
-    Made after the module is on its device, and updated after each optimizer step. The module never
-    holds the average; evaluate with it by
+    Make it after the module is on its device, and update it after each optimizer step. The module
+    never holds the average; evaluate with it by
 
         torch.func.functional_call(module, ema.shadow, (images,))
 
-    so that nothing has to be swapped back, whatever happens in between.
+    so that no weights have to be swapped back, even after an error.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
@@ -43,18 +43,18 @@ class EMA:
 
     @torch._disable_dynamo  # Inductor's minimum with a symbolic integer in it is 0 (torch 2.9)
     def decay_at(self, update: int) -> float:
-        """Decay of update number `update`, counted from 0: a tenth at first, rising to `decay`."""
+        """The decay of update number `update`, counted from 0: 0.1 at first, rising to `decay`."""
         if update < 0:
             raise ValueError(f"update is {update}; updates are counted from 0")
         return min(self.decay, (1 + update) / (10 + update))
 
-    @torch._disable_dynamo  # as ByRole.step; each decay would be a graph of its own
+    @torch._disable_dynamo  # as ByRole.step; each decay would compile another graph
     @torch.no_grad()
     def update(self, decay: float | Tensor) -> None:
         """shadow += (1 - decay) * (parameter - shadow), with 1 - decay in `shadow`'s dtype.
 
-        `decay` is a float, or a `(1,)` tensor of `shadow`'s dtype and device, which compiles no
-        new graph on XLA, whatever its value; both give the same bits.
+        `decay` is a float, or a `(1,)` tensor of `shadow`'s dtype and device; the results are equal
+        bit for bit, but on XLA a new value in a tensor compiles no new graph.
         """
         like = next(iter(self.shadow.values()))
         decay = checked_hyperparameter("decay", decay, like)
@@ -69,17 +69,17 @@ class EMA:
                 f"the parameters are {parameters[0].dtype} and their average is {like.dtype}: "
                 "convert the network first, then make its average"
             )
-        if like.device.type == "cpu":  # a number there costs nothing to read
+        if like.device.type == "cpu":  # where reading a value is free
             torch._foreach_lerp_(shadows, [wider(p) for p in parameters], float(rest))
         elif like.device.type == "cuda":
             steps = torch._foreach_sub([wider(p) for p in parameters], shadows)
             torch._foreach_mul_(steps, rest.reshape(()))
             torch._foreach_add_(shadows, steps)
-        else:  # written out for a compiler, which fuses it
+        else:  # written out, for the compiler to fuse
             for shadow, parameter in zip(shadows, parameters, strict=True):
                 step = rest * (wider(parameter) - shadow)
                 shadow.add_(step.reshape(shadow.shape))  # 0-d shadow, (1,) step
 
     def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Take copies of tensors of any device as `shadow`. Names and shapes must agree."""
+        """Replace `shadow` by copies of `averages` from any device; names and shapes must agree."""
         self.shadow = copies_like("averages", self.shadow, averages)

@@ -1,13 +1,13 @@
-"""Leaves out the updates that would spoil the weights; on the device, where nobody waits for it.
+"""Skips the updates that would spoil the weights, on the device and without synchronising.
 
-An update whose loss or gradient is not finite is left out: weights, momentum and average stay as
-they are, and training goes on from them with the next batch. At one more than `allowed` the guard
-freezes: from then on every update is left out, so that the device keeps the state from before that
-step for as long as it takes the host to come to know.
+An update whose loss or gradient is not finite is skipped: weights, momentum and average do not
+change, and training continues with the next batch. At the first one beyond `allowed` the guard
+freezes: it skips every update from then on, so that the device keeps the state from before that
+step until the host learns of it.
 
-Shape suffixes: G the guard's numbers: updates left out so far; steps since it froze, that step
-among them (0: it has not); then of each of the latest steps, the last of them last, whether its
-loss or gradient was not finite.
+Shape suffixes: G the guard's numbers: updates skipped so far; steps since it froze, including the
+one at which it did (0: not frozen); then for each of the latest steps, oldest first, 1 if its loss
+or gradient was not finite, else 0.
 """
 
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
@@ -21,12 +21,12 @@ from torch import Tensor
 
 
 class Guard:
-    """Asked by an optimizer before it changes anything; tensors on one device, float32."""
+    """An optimizer asks it before each update. Its tensors are float32, on one device."""
 
     def __init__(
         self, device: torch.device, *, allowed: int, left_out: int = 0, memory: int = 1
     ) -> None:
-        """`left_out` updates have been before; of `memory` steps it is known which were bad."""
+        """`left_out` updates were skipped before; the last `memory` steps are remembered."""
         if allowed < 0:
             raise ValueError(f"allowed is {allowed}; it must be 0 (freeze at the first) or more")
         if memory < 1:
@@ -39,26 +39,26 @@ class Guard:
         self._watched: list[Tensor] = []
 
     def watch(self, numbers: Tensor) -> None:
-        """The coming update is left out unless these, too, are finite: its losses."""
+        """Skip the next update also if these numbers, its losses, are not all finite."""
         self._watched.append(numbers.detach().sum())
 
     @torch.no_grad()
     def judge(self, gradients: Sequence[Tensor]) -> Tensor:
-        """`holds`, for the update that these gradients would make.
+        """`holds` for the update with these gradients.
 
-        Finite means that their norm is, in the gradients' dtype, as for torch's `clip_grad_norm_`.
+        Gradients are finite if their norm is, in their dtype, as in torch's `clip_grad_norm_`.
         """
         watched, self._watched = self._watched, []
         sums = [*_squares(gradients), *watched]
-        # A dot, not a sum: XLA would copy a sum of hundreds into the update of every parameter, and
-        # compile four times as long.
+        # A dot product: XLA would duplicate a sum of hundreds of terms in every parameter's update,
+        # and take four times as long to compile.
         each = torch.stack([number.to(sums[0]) for number in sums])
         total = torch.dot(each, torch.ones_like(each)).reshape(1)
-        bad = ~(total.abs() < math.inf)  # so written, NaN is bad, too
+        bad = ~(total.abs() < math.inf)  # negated, so that NaN is bad, too
         left_out, frozen, latest = self.numbers_G[0:1], self.numbers_G[1:2], self.numbers_G[2:]
         freezes = (frozen > 0) | (bad & (left_out >= self.allowed))
         skips = bad & ~freezes
-        # Counted with numbers, not chosen by them: additions of 0 and 1 are exact.
+        # Adds booleans instead of selecting with them: adding 0 or 1 is exact.
         now = [left_out + skips, frozen + freezes, latest[1:], bad]
         self.numbers_G.copy_(torch.cat([number.to(left_out) for number in now]))
         self.holds = (bad | freezes).to(left_out)
@@ -66,7 +66,7 @@ class Guard:
 
 
 def _squares(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Of each gradient a number that is finite if its norm is."""
+    """For each gradient, a number that is finite if the gradient's norm is."""
     if gradients[0].device.type == "xla":
         return [(gradient * gradient).sum() for gradient in gradients]
     return torch._foreach_norm([*gradients])

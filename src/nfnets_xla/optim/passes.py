@@ -1,15 +1,15 @@
-"""Which rows of a batch each pass of a step sees: SAM's ascents, its microbatches, accumulation.
+"""Which rows of a batch each pass of a step sees: SAM's ascents, microbatches, accumulation.
 
-A batch lies stream by stream, image by image, view by view (data/order.py). Every part is taken
-from every stream alike, the same images of each with all their views, so that it is no matter of
-hosts or devices: arXiv 2010.01412 and DeepMind's code take what lies on one device instead.
+A batch is ordered by stream, then image, then view (data/order.py). Every part takes the same
+images from every stream, with all their views, so that it does not depend on the number of hosts or
+devices; arXiv 2010.01412 and DeepMind's code take what is on one device instead.
 
     a stream's images     0 1 2 3 4 5 6 7      N = 8, microbatches=2, accumulation=2
     microbatch 0          [0 1|2 3]            an ascent of its own, gradient summed over two slices
     microbatch 1                  [4 5|6 7]
     ascent, fraction 0.5  [0 1]   [4 5]
 
-All is known before the run begins: no value of a tensor decides a shape.
+All sizes are known before the run begins: no shape depends on a tensor's value.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -22,8 +22,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Passes:
-    images: int  # N, unique images of each stream in a batch
-    views: int  # K, of each image
+    images: int  # N, unique images per stream in a batch
+    views: int  # K, per image
     microbatches: int = 1  # of m-sharpness
     accumulation: int = 1  # slices of a microbatch whose gradients are summed, to save memory
     ascent_fraction: float = 1.0  # share of a microbatch that SAM ascends on
@@ -44,16 +44,16 @@ class Passes:
 
     @property
     def ascent_images(self) -> int:
-        """Images of each stream that a microbatch ascends on: at least one."""
+        """Images per stream on which SAM ascends in a microbatch: at least one."""
         return max(1, round(self.ascent_fraction * self.images / self.microbatches))
 
     @property
     def effective_fraction(self) -> float:
-        """What `ascent_fraction` comes to in whole images."""
+        """`ascent_fraction` after rounding to whole images."""
         return self.ascent_images * self.microbatches / self.images
 
     def of_step(self, microbatch: int, *, ascending: bool) -> list[range]:
-        """Places in a stream, slice by slice, that one forward and backward pass is made of.
+        """The images of a stream, as one range per accumulation slice, that one pass takes.
 
         >>> passes = Passes(images=8, views=1, microbatches=2, accumulation=2, ascent_fraction=0.75)
         >>> passes.of_step(1, ascending=True), passes.of_step(1, ascending=False)
@@ -68,7 +68,7 @@ class Passes:
         ]
 
     def take(self, rows_B: Tensor, places: range) -> Tensor:
-        """The rows of these images of every stream; all of them come back as they are."""
+        """The rows of the images at `places` in every stream."""
         if len(places) == self.images:
             return rows_B
         streams_CNK: Tensor = rows_B.unflatten(0, (-1, self.images, self.views))

@@ -1,7 +1,7 @@
-"""What each parameter of a network is to the optimizer, told from the module tree.
+"""The role of each parameter in the optimizer, derived from the module tree.
 
 Moving a module to an XLA device makes new Parameter objects without the old ones' attributes, so
-a role hangs on the parameter's name, not on the parameter.
+roles are kept by parameter name.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -26,10 +26,10 @@ STACKED = "stacked "  # in front of a role: the first axis counts parameters of 
 def parameter_roles(module: nn.Module, classifier: str | None) -> dict[str, str]:
     """{name in `module.named_parameters()`: role}, in that order.
 
-    `classifier` names the nn.Linear, e.g. "head", whose weight is exempt from clipping; None if
-    there is none. What lies in a submodule with a true `is_stack` has one axis more than its role
-    says, e.g. "stacked conv". Raises ValueError for a classifier that is not an nn.Linear of this
-    module, and for a parameter that fits no role, as shards of weights do.
+    `classifier` is the name of the nn.Linear, e.g. "head", whose weight is exempt from clipping, or
+    None. Parameters of a submodule whose `is_stack` is true have one more leading axis and a role
+    such as "stacked conv". Raises ValueError for a classifier that is not an nn.Linear of this
+    module, and for a parameter that fits no role, such as a shard of a weight.
     """
     if classifier is not None:
         _check_classifier(module, classifier)
@@ -48,7 +48,7 @@ def parameter_roles(module: nn.Module, classifier: str | None) -> dict[str, str]
 def checked_parameters(
     named_parameters: Iterable[tuple[str, Tensor]], roles: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """{name: parameter}. ValueError for what an optimizer cannot take, or has no role of these."""
+    """{name: parameter}. ValueError for a parameter without a role, or not fit to optimise."""
     known = ROLES | {STACKED + name for name in ROLES}
     named: dict[str, Tensor] = {}
     names_by_id: dict[int, str] = {}
@@ -89,7 +89,7 @@ def checked_parameters(
 
 
 def in_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """ValueError for what `parameters()` gives, which has no names."""
+    """Yields the pairs; ValueError for bare tensors, as `parameters()` gives."""
     for pair in named_parameters:
         if isinstance(pair, Tensor):
             raise ValueError(
@@ -100,13 +100,13 @@ def in_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[s
 
 
 def check_whole(name: str, parameter: Tensor) -> None:
-    """ValueError for a DTensor, as `fully_shard` makes them: its shape is the whole one's."""
+    """ValueError for a DTensor, as `fully_shard` makes: its `shape` hides that it is a shard."""
     if is_dtensor(parameter):
         raise _cut(f"parameter {name!r} is a DTensor, a shard of the whole")
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    return hasattr(tensor, "placements")  # its class takes a second to import
+    return hasattr(tensor, "placements")  # importing DTensor takes a second
 
 
 def _cut(what: str) -> ValueError:
@@ -151,10 +151,10 @@ def _role(module: nn.Module, name: str, shape: torch.Size, classifier: str | Non
         return LINEAR
     if not shape:
         return SCALAR
-    # As optim.py:446-459 of the reference, which squeezes: a (C, 1, 1, 1) gain is a vector too.
+    # optim.py:446-459 of the reference squeezes, so a (C, 1, 1, 1) gain is a vector, too.
     if sum(size > 1 for size in shape) <= 1:
         return VECTOR
-    # (1, tokens, C): what a ViT adds to its patches, or asks them. No output axis either.
+    # (1, tokens, C): a ViT's positions, tokens or queries, which have no output axis either.
     if len(shape) == 3 and shape[0] == 1:
         return VECTOR
     raise ValueError(

@@ -1,20 +1,21 @@
 """Sharpness-aware minimisation (arXiv 2010.01412) around any optimizer.
 
-One step is two passes: from w along the gradient to w + e, |e| = rho, and from w again with the
-gradient found there. The ascent takes the raw gradient, with one norm over all parameters;
-clipping and weight decay belong to the wrapped optimizer and see the second gradient only.
+One step has two passes: the first ascends from w along the gradient to w + e, |e| = rho; the second
+computes the gradient there, and the update applies it to w. The ascent uses the raw gradient, with
+one norm over all parameters; clipping and weight decay belong to the wrapped optimizer, which sees
+only the second gradient.
 
-Three options change which e is taken:
+Three options change e:
 
-- the ascent may look at a share of the rows only (arXiv 2102.06171, A.4: a fifth of the same batch
-  costs 20-40 % of a step instead of 100 %). That is the closure's business; see `SAM.ascending`;
-- `microbatches` (m-sharpness, section 4.1): each part of the batch has an e of its own;
-- `adaptive` (ASAM, arXiv 2102.11600): e is measured relative to the size of each weight.
+- the ascent may use only some of the rows (arXiv 2102.06171, A.4: a fifth of the same batch costs
+  20-40 % of a step instead of 100 %). The closure does that; see `SAM.ascending`;
+- `microbatches` (m-sharpness, section 4.1): each part of the batch has its own e;
+- `adaptive` (ASAM, arXiv 2102.11600): e is relative to the size of each weight.
 """
 
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 # pyright: reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
-# torch._foreach_*: what torch's own optimizers are made of, one call for a list of tensors.
+# torch._foreach_*: as in torch's own optimizers, one call for a list of tensors.
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -33,12 +34,12 @@ NORM_FLOOR = 1e-12  # big_vision's gsam.py: a gradient of zeros leaves the weigh
 class SAM(torch.optim.Optimizer):
     """`SAM(SGD_AGC(...), rho=0.05)`: the wrapped optimizer's groups and state, two passes a step.
 
-    Both objects show the same `param_groups` and `state`, whichever of them loads a state dict:
-    give torch.distributed.checkpoint `base_optimizer`, for it makes state by a step of its own.
-    While `step` calls its closure, `ascending` and `microbatch` say what for.
+    Both objects share `param_groups` and `state`, whichever of them loads a state dict. Give
+    torch.distributed.checkpoint the `base_optimizer`, since it calls `step` to make the state.
+    While `step` calls its closure, `ascending` and `microbatch` say for which pass.
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler asks for it, and is refused: see `step`
+    _step_supports_amp_scaling = True  # makes a GradScaler call `step`, which refuses it
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class SAM(torch.optim.Optimizer):
         self._follow()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which torch gives no more than `param_groups` and `state`."""
+        """For copies and pickles: torch's state has only `defaults`, `state` and `param_groups`."""
         own = (
             "base_optimizer",
             "adaptive",
@@ -94,7 +95,7 @@ class SAM(torch.optim.Optimizer):
         self.state = self.base_optimizer.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """To the wrapped optimizer, which may refuse it."""
+        """Adds it to the wrapped optimizer, which may refuse it."""
         if hasattr(self, "base_optimizer"):
             self.base_optimizer.add_param_group(param_group)
         else:
@@ -103,7 +104,7 @@ class SAM(torch.optim.Optimizer):
     def set_rho(self, rho: float | Tensor) -> None:
         """A float, or a `(1,)` tensor of the parameters' dtype and device (as `SGD_AGC.set_lr`).
 
-        With 0 the step is the wrapped optimizer's, bit for bit, at twice the cost.
+        With 0 the step equals the wrapped optimizer's bit for bit, at twice the cost.
         """
         like = self.param_groups[0]["params"][0]
         self.rho: float | Tensor = checked_hyperparameter("rho", rho, like)
@@ -114,11 +115,11 @@ class SAM(torch.optim.Optimizer):
         """Call `closure` twice per microbatch, update once; returns the first, unperturbed result.
 
         The closure sets the gradients to zero, computes the loss, calls backward and returns the
-        loss. Randomness (dropout, stochastic depth) must be the same in both calls: the closure
-        applies masks that it is given, or that it drew before. With several microbatches it takes
-        number `self.microbatch`, and its losses outside the ascent add up to the whole batch's.
+        loss. Randomness (dropout, stochastic depth) must be the same in both calls: masks are made
+        before `step`. With several microbatches the closure uses the rows of microbatch number
+        `self.microbatch`, and its losses outside the ascent add up to that of the whole batch.
         """
-        if hasattr(self, "found_inf"):  # set by a GradScaler, as for any that can be told
+        if hasattr(self, "found_inf"):  # a GradScaler sets it
             raise ValueError(
                 "SAM.step was called by a GradScaler, which knows of one gradient and SAM has two: "
                 "train in bfloat16 or float32, without a scaler"
@@ -141,7 +142,7 @@ class SAM(torch.optim.Optimizer):
                 self._restore()
                 self._take_gradients(descent)
         finally:
-            # Also after an error or an interrupt: what is saved on the way out are the weights.
+            # Also after an error or interrupt, so that a checkpoint saved then holds the weights w.
             self._restore()
             self.ascending, self.microbatch = False, 0
         for parameter, grad in descent.items():
@@ -150,7 +151,7 @@ class SAM(torch.optim.Optimizer):
         return loss
 
     def _ascend(self, closure: Callable[[], Any]) -> Any:
-        """Compute a gradient and go w + e (section 3, p = 2); one norm, in float32 or wider."""
+        """Compute a gradient, move to w + e (section 3, p = 2); one norm, in float32 or wider."""
         self.ascending = True
         with torch.enable_grad():
             loss = closure()
@@ -168,7 +169,7 @@ class SAM(torch.optim.Optimizer):
         norms = torch._foreach_norm(directions)
         if self.adaptive:
             directions = torch._foreach_mul(directions, [weight.abs() for _, weight in kept])
-        # Times the reciprocal: that is how torch divides a float, but not a tensor, by a tensor.
+        # Multiplied by the reciprocal, as torch does for float / tensor: same bits for both kinds.
         norm = vector_norm(torch.stack(norms))
         scale = norm.clamp(min=NORM_FLOOR).reciprocal() * self.rho
         steps = torch._foreach_mul(directions, scale.reshape(()))
@@ -177,7 +178,7 @@ class SAM(torch.optim.Optimizer):
         return loss
 
     def _restore(self) -> None:
-        """Copied back, because (w + e) - e is not w in floating point."""
+        """Copies w back, because (w + e) - e is not w in floating point."""
         if self._kept:
             parameters, weights = zip(*self._kept, strict=True)
             if any(role.is_dtensor(parameter) for parameter in parameters):
@@ -188,22 +189,22 @@ class SAM(torch.optim.Optimizer):
             self._kept = []
 
     def _take_gradients(self, total: dict[Tensor, Tensor]) -> None:
-        """Add the parameters' gradients to `total`, and leave them without."""
+        """Move the parameters' gradients into `total`, adding to what is there."""
         for parameter in (p for group in self.param_groups for p in group["params"]):
             grad, parameter.grad = parameter.grad, None
             if grad is None:
                 continue
             if parameter in total:
                 total[parameter] = total[parameter] + grad
-            else:  # a view of a bucket, with DDP, is overwritten by the next microbatch's
+            else:  # with DDP it may view a bucket, which the next microbatch overwrites
                 total[parameter] = grad.clone() if self.microbatches > 1 else grad
 
     @contextmanager
     @torch.no_grad()
     def unperturbed(self) -> Generator[None, None, None]:
-        """Inside, the parameters are w even in the midst of a step; afterwards they are as before.
+        """Inside, the parameters are w even in the middle of a step; afterwards as before.
 
-        For a signal handler that saves a checkpoint: it may run between the two passes.
+        For a signal handler that saves a checkpoint, and may run between the two passes.
         """
         kept = self._kept
         perturbed = [parameter.clone() for parameter, _ in kept]

@@ -1,6 +1,6 @@
-"""The learning rate of each step: linear warm-up from 0, then one of three ways on.
+"""The learning rate of each step: linear warm-up from 0, then one of three shapes.
 
-Steps count updates from 0, so the first update's rate is 0 (with any warm-up). References:
+Steps count updates from 0, so with a warm-up the first update's rate is 0. References:
 
 - cosine: deepmind-research/nfnets at f5de0ed, optim.py:181-200, and experiment_nfnets.py:63-70 for
   the peak;
@@ -34,8 +34,8 @@ class Schedule:
     peak: float
     warmup_steps: int  # linear from 0 to the peak
     total_steps: int
-    cooldown_steps: int = 0  # the last ones: the rate falls to 0 linearly, by a factor
-    timescale: int = 10_000  # of rsqrt: so long after the warm-up the rate is peak / sqrt(2)
+    cooldown_steps: int = 0  # at the end: a factor on the rate falls linearly to 0
+    timescale: int = 10_000  # rsqrt: steps after the warm-up until the rate is peak / sqrt(2)
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -94,7 +94,7 @@ def warmup_length(
     steps_per_epoch: float,
     total_steps: int,
 ) -> int:
-    """Steps of a warm-up that is given in steps, in epochs or as a fraction of the run.
+    """Length in steps of a warm-up given in steps, in epochs or as a fraction of the run.
 
     Rounded to the nearest whole step. Raises ValueError unless exactly one of the three is given,
     and for a warm-up that does not end before the run does.

@@ -74,7 +74,7 @@ class SGD_AGC(ByRole):
             nesterov=group["nesterov"] and moving,
             maximize=False,
             is_first_step=False,
-            found_inf=holds,  # at 1 the kernel leaves all as it is
+            found_inf=holds,  # if 1, the kernel changes nothing
         )
 
     def _after(
