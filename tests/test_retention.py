@@ -73,6 +73,7 @@ def test_a_state_that_cannot_be_read_now_costs_no_checkpoint(tmp_path: Path) -> 
     """A folder in its place is an OSError, as a failing disk is."""
     for step in range(1, 7):
         save(tmp_path, step, seconds=3600.0 * step)
+    (tmp_path / "step-00000005" / "state.json").unlink()  # it is no checkpoint
     state = (tmp_path / "step-00000002" / "state.json").rename(tmp_path / "aside")
     (tmp_path / "step-00000002" / "state.json").mkdir()
     prune(tmp_path, start=5, written=[6], keep=1, every_hours=2)

@@ -27,7 +27,7 @@ def prune(
     """
     folder = open_folder(root)
     files = folder.sizes("")
-    found = [step for step in steps(root) if step <= written[-1]]
+    found = steps(root)
     good = [step for step in found if step <= start or step in written]
     whole = complete_steps(files)
     complete = [step for step in good if step in whole]
