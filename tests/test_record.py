@@ -301,13 +301,33 @@ def test_what_another_folder_tells_is_not_made_up_for(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_that_was_made_up_for_appears_once(tmp_path: Path) -> None:
-    """By the next start; and the first was not dead."""
-    for number, resumed_from in ((1, 0), (2, 3)):
+    """By the next start; and the first was not dead. A third was killed before the average."""
+    both = ("raw", "ema")
+    for number, resumed_from, evaluated in ((1, 0, both), (2, 3, both), (3, 3, ("raw",))):
         with RecordWriter(tmp_path, {"resumed_from": resumed_from}) as writer:
-            for weights in ("raw", "ema"):
+            for weights in evaluated:
                 writer.write("eval", 3, weights=weights, loss=float(number))
     rows = read_record(tmp_path).of_kind("eval")
-    assert [(row["weights"], row["loss"]) for row in rows] == [("raw", 2.0), ("ema", 2.0)]
+    assert [(row["weights"], row["loss"]) for row in rows] == [("ema", 2.0), ("raw", 3.0)]
+
+
+def test_only_who_was_overtaken_computed_in_vain(tmp_path: Path) -> None:
+    """From where it began. Who evaluated step 3 and was killed before it trained was not."""
+    for start, continues, resumed_from, kind, steps in (
+        ("a", None, 0, "train", [1, 2, 3]),
+        ("b", "a", 3, "eval", [3]),
+        ("c", "a", 3, "train", [4]),  # and saved it
+        ("d", "a", 3, "train", [4, 5]),
+        ("e", "c", 4, "train", [5]),
+    ):
+        header = {"resumed_from": resumed_from, "start": start, "continues": continues}
+        with RecordWriter(tmp_path, header) as writer:
+            for step in steps:
+                writer.write(kind, step, loss=1.0)
+    record = read_record(tmp_path)
+    assert record.rivals == {4}
+    assert [row["step"] for row in record.rows] == [1, 2, 3, 3, 4, 5]
+    assert record.steps_lost == 2
 
 
 def test_a_number_that_another_machine_has_taken_is_left_to_it(tmp_path: Path) -> None:
