@@ -24,7 +24,7 @@ from nfnets_xla.data.remote import Patience, RemoteFolder
 from nfnets_xla.data.shards import Exclusions, ShardIndex
 from nfnets_xla.display import Lines
 from nfnets_xla.exits import Unreachable
-from nfnets_xla.history import take_history
+from nfnets_xla.history import flush_history, take_history
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.ledger import Ledger, audit
 from nfnets_xla.record import RecordWriter, read_record
@@ -126,6 +126,28 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest(
     ]
 
 
+def test_what_a_checkpoint_builds_on_is_brought_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it when a start begins, then what that start writes; and the folder with the names."""
+    names = ["ledger-1.bin", "ledger-2.bin", "missed-2.jsonl", "run-1.jsonl", "run-2.jsonl"]
+    for name in (*names, "curves.txt"):
+        (tmp_path / name).touch()
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    flush_history(tmp_path)
+    assert sorted(flushed) == [*names, tmp_path.name]
+    flushed.clear()
+    flush_history(tmp_path, 2)
+    assert sorted(flushed) == ["ledger-2.bin", "missed-2.jsonl", "run-2.jsonl", tmp_path.name]
+
+
 def test_a_start_that_went_on_from_a_step_tells_of_it(tmp_path: Path) -> None:
     """The start that saved step 2 was killed before its record said so."""
     root, known = str(tmp_path / "checkpoints"), (IDENTITY, RANDOM, ORDER, {"torch": "1"})
@@ -165,6 +187,10 @@ def test_a_history_that_was_half_taken_is_taken_again(
         take_history(start, branch)
         assert [path.name for path in there(branch)] == names
         assert all(path.read_text() == f"all of {path.name}" for path in there(branch))
+    branch = tmp_path / "branch-0"
+    (source / "run-2.jsonl").write_text("it has gone on")  # no business of this one any more
+    take_history(start, branch)
+    assert (branch / "run-2.jsonl").read_text() == "all of run-2.jsonl"
 
 
 def there(folder: Path) -> list[Path]:
