@@ -11,9 +11,9 @@ import torch
 
 from nfnets_xla import checkpoint
 from nfnets_xla.commands.checkpoint import held_out
-from nfnets_xla.history import best_of, evaluations
+from nfnets_xla.history import Past, best_of, continuation, evaluations, past_of
 from nfnets_xla.record import RecordWriter, read_record
-from nfnets_xla.saves import Saves
+from nfnets_xla.saves import Saves, try_to_write
 from tests.runs import PLAIN_CPU, RECIPE, SMALL, losses, run, run_killed_at
 
 FORMS = {"model": {"w": torch.arange(6.0)}}
@@ -54,6 +54,22 @@ def test_the_best_stays_until_a_better_one_is_written(tmp_path: Path) -> None:
             saves.wait()
             left.append(checkpoint.steps(tmp_path))
     assert left == [[1], [1], [3, 1], [4], [5, 4], [6, 5]]
+
+
+def test_checkpoints_of_earlier_starts_count_until_newer_ones_are_there(tmp_path: Path) -> None:
+    """And a host that does not write has the copy made, which takes all hosts, and no more."""
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, FORMS, {})
+    for step, writes, left in ((4, True, [4, 3]), (5, False, [4, 3]), (6, True, [6, 4])):
+        with Saves(str(tmp_path), keep=2, every_hours=None, start=step - 1, writes=writes) as saves:
+            copied = list[int]()
+            saves.save(lambda: (copied.append(step) or step, FORMS, {}))  # noqa: B023
+        assert (copied, checkpoint.steps(tmp_path)) == ([step], left)
+
+
+def test_where_checkpoints_can_be_written_nothing_is_left_of_the_trial(tmp_path: Path) -> None:
+    try_to_write(str(tmp_path / "new"))
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_prune_that_fails_is_no_lost_checkpoint(
@@ -185,3 +201,26 @@ def test_a_checkpoint_says_which_is_the_best(tmp_path: Path) -> None:
     assert best_of(start, {}, [6]) is None
     older = checkpoint.load(save_at(tmp_path, 7, {}))
     assert best_of(older, {2: 0.7, 4: 0.8, 6: 0.9}, [4, 6, 7]) == (4, 0.8)
+
+
+def test_a_start_goes_on_with_the_accounts_of_its_checkpoint(tmp_path: Path) -> None:
+    """An older release did not count in it what could not be decoded: then its record's count."""
+    with RecordWriter(tmp_path, {"resumed_from": 0}) as writer:
+        for split, count in (("train", 3), ("eval", 5)):
+            writer.write("missed", 2, split=split, count=count)
+        for weights, loss in (("raw", 0.5), ("ema", 0.25)):
+            writer.write("eval", 2, weights=weights, loss=loss)
+        writer._opened -= 10
+        writer.write("train", 4, loss=1.0)
+    record = read_record(tmp_path, {"resumed_from": 2})
+    accounts = {"seconds": 60.0, "skipped": 1, "missed": 2, "start": "b", "resumed_from": 1}
+    start = checkpoint.load(save_at(tmp_path, 2, accounts))
+    assert continuation(start) == {"resumed_from": 2, "continues": "b", "since": 1}
+    lost = record.seconds_lost
+    assert lost > 9
+    assert past_of(start, record, [2]) == Past(2, 60.0, lost, 2, 1, {2: 0.5}, (2, 0.5))
+    assert past_of(start, None, [2]) == Past(2, 60.0, 0.0, 2, 1)
+    checkpoint.save(tmp_path, 3, {**FORMS, "ema": FORMS["model"]}, {"seconds": 90.0})
+    older = checkpoint.load(tmp_path / "step-00000003")
+    assert past_of(older, record, [2, 3]) == Past(3, 90.0, lost, 3, 0, {2: 0.25}, (2, 0.25))
+    assert past_of(None, record, []) == Past(lost_seconds=lost)
