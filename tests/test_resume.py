@@ -13,8 +13,9 @@ from nfnets_xla.data.order import Order
 from nfnets_xla.history import refuse_half_a_history, take_history
 from nfnets_xla.prepare import make_plan
 from nfnets_xla.record import RecordWriter
-from nfnets_xla.resume import Beginning, RunState, find_resume
+from nfnets_xla.resume import Beginning, RunState, adopt, find_resume, is_in
 from tests.runs import PLAIN_CPU, RECIPE, SMALL, reach, start
+from tests.test_checkpoint import no_manifest
 
 FORMS = {"model": {"w": torch.arange(6.0)}}
 ORDER = Order(
@@ -39,9 +40,12 @@ def test_when_a_run_goes_on(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, step, FORMS, state.at(step))
     assert checkpoint.load(tmp_path / "step-00000002").state["samples"] == 8
     assert 5 <= checkpoint.load(tmp_path / "step-00000002").state["seconds"] < 10
+    end = state.at(ORDER.num_steps)  # a batch that is not full
+    assert (end["samples"], end["next"]) == (ORDER.total_draws, None)
     said: list[str] = []
     assert resume(tmp_path, IDENTITY, ORDER, said) == 2
     assert "other versions (torch: 1 -> 2)" in said[0]
+    assert "will lack the record of the steps up to 2, which is not beside" in said[1]
 
     other = {**IDENTITY, "model": {"name": "nfnet_mini_f1"}}
     with pytest.raises(
@@ -109,12 +113,68 @@ def test_a_folder_that_is_behind_where_it_is_to_begin_is_refused(tmp_path: Path)
         find_resume(str(tmp_path / "a"), str(own / "checkpoints"), own, *known, print)
 
 
+def checkpoint_at(root: Path | str, step: int) -> Path:
+    checkpoint.save(root, step, FORMS, RunState(IDENTITY, ORDER, {}, 0.0).at(step))
+    return Path(root) / f"step-{step:08d}"
+
+
+def test_an_earlier_checkpoint_of_its_own_is_refused_by_whatever_path(tmp_path: Path) -> None:
+    """What came after it would be replaced; the newest is where it goes on anyway."""
+    root, known = tmp_path / "run" / "checkpoints", (IDENTITY, RANDOM, ORDER, {})
+    earlier, newest = (str(checkpoint_at(root, step)) for step in (1, 2))
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for given in (earlier, str(tmp_path / "link" / "checkpoints" / "step-00000001")):
+        with pytest.raises(ValueError, match=r"run_dir already holds .*step-00000002: nothing is"):
+            find_resume(given, str(root), tmp_path / "run", *known, print)
+    found = find_resume(newest, str(root), tmp_path / "run", *known, print)
+    assert found is not None
+    assert (found.step, is_in(f"{root}/", found)) == (2, True)
+    there = checkpoint.Checkpoint("gs://bucket/run/step-00000002", root, {})
+    assert is_in("gs://bucket/run/", there)
+    assert not is_in("gs://bucket", there)
+
+
+def test_a_start_that_was_killed_before_its_first_step_begins_again(tmp_path: Path) -> None:
+    """From a checkpoint without a record beside it, and from a copy of the run as it was before:
+    what the folder has is of the same run."""
+    run_dir, known = tmp_path / "run", (IDENTITY, RANDOM, ORDER, {})
+    given = str(checkpoint_at(tmp_path / "lone", 2))
+    with RecordWriter(run_dir, {"resumed_from": 2}) as record:
+        found = find_resume(given, str(run_dir / "checkpoints"), run_dir, *known, print)
+        assert found is not None
+        copy = tmp_path / "copy"
+        checkpoint_at(copy / "checkpoints", 2)
+        shutil.copy(record.path, copy)
+        record.write("train", 3, loss=1.0)
+        found = find_resume(str(copy), str(run_dir / "checkpoints"), run_dir, *known, print)
+        assert found is not None
+
+
+def test_a_checkpoint_that_is_taken_along_is_one_when_all_of_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    start, copy, copied = checkpoint.load(checkpoint_at(tmp_path / "a", 2)), shutil.copyfile, []
+
+    def noted(file: Path, to: Path) -> None:
+        copied.append(file.name)
+        assert checkpoint.complete(tmp_path / "b") == set()
+        copy(file, to)
+
+    monkeypatch.setattr(shutil, "copyfile", noted)
+    adopt(str(tmp_path / "b"), start)
+    assert len(copied) == 3
+    assert checkpoint.load(tmp_path / "b" / "step-00000002").state == start.state
+
+
 def test_a_run_that_was_saved_does_not_begin_anew(tmp_path: Path) -> None:
     """Where its checkpoints are not mounted, or all damaged; one that never was saved does."""
     root, known = str(tmp_path / "checkpoints"), (IDENTITY, RANDOM, ORDER, {"torch": "1"})
     with RecordWriter(tmp_path, {"resumed_from": 0}) as record:
         record.write("train", 1, loss=1.0)
         assert find_resume("auto", root, tmp_path, *known, print) is None
+        with pytest.raises(ValueError, match=r"holds a run, and resume is never: choose another"):
+            find_resume("never", root, tmp_path, *known, print)
         record.write("checkpoint", 2)
     saved = rf"{tmp_path} holds a run that was saved up to step 2, and {root} lacks it"
     with pytest.raises(ValueError, match=saved):
@@ -139,6 +199,8 @@ def test_checkpoints_that_lie_elsewhere_are_not_forgotten(tmp_path: Path) -> Non
         record.write("train", 1, loss=1.0)
     known = (IDENTITY, RANDOM, ORDER, {"torch": "1"})
     assert find_resume("auto", root, tmp_path / "run", *known, print) is None
+    no_manifest(checkpoint_at(elsewhere, 1))  # killed while it wrote it: there it begins anew
+    assert find_resume("auto", elsewhere, tmp_path / "run", *known, print) is None
     checkpoint.save(elsewhere, 2, FORMS, RunState(IDENTITY, ORDER, {"torch": "1"}, 0.0).at(2))
     with pytest.raises(ValueError, match=f"saved up to step 2, and {root} lacks it"):
         find_resume("auto", root, tmp_path / "run", *known, print)
