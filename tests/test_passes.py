@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from nfnets_xla.data.order import Order
 from nfnets_xla.optim import Passes
+from nfnets_xla.steps import make_passes
 from tests.steps import IMAGES, PLAIN, ROWS, SAM, STREAMS, VIEWS, batch, task
+from tests.test_recipes import composed
 
 
 def stepped(*, mix: bool = False, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -108,3 +111,11 @@ def test_the_effective_fraction_is_of_whole_images() -> None:
 def test_parts_that_do_not_divide_a_batch_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Passes(IMAGES, VIEWS, **options)
+
+
+def test_a_runs_passes_are_of_the_images_of_one_stream() -> None:
+    run = composed("finetune_sam")
+    run.data.repeats, run.optim.accumulation = 4, 2
+    run.optim.sam_microbatches, run.optim.sam_ascent_fraction = 2, 0.5
+    order = Order(np.full(8, 100), 0, num_streams=4, unique_per_step=32, window_shards=2, epochs=1)
+    assert make_passes(run, order) == Passes(8, 4, 2, 2, 0.5)

@@ -111,3 +111,13 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
 
 def test_the_vocabulary_has_every_shape() -> None:
     assert SCHEDULES == SHAPES
+
+
+def test_a_run_may_state_a_share_of_its_steps_and_a_cooldown() -> None:
+    run = composed("pretrain")
+    optim = run.optim
+    optim.warmup_steps, optim.warmup_epochs, optim.warmup_fraction = None, None, 0.05
+    optim.schedule, optim.cooldown_steps = "constant", 7
+    order = Order(np.full(10, 100), 0, 4, 20, 2, 2)
+    schedule = make_schedule(run, order)
+    assert (schedule.warmup_steps, schedule.total_steps, schedule.cooldown_steps) == (5, 100, 7)
