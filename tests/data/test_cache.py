@@ -88,6 +88,20 @@ def test_what_else_lies_in_the_folder_stays_and_counts_for_nothing(tmp_path: Pat
     assert names(Cache(tmp_path, 0)) == before | {cache.folder.name}
 
 
+def test_another_users_copies_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may write a file, but does not own it, may have it say `now`, and no other time."""
+    cache, utime = Cache(tmp_path, 10), os.utime
+    cache.open("a", giving(b"a" * 10))
+
+    def of_another(path: Path, ns: tuple[int, int] | None = None) -> None:
+        if ns is not None:
+            raise PermissionError(1, "Operation not permitted")
+        utime(path)
+
+    monkeypatch.setattr(os, "utime", of_another)
+    assert cache.open("a", never).whole() == b"a" * 10
+
+
 def test_what_is_read_may_be_evicted_meanwhile(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 10)
     file = cache.open("a", giving(b"a" * 10))
