@@ -54,6 +54,26 @@ def test_samples_that_cannot_be_named_cost_nothing_else(tmp_path: Path) -> None:
     assert said[1].endswith("1 of at most 3")
 
 
+def test_what_comes_after_the_freeze_is_not_counted() -> None:
+    """The device goes on until the host reads, and its steps may be bad, too; each is told once."""
+    said: list[str] = []
+    skips = Skips(Discard(), ceiling=1, before=0, start_step=0, ids=lambda _: [], say=said.append)
+    skips.read(2, [1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    for step, frozen, bad in ((6, 3, [0.0, 1.0, 0.0, 1.0]), (8, 5, [0.0, 1.0, 1.0, 1.0])):
+        skips.read(step, [1.0, frozen, *bad])
+        assert (skips.frozen_at, skips.count, len(said)) == (4, 1, 1)
+    assert "Saved is step 3, from" in skips.why()
+    assert "--step 4, with" in skips.why()
+
+
+def test_what_earlier_starts_left_out_counts_and_is_not_told_again() -> None:
+    said: list[str] = []
+    skips = Skips(Discard(), ceiling=4, before=2, start_step=5, ids=None, say=said.append)
+    skips.read(6, [3.0, 0.0, 1.0, 1.0])
+    assert (skips.count, len(said)) == (3, 1)
+    assert "step 6: " in said[0]
+
+
 def state_of(run_dir: Path, step: int) -> dict:
     found = checkpoint.load(run_dir / "checkpoints" / f"step-{step:08d}")
     return {f"{form}/{n}": t for form in found.forms for n, t in found.tensors(form).items()}

@@ -44,7 +44,6 @@ class Skips:
             self._read_to = number  # of what fails below nothing is counted twice
             if bad[number - step - 1]:
                 self._found(number)
-        self._read_to = max(self._read_to, step)
 
     def _found(self, step: int) -> None:
         stopped = step == self.frozen_at
