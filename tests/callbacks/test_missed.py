@@ -42,6 +42,13 @@ def test_the_ceiling_is_a_share_of_what_was_shown() -> None:
             missed.on_train_batch_start(TRAINER, MODULE, batch(step, 1), 0)
 
 
+def test_of_a_short_run_no_more_is_allowed_than_its_share() -> None:
+    missed = made(before=5)
+    missed.train_samples = 500
+    with pytest.raises(Failed, match=r"More than data\.max_missed=0\.01 of 500:"):
+        missed.on_train_batch_start(TRAINER, MODULE, batch(1, 1), 0)
+
+
 def test_an_evaluation_counts_its_own() -> None:
     """Over its batches, and anew in the next one."""
     missed = made()
