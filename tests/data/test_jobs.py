@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from nfnets_xla.data.jobs import map_jobs
 from nfnets_xla.data.pack import pack_samples
 from tests.data.images import encoded
 
@@ -71,3 +72,15 @@ def test_workers_end_with_the_command(tmp_path: Path, number: int, to_all: bool,
         if process.poll() is None or any(map(is_alive, workers)):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def test_every_item_is_done_once_in_order_and_told() -> None:
+    told: list[tuple[int, int]] = []
+    items = [*range(-40, 0)]
+    done = map_jobs(abs, items, on_progress=lambda *progress: told.append(progress))
+    assert [*done] == [*range(40, 0, -1)]
+    assert told == [(16, 40), (32, 40), (40, 40)]
+    assert [*map_jobs(abs, [-1, -2], jobs=-1)] == [1, 2]
+    for jobs in (0, -2):
+        with pytest.raises(ValueError, match=f"jobs is {jobs}; it must be 1 or more, or -1"):
+            next(map_jobs(abs, items, jobs=jobs))
