@@ -1,7 +1,7 @@
 """Reading ahead: threads that bring the shards of the next window into the cache.
 
-Every loader worker has its own threads and nearly the same wishes; the cache's locks see to it that
-each shard is fetched by one of them.
+Every loader worker has its own threads, and all want nearly the same shards; the cache's locks
+ensure that each shard is fetched only once.
 """
 
 import threading
@@ -11,16 +11,16 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-PREFETCH = 2  # batches that a loader worker is ahead by
-THREADS = 4  # of each worker; one connection to an object store gives 0.1 to 0.2 GB/s
+PREFETCH = 2  # batches that each loader worker prepares ahead
+THREADS = 4  # per worker; one connection to an object store gives 0.1 to 0.2 GB/s
 
 
 class ReadAhead:
-    """Fetches what is wanted, in the order of need, until it is garbage."""
+    """Fetches the wanted shards in order, until it is garbage-collected."""
 
     def __init__(self, bring: Callable[[int], None], keep: Callable[[int], None]) -> None:
-        """`bring(shard)` has the shard fetched, unless it is there. What it raises is left to the
-        reader, who will meet it again. `keep(shard)` has it, if it is there, give way last."""
+        """`bring(shard)` fetches the shard unless it is cached; its errors are ignored, since the
+        reader will meet them again. `keep(shard)` makes a cached shard the last to be evicted."""
         self._state = _State(bring, keep)
         self._first: int | None = None
         for _ in range(THREADS):
@@ -32,10 +32,10 @@ class ReadAhead:
         return ReadAhead, (self._state.bring, self._state.keep)
 
     def want(self, step: int, shards_ahead: Callable[[int], list[int]]) -> None:
-        """Replaces what was wanted before; what is being fetched is finished.
+        """Replaces the list of wanted shards; downloads in progress are finished.
 
-        `shards_ahead` of the step that the slowest worker may be at: its windows are still read
-        from, and if more than these and the next ones came in, they might have to go.
+        `shards_ahead` is asked for the step of the slowest possible worker: that one still reads
+        its windows, and fetching more than these and the next could evict them.
         """
         self._first = step if self._first is None else min(step, self._first)
         worker = get_worker_info()
@@ -44,7 +44,7 @@ class ReadAhead:
 
 
 class _State:
-    """What the threads share; they do not hold the ReadAhead itself, which may go."""
+    """State shared by the threads, which must not keep the ReadAhead itself alive."""
 
     def __init__(self, bring: Callable[[int], None], keep: Callable[[int], None]) -> None:
         self.bring, self.keep = bring, keep
@@ -56,7 +56,7 @@ class _State:
     def want(self, shards: list[int]) -> None:
         with self.changed:
             if shards != self.wanted:
-                for shard in shards:  # before one is fetched, for which another has to go
+                for shard in shards:  # before fetching one evicts another
                     self.keep(shard)
                 self.wanted, self.to_do = shards, shards[::-1]
                 self.changed.notify_all()

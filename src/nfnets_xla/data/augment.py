@@ -1,11 +1,11 @@
 """One image to one view: the random crop and flip of training, the fixed crop of evaluation.
 
 As in the reference, deepmind-research/nfnets/dataset.py at f5de0ed (cited by line), with one
-deviation: its bicubic resize neither antialiases nor clamps, and its values leave [0, 255]. Ours
-does both, so that views stay uint8 until they are on the device.
+deviation: the reference's bicubic resize neither antialiases nor clamps to [0, 255]. Ours does
+both, so that views stay uint8 until they are on the device.
 
-The resize is torch's, which has Pillow's filter in integer arithmetic at about twice the speed.
-Like the reference's it sees nothing outside of the crop. Its pixels do not depend on the number of
+The resize is torch's: Pillow's filter in integer arithmetic, at about twice the speed. As in the
+reference, only pixels inside the crop are used. The result does not depend on the number of
 threads, nor on whether the processor has AVX2.
 """
 
@@ -65,9 +65,9 @@ def eval_view(pixels_HWC: Pixels, *, size: int, margin: int = 32) -> Pixels:
 
 def _resized(pixels_HWC: Pixels, side: int, mirrored: bool = False) -> Pixels:
     """A square of `side` pixels: bicubic, antialiased, rows before columns, uint8 in between."""
-    images_1CHW = torch.from_numpy(pixels_HWC)[None].permute(0, 3, 1, 2)  # known as channels-last
+    images_1CHW = torch.from_numpy(pixels_HWC)[None].permute(0, 3, 1, 2)  # torch sees channels-last
     resized_1CHW = F.interpolate(images_1CHW, (side, side), mode="bicubic", antialias=True)
-    if mirrored:  # here, for torch is five times as fast at it as numpy
+    if mirrored:  # here: torch flips five times as fast as numpy
         resized_1CHW = resized_1CHW.flip(3)
     return resized_1CHW[0].permute(1, 2, 0).numpy()
 
@@ -82,8 +82,8 @@ def _random_box(
 ) -> Box | None:
     """The first of several random boxes that fits.
 
-    The distribution of TensorFlow's `sample_distorted_bounding_box`: the aspect is uniform, and so
-    is the height among those that the aspect allows; it is not the area that is uniform.
+    The distribution is that of TensorFlow's `sample_distorted_bounding_box`: the aspect is uniform,
+    and so is the height among those possible with it; the area is not uniform.
     """
     smallest, largest = (fraction * width * height for fraction in area)
     for _ in range(attempts):
@@ -92,7 +92,7 @@ def _random_box(
         lowest = min(round((smallest / ratio) ** 0.5), highest)
         rows = lowest + int((highest - lowest + 1) * rng.random())
         columns = round(rows * ratio)
-        if rows * columns < smallest:  # mend what rounding did to the area, one way or the other
+        if rows * columns < smallest:  # correct the rounding of the area
             rows += 1
         elif rows * columns > largest:
             rows -= 1

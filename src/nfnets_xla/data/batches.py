@@ -1,14 +1,14 @@
-"""Global batches from step numbers: order, bytes, pixels, labels and masks put together.
+"""Global batches by step number: puts order, image bytes, pixels, labels and masks together.
 
-A dataset here maps a step to that step's whole global batch. There is no iterator whose state could
-be lost: to resume is to start at another number.
+A dataset here maps a step to that step's whole global batch. There is no iterator with state to
+lose: resuming means starting at another number.
 
     index = ShardIndex.load("shards")
     order = Order(index.counts, seed, num_streams, batch_size // repeats, window_shards, epochs)
     dataset = TrainBatches(index, order, seed=seed, repeats=repeats, ...)
     batch = dataset[1000]
 
-Of one image, the K views come from one decode and lie next to each other; rows stay stream-major.
+The K views of an image come from one decode and are adjacent; rows are ordered by stream.
 
 Shape suffixes: U unique images, B = U * K rows, H W C as usual, L labels of an image, N residual
 blocks, P = ceil(F / 8) bytes of the F features that dropout masks.
@@ -40,19 +40,19 @@ from nfnets_xla.data.randaugment import rand_augment
 from nfnets_xla.data.shards import ShardIndex
 
 # images_BHWC uint8, labels_B int64, weight_B float32 and, in training, keep_masks_BN and
-# dropout_bits_BP uint8 are tensors. If a sample of the data set has several labels, labels_B is the
-# heaviest, and there are labels_BL int64 and label_weights_BL float32, filled up with the heaviest
-# at weight 0. Where images are to be mixed there are mix_outside_B and mix_ratio_B float32,
-# mix_box_B4 int32, and the partner's labels, under the names of the own with "mix_". What stays
-# on the host is no tensor: sample_U and epoch_U int64, weight_U float32 (numpy), step (int), layout
-# (mix.Layout), and missed, a list of what could not be decoded.
+# dropout_bits_BP uint8 are tensors. If any sample of the data set has several labels, labels_B has
+# the heaviest of each, and there are labels_BL int64 and label_weights_BL float32, padded with the
+# heaviest label at weight 0. If images are mixed, there are mix_outside_B and mix_ratio_B float32,
+# mix_box_B4 int32, and the partners' labels, with the prefix "mix_". What stays on the host is not
+# a tensor: sample_U and epoch_U int64, weight_U float32 (numpy), step (int), layout (mix.Layout),
+# and missed, a list of the samples that could not be decoded.
 Batch = dict[str, Any]
 
-GREY = 128  # of the row that stands for an image that cannot be decoded
+GREY = 128  # pixels of a row whose image cannot be decoded
 
 
 def check_mixing(order: Order) -> None:
-    """Raises ValueError if its streams leave an image without another one of its host."""
+    """Raises ValueError if an image could lack a partner in its stream, or streams are odd."""
     images_per_stream = order.unique_per_step // order.num_streams
     if order.num_streams % 2 or images_per_stream < 2:
         raise ValueError(
@@ -62,7 +62,7 @@ def check_mixing(order: Order) -> None:
 
 
 def check_window_room(index: ShardIndex, num_streams: int, window_shards: int) -> None:
-    """ValueError if a cache cannot hold what is read and what is fetched next for the streams."""
+    """ValueError if the cache cannot hold the streams' current windows and the next ones."""
     index.check_room(2 * num_streams * window_shards, "windows and the next ones")
 
 
@@ -76,7 +76,7 @@ class Samples:
     def __init__(self, index: ShardIndex, num_classes: int) -> None:
         self.index = index
         self.num_classes = num_classes
-        # A sample's number: the samples of the shards before its own, plus its row.
+        # A sample's number is the number of samples in all earlier shards, plus its row.
         self.first_of_shard = np.cumsum(index.counts) - index.counts
 
     def numbers(self, rows: StepRows) -> NDArray[np.int64]:
@@ -88,7 +88,7 @@ class Samples:
         return ReadAhead(index.bring, index.keep) if index.folder.cache else None
 
     def place(self, number: int) -> tuple[int, int]:
-        """Shard and row."""
+        """Shard and row of a sample's number."""
         shard = int(np.searchsorted(self.first_of_shard, number, side="right")) - 1
         return shard, number - int(self.first_of_shard[shard])
 
@@ -96,8 +96,8 @@ class Samples:
         return self.index.sample_id(*self.place(number))
 
     def pixels(self, shard: int, row: int) -> Pixels | dict[str, Any]:
-        """The image or, if it cannot be decoded, what is told of it. Raises ValueError for a shard
-        that is not the one that was indexed."""
+        """The image; or, if it cannot be decoded, a dictionary about it for `missed`. Raises
+        ValueError for a shard that is not the one that was indexed."""
         data = self.index.read(shard, row)
         try:
             return decode(data)
@@ -122,7 +122,7 @@ class Samples:
 
 
 class TrainBatches(Dataset[Batch]):
-    """`self[step]` is global batch `step` of a run: the same in any process, at any time."""
+    """`self[step]` is global batch `step` of a run, the same in every process and every time."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class TrainBatches(Dataset[Batch]):
         if mix:
             check_mixing(order)
         self.streams = range(order.num_streams) if streams is None else streams
-        # A batch touches a window of every stream, and two where one gives way to the next.
+        # A batch reads one window of every stream, or two where it crosses into the next window.
         touched = 2 * len(self.streams) * (order.window_shards + 1)
         self.samples = Samples(index.keeping(touched), num_classes)
         check_window_room(index, len(self.streams), order.window_shards)
@@ -176,11 +176,11 @@ class TrainBatches(Dataset[Batch]):
         return self.order.num_steps
 
     def __getitem__(self, step: int) -> Batch:
-        """Raises ValueError for a bad label, and for a shard that has changed or cannot be had."""
+        """Raises ValueError for a bad label, and for a shard that has changed or is unavailable."""
         return self.of_streams(step, self.streams)
 
     def of_streams(self, step: int, streams: range) -> Batch:
-        """The part of a batch that these streams make: its rows are those of the whole."""
+        """The rows of a batch that belong to these streams."""
         if self.samples.ahead:
             self.samples.ahead.want(step, partial(self.order.shards_ahead, streams=streams))
         rows = self.order.step(step, streams)
@@ -202,13 +202,13 @@ class TrainBatches(Dataset[Batch]):
         return batch
 
     def samples_shown(self, batch: Batch) -> dict[str, list]:
-        """The ids and epochs of the samples that a batch shows, in its order; no spare rows."""
+        """The ids and epochs of the samples that a batch shows, in order, without padding rows."""
         real = batch["weight_U"] > 0
         ids = [self.samples.name(int(number)) for number in batch["sample_U"][real]]
         return {"ids": ids, "epochs": batch["epoch_U"][real].tolist()}
 
     def ids(self, step: int) -> list[str]:
-        """Of all samples of the global batch of update `step`, counted from 1."""
+        """The ids of all samples in the global batch of update `step`, counted from 1."""
         rows = self.order.step(step - 1)
         return [self.samples.name(int(n)) for n in self.samples.numbers(rows)[rows.weight > 0]]
 
@@ -238,7 +238,7 @@ class TrainBatches(Dataset[Batch]):
         sample_B: NDArray[np.int64],
         view_B: NDArray[np.int64],
     ) -> Batch:
-        """What is to be mixed with what; the device does it."""
+        """Draws which rows are mixed and how; the device mixes them."""
         images_per_stream = self.order.unique_per_step // self.order.num_streams
         layout = Layout(len(rows.row) // images_per_stream, images_per_stream, self.repeats)
         keys = list(zip(epoch_B.tolist(), sample_B.tolist(), view_B.tolist(), strict=True))
@@ -264,7 +264,7 @@ class TrainBatches(Dataset[Batch]):
 
 
 class EvalBatches(Dataset[Batch]):
-    """Every sample once, in index order; the last batch is filled up with rows of weight 0."""
+    """Every sample once, in index order; the last batch is padded with rows of weight 0."""
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ class EvalBatches(Dataset[Batch]):
         margin: int,
         part: slice = slice(None),
     ) -> None:
-        """`part` of every global batch's rows: one host's of several."""
+        """With `part`, batches are that part of the rows: one host's of several."""
         check_evaluation_room(index)
         self.samples = Samples(index, num_classes)
         self.order = SequentialOrder(index.counts, batch_size)
@@ -316,7 +316,7 @@ def _batch(
     size: int,
     repeats: int,
 ) -> Batch:
-    """What training and evaluation have in common: decode each image once, view it K times."""
+    """Common to training and evaluation: decode each image once, make K views of it."""
     sample_U, weight_U = samples.numbers(rows), rows.weight.copy()
     images_UKHWC = np.full((len(sample_U), repeats, size, size, 3), GREY, np.uint8)
     labels_U: list[list[tuple[int, float]]] = []
@@ -325,7 +325,7 @@ def _batch(
         if place and not rows.weight[place] and sample == sample_U[place - 1]:
             images_UKHWC[place] = images_UKHWC[place - 1]
             labels_U.append(labels_U[-1])
-            continue  # evaluation fills up with one sample, which need not be decoded each time
+            continue  # evaluation pads with one sample: decode it once
         shard, row, epoch = (int(column[place]) for column in (rows.shard, rows.row, rows.epoch))
         labels_U.append(samples.labels(shard, row))
         pixels = samples.pixels(shard, row)
@@ -351,7 +351,7 @@ def _batch(
 def _label_tensors(
     labels_U: list[list[tuple[int, float]]], most: int, repeats: int
 ) -> dict[str, torch.Tensor]:
-    """Of the same shape for every batch of a data set, of whose samples one has `most` labels."""
+    """Label tensors, of equal shape in every batch: `most` labels is the data set's maximum."""
     first_U = np.array([labels[0][0] for labels in labels_U])
     tensors = {"labels_B": torch.from_numpy(first_U.repeat(repeats))}
     if most > 1:

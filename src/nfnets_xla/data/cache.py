@@ -3,15 +3,15 @@
     cache = Cache(Path("/mnt/ssd/shards"), limit=200 * 10**9)
     copy = cache.open("3f2a.tar", fetch)  # `fetch` is called if no process has the copy yet
 
-What holds, whenever a process is killed:
+These guarantees hold even if a process is killed at any time:
 
-- a copy has its name only when it is whole: it is written under another and then renamed;
-- one process fetches a copy, the others wait for it; a lock ends with the process that holds it;
-- copies and what is reserved for those on their way are never more than `limit` bytes: the least
-  recently used give way first. Names on the disk are all the bookkeeping there is.
+- a copy gets its name only when it is whole: it is written under another name, then renamed;
+- one process fetches a copy while the others wait; a lock ends with the process that holds it;
+- copies, and the space reserved for downloads, never exceed `limit` bytes: the least recently used
+  copies are evicted first. The file names are the only bookkeeping.
 
-A reader opens a copy for each read: of a deleted file that is kept open the disk keeps the bytes,
-and they would count for nothing here.
+A reader opens a copy anew for each read: the disk keeps the bytes of a deleted file while it is
+open, and they would not be counted here.
 """
 
 import fcntl
@@ -25,32 +25,32 @@ from typing import NamedTuple
 
 from nfnets_xla.data.storage import OpenFile, local
 
-OWN = "nfnets-xla-shards"  # within the folder that is given: nothing else there is deleted
+OWN = "nfnets-xla-shards"  # subfolder of data.cache_dir: nothing outside it is deleted
 LOCK, PART = ".lock", ".part"
-POLL = 0.05  # seconds between looks whether others have left room
+POLL = 0.05  # seconds between checks whether there is room now
 
-Room = Callable[[int], Path]  # of so many bytes: where to write a file of that size
-Fetch = Callable[[Room], None]  # writes a copy into the room that it asks for, once
+Room = Callable[[int], Path]  # reserves that many bytes; returns the path to write to
+Fetch = Callable[[Room], None]  # asks for room once, and writes the copy there
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The keys are file names, each of which stands for one content."""
+    """Keys are file names; one key always stands for the same content."""
 
     folder: Path  # on a local disk: locks are flock's
     limit: float  # bytes
-    sharers: int = 1  # processes of this machine, each of which reads shards of its own through it
+    sharers: int = 1  # processes of this machine that read different shards through it
 
     def open(self, key: str, fetch: Fetch) -> OpenFile:
-        """The copy, fetched if it is not there. Raises what `fetch` raises, and ValueError for a
-        file that is larger than the whole cache."""
+        """The copy, fetched if missing. Raises what `fetch` raises, and ValueError for a file that
+        is larger than the whole cache."""
         if file := self._opened(key):
             return file
         with _held(self._lock(key), wait=True):
             return self._opened(key) or self._fetched(key, fetch)
 
     def bring(self, key: str, fetch: Fetch) -> None:
-        """Fetch the copy unless it is there, or another process is at it. The copy becomes the most
+        """Fetch the copy unless it is there or another process is fetching it. It becomes the most
         recently used."""
         if self._opened(key):
             return
@@ -59,12 +59,12 @@ class Cache:
                 self._fetched(key, fetch)
 
     def keep(self, key: str) -> None:
-        """Have a copy, if it is there, be the last to give way."""
+        """Make a copy, if it is there, the last to be evicted."""
         with suppress(FileNotFoundError):
             _use(self.folder / key)
 
     def drop(self, key: str) -> None:
-        """Forget a copy that is not what it should be."""
+        """Delete a copy with wrong content."""
         (self.folder / key).unlink(missing_ok=True)
 
     def _opened(self, key: str) -> OpenFile | None:
@@ -75,7 +75,7 @@ class Cache:
             return None
 
     def _fetched(self, key: str, fetch: Fetch) -> OpenFile:
-        """Opened before it can be evicted again, so that whoever fetches also reads."""
+        """Fetch and open a copy; it is opened before another process could evict it."""
         parts: list[Path] = []
 
         def room(size: int) -> Path:
@@ -85,9 +85,9 @@ class Cache:
         try:
             fetch(room)
             file = OpenFile(parts[-1])
-            # Not synced: a copy that a crash of the machine has spoiled fails its checksums.
+            # Not synced: a copy that a machine's crash has damaged fails its checksums.
             _use(parts[-1])
-            with _held(self.folder / LOCK, wait=True):  # who counts sees it under one name
+            with _held(self.folder / LOCK, wait=True):  # others count it under one name only
                 parts[-1].replace(self.folder / key)
             return file
         finally:
@@ -105,18 +105,18 @@ class Cache:
         while True:
             with _held(self.folder / LOCK, wait=True):
                 for entry in self._entries():
-                    if entry.on_its_way and entry.key == key:  # of a process that was killed
+                    if entry.on_its_way and entry.key == key:  # left by a killed process
                         entry.path.unlink(missing_ok=True)
                 if self._evict(self.limit - size):
                     part.touch()
                     return part
-            time.sleep(POLL)  # until another download is whole, and may be evicted
+            time.sleep(POLL)  # until another download is complete, and may be evicted
 
     def _evict(self, limit: float) -> bool:
-        """Delete until there are at most `limit` bytes; False if what is left is on its way."""
+        """Evict down to `limit` bytes; False if that is impossible, as downloads take more."""
         entries = list(self._entries())
         used = sum(entry.size for entry in entries)
-        # What a killed process left goes first: its lock can be had.
+        # Parts left by killed processes go first: nobody holds their locks.
         for entry in sorted(entries, key=lambda entry: (not entry.on_its_way, entry.used)):
             if used <= limit:
                 break
@@ -147,8 +147,7 @@ class Cache:
 
 
 def open_cache(folder: str | Path, limit: float, sharers: int = 1) -> Cache:
-    """In a folder of its own within this one. Raises ValueError for a folder that cannot be made or
-    written."""
+    """The cache in a subfolder of `folder`. Raises ValueError if that cannot be made or written."""
     path = local(folder) / OWN
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -164,26 +163,26 @@ def open_cache(folder: str | Path, limit: float, sharers: int = 1) -> Cache:
 class _Entry(NamedTuple):
     path: Path
     key: str
-    size: int  # bytes; of what is on its way, those that it will have
+    size: int  # bytes; for a download, its final size
     used: int  # nanoseconds, when it was last read
     on_its_way: bool
 
 
 def _use(path: Path) -> None:
-    """Write down that the file is used now, by a clock that does not stand still for milliseconds,
-    as a file system's own does."""
+    """Record that the file is used now, with a clock finer than the file system's own, which
+    advances only every few milliseconds."""
     now = time.time_ns()
     try:
         os.utime(path, ns=(now, now))
-    except PermissionError:  # the owner's right alone
+    except PermissionError:  # only the owner may set other times than now
         os.utime(path)
 
 
 @contextmanager
 def _held(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Holds a lock, and says whether: without `wait`, not if another has it.
+    """Holds a lock, and yields whether it does: without `wait`, not if another process has it.
 
-    Its file goes with it. Who waited for one that is deleted by now has to begin again.
+    The lock's file is deleted on release; a process that waited for a deleted file tries again.
     """
     descriptor = _take(path, wait)
     try:

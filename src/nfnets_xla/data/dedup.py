@@ -1,13 +1,13 @@
-"""Near-duplicates: which samples show what others show, however it was cropped or written on.
+"""Near-duplicates: samples that show the same picture, perhaps cropped or written on.
 
     matches = find([train], [imagenet], "dedup", Settings())   # goes on where it was stopped
     lines = doubles(matches, most_distance=0.25)               # what `data.exclude` reads
 
-Three passes, the first and last of them a function of one shard, whose results are files in a
-folder. `thumbnails/` has what is kept of every picture (`thumbnail.py`), named after the shard's
-checksums: what has not changed is not read again. `references-*` are the pictures that are searched
-for (`references.py`). `matches/` has, for each shard, the pairs whose hashes are near, and how far
-their pictures are from being one (`likeness.py`): a threshold can be chosen afterwards, in seconds.
+There are three passes, and each writes files into a folder; the first and last work shard by shard.
+`thumbnails/` has the thumbnails of a shard (`thumbnail.py`), named after its checksums, so that
+unchanged shards are not read again. `references-*` is the index of the pictures to search for
+(`references.py`). `matches/` has, for each shard, the pairs with near hashes and the distances of
+their pictures (`likeness.py`), so that a threshold can be chosen afterwards, in seconds.
 
 Shape suffixes: P pictures, S shards or sides, M matches, C candidates.
 """
@@ -43,18 +43,18 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 Ints = NDArray[np.int64]
 
-FORMAT = 2  # of all files; it changes when what is in them does
-OPENED = 64  # shards at a time, of any number
+FORMAT = 2  # of all files; changes with their content
+OPENED = 64  # shards kept open at a time
 THUMBNAILS, MATCHES, REFERENCES = "thumbnails", "matches", "references"
 MOST_BITS = 44  # above, about every thousandth pair of pictures is near by chance
-FARTHEST = 0.7  # of what is kept: enough to choose a threshold from
+FARTHEST = 0.7  # largest distance of the pairs kept, to choose a threshold from
 
 
 @dataclass(frozen=True)
 class Settings:
     crop: float = 0.7  # share of a picture's area that a copy may be cropped to
-    most_bits: int = 32  # of 128, in which hashes may differ
-    compare: bool = True  # pixels; else every pair whose hashes are near has distance 0
+    most_bits: int = 32  # of 128 that may differ between hashes
+    compare: bool = True  # compare pixels; else every pair with near hashes has distance 0
 
     def check(self) -> None:
         """Raises ValueError for what is out of range."""
@@ -72,11 +72,11 @@ class Matches(NamedTuple):
     reference_M2: NDArray[np.int64]
     bits_M: NDArray[np.int64]
     distance_M: NDArray[np.float32]
-    undecodable: int  # that could not be, or not searched for
+    undecodable: int  # samples that could not be decoded, and so not be compared
 
 
 class Kept(NamedTuple):
-    """Of a shard: its thumbnails, and the row of each."""
+    """The thumbnails of a shard, and the row of each."""
 
     pictures_PSS: Thumbnails
     rows_P: NDArray[np.int64]
@@ -134,8 +134,8 @@ class Double(NamedTuple):
 
 
 def doubles(matches: Matches, most_distance: float) -> list[Double]:
-    """Samples to leave out, in order. Of a group within one set the first sample stays; the others
-    have the distance to what they are nearest to in the group."""
+    """Samples to leave out, in order. Within one set, the first sample of each group stays; for the
+    others the distance is that to the nearest in their group."""
     near = np.flatnonzero(matches.distance_M <= most_distance)
     near = near[np.argsort(matches.distance_M[near], kind="stable")]
     within = matches.against is matches.train
@@ -158,7 +158,7 @@ def doubles(matches: Matches, most_distance: float) -> list[Double]:
 
 
 class _Groups:
-    """Samples joined to groups, each known by its first."""
+    """Groups of samples (union-find), each identified by its first sample."""
 
     def __init__(self) -> None:
         self._before: dict[tuple[int, int], tuple[int, int]] = {}
@@ -176,7 +176,7 @@ class _Groups:
 
 
 def exclusion_lines(matches: Matches, found: Iterable[Double]) -> Iterator[str]:
-    """Of an exclusion list: id, matched id, distance, with tabs between."""
+    """Lines of an exclusion list: id, matched id, distance, separated by tabs."""
     opened = opener(matches)
     for double in found:
         (shard, row), (other, at) = double.sample, double.matched
@@ -185,8 +185,8 @@ def exclusion_lines(matches: Matches, found: Iterable[Double]) -> Iterator[str]:
 
 
 def opener(matches: Matches) -> Callable[[bool, int], ShardIndex]:
-    """`opened(is_reference, shard)`: a copy of the matches' index, the last OPENED of which stay.
-    An index keeps its file open, and the ids that it has read."""
+    """`opened(is_reference, shard)`: a copy of a shard's index; the latest OPENED ones are cached,
+    since each keeps its file open and the ids it has read."""
 
     @lru_cache(OPENED)
     def opened(is_reference: bool, shard: int) -> ShardIndex:
@@ -199,17 +199,17 @@ def opener(matches: Matches) -> Callable[[bool, int], ShardIndex]:
 
 
 def _keep(where: Folder, shard: ShardIndex) -> int:
-    """Have the thumbnails of a shard: the number of samples that do not decode."""
+    """Make the thumbnails of a shard, if missing; the number of samples that do not decode."""
     kept = _kept(where, shard)
     if kept is None:
-        shard = replace(shard)  # an index keeps its file open: this one goes at the end
+        shard = replace(shard)  # a copy, so that its open file is closed at the end
         pictures, rows = [np.zeros((0, SIDE, SIDE), np.uint8)], []
         for row in range(shard.num_samples):
             data = shard.read(0, row)
             try:
                 pictures.append(thumbnails(data))
             except ValueError:
-                continue  # counted, and named by `lint`; training shows none of it
+                continue  # counted here, named by `lint`; training gives it weight 0
             rows += [row] * len(pictures[-1])
         kept = Kept(np.concatenate(pictures), np.array(rows, np.int64))
         _write(where, _file(shard), {"pictures": kept.pictures_PSS, "rows": kept.rows_P})
@@ -217,7 +217,7 @@ def _keep(where: Folder, shard: ShardIndex) -> int:
 
 
 def _refer(where: Folder, references: list[ShardIndex], crop: float) -> str:
-    """Have the index of references; its name, without the ending."""
+    """Build the index of references, if missing; its name without suffix."""
     sha = hashlib.sha256(f"{FORMAT} {crop}".encode())
     for shard in references:
         sha.update(shard.manifest.digests_S.tobytes())
@@ -234,7 +234,7 @@ COLUMNS = ("row", "reference", "bits", "distance")
 def _search(
     where: Folder, name: str, settings: Settings, within: bool, item: tuple[int, ShardIndex]
 ) -> str:
-    """Have the matches of a shard; the name of their file."""
+    """Find the matches of a shard, if missing; the name of their file."""
     number, shard = item
     described = f"{name} {settings} {number if within else ''} {shard.manifest.key(0)}"
     file = f"{MATCHES}/{hashlib.sha256(described.encode()).hexdigest()[:32]}.npz"
@@ -243,7 +243,7 @@ def _search(
     references = load_references(where.path / f"{name}.faiss", settings.crop)
     kept, parts = _known(where, shard), [_nothing()]
     if within:
-        # What an earlier sample shows is looked for there: this one is like that, and done.
+        # A picture that an earlier sample shows is searched for there; here it is just a copy.
         first_K2 = references.first_P2[references.shown_by(number)]
         again = (first_K2 != _numbered(number, kept.rows_P)).any(axis=1)
         bits, distance = np.zeros((2, int(again.sum())))
@@ -273,13 +273,13 @@ def _near(
     placed = [references.views[view] for view in found.view_C]
     theirs = references.pictures_PSS[found.reference_C]
     distance_C = 1 - likeness(copies, theirs, placed)
-    distance_C[(copies == theirs).all(axis=(1, 2))] = 0  # the fit's rounding is none of theirs
+    distance_C[(copies == theirs).all(axis=(1, 2))] = 0  # without the fit's rounding errors
     return found, distance_C
 
 
 def _chosen(columns: list[NDArray], number: int) -> Ints:
-    """What is worth keeping, in order: not a sample's likeness to itself; and of a sample that has
-    two pictures, for it has a border, the nearer."""
+    """The matches to keep, in order: no sample with itself, and only the nearer picture of a sample
+    that has two because it has a border."""
     row_M, reference_M2, bits_M, distance_M = columns
     is_other_M = (reference_M2 != _numbered(number, row_M)).any(axis=1)
     order = np.lexsort([bits_M, distance_M, *reference_M2.T[::-1], row_M])
@@ -296,7 +296,7 @@ def _nothing() -> list[NDArray]:
 
 
 def _single(indexes: Sequence[ShardIndex]) -> list[ShardIndex]:
-    """An index for each shard: what a job is sent."""
+    """One index per shard, as a job needs it."""
     found = []
     for index in indexes:
         names = (index.name(shard).encode() for shard in range(index.num_shards))
@@ -317,7 +317,7 @@ def _file(shard: ShardIndex) -> str:
 
 
 def _known(where: Folder, shard: ShardIndex) -> Kept:
-    """What is searched: not pictures of one colour, which are like every other such picture."""
+    """Thumbnails to search, without plain ones, which would all match one another."""
     kept = _kept(where, shard)
     if kept is None:
         raise ValueError(f"{where}/{_file(shard)} is missing or damaged: give the command again")

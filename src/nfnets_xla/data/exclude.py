@@ -1,9 +1,9 @@
-"""Samples that are in the shards and not to be shown: duplicates, held-out ones, faulty ones.
+"""Samples in the shards that are not to be shown: duplicates, held-out ones, faulty ones.
 
-A list is a text file of sample ids, `shard/key`, one on a line; what follows a tab is for people
-(`shards dedup` says there why). `resolve` finds their rows, for which it reads the sidecars of the
-shards that are named; a list of millions is resolved once, by `nfnets-xla shards exclude`, into an
-.npz file that says rows and fits one index only.
+A list is a text file of sample ids, `shard/key`, one per line; text after a tab is for people
+(`shards dedup` writes the reason there). `resolve` finds their rows, and reads the sidecars of the
+named shards for that. A list of millions is resolved once, by `nfnets-xla shards exclude`, into an
+.npz file of rows, which is valid only for that index.
 
     index = without(ShardIndex.load("shards"), "duplicates.txt")
 """
@@ -40,12 +40,12 @@ def without(index: ShardIndex, path: str | Path) -> ShardIndex:
 
 
 def read_ids(path: Path) -> list[str]:
-    """What the lines that are not empty begin with, up to a tab."""
+    """The ids: the first tab-separated field of each line that is not empty."""
     return [fields[0] for fields in _read_fields(path)]
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """Of a list that `shards dedup` has written: the ids of samples and of what they match."""
+    """Pairs of ids, sample and match, from a list that `shards dedup` has written."""
     rows = _read_fields(path)
     if any(len(fields) < 2 for fields in rows):
         raise ValueError(f"{path} is no list of pairs: give one of `nfnets-xla shards dedup`")
@@ -61,7 +61,7 @@ def _read_fields(path: Path) -> list[list[str]]:
 
 
 def resolve(index: ShardIndex, ids: Iterable[str], source: str = "the list") -> Exclusions:
-    """Rows of the samples. Raises ValueError for an id that is not in the index, and for none."""
+    """The rows of the samples. Raises ValueError for an unknown id, and if there are no ids."""
     numbers = {short_name(index.name(shard)): shard for shard in range(index.num_shards)}
     keys: dict[int, list[str]] = {}
     for sample_id in ids:
@@ -91,7 +91,7 @@ def rows_by_key(records: Records) -> dict[str, int]:
 
 
 def check_output(path: Path) -> None:
-    """Raises ValueError for where no resolved list can be: before any long work for it."""
+    """Raises ValueError for an invalid path, before any long work."""
     if path.suffix != RESOLVED:
         raise ValueError(f"{path} must end in {RESOLVED}: rows are no text")
     if path.name == MANIFEST or path.name.endswith(SIDECAR):
@@ -118,7 +118,7 @@ def load_exclusions(path: Path, index: ShardIndex) -> Exclusions:
 
 
 def _ordered(arrays: Arrays) -> tuple[Exclusions, str]:
-    """And the fingerprint of the index that they are for."""
+    """The exclusions, and the fingerprint of the index they are for."""
     fingerprint = arrays.pop("fingerprint").tobytes().hex()
     exclusions = Exclusions(**arrays)
     ends_E = exclusions.ends_E

@@ -1,4 +1,4 @@
-"""Formula-driven images: a labelled set of any size and number of classes, with nobody's licence.
+"""Formula-driven images: a labelled set of any size and number of classes, free of licences.
 
 A class is a random iterated function system, as in Kataoka et al. 2020 ("Pre-training without
 Natural Images"): a few affine maps whose attractor is a fractal. An instance perturbs the maps,
@@ -27,7 +27,7 @@ def fractal(seed: int, class_index: int, instance: int, size: int) -> NDArray[np
     """One image, `(size, size, 3)`."""
     system = class_system(seed, class_index)
     rng = np.random.default_rng([seed, class_index, instance, 2])
-    jitter = 1 + rng.normal(0, 0.06, system.shape)  # the paper of the method varies by 0.8 to 1.2
+    jitter = 1 + rng.normal(0, 0.06, system.shape)  # the paper varies them by 0.8 to 1.2
     points, last_map = chaos_game(system * jitter, rng)
     density, shade = _rasterise(_placed(points, rng), last_map, size * OVERSAMPLING, len(system))
     pixels = _coloured(density, shade, rng)
@@ -62,7 +62,7 @@ def random_system(rng: np.random.Generator) -> Float:
 def chaos_game(maps: Float, rng: np.random.Generator) -> tuple[Float, NDArray[np.int64]]:
     """Points on the attractor `(P, 2)` and the map that each was reached by `(P,)`.
 
-    Maps are applied as often as their area asks, so that the picture is evenly filled."""
+    Maps are chosen in proportion to their areas, so that the picture is evenly filled."""
     areas = np.abs(np.linalg.det(maps[:, :, :2])) + 0.02
     choices = rng.choice(len(maps), (STEPS, WALKERS), p=areas / areas.sum())
     points = np.zeros((WALKERS, 2))

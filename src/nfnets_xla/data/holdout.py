@@ -1,11 +1,11 @@
-"""A held-out split by hash of the key: the same samples however they are packed into shards.
+"""A held-out split by hash of the key, the same however the samples are packed into shards.
 
-The split is the samples with the smallest hashes. They are copied into shards of their own, which
-evaluation reads like any others, with the list of their ids beside them, which training excludes.
-Keys must tell samples apart over all shards; numbers that start anew in each shard do not.
+The split consists of the samples with the smallest hashes. They are copied into separate shards for
+evaluation, with a list of their ids for training to exclude. Keys must be unique over all shards;
+numbers that start again in each shard are not.
 
-A group of near-duplicates (`dedup.py`) is held out as a whole, or left as a whole: each has the
-smallest of its hashes.
+A group of near-duplicates (`dedup.py`) is held out, or left, as a whole: every sample in it gets
+the smallest hash of the group.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from nfnets_xla.data.sources import extension_of
 from nfnets_xla.data.storage import Folder, is_below, local
 
 IDS = "held_out.txt"
-MAX_EXCESS = 0.01  # of the split, by keys that several samples share
+MAX_EXCESS = 0.01  # largest excess over the wanted size, as a share, from repeated keys
 
 
 def hold_out(
@@ -43,7 +43,7 @@ def hold_out(
     """Copy the split into `folder`, as shards and a list of ids; returns the ids. A failure leaves
     nothing behind.
 
-    `alike` are pairs of ids that must not be parted, all of samples that are there."""
+    `alike` are pairs of ids that must not be separated; all must be in the index."""
     if not 0 < samples < index.num_samples:
         raise ValueError(
             f"{samples} samples are to be held out of {index.num_samples}: hold out at least one, "
@@ -62,22 +62,22 @@ def hold_out(
     def copies() -> Iterator[Sample]:
         for number, (shard, row) in enumerate(chosen):
             data = index.read(shard, row)
-            if not data:  # listed, and so shown to nobody
+            if not data:  # still listed, so training does not show it either
                 continue
-            # Numbered: keys may repeat over shards. The n-th line of the list says which it was.
+            # Keys are numbers, as the original ones may repeat; line n of the list has the id.
             yield f"{number:08d}", data, extension_of(data), index.labels(shard, row)
 
-    # The list first: without it, or with a part of it, shards that are there would be trained on.
+    # The list comes first: without the whole list, existing shards would be trained on.
     is_new = not Path(folder).exists()
     Path(folder).mkdir(parents=True, exist_ok=True)
     claim(Path(folder, IDS))
     try:
         Folder(folder).write(IDS, "".join(f"{sample_id}\n" for sample_id in ids).encode())
         pack_samples(copies(), folder, samples_per_shard=samples_per_shard, prefix="held-out")
-    except BaseException:  # no shards are there now: the list would leave out what nobody evaluates
+    except BaseException:  # without shards, the list would exclude what nobody evaluates
         Path(folder, IDS).unlink(missing_ok=True)
         if is_new:
-            with suppress(OSError):  # not empty: another process's by now
+            with suppress(OSError):  # not empty: in use by another process
                 Path(folder).rmdir()
         raise
     return ids
@@ -94,11 +94,11 @@ def choose(
 ) -> list[tuple[int, int]]:
     """(shard, row) of the samples with the smallest hashes, by hash and then by id.
 
-    Samples that share a key are held out together; so are pairs of ids that are alike, and if that
-    is too many, a few less. Raises ValueError if too many share a key.
+    Samples with the same key are held out together, and so are groups of `alike`; if the last group
+    does not fit, fewer are held out. Raises ValueError if too many samples share a key.
     """
-    # Twice the share that is wanted, and 6 deviations of small numbers, are surely enough to choose
-    # from, and keep what the jobs hand back small.
+    # Twice the wanted share, plus 6 standard deviations for small numbers, is surely enough to
+    # choose from, and keeps the jobs' results small.
     share = (2 * samples + 6 * samples**0.5 + 10) / index.num_samples
     limit = np.uint64(min(share, 1.0) * (2**64 - 2**11))
     job = partial(_hashes, index.folder, limit)
@@ -118,10 +118,10 @@ def choose(
     of = np.repeat(np.arange(index.num_shards), [len(rows) for _, rows, _ in parts])
     places = np.lexsort([rows, of, hashes])
     found = hashes[places]
-    # Where many samples have one hash there may be fewer below the limit.
+    # If many samples share one hash, fewer may be below the limit.
     last = found[samples - 1] if len(found) >= samples else limit
     count = int(np.searchsorted(found, last, side="right"))
-    if smallest and count > samples:  # the last group does not fit: fewer, then
+    if smallest and count > samples:  # the last group does not fit: leave it out
         count = int(np.searchsorted(found, last)) or count
     grouped = [value for by_key in smallest.values() for value in by_key.values()]
     single = found[:count][~np.isin(found[:count], np.array(grouped, np.uint64))]
@@ -136,14 +136,14 @@ def choose(
 
 
 def key_hash(key: str) -> int:
-    """64 bits; BLAKE2b with a name of its own, so that no other use of the key agrees with it."""
+    """A 64-bit BLAKE2b hash, personalised so that it is independent of other hashes of keys."""
     digest = hashlib.blake2b(key.encode(), digest_size=8, person=b"nfnets held out").digest()
     return int.from_bytes(digest, "little")
 
 
 def group_hashes(alike: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """By shard's name and key, the smallest hash of the group that a sample is in."""
-    groups: dict[str, list[str]] = {}  # by each of its ids
+    """{shard's name: {key: smallest hash in the sample's group}}."""
+    groups: dict[str, list[str]] = {}  # {id: all ids of its group}
     for one, other in alike:
         joined = groups.setdefault(one, [one])
         also = groups.setdefault(other, [other])
@@ -166,8 +166,8 @@ def _hashes(
     limit: np.uint64,
     shard: tuple[str, str, NDArray[np.uint32], Mapping[str, int]],
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64], str | None]:
-    """Of one shard, its excluded rows and its keys that have another's hash: the hashes up to a
-    limit, the rows that have them, and the id of a key that it should have and has not."""
+    """For one shard, given as (name, manifest key, excluded rows, {key: group's hash}): the hashes
+    up to `limit`, their rows, and an id that is in a group but not in the shard, if any."""
     name, key, excluded, smallest = shard
     records = read_records(folder, name, key)
     keys = [records.key(row) for row in range(records.num_samples)]

@@ -1,12 +1,12 @@
-"""ImageNet (ILSVRC 2012) from the archives that image-net.org hands out, into shards.
+"""Packs ImageNet (ILSVRC 2012), from the archives of image-net.org, into shards.
 
     ILSVRC2012_img_train.tar          1,000 tars, one a class, of 1,281,167 JPEGs
     ILSVRC2012_img_val.tar            50,000 JPEGs
-    ILSVRC2012_devkit_t12.tar.gz      their labels, by ILSVRC's own numbers, and what these are
+    ILSVRC2012_devkit_t12.tar.gz      the labels of these, as ILSVRC's class numbers, with a key
 
-A label is the standard index: the place of the class's WordNet id among the sorted ids. With
-`real.json` (Beyer et al., arXiv 2006.07159: for each validation image all labels that fit) there
-are shards of these labels too, less the images to which none fits; top-1 there is ReaL accuracy.
+A label is the standard index: the position of the class's WordNet id among the sorted ids. With
+`real.json` (Beyer et al., arXiv 2006.07159: all fitting labels of each validation image) shards
+with those labels are made, too, without images that no label fits; top-1 on them is ReaL accuracy.
 
 Nothing is unpacked: images are found by offset, training images in a keyed order over all classes.
 """
@@ -61,7 +61,7 @@ def pack_imagenet(
     has_real = where.modified(REAL) is not None
     for name in ("train", "val", "val-real")[: 2 + has_real]:
         check_empty(out / name)
-    # The small files first: to scan the large ones takes a while.
+    # The small files first: scanning the large ones takes a while.
     synsets = _val_synsets(where.read(DEVKIT))
     real = _real_labels(where.read(REAL)) if has_real else None
     train = where.open(TRAIN)
@@ -106,7 +106,7 @@ def _shuffled(
 
 
 def _val(file: OpenFile, images: list[Place], labels: list[dict[int, float]]) -> Iterator[Sample]:
-    """In the order of their numbers, less those without a label."""
+    """Validation images in the order of their numbers, without those that have no label."""
     for place, label in zip(images, labels, strict=True):
         if label:
             yield place.key, file.read(place.offset, place.size), "jpg", label
@@ -161,7 +161,7 @@ def _val_synsets(devkit: bytes) -> list[str]:
 
 
 def _ground_truth(devkit: bytes) -> tuple[bytes, bytes]:
-    """Of its files: the validation images' numbers, and what these are."""
+    """Two files of the devkit: the validation images' class numbers, and the classes."""
     found: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(devkit), mode="r:gz") as tar:
         for member in tar:
@@ -176,7 +176,7 @@ def _ground_truth(devkit: bytes) -> tuple[bytes, bytes]:
 
 
 def _real_labels(text: bytes) -> list[dict[int, float]]:
-    """Of each validation image, perhaps none."""
+    """The labels of each validation image, perhaps none."""
     try:
         each = [dict.fromkeys(found, 1.0) for found in json.loads(text)]
         real = [checked([*found], [*found.values()]) if found else {} for found in each]

@@ -1,7 +1,7 @@
-"""Building an index: every shard of a folder scanned once, in any number of processes.
+"""Builds an index: scans every shard of a folder once, in any number of processes.
 
-A shard's sidecar is written as soon as it is scanned, the manifest last. A re-run therefore goes on
-where one that was stopped left off: shards whose sidecar is newer than they are not read again.
+A shard's sidecar is written as soon as it is scanned, the manifest last. So a stopped run, given
+again, continues where it left off: a shard that is older than its sidecar is not read again.
 """
 
 from collections.abc import Hashable, Iterable
@@ -34,9 +34,9 @@ def build_index(
 ) -> ShardIndex:
     """Index every *.tar in a folder and its subfolders, and write the index beside them.
 
-    With `force`, shards are scanned again whatever is there. Raises ValueError for a shard's name
-    that is not printable, for two of one file name or of the same samples, for the first fault of a
-    shard (`lint.py` lists them all), and for an address to which nothing can be written.
+    With `force`, all shards are scanned again. Raises ValueError for a shard's name that is not
+    printable, for two shards with the same file name or samples, for the first fault of a shard
+    (`lint.py` lists them all), and for an address that cannot be written to.
     """
     where = open_folder(folder)
     sizes = shard_sizes(where)
@@ -55,7 +55,7 @@ def build_index(
 
 
 def index_shard(folder: AnyFolder, force: bool, shard: tuple[str, int]) -> Line:
-    """Scan one shard, of a name and size, and write its sidecar, or read the one that is there."""
+    """Scan a shard (name, size) and write its sidecar, or read one that is up to date."""
     name, size = shard
     records = None if force else _up_to_date(folder, name, size)
     if records is None:
@@ -70,7 +70,7 @@ def index_shard(folder: AnyFolder, force: bool, shard: tuple[str, int]) -> Line:
                 + (more if len(scan.faults) > 1 else "")
             )
         records = scan.records
-        if folder.placed(name) != before:  # the sidecar would be newer than what it is not of
+        if folder.placed(name) != before:  # else the sidecar would seem up to date
             raise ValueError(
                 f"{folder}/{name} was changed while it was read: when it is whole, give the same "
                 "command again"
@@ -92,8 +92,8 @@ def _up_to_date(folder: AnyFolder, name: str, size: int) -> Records | None:
 
 
 def shard_sizes(folder: AnyFolder) -> dict[str, int]:
-    """Bytes of every shard, by name. Raises ValueError if there is none, and for a name that a list
-    of ids, one on a line and in UTF-8, could not hold."""
+    """{name: bytes} of all shards. Raises ValueError if there are none, and for a name that could
+    not be written in a list of ids (UTF-8, one per line)."""
     sizes = folder.sizes()
     if not sizes:
         raise ValueError(f"{folder} holds no shards: give a folder that has files named *.tar")
@@ -104,7 +104,7 @@ def shard_sizes(folder: AnyFolder) -> dict[str, int]:
 
 
 def same_names(names: list[str]) -> list[tuple[str, str]]:
-    """Shards whose ids would be the same: each with what is wrong with it."""
+    """Shards whose sample ids would be the same, each with a description of the fault."""
     first: dict[str, str] = {}
     found: list[tuple[str, str]] = []
     for name in names:
@@ -115,7 +115,7 @@ def same_names(names: list[str]) -> list[tuple[str, str]]:
 
 
 def same_samples(digests: Iterable[tuple[str, Hashable]]) -> list[tuple[str, str]]:
-    """Shards that are another one's copy, or a link to it: each with what is wrong with it."""
+    """Shards that are a copy of, or link to, another, each with a description of the fault."""
     first: dict[Hashable, str] = {}
     found: list[tuple[str, str]] = []
     for name, digest in digests:

@@ -1,4 +1,4 @@
-"""One pure function per shard, mapped by joblib: on this machine, or on a Ray or Dask cluster."""
+"""Maps a pure function over shards with joblib: locally, or on a Ray or Dask cluster."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +12,7 @@ Out = TypeVar("Out")
 Progress = Callable[[int, int], None]  # done, of how many
 
 ENGINES = ("local", "ray", "dask")
-# Jobs handed out between two reports, for each that runs at a time: joblib's clusters cannot
-# report each job as it ends.
+# Jobs per worker between two progress reports: joblib's clusters cannot report single jobs.
 PER_WORKER = 16
 
 
@@ -27,8 +26,8 @@ def map_jobs(
 ) -> Iterator[Out]:
     """`function(item) for item in items`, `jobs` at a time (-1: one per core).
 
-    `ray` and `dask` use the cluster that their own environment variables or settings name, else
-    this machine; there the folder must be the same on all machines. Raises ValueError for an engine
+    `ray` and `dask` use the cluster named by their environment variables or settings, else this
+    machine; all machines of a cluster must see the same folder. Raises ValueError for an engine
     that is not installed, Failed if a process dies, and what `function` raises.
     """
     from joblib import Parallel, delayed, effective_n_jobs, parallel_config
@@ -58,8 +57,8 @@ def map_jobs(
 
 
 _BACKENDS = {"local": "loky", "ray": "ray", "dask": "dask"}
-# A worker takes a core; by Ray's default it takes none while it runs, and all land on one node.
-# Ctrl-C comes to all processes of a terminal, and this one ends its workers: they say nothing.
+# Each Ray worker reserves a core; by Ray's default it would reserve none, and all run on one node.
+# Local workers ignore Ctrl-C, which a terminal sends to all processes: this process ends them.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "local": {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)},
     "ray": {"ray_remote_args": {"num_cpus": 1}},
@@ -67,7 +66,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def _cluster(engine: str) -> AbstractContextManager[object]:
-    """Connects to the engine's cluster and lets joblib know of it."""
+    """Connects to the engine's cluster and registers it with joblib."""
     from contextlib import nullcontext
     from importlib import import_module
 

@@ -1,10 +1,10 @@
-"""The label of a sample as its shard has it: one number, or several with weights.
+"""The label of a sample in a shard: one number, or several with weights.
 
     .cls, .txt   3        3 7        3:0.8 7:0.2          (commas for spaces, if you like)
     .json        {"label": 3}   {"label": [3, 7]}   {"label": [3, 7], "weight": [0.8, 0.2]}
 
-JFT has 1.26 labels per image. A weight is a share: of a sample's loss, each label gets its weight
-over their sum; without weights, labels share equally.
+JFT has 1.26 labels per image. Each label's share of a sample's loss is its weight / the sum of the
+weights; labels without weights share equally.
 """
 
 import json
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-KINDS = ("cls", "json", "txt")  # extensions; the first that a sample has counts
+KINDS = ("cls", "json", "txt")  # extensions, in order of precedence
 MAX_LABEL = 2**31 - 1
 MAX_LABELS = 64  # of one sample; a batch is padded to the most that any has
 MAX_BYTES = 2**16
-LEAST = 9.99e-10  # weight: 1e-9, as float32 has it, is a little less
+LEAST = 9.99e-10  # smallest weight: 1e-9 in float32 is slightly less than 1e-9
 
 _ONE = re.compile(rb"(\d{1,10})(?::(\d{1,9}(?:\.\d{1,9})?))?")
 
@@ -34,8 +34,8 @@ def parse(kind: str, text: bytes) -> dict[int, float] | None:
 
 
 def checked(labels: Sequence[Any], weights: Sequence[Any]) -> dict[int, float]:
-    """Raises ValueError unless they are labels, each once, with a weight above 0 for each; or
-    TypeError for what is no number."""
+    """{label: weight}. Raises ValueError unless there is a positive weight for each label and no
+    label appears twice; TypeError for anything but numbers."""
     if not 1 <= len(labels) <= MAX_LABELS or len(labels) != len(weights):
         raise ValueError(f"{len(labels)} labels and {len(weights)} weights")
     for label in labels:
@@ -51,7 +51,7 @@ def checked(labels: Sequence[Any], weights: Sequence[Any]) -> dict[int, float]:
 
 
 def to_text(labels: dict[int, float]) -> tuple[str, bytes]:
-    """The shortest form that says it: (kind, text)."""
+    """The shortest file content for these labels: (extension, text)."""
     if len(labels) == 1 and set(labels.values()) == {1.0}:
         return "cls", str(next(iter(labels))).encode()
     content: dict[str, list] = {"label": list(labels)}

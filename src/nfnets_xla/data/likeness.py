@@ -1,10 +1,10 @@
-"""Whether two thumbnails show one picture: laid over each other, and compared block by block.
+"""Whether two thumbnails show the same picture: aligns them and compares block by block.
 
-The hash says roughly which part of the reference a copy shows. From there on an affine map is
-fitted (Lucas and Kanade, in Gauss-Newton steps, with weights that make little of what differs),
-which brings crops and turns to a fraction of a pixel; then each block of the copy is correlated
-with what it lies on. Detail has to agree, not only light and shade: both are high-pass filtered
-first. What was written on a copy costs the blocks that it covers, and the worst quarter of the
+The hash tells roughly which part of the reference a copy shows. From there an affine map is fitted
+(Lucas and Kanade, by Gauss-Newton steps, with weights that reduce the influence of differences),
+which aligns crops and rotations to a fraction of a pixel. Then each block of the copy is correlated
+with the pixels below it. Both are high-pass filtered first, so that detail must agree, not only
+brightness. Writing on a copy spoils only the blocks that it covers, and the worst quarter of the
 blocks does not count.
 
 Shape suffixes: B pairs, S sides, N = S * S pixels, K blocks, Q pixels of a block.
@@ -23,21 +23,21 @@ from nfnets_xla.data.perceptual import View
 from nfnets_xla.data.thumbnail import SIDE, Thumbnails
 
 BATCH = 64  # pairs at a time: 30 MB
-STEPS = (2, 2, 2, 1, 1, 1, 1)  # of the fit: how often both are blurred
-LONGEST_STEP = 0.1  # of half a side
-SAME = 0.5  # deviations: differences above count less and less
+STEPS = (2, 2, 2, 1, 1, 1, 1)  # for each step of the fit, how often both are blurred
+LONGEST_STEP = 0.1  # in units of half a side
+SAME = 0.5  # standard deviations: larger differences get less and less weight
 BLOCK = 8
 COUNTED = 0.75  # of the blocks, by weight
 LEAST_SHOWN = 0.55  # of a copy's pixels that must lie on the reference
-SAME_SHADE = 0.05  # deviations of a picture's light and dark
-LEAST_SHADE = 8.0  # grey levels of deviation, for half of the weight
-NOISE = 4.0  # squared grey levels of a block that tell nothing; compression leaves as many
+SAME_SHADE = 0.05  # difference of brightness, in standard deviations of the picture's
+LEAST_SHADE = 8.0  # standard deviation, in grey levels, at which shade has half its weight
+NOISE = 4.0  # variance of a block, in squared grey levels, that compression alone may cause
 
 
 def likeness(
     copies: Thumbnails, references: Thumbnails, placed: Sequence[View]
 ) -> NDArray[np.float32]:
-    """Of each pair, from 0 to 1, (B,). `placed` is the part of the reference that a copy shows."""
+    """(B,), 0 to 1 for each pair. `placed` is the part of the reference that each copy shows."""
     found = [
         _likeness(
             torch.from_numpy(copies[first : first + BATCH]).float(),
@@ -91,7 +91,7 @@ def _fitted(copies_BSS: Tensor, references_BSS: Tensor, maps_B23: Tensor) -> Ten
 
 
 def _sampled(layers_BCSS: Tensor, maps_B23: Tensor) -> tuple[Tensor, Tensor]:
-    """Layers where the map leads, (B, C, N); and 1 where that is in the picture, (B, N)."""
+    """The layers sampled through the map, (B, C, N); 1 where inside the picture, (B, N)."""
     size = [len(layers_BCSS), 1, SIDE, SIDE]
     places_BSS2 = functional.affine_grid(maps_B23, size, align_corners=False)
     shown_BN = (places_BSS2.abs() < 1).all(-1).flatten(1).float()
@@ -102,16 +102,16 @@ def _sampled(layers_BCSS: Tensor, maps_B23: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _standard(values_BN: Tensor, shown_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """With mean 0 and deviation 1 over what is shown; and the deviation, (B, 1)."""
+    """Standardised to mean 0 and deviation 1 over shown pixels; and the deviation, (B, 1)."""
     count_B1 = shown_BN.sum(1, keepdim=True).clamp(min=1)
     centred = values_BN - (values_BN * shown_BN).sum(1, keepdim=True) / count_B1
-    # One grey level more, so that a picture of one colour is not divided by 0.
+    # Plus one grey level, so that a picture of one colour is not divided by 0.
     scale_B1 = ((centred**2 * shown_BN).sum(1, keepdim=True) / count_B1).sqrt() + 1
     return centred / scale_B1, scale_B1
 
 
 def _is_sane(maps_B23: Tensor) -> Tensor:
-    """No copy is sheared, or shows much less or more than the crops do."""
+    """Whether the map is plausible: hardly sheared, and scaled no more than the crops are."""
     across_B2, down_B2 = maps_B23[:, :, 0], maps_B23[:, :, 1]
     lengths_B2 = torch.stack([across_B2.norm(dim=1), down_B2.norm(dim=1)], 1)
     shear_B = (across_B2 * down_B2).sum(1) / lengths_B2.prod(1).clamp(min=1e-6)
@@ -122,9 +122,9 @@ def _is_sane(maps_B23: Tensor) -> Tensor:
 
 
 def _agreement(copy_BN: Tensor, laid_BN: Tensor, shade_B2N: Tensor, shown_BN: Tensor) -> Tensor:
-    """The mean correlation of the blocks that agree best, weighted by what can be seen in them.
+    """The mean correlation of the blocks that agree best, weighted by their contrast.
 
-    Blocks without detail, of which blue skies are made, are told by their light and shade."""
+    Blocks without detail, such as blue sky, are compared by their brightness."""
     mask_BKQ = _blocks(shown_BN)
     count_BK = mask_BKQ.sum(-1).clamp(min=1)
     copy_BKQ, laid_BKQ = _blocks(copy_BN) * mask_BKQ, _blocks(laid_BN) * mask_BKQ
@@ -145,8 +145,8 @@ def _agreement(copy_BN: Tensor, laid_BN: Tensor, shade_B2N: Tensor, shown_BN: Te
 
 
 def _same_shade(shade_B2N: Tensor, shown_BN: Tensor, mask_BKQ: Tensor) -> Tensor:
-    """1 where a block is as light in both, on the scale of the whole picture, and towards 0 if not;
-    nor do pictures of one colour have any shade in which they could agree."""
+    """1 if a block has the same brightness in both, relative to the whole picture's; towards 0 if
+    not, and for pictures of nearly one colour, whose brightness proves nothing."""
     copy_BN, copy_B1 = _standard(shade_B2N[:, 0], shown_BN)
     laid_BN, laid_B1 = _standard(shade_B2N[:, 1], shown_BN)
     apart_BK = (_blocks(copy_BN - laid_BN) * mask_BKQ).sum(-1) / mask_BKQ.sum(-1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Every fault of a folder of shards, by shard and byte offset, and what the shards hold.
+"""All faults of a folder of shards, by shard and byte offset; and statistics of its content.
 
 Indexing stops at the first fault; `lint` names them all, and decodes every image.
 """
@@ -39,8 +39,8 @@ def lint(
     jobs: int = 1,
     on_progress: Progress | None = None,
 ) -> list[ShardFault]:
-    """Scan all shards of a folder; needs no index and writes none. Raises ValueError for names by
-    which no fault could be told."""
+    """Scan all shards of a folder; needs no index and writes none. Raises ValueError for shards'
+    names that cannot be printed."""
     where = open_folder(folder)
     names = list(shard_sizes(where))
     job = partial(_lint_shard, where)
@@ -49,7 +49,7 @@ def lint(
     digests: list[tuple[str, Any]] = []
     for name, (faults, digest) in zip(names, scans, strict=True):
         found += [ShardFault(name, *fault) for fault in faults]
-        if digest is not None:  # of the samples without fault: in a copy the others have the same
+        if digest is not None:  # covers intact samples; a copy has the same faults, too
             digests.append((name, (digest, *faults)))
     twice = same_names(names) + same_samples(digests)
     return sorted(found + [ShardFault(name, 0, what) for name, what in twice])
@@ -78,12 +78,12 @@ def _lint_shard(folder: AnyFolder, name: str) -> tuple[list[Fault], bytes | None
 
 
 class _Part(NamedTuple):
-    """Of one shard."""
+    """Statistics of one shard."""
 
     smallest: int  # image, in bytes
     largest: int
     image_bytes: int
-    class_counts: dict[int, int]  # of those that it has
+    class_counts: dict[int, int]  # {class: samples}
 
 
 def stats(
@@ -93,7 +93,7 @@ def stats(
     jobs: int = 1,
     on_progress: Progress | None = None,
 ) -> dict[str, str]:
-    """What an index holds, in lines to print; excluded samples included."""
+    """Statistics of an index, as lines to print; they include excluded samples."""
     job, shards = partial(_shard_stats, index.folder), index.sidecars()
     per_class: Counter[int] = Counter()
     smallest, largest, image_bytes = 2**63, 0, 0
@@ -126,7 +126,7 @@ def _shard_stats(folder: AnyFolder, shard: tuple[str, str]) -> _Part:
 
 
 def _spread(values: np.ndarray, zeros: int = 0) -> str:
-    """Of these, and of so many zeros."""
+    """Smallest, largest and median of `values` and `zeros` zeros."""
     last, ordered = len(values) + zeros - 1, np.sort(values)
     low, below, above, high = (
         int(ordered[place - zeros]) if place >= zeros else 0

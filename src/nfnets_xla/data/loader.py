@@ -3,7 +3,7 @@
     with closing(Batches(dataset, start_step=1000, stop_step=9000, workers=8)) as batches:
         for batch in batches: ...
 
-Workers only change how soon a batch is there: which step holds what is the data set's to say.
+The number of workers only affects speed: the dataset alone determines each batch.
 """
 
 import errno
@@ -28,10 +28,10 @@ NO_MEMORY = "no memory is left to make a batch: lower data.workers, or use a mac
 class Batches:
     """Iterates over `dataset[start_step] ... dataset[stop_step - 1]`, in order.
 
-    With `workers=0` they are made in this process; else each worker makes whole batches, on one
-    thread. Workers are spawned: a fork would copy the locks that the device runtime's threads hold,
-    and workers of a fork server outlive a parent that is killed. There is no length on purpose:
-    Lightning would add lengths up on the device, which compiles twice.
+    With `workers=0` batches are made in this process; else each worker makes whole batches, on one
+    thread. Workers are spawned: a fork would copy locks held by the device runtime's threads, and
+    workers of a fork server outlive a killed parent. It has no length on purpose: Lightning would
+    sum lengths on the device, which compiles two graphs.
     """
 
     def __init__(
@@ -65,26 +65,26 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         with _deaf() if self._loader.num_workers else nullcontext():
             sent = iter(self._loader)
-        # A map lets go of what it has given: a generator would free the batch during the next wait.
+        # A map drops its reference to each batch; a generator would keep it during the next wait.
         return map(_received, sent)
 
     def close(self) -> None:
-        """End the workers. Left to the interpreter's exit, one that is busy would be killed, and
-        torch, taking that for a crash, would have the last word after the real error."""
+        """End the workers. At the interpreter's exit, a busy worker would be killed, which torch
+        would report as a crash, after the real error."""
         iterator: Any = self._loader._iterator
         if iterator is not None:
             iterator._shutdown_workers()
             for worker in iterator._workers:
-                worker.kill()  # one that hangs; SIGTERM, which torch has sent, is blocked
+                worker.kill()  # if it hangs: torch's SIGTERM is blocked
             self._loader._iterator = None
 
 
 class _Sent(NamedTuple):
-    """A batch on its way from a worker. Only the images go as a tensor, in shared memory: each
-    tensor is asked for by messages, which a busy worker answers late."""
+    """A batch as a worker sends it. Only the images are sent as a tensor, in shared memory: each
+    tensor costs an exchange of messages, and a busy worker answers late."""
 
     batch: Batch
-    small: list[str]  # tensors that go as arrays
+    small: list[str]  # names of the tensors sent as arrays
 
 
 def _received(sent: _Sent | ValueError | OSError) -> Batch:
@@ -98,8 +98,8 @@ class _Sending(Dataset[Any]):
         self.dataset = dataset
 
     def __getitem__(self, step: int) -> _Sent | ValueError | OSError:
-        """What the command line says in one line is handed over as a value: raised here, it would
-        come as a traceback."""
+        """Errors that the command line prints in one line are returned as values: raised here, they
+        would arrive with a worker's traceback."""
         try:
             batch = self.dataset[step]
         except (ValueError, OSError) as error:
@@ -113,9 +113,9 @@ class _Sending(Dataset[Any]):
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes started here never see SIGTERM and SIGINT: these are often sent to all processes of
-    a group, and it is the parent's business to save and to end its workers."""
-    resource_tracker.ensure_running()  # which unblocks them when it starts
+    """Processes started inside ignore SIGTERM and SIGINT: these are often sent to a whole process
+    group, but only the parent should react, save, and end its workers."""
+    resource_tracker.ensure_running()  # before: starting it unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield
@@ -124,7 +124,7 @@ def _deaf() -> Iterator[None]:
 
 
 def _end_with_parent(_worker: int) -> None:
-    """For a run that is killed: a worker's own end may wait for ever to hand over its batch."""
+    """End the worker if its parent is killed: it could wait forever to hand over a batch."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -136,4 +136,4 @@ def _end_with_parent(_worker: int) -> None:
 
 
 def _unchanged(batch: Any) -> Any:
-    return batch  # torch's conversion would make tensors of what stays on the host
+    return batch  # torch's default would convert host arrays to tensors

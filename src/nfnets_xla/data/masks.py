@@ -1,9 +1,9 @@
-"""Keyed randomness: what is drawn for a row depends on the row's own key and on nothing else.
+"""Keyed randomness: what is drawn for a row depends only on the row's key.
 
-A row's key is (seed, epoch, sample, view). `sample` is its number in the whole index: the samples
-of the shards before its own, plus its row. Neither the batch it is in, nor the worker, host or
-device that draws it, nor what was drawn before, has any part in it. Stochastic-depth and dropout
-masks therefore enter the step as an input, and both passes of SAM see the same ones.
+A row's key is (seed, epoch, sample, view). `sample` is its number in the whole index: the number of
+samples in all earlier shards, plus its row. Batch, worker, host, device and earlier draws do not
+matter. Stochastic-depth and dropout masks are inputs of the step, so both passes of SAM use the
+same ones.
 
 The generator is Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a
 keyed bijection of a 256-bit counter. The row's key is put *into* the counter, a word for each part,
@@ -25,12 +25,12 @@ from numpy.typing import ArrayLike, NDArray
 
 UInt8 = NDArray[np.uint8]
 
-# Purposes. Draws made for one never meet those made for another.
+# Purposes of draws; those for different purposes are independent.
 AUGMENT, STOCHASTIC_DEPTH, DROPOUT, RANDAUGMENT, MIX = 3, 4, 5, 6, 7
 
 
 def row_rng(purpose: int, seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
-    """A generator of one row's own. Raises ValueError for a negative part of the key."""
+    """The generator of one row. Raises ValueError for a negative part of the key."""
     for name, part in (("seed", seed), ("epoch", epoch), ("sample", sample), ("view", view)):
         _check_part(name, part)
     counter = np.array([0, view, epoch, sample], np.uint64)
@@ -82,7 +82,7 @@ def _row_words(
         _check_part(name, np.min(part_B, initial=0))
         counters_B4[:, column] = part_B
     philox = np.random.Philox(key=_key(seed, purpose))
-    # Moving one generator to each row's counter is twice as fast as making one for each row.
+    # Setting one generator's counter for each row is twice as fast as making new generators.
     state: Any = philox.state
     raw = np.empty((len(sample_B), -(-number // 2)), "<u8")
     for row, counter in enumerate(counters_B4):

@@ -1,15 +1,15 @@
-"""MixUp on half of a batch's streams, CutMix on the others: drawn on the host, done on the device.
+"""MixUp on half of a batch's streams, CutMix on the others: drawn on the host, mixed on the device.
 
 As in the reference, deepmind-research/nfnets/dataset.py at f5de0ed (cited by line): shares from
-Beta(0.2, 0.2), boxes of uniform area, labels mixed by the share of pixels. With two stated
-deviations: it mixes two halves of a batch drawn twice as large, and applies RandAugment afterwards;
-here rows are mixed with rows of their own batch, so that each is used once as what it is and once
-as a partner, and the pixels that leave the host are final.
+Beta(0.2, 0.2), boxes of uniform area, labels mixed by the share of pixels. There are two
+deviations. The reference draws a batch twice as large and mixes its halves; here rows are mixed
+with others of their batch, so that each is used once as itself and once as a partner. And the
+reference applies RandAugment after mixing; here before, so that the host's pixels are final.
 
-A row's partner is the row with the same view of another image of its stream: of the next one for
-view 0, of the one after that for view 1, and so on around. The order is a keyed shuffle within the
-stream already, so this is a random partner. A stream lies whole on one host and, where devices
-divide the streams, on one device: partners meet without a gather or communication.
+A row's partner shows the same view of another image of its stream: of the next image for view 0, of
+the one after for view 1, and so on, cyclically. As a stream is shuffled already, this is a random
+partner. A whole stream is on one host and, where the devices divide the streams, on one device, so
+that mixing needs no gather or communication.
 
 Shape suffixes: C streams, U unique images of the batch, N = U / C of a stream, K views, B = U * K
 rows, H W D the pixels of a view, 4 a box's top, left, bottom, right.
@@ -28,7 +28,7 @@ POWER = 5  # 1 / alpha of MixUp's Beta distribution, 0.2 (dataset.py:158)
 
 
 class Layout(NamedTuple):
-    """How the rows of a batch lie: stream by stream, image by image, view by view."""
+    """The order of a batch's rows: by stream, then image, then view."""
 
     streams: int  # C
     images: int  # N
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 
 
 class Mixes(NamedTuple):
-    """What the device needs. A row that is not mixed has shares of 1 and no box."""
+    """How rows are mixed. A row that is not mixed has shares of 1 and an empty box."""
 
     partner_B: NDArray[np.int64]  # row numbers; on the device they follow from the layout
     outside_B: NDArray[np.float32]  # share of the row's own pixels outside of its box; inside: 1
@@ -55,8 +55,8 @@ def draw_mixes(
 ) -> Mixes:
     """`rng_of(row)` is the row's own generator. Even streams are for MixUp, odd ones for CutMix.
 
-    Nothing is mixed with its own other view, nor with a row of weight 0: where the partner is one
-    (where an epoch ends in a batch, or the run), the row stays as it is.
+    A row is not mixed if its partner shows the same sample or has weight 0, which happens where an
+    epoch, or the run, ends within the batch.
     """
     partner_B = partner_rows(layout)
     mixes = Mixes(
@@ -85,17 +85,17 @@ def partner_rows(layout: Layout) -> NDArray[np.int64]:
 
 
 def mixup_share(rng: np.random.Generator) -> float:
-    """From Beta(0.2, 0.2), by Jöhnk's method: numpy may change its own from release to release."""
+    """From Beta(0.2, 0.2) by Jöhnk's method, since numpy's method may change with a release."""
     while True:
-        # Multiplied out, for powers differ between processors in their last bits.
+        # Products, since powers differ between processors in their last bits.
         own, other = (math.prod([number] * POWER) for number in rng.random(2).tolist())
         if 0 < own + other <= 1:
             return own / (own + other)
 
 
 def cutmix_box(rng: np.random.Generator, size: int) -> tuple[int, int, int, int]:
-    """What the row keeps of its own: a square of uniform area around any pixel, cut at the edges
-    (dataset.py:226-247)."""
+    """The box in which a row keeps its own pixels: a square of uniform area around a random pixel,
+    cut off at the edges (dataset.py:226-247)."""
     x, y, area = rng.random(3).tolist()
     column, row, half = int(x * size), int(y * size), int(math.sqrt(1 - area) * size) // 2
     top, left = max(0, row - half), max(0, column - half)
@@ -123,5 +123,5 @@ def _partners(images_BHWD: Tensor, layout: Layout) -> Tensor:
 
 
 def _shifts(layout: Layout) -> list[int]:
-    """How many images further on each view's partner is: never a whole turn."""
+    """For each view, how many images further its partner is; never 0 modulo the images."""
     return [1 + view % (layout.images - 1) for view in range(layout.views)]

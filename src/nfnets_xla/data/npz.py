@@ -1,4 +1,4 @@
-"""Reading .npz files, as numpy writes them: what is damaged is called so, and no pickle is run."""
+"""Reads numpy's .npz files: reports damage as such, and never runs a pickle."""
 
 import io
 from collections.abc import Callable
@@ -13,10 +13,10 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def from_npz(data: bytes, make: Callable[[Arrays], Out], fault: str) -> Out:
-    """What `make` makes of the arrays. If there are none, or it fails, raises ValueError(fault)."""
+    """`make(arrays)`. Raises ValueError(fault) if the file cannot be read or `make` fails."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             return make(dict(file))
-    except Exception as error:  # of a damaged file, zipfile and numpy raise nearly anything
-        # Not in their words: of a file of zeros numpy says that it is a pickle, and how to run it.
+    except Exception as error:  # on a damaged file, zipfile and numpy raise nearly anything
+        # Not numpy's message: it calls a file of zeros a pickle, and advises to allow running it.
         raise ValueError(fault) from error

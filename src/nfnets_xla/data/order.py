@@ -4,23 +4,23 @@ Every sample is shown exactly once per epoch, whatever the hosts, devices and re
 nothing here knows of them: `Order.step(n)` computes the rows of global batch n from n alone. This
 is what arXiv 2310.16764 (section 2) admits that its own pipeline did not guarantee.
 
-Deal. A run is cut into C *canonical streams*. Its draws are dealt to them like cards, in turn:
+Deal. A run is split into C *canonical streams*. Its draws are dealt to them like cards, in turn:
 
     draw    0 1 2 3 4 5 6 | 7 8 9 ...       N = 7 samples, C = 2: in epoch 0 stream 0 is dealt
     stream  0 1 0 1 0 1 0 | 1 0 1 ...       4 of them and stream 1 is dealt 3; in epoch 1 it is
-    epoch   0 0 0 0 0 0 0 | 1 1 1 ...       the other way round, and no stream gets further ahead
+    epoch   0 0 0 0 0 0 0 | 1 1 1 ...       the other way round, so no stream runs ahead
 
 Line up. Epoch e permutes the shards, lays their samples end to end, and cuts that line into C
-ranges as long as the deal says: range s is what stream s shows in epoch e, `window_shards` shards
-at a time shuffled together. With shards a, b, c of 3, 2, 2 samples and windows of two shards:
+ranges with the lengths of the deal. Stream s shows range s in epoch e, shuffled in windows of
+`window_shards` shards. With shards a, b, c of 3, 2, 2 samples and windows of two shards:
 
               line, cut into ranges            the ranges, shuffled
     epoch 0   c0 c1 a0 a1 | a2 b0 b1           a1 a0 c1 c0 | a2 b0 b1
     epoch 1   b0 b1 c0 | c1 a0 a1 a2           b0 c0 b1 | a0 a1 c1 a2
 
-Step. A step takes U / C draws of every stream, stream by stream. Streams run on through epochs, so
-a step may hold the end of one and the beginning of the next (step 1 does). Only the last step can
-have rows to spare (*): they are what their streams would show next, and carry weight 0.
+Step. A step takes U / C draws of every stream, stream by stream. Streams continue from one epoch to
+the next, so a step may contain the end of one epoch and the start of the next (step 1 does). Only
+the last step may need padding rows (*): those that the streams would show next, with weight 0.
 
     >>> order = Order(np.array([3, 2, 2]), seed=0, num_streams=2, unique_per_step=4,
     ...               window_shards=2, epochs=2)
@@ -33,8 +33,8 @@ have rows to spare (*): they are what their streams would show next, and carry w
     b0 c0 a1 c1
     b1 c0* a2 b1*
 
-A shard is therefore read once an epoch, in one window, by one stream, or by the several whose cuts
-fall into it. Memory is O(shards) an epoch and one window a stream, never O(samples).
+So a shard is read once per epoch, in one window, by one stream, or by several if cuts fall into it.
+Memory is O(shards) per epoch plus one window per stream, never O(samples).
 """
 
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
 
-# First word of every key: keys made for one purpose never equal those of another.
+# First word of every key, so that keys for different purposes differ.
 LINE, WINDOW = 1, 2
 
 
@@ -59,36 +59,36 @@ class StepRows(NamedTuple):
     row: Int64  # within its shard
     epoch: Int64
     stream: Int64
-    weight: NDArray[np.float32]  # 1, or 0 for a row that only fills up the batch
+    weight: NDArray[np.float32]  # 1, or 0 for a padding row
 
 
 class Line(NamedTuple):
     """One epoch's samples laid end to end: S shards, C ranges."""
 
-    shards: Int64  # (S,) in the order in which they lie
-    starts: Int64  # (S + 1,) where on the line each begins; ends with N
-    cuts: Int64  # (C + 1,) where each stream's range begins; ends with N
+    shards: Int64  # (S,) in the order of the line
+    starts: Int64  # (S + 1,) where each shard begins on the line; the last is N
+    cuts: Int64  # (C + 1,) where each stream's range begins; the last is N
 
 
 class Window(NamedTuple):
-    """Shards of one stream that are shuffled together, as places on an epoch's line."""
+    """A range of places on an epoch's line that one stream shuffles together."""
 
     epoch: int
     number: int  # within the stream's range
     low: int
     high: int
-    place: int  # of the draw that was asked for, before shuffling
+    place: int  # of the requested draw, before shuffling
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The training order. The constructor raises ValueError for what cannot be dealt out evenly."""
+    """The training order. Raises ValueError for settings that cannot be dealt out evenly."""
 
-    counts: Int64  # (S,) samples of each shard, less those that are excluded
+    counts: Int64  # (S,) samples of each shard, without excluded ones
     seed: int
-    num_streams: int  # C; the hosts of a run divide it
+    num_streams: int  # C; a multiple of the number of hosts
     unique_per_step: int  # U, before any repeats; a multiple of C
-    window_shards: int  # shards of a stream that are shuffled together
+    window_shards: int  # shards per window: those that a stream shuffles together
     epochs: float  # may be a fraction
 
     def __post_init__(self) -> None:
@@ -133,9 +133,9 @@ class Order:
     def step(self, number: int, streams: range | None = None) -> StepRows:
         """Rows of global batch `number`, counted from 0.
 
-        With `streams`, only the rows of those: what one of several hosts reads of the batch. A jump
-        costs an epoch's line and a window of each stream, which the steps after it then share.
-        Raises ValueError past the end.
+        With `streams`, only their rows: the part of the batch that one of several hosts reads. The
+        first step after a jump computes an epoch's line and one window per stream; later steps
+        reuse them. Raises ValueError past the end.
         """
         if not 0 <= number < self.num_steps:
             raise ValueError(f"step is {number}; the run's steps are 0 to {self.num_steps - 1}")
@@ -151,7 +151,7 @@ class Order:
         return StepRows(*map(np.concatenate, zip(*stretches, strict=True)))
 
     def streams_of(self, host: int, hosts: int) -> range:
-        """The streams that one of several hosts reads: its rows of a batch lie together."""
+        """The streams that one of several hosts reads; its rows of a batch are contiguous."""
         if hosts < 1 or self.num_streams % hosts or not 0 <= host < hosts:
             raise ValueError(
                 f"host {host} of {hosts}: hosts are numbered from 0, and {self.num_streams} "
@@ -161,8 +161,8 @@ class Order:
         return range(host * each, (host + 1) * each)
 
     def shards_ahead(self, number: int, streams: range | None = None) -> list[int]:
-        """Shards that a step may read from and those that come next, the soonest first: of each
-        stream two windows' worth. For whoever fetches them before they are read."""
+        """Shards that a step may read and those that come next, soonest first: two windows of each
+        stream. For fetching shards before they are read."""
         parts: list[tuple[int, int, list[int]]] = []  # first draw, stream, shards
         for stream in range(self.num_streams) if streams is None else streams:
             draw, room = number * (self.unique_per_step // self.num_streams), 2 * self.window_shards
@@ -176,7 +176,7 @@ class Order:
         return list(dict.fromkeys(shard for *_, shards in sorted(parts) for shard in shards))
 
     def _stretch(self, stream: int, draw: int, end: int) -> StepRows:
-        """Draws of one stream from `draw` on, up to `end` or to the end of their window."""
+        """The draws of one stream from `draw` up to `end`, or to the end of the window."""
         window = self._window_at(stream, draw)
         line = self._line(window.epoch)
         shuffled = self._shuffled(window.epoch, stream, window.number, window.high - window.low)
@@ -192,13 +192,13 @@ class Order:
         )
 
     def _window_at(self, stream: int, draw: int) -> Window:
-        """The window that a stream's draw falls into."""
+        """The window that contains a stream's draw."""
         epoch = self._draw_of_run(stream, draw) // self.num_samples
         line = self._line(epoch)
         begin, after = int(line.cuts[stream]), int(line.cuts[stream + 1])
         place = begin + draw - self._dealt(stream, epoch * self.num_samples)  # before shuffling
 
-        # Windows are counted in shards from the one in which the range begins.
+        # Windows are counted in shards, from the shard in which the range begins.
         first = _shard_at(line, begin)
         number = (_shard_at(line, place) - first) // self.window_shards
         opening = first + number * self.window_shards
@@ -208,10 +208,10 @@ class Order:
         return Window(epoch, number, low, high, place)
 
     def _prepare(self, stream: int, draw: int) -> None:
-        """Shuffle the window after the one that a draw falls into.
+        """Shuffle the window after the one that contains a draw.
 
-        Shards of one size make all streams change windows at one step, which would then take as
-        long as all their shuffles; instead each step prepares one stream's.
+        If all shards have one size, all streams change windows in the same step, which would have
+        to shuffle for all of them; instead each step prepares one stream's next window.
         """
         now = self._window_at(stream, draw)
         then = self._window_at(stream, draw + now.high - now.place)
@@ -219,34 +219,35 @@ class Order:
 
     @cached_property
     def _turns(self) -> Iterator[int]:
-        """Whose next window is prepared. No part of the order: it only says when work is done."""
+        """Counts through the streams for `_prepare`. It affects only when work is done."""
         return count()
 
     def _draw_of_run(self, stream: int, draw: Any) -> Any:
-        """The run's number of a stream's draw; both count from 0. An int or an array of them."""
+        """The number in the run of a stream's draw, both from 0; an int or an array."""
         return draw * self.num_streams + stream
 
     def _dealt(self, stream: int, draws: int) -> int:
-        """Of the run's first `draws` draws, how many went to this stream."""
+        """How many of the run's first `draws` draws go to this stream."""
         return max(0, (draws - stream + self.num_streams - 1) // self.num_streams)
 
     @cached_property
     def _line(self) -> Callable[[int], Line]:
-        """Of an epoch. Four are kept: a step straddles two, of a tiny data set more."""
+        """Makes the line of an epoch. Four are cached: a step spans two, or more if they are
+        tiny."""
         return lru_cache(maxsize=4)(self._make_line)
 
     @cached_property
     def _shuffled(self) -> Callable[[int, int, int, int], NDArray[np.uint32]]:
-        """Of (epoch, stream, number of the window, its length): the permutation of its places.
+        """(epoch, stream, window's number, its length) -> the permutation of the window's places.
 
-        Three a stream are kept: a step at a window's end needs both that one and the next, and
-        prepares the one after it.
+        Three per stream are cached: a step at the end of a window needs it and the next, and
+        prepares the one after that.
         """
         return lru_cache(maxsize=3 * self.num_streams)(self._shuffle)
 
     @cached_property
     def _shards(self) -> Int64:
-        """Those that have a sample left: an order is the same with the others and without."""
+        """Shards with samples left: shards that are fully excluded do not affect the order."""
         return np.flatnonzero(self.counts)
 
     def _make_line(self, epoch: int) -> Line:
@@ -268,12 +269,12 @@ class Order:
 class SequentialOrder:
     """The evaluation order: every sample once, in index order.
 
-    The last step is filled up with the last sample, at weight 0.
+    The last step is padded with the last sample, at weight 0.
     """
 
     counts: Int64
     unique_per_step: int
-    ahead: ClassVar[int] = 4  # shards that are worth fetching before they are needed
+    ahead: ClassVar[int] = 4  # shards to fetch before they are needed
 
     def __post_init__(self) -> None:
         _check_counts(self.counts)
@@ -300,7 +301,7 @@ class SequentialOrder:
         return StepRows(shard, row, np.zeros_like(row), np.zeros_like(row), weight)
 
     def shards_ahead(self, number: int) -> list[int]:
-        """Shards that a step reads from, and those that come next."""
+        """Shards that a step reads, and those that come next."""
         shard = self.step(number).shard
         last = min(int(shard[-1]) + self.ahead, len(self.counts) - 1)
         return list(range(int(shard[0]), last + 1))
@@ -314,19 +315,20 @@ def _check_counts(counts: Int64) -> None:
 
 
 def _shard_at(line: Line, places: int | Int64) -> Any:
-    """Number on the line of the shard that holds each place."""
+    """The position on the line of the shard that contains each place."""
     return np.searchsorted(line.starts, places, side="right") - 1
 
 
 def _permutation(length: int, *key: int) -> Int64:
     """Numbers 0 to `length - 1`, sorted by keyed random words.
 
-    Not `Generator.permutation`: a run that is resumed under a newer numpy must go on in its order,
-    and numpy promises the words of a SeedSequence and a Philox for ever, a Generator's methods only
-    until the next release (NEP 19).
+    Not `Generator.permutation`: a run that is resumed with a newer numpy must keep its order, and
+    numpy guarantees the output of SeedSequence and Philox forever, but that of Generator's methods
+    only until the next release (NEP 19).
     """
     words = np.random.Philox(np.random.SeedSequence(key)).random_raw(length)
-    # Each number rides in the low bits of its word: no two are equal, and sorting is all it takes.
+    # Each number is put in the low bits of its word: words are then distinct, and sorting is
+    # enough.
     low_bits = np.uint64(length.bit_length())
     words = (words >> low_bits << low_bits) | np.arange(length, dtype=np.uint64)
     words.sort()

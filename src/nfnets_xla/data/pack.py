@@ -1,7 +1,7 @@
-"""Packing: samples, however they come, into tars that WebDataset reads.
+"""Packs samples into tars that WebDataset reads.
 
-The tars are written by webdataset's own writer, and the same samples give the same bytes. They are
-made aside and moved into place when all is well, so that a failure leaves nothing behind.
+The tars are written by webdataset's writer, and the same samples give the same bytes. They are made
+in a temporary folder and moved into place at the end, so that a failure leaves nothing behind.
 """
 
 import json
@@ -40,12 +40,12 @@ def pack_samples(
 ) -> list[Path]:
     """Write samples in their order to `<folder>/<prefix>-000000.tar` and so on; return the shards.
 
-    A shard is full when it has so many samples, or images and labels of so many bytes. Keys must be
-    unique, without dots and slashes; images are copied as they are. `classes` are written beside
-    the shards, as classes.json. `on_progress` is called with the samples done so far. Raises
-    ValueError for a bad or repeated sample, for none at all, and for a folder that has shards
-    already, or gets them meanwhile. A process that is killed leaves a folder `.packing-*` behind,
-    which can be deleted.
+    A shard is full at `samples_per_shard` samples or `shard_bytes` bytes of images and labels. Keys
+    must be unique, without dots and slashes; images are copied unchanged. `classes` are written
+    beside the shards, as classes.json. `on_progress` is called with the number of samples so far.
+    Raises ValueError for a bad or repeated sample, if there are no samples, and if the folder has
+    shards already, or gets some meanwhile. A process that is killed leaves a folder `.packing-*`
+    behind, which can be deleted.
     """
     # Before there is a folder: it imports torch, which takes a second.
     from webdataset.writer import ShardWriter
@@ -73,8 +73,8 @@ def pack_samples(
 
 
 def check_empty(folder: Path, *others: str) -> None:
-    """Raises ValueError for a folder in which `index` would find shards, or that has one of the
-    other files: before any long work for new ones."""
+    """Raises ValueError, before any long work, if `index` would find shards in the folder, or if it
+    has one of the `others`."""
     shards = Folder(folder).sizes() if folder.is_dir() else {}
     files = (name for name in (CLASSES, *others) if (folder / name).exists())
     for name in (*shards, *files):
@@ -82,8 +82,8 @@ def check_empty(folder: Path, *others: str) -> None:
 
 
 def claim(path: Path) -> None:
-    """Have an empty file there, to be replaced by what is written. Raises ValueError if there is
-    one: it may be another process's, and of two that claim it one gets it."""
+    """Create an empty file, to be replaced later. Raises ValueError if it exists: another process
+    may have claimed it, and only one of two gets it."""
     try:
         path.touch(exist_ok=False)
     except FileExistsError:
@@ -118,11 +118,11 @@ def encode_image(pixels_HWC: NDArray[np.uint8], ext: str = "png", quality: int =
 
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
-    """A place to write files in, which at the end move into `folder`, all or none of them."""
+    """A temporary folder, whose files move into `folder` at the end, all or none of them."""
     check_empty(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    # Within the folder, and so on its file system: there, to rename is atomic.
+    # Inside `folder`, so on the same file system, where renaming is atomic.
     aside = Path(mkdtemp(prefix=".packing-", dir=folder))
     claimed: list[Path] = []
     try:
@@ -130,7 +130,7 @@ def _aside(folder: Path) -> Iterator[Path]:
         for name in sorted(os.listdir(aside)):
             claim(folder / name)
             claimed.append(folder / name)
-        # After the claims: of two processes with different names, one at least sees the other's.
+        # After the claims, so that of two processes with other names at least one sees the other.
         others = Folder(folder).sizes().keys() - {path.name for path in claimed}
         if others:
             raise _not_empty(folder, min(others))
@@ -142,7 +142,7 @@ def _aside(folder: Path) -> Iterator[Path]:
             path.unlink()
         rmtree(aside)
         if is_new:
-            with suppress(OSError):  # not empty: another process's by now
+            with suppress(OSError):  # not empty: in use by another process
                 folder.rmdir()
         raise
 
@@ -179,7 +179,7 @@ def _write(
 def _check(
     key: str, image: bytes, extension: str, label: int | Mapping[int, float]
 ) -> tuple[str, bytes]:
-    """The label as it is written: (extension, text)."""
+    """Check a sample; the label as it is written: (extension, text)."""
     if not key or not key.isprintable() or "." in key or "/" in key:
         raise ValueError(
             f"key is {key!r}; it must be printable and without dots, which end a key, and slashes"

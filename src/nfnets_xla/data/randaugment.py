@@ -1,7 +1,7 @@
-"""RandAugment as the NFNets had it: 16 operations, a few of them applied in turn to a uint8 view.
+"""RandAugment as the NFNets used it: a few of 16 operations, applied in turn to a uint8 view.
 
-As in the reference, deepmind-research/nfnets/autoaugment.py at f5de0ed (cited by line). Its pixels
-are matched, also where they are not what the name says:
+As in the reference, deepmind-research/nfnets/autoaugment.py at f5de0ed (cited by line). Pixels
+match the reference, even where it does not do what an operation's name says:
 
 - `Contrast` blends with a grey that depends on the size of the image only (line 209 divides the
   number of pixels by 256), which is white from 256 x 256 on;
@@ -10,9 +10,9 @@ are matched, also where they are not what the name says:
   no magnitude;
 - shifts and cut-outs are in pixels, whatever the size of the image.
 
-Where a mean is a whole number, the reference's float32 may fall just below it: there `Sharpness`
-differs by one level before it is blended. Every operation is given three numbers, whether it needs
-them or not, so that what one draws does not depend on what the others were.
+Where a mean is a whole number, the reference's float32 may be just below it: there `Sharpness`
+differs by one level before blending. Every operation gets three numbers, whether it needs them or
+not, so that its numbers do not depend on which operations came before.
 """
 
 from collections.abc import Callable
@@ -28,17 +28,17 @@ Float = NDArray[np.float32]
 MAX_LEVEL = 10  # line 33; magnitudes may exceed it
 FILL = (128, 128, 128)  # line 689
 
-# Of a level of 1, that is a magnitude of 10 (lines 477-531 and 692).
+# At a level of 1, that is a magnitude of 10 (lines 477-531 and 692).
 DEGREES, SHEAR, SHIFT, CUTOUT = 30.0, 0.3, 100.0, 40
 BITS, THRESHOLD, ADDITION = 4, 256, 110
 
-# Numbers that turn RGB to grey and end as tf.image's way over [0, 1] does: scaled by 255.5 instead
-# of 255, and cut off. Pillow adds a half, which is taken away here.
+# Weights from RGB to grey with the same result as tf.image, which computes in [0, 1]: scaled by
+# 255.5 instead of 255, then truncated. Pillow adds a half, which is subtracted here.
 TO_GREY = (*(weight * 255.5 / 255 for weight in (0.2989, 0.587, 0.114)), -0.5)
 
 
 class Draw(NamedTuple):
-    """What an operation may make use of."""
+    """The numbers that an operation may use."""
 
     level: float  # the magnitude / MAX_LEVEL
     first: float  # drawn from [0, 1), like the second
@@ -141,8 +141,8 @@ _RAMP: Float = np.arange(256, dtype=np.float32)
 
 
 def _mapped(image: Image.Image, *tables: NDArray) -> Image.Image:
-    """Every level replaced by a table's: one for all channels, or one for each. Cut off, not
-    rounded."""
+    """Every level replaced through a table: one for all channels, or one for each. Table values are
+    truncated, not rounded."""
     joined = b"".join(table.astype(np.uint8).tobytes() for table in tables)
     return image.point(list(joined * (3 // len(tables))))
 
@@ -176,7 +176,7 @@ def _translate_y(image: Image.Image, draw: Draw) -> Image.Image:
 
 
 def _cutout(image: Image.Image, draw: Draw) -> Image.Image:
-    """A grey square, whose middle may be any pixel."""
+    """A grey square around a random pixel."""
     half = int(draw.level * CUTOUT)
     row, column = int(draw.first * image.height), int(draw.second * image.width)
     square = image.copy()
@@ -188,14 +188,14 @@ def _cutout(image: Image.Image, draw: Draw) -> Image.Image:
 def _moved(
     image: Image.Image, x_row: tuple[float, float, float], y_row: tuple[float, float, float]
 ) -> Image.Image:
-    """Each pixel (x, y) is the one nearest to where the two rows of an affine map send it.
+    """Each pixel (x, y) comes from the pixel nearest to where the rows of an affine map send it.
 
-    Written out in float32, since a shear sends many pixels to the very middle between two others,
-    where tensorflow_addons rounds away from 0 and Pillow's fixed-point numbers fall to either side.
+    Written out in float32: a shear sends many pixels exactly halfway between two others, where
+    tensorflow_addons rounds away from 0, and Pillow's fixed-point numbers round either way.
     """
     width, height = image.size
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
-    # What depends on one coordinate only stays a row or a column, and is that much cheaper.
+    # A map of one coordinate only stays a row or a column, which is much cheaper.
     from_x, from_y = (
         _nearest(a * x if b == 0 else b * y if a == 0 else a * x + b * y, c)
         for a, b, c in np.array([x_row, y_row], np.float32)

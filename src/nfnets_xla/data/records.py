@@ -1,7 +1,7 @@
-"""A sidecar: where the samples of one shard lie, and their labels.
+"""A sidecar: where the samples of one shard are in the tar, and their labels.
 
-It is `<shard>.idx.npz` beside the shard and a function of the shard's bytes alone; its digest names
-them. About 24 bytes a sample and its key: 10,000 samples take 0.3 MB.
+It is `<shard>.idx.npz` beside the shard, and depends only on the shard's bytes, which its digest
+identifies. It has about 24 bytes per sample plus the key: 10,000 samples take 0.3 MB.
 
 Shape suffixes: N samples of one shard, M labels of them all, one sample's after another's.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nfnets_xla.data.npz import Arrays, from_npz
 
 SIDECAR = ".idx.npz"  # after the shard's whole name
-DIGEST = 16  # bytes: SHA-256, cut; against accidents, of which 400,000 shards can have a few
+DIGEST = 16  # bytes of SHA-256: against accidents, which happen among 400,000 shards
 
 Labels = Mapping[int, float]  # of one sample: label -> weight
 
@@ -73,7 +73,7 @@ class Records(NamedTuple):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Records":
-        """Raises ValueError for a damaged file. Whether it is the right one, its digest says."""
+        """Raises ValueError for a damaged file; the digest tells whether it is the right one."""
         return from_npz(data, _of_types, "damaged")
 
 

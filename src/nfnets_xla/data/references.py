@@ -1,9 +1,9 @@
-"""The pictures that near-duplicates are looked for: their thumbnails, and their hashes in an index.
+"""The pictures whose near-duplicates are searched: their thumbnails, and an index of hashes.
 
 An index holds the codes of all views of a picture (`perceptual.py`), and is searched by multi-index
-hashing (Norouzi, Punjani and Fleet, 2012): codes that are near have a part in common, or nearly so,
-and only those that have are compared. It is a file, which every process that searches reads once.
-A picture that recurs, like the placeholder of a web site, is in it once.
+hashing (Norouzi, Punjani and Fleet, 2012): near codes agree, or nearly agree, in some part, and
+only codes that do are compared. It is a file, which every searching process reads once. A picture
+that recurs, such as a web site's placeholder, is in it once.
 
 Shape suffixes: P pictures, N of all samples, S sides of a thumbnail, V views, B bytes of a code,
 Q queries, C found.
@@ -24,12 +24,12 @@ from nfnets_xla.data.perceptual import BITS, View, codes, mirrored, views
 from nfnets_xla.data.storage import flush_to_disk
 from nfnets_xla.data.thumbnail import SIDE, Thumbnails
 
-# Six parts of 20 bits, two of which may differ: nearly all of what comparing with all codes finds
-# (tests/data/test_dedup.py), from buckets of a millionth of the codes each.
+# Six parts of 20 bits, in each of which two may differ: this finds nearly all that comparing with
+# all codes finds (tests/data/test_dedup.py), in buckets of a millionth of the codes each.
 PARTS, PART_BITS, FLIPPED = 6, 20, 2
-MOST = 32  # references that a picture is compared with: the nearest
+MOST = 32  # nearest references with which a picture is compared
 AT_A_TIME = 1024  # pictures whose codes are computed together: 70 MB
-SEARCHED = 16  # pictures together: if all are near all, the candidates are thousands for each
+SEARCHED = 16  # pictures searched together: each may have thousands of candidates
 PICTURES, SAMPLES = ".pictures", ".samples.npy"
 
 
@@ -38,8 +38,8 @@ class Found(NamedTuple):
 
     query_C: NDArray[np.int64]
     reference_C: NDArray[np.int64]
-    bits_C: NDArray[np.int64]  # in which they differ
-    view_C: NDArray[np.int64]  # that matched
+    bits_C: NDArray[np.int64]  # number of differing bits
+    view_C: NDArray[np.int64]  # the view that matched
     mirrored_C: NDArray[np.bool_]
 
 
@@ -51,12 +51,12 @@ class References(NamedTuple):
     index: Any
 
     def shown_by(self, shard: int) -> NDArray[np.int64]:
-        """Numbers of the pictures that a shard's samples show, in their order."""
+        """Numbers of the pictures that a shard's samples show, in order of the samples."""
         begin, end = np.searchsorted(self.samples_N3[:, 0], [shard, shard + 1])
         return self.samples_N3[begin:end, 2]
 
     def search(self, pictures_QSS: Thumbnails, bits: int) -> Found:
-        """References within so many bits of each query, or of its mirror image."""
+        """References within `bits` bits of each query, or of its mirror image."""
         upright = codes(pictures_QSS)[:, 0]
         found = [
             self._search(first, upright[first : first + SEARCHED], bits)
@@ -87,10 +87,10 @@ class References(NamedTuple):
 def build_references(
     path: Path, parts: Iterable[tuple[Thumbnails, NDArray[np.int64]]], crop: float
 ) -> None:
-    """Write thumbnails and their samples beside `path`, the index at it; or leave what is there.
+    """Write the index to `path`, and thumbnails and samples beside it, unless `path` exists.
 
-    A part has thumbnails, and the shard and row of each; ValueError if there is none.
-    The index is what takes memory, here and where it is searched: docs/dedup.md says how much."""
+    A part has thumbnails, and the shard and row of each; ValueError if there are none. The index
+    takes the most memory, here and when it is searched: docs/dedup.md says how much."""
     faiss = _faiss()
     of = views(crop)
     if path.is_file():
@@ -117,11 +117,11 @@ def build_references(
     with _replaced(path) as temporary:
         try:
             faiss.write_index_binary(index, str(temporary))
-        except RuntimeError as error:  # of a full disk, too
+        except RuntimeError as error:  # also if the disk is full
             raise OSError(f"{path} could not be written: {error}") from error
 
 
-@lru_cache(1)  # of a process that searches one shard after another
+@lru_cache(1)  # a process searches one shard after another
 def load_references(path: Path, crop: float) -> References:
     """What `build_references` wrote. Raises ValueError for what is damaged."""
     faiss = _faiss()
@@ -143,7 +143,7 @@ def load_references(path: Path, crop: float) -> References:
 
 @contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
-    """Somewhere to write; at the end it is at the path, whole."""
+    """A temporary path to write to; at the end it replaces `path` as a whole."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         yield temporary
@@ -154,7 +154,7 @@ def _replaced(path: Path) -> Iterator[Path]:
 
 
 def is_first(rows_C2: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Of sorted rows, the first of those that are equal."""
+    """Whether each of the sorted rows is the first of its equals."""
     return np.concatenate([[True], (np.diff(rows_C2, axis=0) != 0).any(axis=1)])[: len(rows_C2)]
 
 

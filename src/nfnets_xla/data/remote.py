@@ -1,9 +1,9 @@
-"""Shards and checkpoints at an address: `gs://`, `s3://`, `http(s)://`, whatever fsspec knows.
+"""Shards and checkpoints at an address: `gs://`, `s3://`, `http(s)://`, or any that fsspec knows.
 
-`RemoteFolder` answers to what `storage.Folder` does. Files that an index describes come whole into
-a cache (`cache.py`) or, without one, by ranges. A request is repeated, with longer and longer
-waits, while its failure may pass. Credentials, endpoints and proxies are fsspec's own settings (its
-configuration files, or FSSPEC_<PROTOCOL>_<OPTION> in the environment).
+`RemoteFolder` has the interface of `storage.Folder`. Files that an index describes are fetched
+whole into a cache (`cache.py`) or, without one, read by ranges. A request that fails is repeated,
+with growing waits, if its failure may be temporary. Credentials, endpoints and proxies are settings
+of fsspec (its configuration files, or FSSPEC_<PROTOCOL>_<OPTION> in the environment).
 """
 
 import errno
@@ -28,18 +28,18 @@ from nfnets_xla.exits import Unreachable
 Out = TypeVar("Out")
 
 LONGEST_WAIT = 60.0  # seconds between two attempts
-FAMILIAR = 3  # failures in a row that are not worth a word
-PASSING = (408, 425, 429)  # of the HTTP statuses 400 to 499: those that may pass
-AGREEING = 5  # answers in a row that have one wrong length: then it is the file's
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # no network's
+FAMILIAR = 3  # from this many failures in a row on, each is reported
+PASSING = (408, 425, 429)  # HTTP statuses among 400 to 499 that may be temporary
+AGREEING = 5  # answers in a row with the same wrong length: then the file has changed
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # not the network's
 
 
 class Patience(NamedTuple):
-    """Of a request."""
+    """How long a request is repeated."""
 
-    total: float  # seconds after which it is not repeated again
+    total: float  # seconds after which it is not repeated any more
     first_wait: float  # seconds; doubles, up to LONGEST_WAIT
-    timeout: float  # seconds without a byte that make a failure
+    timeout: float  # seconds without a byte after which it has failed
 
 
 PATIENCE = Patience(total=300.0, first_wait=1.0, timeout=60.0)
@@ -57,8 +57,8 @@ def open_folder(where: "str | Path | AnyFolder", cache: Cache | None = None) -> 
 class RemoteFolder:
     """Shards and the files beside them, by names relative to the folder, with slashes.
 
-    What cannot be had is a ValueError that names it; where `read` finds no file it raises
-    FileNotFoundError.
+    Raises a ValueError that names a file which is unavailable; but FileNotFoundError if `read`
+    finds no file.
     """
 
     url: str
@@ -95,7 +95,7 @@ class RemoteFolder:
         return f"run `nfnets-xla shards index {self.url}`"
 
     def sizes(self, ending: str = SHARD) -> dict[str, int]:
-        """Bytes of every file with this ending, by name, sorted; nothing hidden."""
+        """{name: bytes} of all files with this ending, sorted by name, without hidden ones."""
         if self._is_http:
             raise ValueError(f"{self.url} can be neither listed nor written: {self.how_to_index}")
         found = self._tried("", lambda: self._files.find(self.url, detail=True, withdirs=False))
@@ -108,17 +108,17 @@ class RemoteFolder:
         }
 
     def modified(self, name: str) -> int | None:
-        """When the file was last written, in nanoseconds; None if there is none, or none knows."""
+        """When the file was last written, in nanoseconds; None if missing or unknown."""
         try:
             at = self._tried(name, lambda: self._files.modified(self._at(name)))
         except (FileNotFoundError, NotImplementedError):
             return None
         return int(at.timestamp() * 1e6) * 1000
 
-    placed = modified  # an object store's own time
+    placed = modified  # object stores use the time of upload
 
     def open(self, name: str) -> OpenFile:
-        """A copy to read once from end to end; it goes when it is closed."""
+        """A temporary copy, to be read once; deleted when it is closed."""
         with tempfile.TemporaryDirectory(prefix="nfnets-xla-") as folder:
             path = Path(folder) / "shard"
             size = self._tried(name, lambda: int(self._files.size(self._at(name))))
@@ -126,8 +126,8 @@ class RemoteFolder:
             return OpenFile(path)
 
     def indexed(self, name: str, key: str, size: int | None) -> "CachedFile | RangeFile":
-        """A file that an index describes. `key` stands for its content; the size may be unknown of
-        small files only."""
+        """A file that an index describes. `key` identifies its content; only for small files may
+        the size be unknown."""
         if self.cache is None:
             return RangeFile(self, name)
         fetch = partial(self._fetch_small, name)
@@ -154,24 +154,24 @@ class RemoteFolder:
         return self._found(name, ask)
 
     def write(self, name: str, data: bytes) -> None:
-        """Object stores show whole files only; elsewhere a torn index is refused when read."""
+        """Object stores only show whole files; elsewhere an incomplete index is refused later."""
         self._tried(name, lambda: self._files.pipe_file(self._at(name), data))
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A path to write a large file at. Once this has ended, the file is at the address."""
+        """A local path to write a large file to; it is uploaded when the context ends."""
         with tempfile.TemporaryDirectory(prefix="nfnets-xla-") as folder:
             path = Path(folder) / "file"
             yield path
             self._tried(name, lambda: self._files.put_file(str(path), self._at(name)))
 
     def download(self, name: str, size: int, path: Path) -> None:
-        """A file of this size, to `path`."""
+        """Fetch a file of this size to `path`."""
         self._download(name, size, lambda _: path)
 
     def remove(self, name: str) -> None:
         def ask() -> None:
-            with suppress(FileNotFoundError):  # an earlier attempt may have got through
+            with suppress(FileNotFoundError):  # an earlier attempt may have succeeded
                 self._files.rm_file(self._at(name))
 
         self._tried(name, ask)
@@ -221,7 +221,7 @@ class RemoteFolder:
             ) from error
 
     def _found(self, name: str, ask: Callable[[], Out], began: float | None = None) -> Out:
-        """For files that an index says are there."""
+        """As `_tried`, for files that exist according to an index."""
         try:
             return self._tried(name, ask, began)
         except FileNotFoundError:
@@ -231,10 +231,10 @@ class RemoteFolder:
             ) from None
 
     def _tried(self, name: str, ask: Callable[[], Out], began: float | None = None) -> Out:
-        """The answer, asked for again while that may help.
+        """The answer, asked for again while the failure may be temporary.
 
-        `began` is when the reader wanted it, on the monotonic clock. Who waited while another
-        process tried in vain does not begin anew, or a host's processes would do so one by one.
+        `began` is the monotonic time at which the reader first wanted it: a process that waited
+        while another one tried in vain does not start over, or all would time out one by one.
         """
         where = f"{self.url}/{name}".rstrip("/")
         end = self.patience.total + (time.monotonic() if began is None else began)
@@ -258,7 +258,7 @@ class RemoteFolder:
                         f"attempts: {what}); when it can, the same command goes on"
                     ) from error
                 wait = min(self.patience.first_wait * 2.0 ** (attempt - 1), LONGEST_WAIT)
-                wait *= _jitter.uniform(0.5, 1)  # or all who failed together would ask together
+                wait *= _jitter.uniform(0.5, 1)  # else all would retry at once
                 wait = min(wait, left)
                 if attempt >= FAMILIAR:
                     _log.warning("%s: %s; attempt %d in %.0f s", where, what, attempt + 1, wait)
@@ -283,7 +283,7 @@ class RemoteFolder:
 
 
 class NoRanges(ValueError):
-    """A server sends whole files only."""
+    """The server only sends whole files."""
 
 
 class Replaced(ValueError):
@@ -291,7 +291,7 @@ class Replaced(ValueError):
 
 
 class TooMuch(OSError):
-    """Said as what has come."""
+    """More bytes came than expected; the message says how many."""
 
 
 FINAL = (FileNotFoundError, NoRanges, Replaced, NotImplementedError, TypeError, AttributeError)
@@ -300,15 +300,15 @@ FINAL = (FileNotFoundError, NoRanges, Replaced, NotImplementedError, TypeError, 
 AnyFolder = Folder | RemoteFolder
 
 _log = logging.getLogger(__name__)
-_jitter = random.Random()  # its own: the global one may be seeded by someone who counts on it
+_jitter = random.Random()  # not the global one, which a user may have seeded
 
 
 class CachedFile:
-    """A file whose copy is in the cache, or comes into it when it is read."""
+    """A file that is read through the cache."""
 
     def __init__(self, cache: Cache, key: str, fetch: Callable[..., None]) -> None:
-        """`fetch(room, began=...)`, as the cache calls it and with the time since when it is
-        wanted."""
+        """`fetch(room, began=...)` is the cache's `fetch`, plus the time at which the reader first
+        wanted the file."""
         self._cache, self._key, self._fetch = cache, key, fetch
 
     def read(self, offset: int, size: int) -> bytes:
@@ -318,14 +318,14 @@ class CachedFile:
         return self._cache.open(self._key, self._fetch_now()).whole()
 
     def bring(self) -> None:
-        """Have the copy, unless another process is fetching it."""
+        """Fetch the copy unless it is there or another process is fetching it."""
         self._cache.bring(self._key, self._fetch_now())
 
     def keep(self) -> None:
         self._cache.keep(self._key)
 
     def refresh(self) -> bool:
-        """The copy may have rotted: the next read fetches another."""
+        """Drop the copy, which may be damaged: the next read fetches a new one."""
         self._cache.drop(self._key)
         return True
 
@@ -334,7 +334,7 @@ class CachedFile:
 
 
 class RangeFile:
-    """A file of which only the parts that are read come, one request for each."""
+    """A file that is read in parts, one request for each."""
 
     def __init__(self, folder: RemoteFolder, name: str) -> None:
         self._folder, self._name = folder, name
@@ -350,7 +350,7 @@ class RangeFile:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a failure is one of the network's, or one that will stay."""
+    """Whether a failure may be temporary, as of the network, or is permanent."""
     if isinstance(error, PermissionError | ValueError | ImportError):
         return False
     if "Credential" in type(error).__name__ or str(error).startswith("Forbidden"):  # gcsfs's 403
@@ -361,7 +361,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _options(protocol: str, timeout: float) -> dict[str, Any]:
-    """So that an answer that stalls is a failure, beside what fsspec's configuration says."""
+    """Timeouts, so that a stalled answer fails, merged with fsspec's configuration."""
     if protocol in ("http", "https", "gs", "gcs"):
         import aiohttp
 
@@ -378,7 +378,7 @@ def _options(protocol: str, timeout: float) -> dict[str, Any]:
 
 
 def _atmost(size: int) -> Any:
-    """Ends a download that would take more of the disk than it has reserved."""
+    """A callback that ends a download once it exceeds the reserved size."""
     from fsspec.callbacks import Callback
 
     class AtMost(Callback):

@@ -1,8 +1,8 @@
 """One pass over a shard: its samples as records, and every fault with its byte offset.
 
-Samples are grouped as WebDataset has it: members `<key>.<extension>`, the key being what comes
-before the first dot of the file name. Stricter than WebDataset in this: the members of a sample lie
-together, and there is one image and a label.
+Samples are grouped as in WebDataset: members are `<key>.<extension>`, where the key is everything
+before the first dot of the file name. Stricter than WebDataset: a sample's members must be
+contiguous, with exactly one image and a label.
 """
 
 import re
@@ -19,12 +19,12 @@ IMAGES = ("png", "jpg", "jpeg", "webp")
 MAX_IMAGE = 2**28  # bytes
 COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")  # gzip, bzip2, xz, Zstandard
 
-Sample = dict[str, Member]  # its members, by lower-case extension
+Sample = dict[str, Member]  # {lower-case extension: member}
 ImageCheck = Callable[[bytes], str | None]  # what is wrong with an image file, or None
 
 
 class Scan(NamedTuple):
-    records: Records | None  # of the samples without fault; None if there are none
+    records: Records | None  # of the intact samples; None if there are none
     faults: list[Fault]  # of the tar, then of its samples: a damaged header explains missing ones
 
 
@@ -94,7 +94,7 @@ def _group(file: OpenFile, faults: list[Fault]) -> dict[str, Sample]:
 
 
 def _complaints(key: str, sample: Sample) -> list[Fault]:
-    """What is wrong with a sample's members, before any is read."""
+    """Faults of a sample's members that can be found without reading them."""
     images = _image(sample)
     first = min(member.header for member in sample.values())
     if len(images) != 1:

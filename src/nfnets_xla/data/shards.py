@@ -1,15 +1,15 @@
-"""Shards: WebDataset tars in a folder, an index beside them, and samples read by offset.
+"""Shards: WebDataset tars in a folder, an index beside them, and reading samples by offset.
 
-The index has two levels. The manifest, `index.npz`, is held in memory: 32 bytes a shard and its
-name. A sidecar for each shard (`records.py`) says where its samples lie, and is read when the shard
-is. Both are functions of the tars alone, and so is the fingerprint, which names the data in a run's
-record: a run that resumes finds the same samples in the same places, or is told.
+The index has two levels. The manifest, `index.npz`, is held in memory: 32 bytes per shard plus its
+name. Each shard's sidecar (`records.py`) says where its samples are, and is read with the shard.
+Both depend only on the tars, and so does the fingerprint, which identifies the data in a run's
+record: a run that resumes finds the same samples in the same places, or is refused.
 
     index = build_index("shards")        # data/index.py, once; afterwards ShardIndex.load("shards")
     data = index.read(shard=3, row=17)   # the image's bytes, checked
 
 Shards are numbered in the order of their names, rows in the order of the tar. Excluded samples
-(`exclude.py`) have no row: what is counted, ordered and read here is what is left.
+(`exclude.py`) have no row: only the remaining ones are counted, ordered and read here.
 
 Shape suffixes: S shards.
 """
@@ -38,14 +38,14 @@ MANIFEST = "index.npz"
 
 AnyFile = OpenFile | CachedFile | RangeFile
 
-# Bytes of a sidecar, a sample: 24, its key, and what several labels take.
+# Bytes per sample in a sidecar, estimated: 24, the key, and further labels.
 SIDECAR_SAMPLE = 100
 
-# Reads of what came whole by its length and is wrong all the same: a server that says 200 and sends
-# half of a file under half of its length is seen, a file that stays wrong is not worth minutes.
+# Attempts to read content that is wrong though its length is right: servers have been seen to send
+# half of a file, with half its length and status 200. A permanently wrong file should fail fast.
 READS = 6
 
-# Shards a process keeps open: below the 1,024 files that a process may commonly open.
+# Shards kept open per process: below the usual limit of 1,024 open files.
 OPEN_FILES = 512
 
 
@@ -64,7 +64,7 @@ class Manifest(NamedTuple):
         return self.names[start : int(self.name_ends_S[shard])].tobytes().decode()
 
     def key(self, shard: int) -> str:
-        """Of a copy: it stands for all that is ever read of the shard, by its checksums."""
+        """The key of cached copies: it identifies everything that is read of the shard."""
         return self.digests_S[shard].tobytes().hex()
 
     def fingerprint(self) -> str:
@@ -75,7 +75,7 @@ class Manifest(NamedTuple):
 
 
 class Exclusions(NamedTuple):
-    """Rows that are not shown, of the shards that have any: E shards."""
+    """Excluded rows, for the E shards that have any."""
 
     shards_E: NDArray[np.int64]  # ascending
     ends_E: NDArray[np.int64]  # of each shard's part of `rows`
@@ -99,14 +99,14 @@ class ShardIndex:
     folder: AnyFolder
     manifest: Manifest
     exclusions: Exclusions | None = None
-    open_sidecars: int = OPEN_FILES  # kept in memory; below what a batch touches, each is read anew
+    open_sidecars: int = OPEN_FILES  # kept in memory; should cover the shards of a batch
 
     @classmethod
     def load(cls, folder: str | Path | AnyFolder, cache: Cache | None = None) -> "ShardIndex":
         """Read the manifest. Raises ValueError if there is none, or if local shards do not fit it.
 
-        Shards at an address are not listed, which for 400,000 takes minutes, but held against the
-        manifest as they are read: through `cache`, or without one by a request for each sample.
+        Remote shards are not listed, which takes minutes for 400,000, but checked against the
+        manifest as they are read: through `cache`, or without one by a request per sample.
         """
         where = open_folder(folder, cache)
         index = cls(where, _read_manifest(where))
@@ -119,7 +119,7 @@ class ShardIndex:
         return ShardIndex, tuple(getattr(self, field.name) for field in fields(self))
 
     def keeping(self, open_sidecars: int) -> "ShardIndex":
-        """The same samples, with so many sidecars kept in memory."""
+        """The same index, keeping up to `open_sidecars` sidecars in memory."""
         return replace(self, open_sidecars=open_sidecars)
 
     @property
@@ -145,7 +145,7 @@ class ShardIndex:
 
     @property
     def max_labels(self) -> int:
-        """The most labels that a sample has; excluded ones included, for the same reason."""
+        """The most labels that any sample has, also including excluded samples."""
         return int(self.manifest.head[2])
 
     @cached_property
@@ -171,12 +171,12 @@ class ShardIndex:
         return records.labels(row)
 
     def offset(self, shard: int, row: int) -> int:
-        """Of the image's first byte in the shard."""
+        """The offset of the image's first byte in the shard."""
         records, row = self._at(shard, row)
         return int(records.offsets_N[row])
 
     def read(self, shard: int, row: int) -> bytes:
-        """The image as it is in the tar. Raises ValueError if it is not what was indexed."""
+        """The image's bytes in the tar. Raises ValueError if they are not those indexed."""
         records, row = self._at(shard, row)
         offset, size = int(records.offsets_N[row]), int(records.sizes_N[row])
         file = self._file(shard)
@@ -191,24 +191,24 @@ class ShardIndex:
         raise _mismatch(self.folder, f"{place}: wrong checksum; {fix}")
 
     def records(self, shard: int) -> Records:
-        """The sidecar of a shard, as it is, excluded samples included."""
+        """The whole sidecar of a shard, including excluded samples."""
         return self._opened(shard).records
 
     def sidecars(self) -> list[tuple[str, str]]:
-        """Of each shard, what `read_records` is to be given in another process."""
+        """For each shard, the (name, key) that `read_records` needs in another process."""
         return [(self.name(shard), self.manifest.key(shard)) for shard in range(self.num_shards)]
 
     def excluded(self, shard: int) -> NDArray[np.uint32]:
-        """Rows of its sidecar that are not shown."""
+        """The excluded rows of a shard's sidecar."""
         return _excluded(self.exclusions, shard)
 
     def bring(self, shard: int) -> None:
-        """Have a remote shard and its sidecar in the cache, unless another process fetches them."""
+        """Fetch a remote shard and its sidecar into the cache, unless another process does."""
         for file in self._copies(shard):
             file.bring()
 
     def keep(self, shard: int) -> None:
-        """Have what the cache has of a remote shard give way last."""
+        """Make a remote shard's cached files the last to be evicted."""
         for file in self._copies(shard):
             file.keep()
 
@@ -219,7 +219,7 @@ class ShardIndex:
             yield file
 
     def check_room(self, num_shards: int, what: str) -> None:
-        """Raises ValueError if the cache cannot hold any so many shards of each of its sharers."""
+        """Raises ValueError if the cache cannot hold any `num_shards` shards for each sharer."""
         cache = self.folder.cache
         if cache is None:
             return
@@ -238,8 +238,8 @@ class ShardIndex:
         opened = self._opened(shard)
         return opened.records, row if opened.kept is None else int(opened.kept[row])
 
-    # Both caches are bound to fields and not to self: a cycle would keep files open after the index
-    # is gone.
+    # Both caches are bound to fields, not to self: a reference cycle would keep files open after
+    # the index is deleted.
 
     @cached_property
     def _opened(self) -> Callable[[int], "_Sidecar"]:
@@ -251,7 +251,7 @@ class ShardIndex:
         return lru_cache(OPEN_FILES)(partial(_open_file, self.folder, self.manifest))
 
     def _check_folder(self, folder: Folder) -> None:
-        """Raises ValueError unless the tars and sidecars there are those of the manifest."""
+        """Raises ValueError unless the folder's tars and sidecars match the manifest."""
         sizes, sidecars = folder.sizes(), folder.sizes(SHARD + SIDECAR)
         for shard in range(self.num_shards):
             name, indexed = self.name(shard), int(self.manifest.bytes_S[shard])
@@ -281,8 +281,8 @@ def _open_sidecar(
 
 
 def read_records(folder: AnyFolder, name: str, key: str) -> Records:
-    """The sidecar of a shard, which has this name and key in the manifest. Raises ValueError for
-    one that is missing, damaged or of another index."""
+    """The sidecar of the shard with this name and key in the manifest. Raises ValueError if it is
+    missing, damaged or of another index."""
     try:
         file = _sidecar(folder, name, key)
         records = _records(file.whole(), key)
@@ -298,7 +298,7 @@ def read_records(folder: AnyFolder, name: str, key: str) -> Records:
 
 
 def _records(data: bytes, key: str) -> Records | str:
-    """Of a sidecar; or what is wrong with it."""
+    """The records in a sidecar's bytes; or what is wrong with them."""
     try:
         records = Records.from_bytes(data)
     except ValueError as error:

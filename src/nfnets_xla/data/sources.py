@@ -1,7 +1,7 @@
-"""Where samples to pack come from: a folder of images, a table, or a data set of `datasets`.
+"""Sources of samples to pack: a folder of images, a table, or a data set of `datasets`.
 
-Each is read in an order drawn from a seed, so that no shard is of one class, except data sets,
-which come in their own.
+Folders and tables are read in an order drawn from a seed, so that no shard has only one class; data
+sets are read in their own order.
 """
 
 import csv
@@ -31,10 +31,10 @@ def pack_image_folder(
 ) -> list[Path]:
     """Pack `<source>/<class>/<image>`; return the shards.
 
-    A class's label is its place among the sorted folder names, which `classes.json` lists in this
-    order. Keys are `<class>-<file name>`, dots as underscores. Hidden files, and files beside the
-    class folders, are left out. Raises ValueError for any other file that is not an image, for a
-    class without images, and as `pack_samples` does.
+    A class's label is its position among the sorted folder names, which `classes.json` lists in
+    that order. Keys are `<class>-<file name>`, with dots as underscores. Hidden files, and files
+    beside the class folders, are ignored. Raises ValueError for any other file that is not an
+    image, for a class without images, and as `pack_samples` does.
     """
     classes, images = _find_images(Path(source))
     return pack_samples(
@@ -60,9 +60,9 @@ def pack_table(
 ) -> list[Path]:
     """Pack the images that a .csv or .parquet file lists; return the shards.
 
-    Columns: `path`, from the table's own folder on; `label`, as in a .txt member (`3`, `3 7`,
-    `3:0.8 7:0.2`) or, in Parquet, a number or a list of them; and, if you like, `key`, else made of
-    the path, its slashes and dots as underscores. Other columns are left alone.
+    Columns: `path`, relative to the table's folder; `label`, as in a .txt member (`3`, `3 7`,
+    `3:0.8 7:0.2`) or, in Parquet, a number or a list of them; and optionally `key`, which defaults
+    to the path, with slashes and dots as underscores. Other columns are ignored.
     """
     images = _read_table(Path(table))
     return pack_samples(
@@ -80,8 +80,9 @@ def dataset_samples(
 ) -> Iterator[Sample]:
     """Samples for `pack_samples` of rows like those of Hugging Face's `datasets`.
 
-    An image is a Pillow image, written as PNG; or the file's bytes, alone or as `{"bytes": ...}`,
-    copied. A label is a number, a list of them, or labels with weights. Keys count the rows.
+    An image is a Pillow image, which is written as PNG, or a file's bytes (or `{"bytes": ...}`),
+    which are copied. A label is a number, a list of them, or labels with weights. Keys are the row
+    numbers.
     """
     for number, row in enumerate(dataset):
         found = row[image].get("bytes") if isinstance(row[image], Mapping) else row[image]
@@ -104,7 +105,7 @@ def dataset_samples(
 
 
 def _check_range(image: Image.Image, what: str) -> None:
-    """Nothing says which number is white in pixels of 32 bits, modes I and F of Pillow."""
+    """ValueError for 32-bit pixels (Pillow's modes I, F) whose value for white is unknown."""
     advice = 'bring it to 0 to 255 and convert it to "L" or "RGB"'
     if image.mode == "F":
         raise ValueError(f"{what} has fractions as pixels, mode F: {advice}")
@@ -116,7 +117,7 @@ def _check_range(image: Image.Image, what: str) -> None:
 
 
 def extension_of(data: bytes) -> str:
-    """By the file's first bytes; what is none of the others is called a JPEG."""
+    """The extension by the file's first bytes; "jpg" if it is neither PNG nor WebP."""
     if data.startswith(b"\x89PNG"):
         return "png"
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "jpg"
@@ -124,7 +125,7 @@ def extension_of(data: bytes) -> str:
 
 # ---- tables -----------------------------------------------------------------------------------
 
-Found = dict[str, tuple[Path, Any]]  # by key: image file and label
+Found = dict[str, tuple[Path, Any]]  # {key: (image file, label)}
 
 
 def _read_table(path: Path) -> Found:
@@ -152,7 +153,7 @@ def _read_table(path: Path) -> Found:
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     done = 0
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte-order mark
             for row in csv.DictReader(file, strict=True):
                 yield row
                 done += 1
@@ -176,7 +177,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
                     done += 1
     except (ArrowException, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # a disk's; damage has no number
+        if isinstance(error, OSError) and error.errno is not None:  # from the disk, not damage
             raise
         what = " ".join(str(error).split())
         raise ValueError(f"{path}, row {done + 1}: {what}: write the file again") from error

@@ -1,8 +1,8 @@
-"""Where shards and checkpoints lie. Nothing but this and `remote.py` opens a shard or a sidecar.
+"""Folders of shards and checkpoints. Only this and `remote.py` open a shard or a sidecar.
 
-`Folder` is a local folder; `remote.RemoteFolder` is one at an address, and answers to the same:
-whoever can list names with sizes, open a name for reads at an offset, and write a small file whole,
-can hold shards; who can take a large file and delete one as well, checkpoints.
+`Folder` is a local folder; `remote.RemoteFolder` is one at an address, with the same interface.
+Shards need a folder that can list names with sizes, open a file for reads at an offset, and write a
+small file as a whole; checkpoints also need writing large files, and deleting.
 """
 
 import os
@@ -36,8 +36,9 @@ class Folder:
         return f"run `nfnets-xla shards index {self}`"
 
     def sizes(self, ending: str = SHARD) -> dict[str, int]:
-        """Bytes of every file with this ending, by name, sorted; nothing hidden. Links to folders
-        are followed to shards: of a checkpoint's files what is found may be deleted."""
+        """{name: bytes} of all files with this ending, sorted by name, without hidden ones. Links
+        to folders are followed only for shards: a checkpoint's files, once found, may be
+        deleted."""
         found: dict[str, int] = {}
         for top, files in self._folders(links=ending.startswith(SHARD)):
             inside = Path(top).relative_to(self.path)
@@ -46,18 +47,18 @@ class Folder:
                     path = os.path.join(top, name)
                     try:
                         status = os.stat(path)
-                    except FileNotFoundError:  # deleted since, unless it is a link to nothing
+                    except FileNotFoundError:  # deleted meanwhile, unless it is a broken link
                         if os.path.lexists(path):
                             raise
                         continue
-                    if not stat.S_ISREG(status.st_mode):  # to open a pipe may wait for ever
+                    if not stat.S_ISREG(status.st_mode):  # opening a pipe may block forever
                         raise ValueError(f"{path} is no regular file: take it out")
                     found[str(inside / name)] = status.st_size
         return dict(sorted(found.items()))
 
     def _folders(self, *, links: bool) -> Iterator[tuple[str, list[str]]]:
-        """Every folder with the names of its files. Once, by its own name rather than a link's:
-        links may lead back."""
+        """Every folder with the names of its files, each only once, since links may be circular; a
+        folder's own name is preferred to a link's."""
         known: set[str] = set()
         starts = [str(self.path)]
         while starts:
@@ -82,9 +83,8 @@ class Folder:
             return None
 
     def placed(self, name: str) -> int | None:
-        """The same, or when it was put there, if that was later: `cp -p` and `rsync -a` keep the
-        time at which a file was written elsewhere. Also when its owner or mode was changed, or a
-        link on the way to it was made."""
+        """When the file was written or put here, whichever is later: `cp -p` and `rsync -a` keep
+        the time of the original. A change of owner or mode, or a new link to it, counts, too."""
         path = self.path / name
         try:
             status, links = path.stat(), [os.lstat(link) for link in _links(path)]
@@ -105,7 +105,7 @@ class Folder:
         return (self.path / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        """The whole file or, if the machine stops, the one that was there."""
+        """Write atomically: if the machine stops, the file is either the new one or the old."""
         path = self.path / name
         temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # as TEMPORARY has it
         try:
@@ -121,9 +121,9 @@ class Folder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A path to write a large file at, in one level of folders that is made if need be.
+        """A path to write a large file to, in at most one new level of folders.
 
-        Once this has ended it is there also after the machine stops; before, it may be torn.
+        The file is flushed to disk when the context ends; before, it may be incomplete.
         """
         path = self.path / name
         if not path.parent.is_dir():
@@ -133,7 +133,7 @@ class Folder:
         flush_to_disk(path)
 
     def remove(self, name: str) -> None:
-        """A file, and the folder it was the last of, but for what a kill has left in `write`."""
+        """Delete a file, and its subfolder if that is empty but for leftovers of `write`."""
         path = self.path / name
         path.unlink(missing_ok=True)
         if path.parent == self.path:
@@ -146,13 +146,13 @@ class Folder:
 
 
 def _unless_gone(error: OSError) -> None:
-    """What cannot be listed is not empty: shards would be left out without a word."""
+    """Raise if a folder cannot be listed: its shards would be left out silently."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
 
 
 def _links(path: Path) -> Iterator[str]:
-    """Every symbolic link that is followed to the file, which is there."""
+    """All symbolic links on the path to an existing file."""
     at, parts = "/", [*reversed(path.absolute().parts[1:])]
     while parts:
         part = parts.pop()
@@ -167,12 +167,12 @@ def _links(path: Path) -> Iterator[str]:
 
 
 def _is_ours(folder: str) -> bool:
-    """lost+found is root's, at the head of a disk."""
+    """Not hidden, and not lost+found, which belongs to root."""
     return not folder.startswith(".") and folder != "lost+found"
 
 
 def flush_to_disk(path: Path) -> None:
-    """Of a file its content; of a folder the names in it."""
+    """Flush a file's content, or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -181,7 +181,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def address(where: object) -> str | None:
-    """The address, if this is one. ValueError for file://, which is a local folder."""
+    """The address, or None for a local path. ValueError for file://, which is local."""
     parts = re.fullmatch(
         r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*?)/*", str(where)
     )  # Path makes gs:/a of gs://a
@@ -191,7 +191,7 @@ def address(where: object) -> str | None:
 
 
 def is_below(where: object, folder: object) -> bool:
-    """Whether `where` lies in `folder` or a folder of it. Shards there are the folder's too."""
+    """Whether `where` is inside `folder`, at any depth: its shards are then also the folder's."""
     if address(where) or address(folder):
         return (address(where) or "").startswith(f"{address(folder)}/")
     return Path(str(folder)).resolve() in Path(str(where)).resolve().parents
@@ -205,7 +205,7 @@ def local(where: str | Path) -> Path:
 
 
 class OpenFile:
-    """A file to read from at any offset; closes when the last reader lets go of it."""
+    """A file to read at any offset; closed when it is garbage-collected."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._descriptor = path, os.open(path, os.O_RDONLY)
@@ -216,14 +216,14 @@ class OpenFile:
         try:
             return os.pread(self._descriptor, size, offset)
         except OSError as error:
-            error.filename = str(self._path)  # which a descriptor does not say
+            error.filename = str(self._path)  # a descriptor has no name
             raise
 
     def whole(self) -> bytes:
         return self.read(0, self.size)
 
     def refresh(self) -> bool:
-        """Whether reading once more may give other bytes: what has the file is the only copy."""
+        """Whether reading again may give other bytes: no, this is the only copy."""
         return False
 
     def __del__(self) -> None:

@@ -1,8 +1,8 @@
-"""The members of a tar, read without trust: ustar (POSIX 1003.1), GNU and pax long names.
+"""Reads the members of an untrusted tar: ustar (POSIX 1003.1), GNU and pax long names.
 
-Python's `tarfile` takes a broken header for the end of the archive and says nothing; here every
-fault has its byte offset, and reading goes on at the next header that is whole. Offsets only grow,
-and no size is believed before it is seen to fit, so that no input can make it hang or fill memory.
+Python's `tarfile` silently takes a broken header for the end of the archive; here every fault is
+reported with its byte offset, and reading continues at the next intact header. Offsets only grow,
+and sizes are checked before use, so that no input can make it hang or fill memory.
 """
 
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from nfnets_xla.data.storage import OpenFile
 
-BLOCK = 512  # bytes: of a header, and what the data of a member are padded to
+BLOCK = 512  # bytes of a header; a member's data are padded to a multiple of it
 MAX_META = 2**20  # bytes of a long name or a pax header
 MAX_PADDING = 2**20  # bytes of zeros after the end: tars are padded to records of 10 KiB
-RESYNC = 2**16  # bytes read at a time while looking for the next whole header
+RESYNC = 2**16  # bytes read at a time while searching for the next intact header
 
-# Type flags. Of these, links, devices, folders and pipes have no data whatever their size says.
+# Type flags. Links, devices, folders and pipes have no data, whatever their size field says.
 REGULAR = (b"0", b"\0", b"7")
 LINKS = (b"1", b"2")  # hard and symbolic
 DATALESS = (*LINKS, b"3", b"4", b"5", b"6")
@@ -26,10 +26,10 @@ PAX, PAX_SOLARIS, PAX_GLOBAL = b"x", b"X", b"g"
 class Member(NamedTuple):
     name: str
     header: int  # offset of its own header, which is right before its data
-    offset: int  # of its first byte
+    offset: int  # of its data
     size: int
-    is_file: bool  # a regular file, all of whose bytes lie together
-    is_elsewhere: bool  # a link, or sparse: it stands for bytes that are not here, or not together
+    is_file: bool  # a regular file with contiguous bytes
+    is_elsewhere: bool  # a link, or sparse: its bytes are elsewhere, or not contiguous
 
 
 class Fault(NamedTuple):
@@ -40,7 +40,7 @@ class Fault(NamedTuple):
 
 
 class _Bad(Exception):
-    """A header that cannot be believed; its message says why."""
+    """An invalid header; the message says why."""
 
 
 class _Next(NamedTuple):
@@ -54,7 +54,7 @@ class _Next(NamedTuple):
 def read_members(
     file: OpenFile, start: int = 0, end: int | None = None
 ) -> Iterator[Member | Fault]:
-    """Members of the tar that lies at `start` to `end` of the file, and its faults, by offset."""
+    """Members and faults, by offset, of the tar in bytes `start` to `end` of the file."""
     stop = file.size if end is None else min(end, file.size)
     at, following = start, _Next()
     while True:
@@ -79,7 +79,7 @@ def read_members(
 def _parse(
     file: OpenFile, header: bytes, at: int, stop: int, following: _Next
 ) -> tuple[Member | None, _Next, int]:
-    """The member of a header, or None if it only extends the next; and where the next one is."""
+    """A header's member, None if it only extends the next; and the offset of the next one."""
     if not _checksum_holds(header):
         raise _Bad("damaged header: its checksum is wrong")
     kind, size, data = header[156:157], _number(header[124:136]), at + BLOCK
@@ -115,7 +115,7 @@ def _parse(
 
 
 def _check_end(file: OpenFile, at: int, stop: int) -> Iterator[Fault]:
-    """The end is two blocks of zeros, and nothing but more of them after these."""
+    """Faults of the end, which must be two or more blocks of zeros, and nothing else."""
     tail = file.read(at, min(stop - at, MAX_PADDING + 1))
     used = len(tail) - len(tail.lstrip(b"\0"))
     if used < len(tail):
@@ -128,7 +128,7 @@ def _check_end(file: OpenFile, at: int, stop: int) -> Iterator[Fault]:
 
 
 def _resync(file: OpenFile, at: int, stop: int) -> int:
-    """The next block that is a whole header; or the end."""
+    """The offset of the next block that is an intact header; or the end."""
     while at + BLOCK <= stop:
         chunk = file.read(at, min(RESYNC, stop - at))
         for place in range(0, len(chunk) - BLOCK + 1, BLOCK):

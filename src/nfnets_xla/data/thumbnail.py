@@ -1,8 +1,7 @@
-"""A picture made so small that a data set's worth can be kept: grey, without its border, 48 x 48.
+"""Thumbnails, small enough to keep for a whole data set: grey, without borders, 48 x 48.
 
-Near-duplicates are found among these (`dedup.py`). A JPEG is decoded at the smallest fraction of
-its size that still has 44 pixels a side, luminance only: no colour, no large picture, and a third
-of the time.
+Near-duplicates are searched among them (`dedup.py`). A JPEG is decoded at the smallest fraction of
+its size that still has 44 pixels per side, and only its luminance, which takes a third of the time.
 
 Shape suffixes: P pictures, Y and X pixels of a side, S = SIDE.
 """
@@ -18,16 +17,16 @@ from nfnets_xla.data.decode import MAX_PIXELS, START_OF_IMAGE, check_scans, deco
 
 SIDE = 48
 DECODED_SIDE = 44  # pixels at least: an eighth of most photographs, whose sides are 352 and more
-TOLERANCE = 8  # grey levels that the lines of a border differ by, JPEG's ringing included
-MOST_BORDER = 0.35  # of a side, at each of its ends
-LEAST_SIDE = 16  # pixels of what a border surrounds
+TOLERANCE = 8  # grey levels by which a border may vary, including JPEG's ringing
+MOST_BORDER = 0.35  # largest border at each end, as a share of the side
+LEAST_SIDE = 16  # smallest side, in pixels, of a picture inside a border
 
 Grey = NDArray[np.uint8]
 Thumbnails = NDArray[np.uint8]  # (P, S, S)
 
 
 def thumbnails(data: bytes) -> Thumbnails:
-    """The whole picture, and if it has a border, what that surrounds: (1 or 2, S, S).
+    """The whole picture and, if it has a border, the part inside it: (1 or 2, S, S).
 
     Raises ValueError for what is not a whole picture."""
     grey_YX = decode_grey(data)
@@ -37,8 +36,8 @@ def thumbnails(data: bytes) -> Thumbnails:
 
 
 def decode_grey(data: bytes) -> Grey:
-    """The picture's luminance at a fraction of its size, both sides 44 pixels or more if it has as
-    many."""
+    """The picture's luminance at a fraction of its size; both sides have at least 44 pixels, unless
+    the picture is smaller."""
     if data.startswith(START_OF_IMAGE):
         check_scans(data)
         try:
@@ -49,13 +48,13 @@ def decode_grey(data: bytes) -> Grey:
                     data, "GRAY", fastdct=True, min_height=side, min_width=side
                 )[:, :, 0]
         except ValueError:
-            pass  # Pillow's to read or to refuse
+            pass  # Pillow decides
     image = Image.fromarray(decode(data)).convert("L")
     return np.asarray(image.reduce(max(1, min(image.size) // DECODED_SIDE)))
 
 
 def trimmed(grey_YX: Grey) -> Grey | None:
-    """What a border of one colour surrounds; None if there is no border."""
+    """The picture inside a border of one colour; None if there is no border."""
     height, width = grey_YX.shape
     rows, columns = int(height * MOST_BORDER), int(width * MOST_BORDER)
     top, bottom = _flat_lines(grey_YX[:rows]), _flat_lines(grey_YX[::-1][:rows])
@@ -69,8 +68,8 @@ def trimmed(grey_YX: Grey) -> Grey | None:
 
 
 def _flat_lines(lines_NM: Grey) -> int:
-    """How many lines from the first on are of the first one's colour, and one more, which the end
-    of the border may cross."""
+    """The number of lines, from the first, that have the first line's colour; plus one, as the
+    border may end within a line; 0 if the first has several colours."""
     if not len(lines_NM) or not _is_flat(lines_NM[0]):  # the usual case, without looking further
         return 0
     low_N, high_N = lines_NM.min(axis=1).astype(int), lines_NM.max(axis=1).astype(int)
@@ -84,7 +83,7 @@ def _is_flat(grey: Grey) -> bool:
 
 
 def _shrunk(grey_YX: Grey) -> Grey:
-    """Each pixel the mean of what it covers, stretched to all grey levels."""
+    """Scaled to S x S by area averages, then stretched to all grey levels."""
     height, width = grey_YX.shape
     small_SS = _cover(height) @ grey_YX.astype(np.float32) @ _cover(width).T
     low, high = small_SS.min(), small_SS.max()
@@ -93,7 +92,7 @@ def _shrunk(grey_YX: Grey) -> Grey:
 
 @lru_cache(1024)
 def _cover(size: int) -> NDArray[np.float32]:
-    """(S, size): the share that each of `size` pixels has in each of S."""
+    """(S, size): the weight of each of `size` pixels in each of S."""
     edges = np.arange(size + 1) / size
     starts_S1 = np.arange(SIDE)[:, None] / SIDE
     inside = np.clip(edges, starts_S1, starts_S1 + 1 / SIDE)
