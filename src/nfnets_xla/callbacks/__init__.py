@@ -1,4 +1,4 @@
-"""What Lightning calls during a training beside the task: each says when, and does one thing.
+"""Lightning callbacks that run during training, besides the task: each does one thing.
 
-`watch.py` opens them, in the order in which they are told.
+`watch.py` makes them, in the order in which they are called.
 """

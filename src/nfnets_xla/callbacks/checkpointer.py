@@ -1,4 +1,4 @@
-"""When a training run is saved, and what of it. Fires after update n, counted from 1."""
+"""When a training run is saved, and what is saved. Called after update n, counted from 1."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from nfnets_xla.task import Classification
 
 
 class Checkpointer(Callback):
-    """Saves every `every` steps and after the last; with `keep_best` also the best evaluation's."""
+    """Saves every `every` steps and after the last; with `keep_best` also at a best evaluation."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Checkpointer(Callback):
         hosts: Hosts,
         say: Callable[[str], None],
     ) -> None:
-        """`state` is of a step; `best` is of earlier starts: a step and its held-out loss."""
+        """`state(step)` is stored with a checkpoint; `best` is earlier starts' (step, loss)."""
         self.saves = saves
         self.monitor = monitor
         self.skips = skips
@@ -47,10 +47,10 @@ class Checkpointer(Callback):
         self.keep_best = keep_best
         self.hosts = hosts
         self.say = say
-        self.saved_at: int | None = None  # the newest step that was given to `saves`
-        self.durable_at: int | None = None  # and the newest that is known to be written
-        self._pruned = True  # as far as is known and said
-        self._losses: dict[int | None, float] = {}  # held-out ones, by step
+        self.saved_at: int | None = None  # the newest step handed to `saves`
+        self.durable_at: int | None = None  # the newest step known to be written
+        self._pruned = True  # False once a failure to delete was reported
+        self._losses: dict[int | None, float] = {}  # {step: held-out loss}
         if keep_best and best is not None:
             self.saves.best = self.saves.better = best[0]
             self._losses[best[0]] = best[1]
@@ -67,7 +67,7 @@ class Checkpointer(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         task = task_of(pl_module)
         *_, metrics = task.evaluation.values()  # of the average, if there is one
-        # On all hosts alike, though only one knows of a better one that could not be written.
+        # The same on all hosts, although only host 0 knows if a better one could not be written.
         if self.keep_best and metrics["loss"] < self._losses.get(self.saves.better, math.inf):
             self._losses[trainer.global_step] = metrics["loss"]
             self.saves.better = trainer.global_step
@@ -77,24 +77,24 @@ class Checkpointer(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Where samples cannot be had any more, between two steps that are the same on all hosts:
-        see missed.py."""
+        """Save if samples are unavailable (Unreachable): all hosts are then between the same two
+        steps, see missed.py."""
         step = trainer.global_step
         if isinstance(exception, Unreachable) and step > self.saves.start:
-            # Also if it is saved, which only one host knows; but the last step was given to `saves`
-            # on all of them, and after it Lightning takes the optimizer's state off the device.
+            # Save even if the step is saved already, which only host 0 knows. Not the last step,
+            # which all hosts have saved: after it the optimizer's state is no longer on the device.
             if step < self.total_steps:
                 self.save(task_of(pl_module), step)
             self.saves.wait()
             self.collect()
-            self.hosts.total(0)  # none may be started again while host 0 still writes
+            self.hosts.total(0)  # no host may end, and be restarted, while host 0 still writes
             self.monitor.record.write("stopped", step, reason=str(exception))
             if self.durable_at == step:
                 self.say(f"stopped after step {step}, which is saved")
 
     def save(self, task: Classification, step: int) -> None:
-        """Raises Failed if the run is not to go on; then what is good of it is saved."""
-        # A start from this checkpoint computes no earlier step again: their rows come first.
+        """Raises Failed if the guard has frozen; the state before that step is saved then."""
+        # A start from this checkpoint does not repeat earlier steps: their rows must be written.
         self.monitor.write_pending(task)
         with task.at_rest():
             self.saves.save(lambda: self._copy(task, step))
@@ -103,7 +103,7 @@ class Checkpointer(Callback):
             raise Failed(self.skips.why())
 
     def _copy(self, task: Classification, step: int) -> tuple[int, Forms, Mapping[str, Any]]:
-        """Of `step`, or if the device has frozen of the step before that."""
+        """The state of `step`, or if the guard has frozen, of the step before it did."""
         forms, numbers_G = host_copies(task)
         self.skips.read(step, numbers_G)
         if self.skips.frozen_at is not None:
@@ -116,12 +116,12 @@ class Checkpointer(Callback):
         return step, forms, state
 
     def _best_with(self, step: int) -> dict[str, Any] | None:
-        """Of the checkpoints that are written, and of `step`, which is about to be."""
+        """The best of the written checkpoints and of `step`, which is about to be written."""
         best = step if step == self.saves.better else self.saves.best
         return None if best is None else {"step": best, "loss": self._losses[best]}
 
     def collect(self) -> None:
-        """Record what has been written."""
+        """Record which checkpoints have been written since the last call."""
         for done in self.saves.written():
             if done.fault is None:
                 self.durable_at = done.step
@@ -141,7 +141,7 @@ class Checkpointer(Callback):
                 )
 
     def finish(self) -> None:
-        """Wait for what is being written. Raises Failed if the newest could not be."""
+        """Wait until nothing is being written. Raises Failed if the newest could not be saved."""
         self.saves.wait()
         newest = self.saved_at
         self.collect()
@@ -156,17 +156,17 @@ RECORDED = ("stall_seconds", "write_seconds", "bytes")
 
 
 def host_copies(task: Classification) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
-    """Weights, optimizer slots and average, by names of single blocks; and the guard's numbers."""
+    """Weights, optimizer slots and average, by single blocks' names; and the guard's numbers."""
     assert task.updater is not None
     assert task.guard is not None
     weights: dict[str, Tensor] = task.net.state_dict()
     if isinstance(task.net, NFNet):  # stacked, its state dict would be slices to compile
         weights = dict(task.net.named_parameters())
-    with_guard = weights | {"guard": task.guard.numbers_G}  # no read of its own
+    with_guard = weights | {"guard": task.guard.numbers_G}  # saves a separate transfer
     forms = {"model": with_guard, **task.updater.slots()}
     if task.ema is not None:
         forms["ema"] = dict(task.ema.shadow)
-    # One after the other: where they are cut over devices, each is a whole copy for a moment.
+    # One at a time: if they are sharded, gathering needs memory for a whole copy of each.
     copies = {form: task.fetch(named) for form, named in forms.items()}
     numbers_G = copies["model"].pop("guard").tolist()
     return {form: per_block(named) for form, named in copies.items()}, numbers_G

@@ -1,8 +1,8 @@
-"""Samples that cannot be decoded: listed in the run's folder, counted, and stopped at a ceiling.
+"""Samples that cannot be decoded: lists and counts them, and stops the run beyond a ceiling.
 
-The loader gives such a sample a grey image and weight 0, so that the loss is of the others; the
-order, and every other row, stay what they were. Which they are is a function of the shards, and so
-a resumed run misses the same ones.
+The loader gives such a sample a grey image and weight 0, so that it does not count in the loss; the
+order and all other rows do not change. The shards alone determine which samples these are, so a
+resumed run misses the same ones.
 """
 
 import json
@@ -17,16 +17,16 @@ from nfnets_xla.hosts import Hosts
 from nfnets_xla.record import Discard, RecordWriter, RunRecord
 from nfnets_xla.task import Batch
 
-# The ceiling is a share of what has been shown, and of so many at least: one fault among the first
-# few samples of a long run says nothing yet.
+# The ceiling is a share of the samples shown, or of this number if fewer have been shown: one fault
+# among the first few samples of a long run proves nothing yet.
 AT_LEAST = 10_000
-NAMED = 3  # of the samples that a message names
-NO_BATCH = -(2**40)  # what a host says instead of a number of samples
+NAMED = 3  # samples that a message names
+NO_BATCH = -(2**40)  # sent instead of a number of samples by a host without a batch
 
 
 class Missed(Callback):
-    """Runs before a batch is used. Raises Failed past the ceiling; and Unreachable on all hosts,
-    after the same step, if one of them could not get its batch."""
+    """Runs before a batch is used. Raises Failed beyond the ceiling; if one host could not get its
+    batch, raises Unreachable on all hosts, after the same step."""
 
     def __init__(
         self,
@@ -40,8 +40,8 @@ class Missed(Callback):
         hosts: Hosts,
         say: Callable[[str], None],
     ) -> None:
-        """`train_samples` are those that the run is to show; `before` were missed by earlier
-        starts, up to the step that this one goes on from."""
+        """`train_samples` is the number that the run will show; `before`, the number missed by
+        earlier starts up to the step from which this one resumes."""
         self.record = record
         self.ceiling = ceiling
         self.unique_per_step = unique_per_step
@@ -52,7 +52,7 @@ class Missed(Callback):
         self.evaluated = 0
         self.hosts = hosts
         self.say = say
-        self._told = False  # of a host without a batch
+        self._told = False  # whether another host has reported that it has no batch
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -66,7 +66,7 @@ class Missed(Callback):
         self._take(missed, "train", step, self.trained, min(shown, self.train_samples))
 
     def trained_up_to(self, step: int) -> int:
-        """Of the updates to `step`; batches of later ones may have been shown."""
+        """The number missed up to `step`; later batches may have been counted already."""
         return self.trained - sum(count for at, count in self._by_step.items() if at > step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,7 +96,7 @@ class Missed(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """The others have a batch, and ask how many of its samples are missing."""
+        """Tell the other hosts, which have a batch and are summing missed samples."""
         if isinstance(exception, Unreachable) and not self._told:
             self.hosts.total(NO_BATCH)
 
@@ -131,5 +131,5 @@ def missed_file(record: RecordWriter) -> Path:
 
 
 def missed_before(record: RunRecord) -> int:
-    """How many training samples earlier starts missed up to where this one goes on."""
+    """The number of training samples that the starts in `record` missed."""
     return sum(row["count"] for row in record.of_kind("missed") if row["split"] == "train")

@@ -1,7 +1,7 @@
-"""What is measured of a running training: into the record, the curves and onto the screen.
+"""Measures a running training, and writes to the record, the curves and the screen.
 
-Fires after update n (counted from 1). The device's numbers are read one interval late: by then they
-have long been computed, so reading them stops nothing.
+Called after update n (counted from 1). The device's numbers are read one interval late: by then
+they have long been computed, so reading them does not stall the device.
 """
 
 import time
@@ -21,8 +21,8 @@ from nfnets_xla.optim.by_role import ByRole
 from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.task import TRAIN_METRICS, Batch, Classification
 
-Trace = Callable[[Batch], dict[str, list]]  # which samples it shows
-KEPT = 1000  # logged steps that the medians at the end are of
+Trace = Callable[[Batch], dict[str, list]]  # the samples that a batch shows
+KEPT = 1000  # logged steps over which the final medians are taken
 
 
 class Monitor(Callback):
@@ -44,9 +44,9 @@ class Monitor(Callback):
         totals: Callable[[], dict[str, Any]],
         lost_seconds: float,
     ) -> None:
-        """`skips` is told what was left out; `trace` says which samples a batch shows, to be
-        recorded for every step; `totals` are the runtime's counts so far, `lost_seconds` what
-        interruptions have cost before."""
+        """`skips` gets the guard's numbers; `trace` returns the samples that a batch shows, which
+        are then recorded for every step; `totals` returns the runtime's counters; `lost_seconds` is
+        the time lost to interruptions before this start."""
         self.record = record
         self.curves = curves
         self.display = display
@@ -62,7 +62,7 @@ class Monitor(Callback):
         self.evaluated_at = 0
         self._pending: tuple[int, dict[str, Any], Tensor] | None = None
         self._interval = _Interval(totals())
-        self._logged: deque[dict[str, Any]] = deque(maxlen=KEPT)  # else a long run would grow
+        self._logged: deque[dict[str, Any]] = deque(maxlen=KEPT)  # bounds the memory of a long run
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._interval = _Interval(self.totals())
@@ -95,7 +95,7 @@ class Monitor(Callback):
             self._pending = (step, rates, task.step_metrics_M)
 
     def write_pending(self, task: Classification) -> None:
-        """Write the logged step that is still held back; before a checkpoint, or it may be lost."""
+        """Write the logged step held back so far; also before a checkpoint, or it may be lost."""
         if self._pending is None:
             return
         step, rates, metrics_M = self._pending
@@ -133,8 +133,8 @@ class Monitor(Callback):
         self._interval.batch_asked()
 
     def summary(self) -> dict[str, Any]:
-        """Of the steps of this start: medians over what was logged last, without the first, which
-        compiled, if there are others."""
+        """Medians over this start's latest logged steps, without the first, which includes
+        compilation, if there are others."""
         steady = [*self._logged][1:] or self._logged
         typical = {
             name: None if None in values else median(values)
@@ -148,7 +148,7 @@ class Monitor(Callback):
 
 
 class Waits(Callback):
-    """The last of all callbacks: whatever the others do, from here on a step waits for its data."""
+    """The last callback to run: the time from here to the next batch is waiting for data."""
 
     def __init__(self, monitor: Monitor) -> None:
         self.monitor = monitor
@@ -164,11 +164,11 @@ class Waits(Callback):
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the hardware could do, and what is asked of it."""
+    """The hardware's peak, and the operations that an image needs."""
 
-    flops: float | None  # a second, of all devices together; None: not known
-    needed_per_image: float  # operations that training on a view needs: MFU is their share
-    computed_per_image: float  # with those computed again to save memory: HFU is their share
+    flops: float | None  # FLOP/s of all devices together; None: unknown
+    needed_per_image: float  # FLOPs needed to train on a view: those that MFU counts
+    computed_per_image: float  # including recomputation to save memory: those HFU counts
 
     def shares(self, images_per_second: float) -> dict[str, float | None]:
         if self.flops is None:
@@ -181,7 +181,7 @@ class Peaks:
 
 
 class _Interval:
-    """Some training steps in a row: what they took, and what they waited for."""
+    """Consecutive training steps: their duration, and the time waiting for data."""
 
     def __init__(self, totals: dict[str, Any]) -> None:
         self._totals = totals
@@ -211,14 +211,14 @@ class _Interval:
         for name, total in totals.items():
             if isinstance(total, int | float):
                 since = total - self._totals[name]
-                if name.endswith("_seconds"):  # the mean of a step
+                if name.endswith("_seconds"):  # mean per step
                     name, since = name.replace("_seconds", "_ms"), 1000 * since / self._steps
                 rates[name] = round(since, 2)
         return rates
 
 
 def clipped_by_block(updater: ByRole | None, shares: list[float]) -> dict[str, Any]:
-    """Of all units, and of the units of each block that has any: the share that was clipped."""
+    """The share of clipped units: of all units, and of each block with clipped ones."""
     assert updater is not None
     units = updater.units()
     clipped: dict[str, float] = defaultdict(float)

@@ -1,16 +1,16 @@
-"""Steps whose loss or gradient was not finite: recorded with their samples once the host learns.
+"""Steps whose loss or gradient was not finite: recorded with their samples once the host knows.
 
-The device has long dealt with them (optim/guard.py) when its numbers are read, with those of a
-logged step or with a checkpoint. An update that was left out is counted, and the run goes on. Past
-the ceiling the guard has frozen: what the device holds is the state before that step, whatever
-steps have been gone through since.
+The guard on the device (optim/guard.py) has skipped them already when its numbers are read, with a
+logged step or a checkpoint. A skipped update is counted, and the run continues. Beyond the ceiling
+the guard has frozen: the device keeps the state from before that step, however many steps have run
+since.
 """
 
 from collections.abc import Callable, Sequence
 
 from nfnets_xla.record import Discard, RecordWriter
 
-KIND = "nonfinite"  # of their rows
+KIND = "nonfinite"  # kind of their rows in the record
 
 
 class Skips:
@@ -24,24 +24,24 @@ class Skips:
         ids: Callable[[int], list[str]] | None,
         say: Callable[[str], None],
     ) -> None:
-        """`before` were left out by earlier starts, up to `start_step`; `ids` are a step's, and
-        only for the host that writes them down: they are of all hosts' shards."""
+        """`before` updates were skipped by earlier starts, up to `start_step`. `ids(step)` returns
+        the samples of all hosts; only the host that records them has it."""
         self.record = record
         self.ceiling = ceiling
         self.count = before
-        self.frozen_at: int | None = None  # the step that was one too many
+        self.frozen_at: int | None = None  # the first step beyond the ceiling
         self._ids = ids
         self._say = say
         self._read_to = start_step
 
     def read(self, step: int, numbers_G: Sequence[float]) -> None:
-        """Take what the guard had to say after update `step`, counted from 1."""
+        """Process the guard's numbers as of update `step`, counted from 1."""
         _, frozen, *bad = numbers_G
         if frozen and self.frozen_at is None:
             self.frozen_at = step - round(frozen) + 1
-        last = self.frozen_at or step  # what comes after it has no effect
+        last = self.frozen_at or step  # later steps have no effect
         for number in range(max(self._read_to, step - len(bad)) + 1, last + 1):
-            self._read_to = number  # of what fails below nothing is counted twice
+            self._read_to = number  # before `_found`, which may fail: counts nothing twice
             if bad[number - step - 1]:
                 self._found(number)
 
@@ -57,8 +57,8 @@ class Skips:
             )
 
     def _names(self, step: int) -> tuple[list[str] | None, str]:
-        """The step's samples; or None and why. Their ids are in shards that other hosts read, and
-        that cannot be had is no reason to lose what is being saved."""
+        """The ids of the step's samples; or None and why. They are in shards that other hosts read;
+        if those are unavailable, the checkpoint being saved must not be lost."""
         if self._ids is None:
             return None, ""
         try:
@@ -67,7 +67,7 @@ class Skips:
             return None, f"; which samples it has could not be read ({error})"
 
     def why(self) -> str:
-        """Of a run that ends for it."""
+        """The message for a run that ends because the guard froze."""
         assert self.frozen_at is not None
         return (
             f"step {self.frozen_at}: loss or gradient is not finite, and optim.max_skipped="

@@ -1,7 +1,7 @@
-"""Ends the training where it was asked to, after saving: see preempt.py.
+"""Ends training, after saving, when asked to: see preempt.py.
 
-Not through Lightning's `should_stop`, which evaluates before it stops (2.6), nor by its own handler
-of SIGTERM, which talks to the device inside a signal and ends with exit code 0.
+It does not use Lightning's `should_stop`, which evaluates before it stops (2.6), nor Lightning's
+handler of SIGTERM, which uses the device inside a signal handler and ends with exit code 0.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from nfnets_xla.task import Classification
 
 
 class NoSignals:
-    """In place of Lightning's signal connector, which turns SIGTERM into a clean-looking exit 0."""
+    """Replaces Lightning's signal connector, which turns SIGTERM into a clean-looking exit 0."""
 
     received_sigterm = False
 
@@ -26,8 +26,8 @@ class NoSignals:
 
 
 class Stop(Callback):
-    """Comes after the `Checkpointer`, which may have saved the step already. All hosts stop after
-    the same step, whichever of them was asked."""
+    """Runs after the `Checkpointer`, which may have saved the step already. All hosts stop after
+    the same step, whichever of them was asked to."""
 
     def __init__(self, preemption: Preemption, keeper: Checkpointer, hosts: Hosts) -> None:
         self.preemption = preemption
@@ -49,7 +49,7 @@ class Stop(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """The weights are those of the last step: the average is evaluated without a swap."""
+        """Stopping here is safe: evaluation does not swap weights, so they are the last step's."""
         self._stop_if_asked(pl_module, trainer.global_step)
 
     def _stop_if_asked(self, module: LightningModule, step: int) -> None:
@@ -62,9 +62,9 @@ class Stop(Callback):
         fault = None
         try:
             self.keeper.finish()
-        except Failed as error:  # the run could go on, but for the one who asks
+        except Failed as error:  # still Interrupted below: the same command may succeed
             fault = error
-        self.hosts.total(0)  # none may be started again while host 0 still writes
+        self.hosts.total(0)  # no host may end, and be restarted, while host 0 still writes
         self.preemption.unsaved = False
         self.keeper.monitor.record.write("stopped", step, reason=asked[0])
         if fault is not None:
@@ -72,6 +72,6 @@ class Stop(Callback):
         raise Interrupted(f"stopped after step {step}, which is saved ({asked[0]})")
 
     def _reasons(self) -> list[str | None]:
-        """Of every host; one number is exchanged as long as nothing is asked of any."""
+        """The reasons of all hosts; if no host was asked, only one number is exchanged."""
         own = self.preemption.reason
         return self.hosts.gather(own) if self.hosts.total(own is not None) else []
