@@ -26,7 +26,7 @@ register_with_timm()
 
 
 def __getattr__(name: str) -> Any:
-    """Torch is loaded with the first of these: plans and the command line's help do without."""
+    """Import these names, and torch, on first use: plans and `--help` need no torch."""
     if name in HOMES:
         return getattr(import_module(f"nfnets_xla.models.{HOMES[name]}"), name)
     raise AttributeError(f"module 'nfnets_xla' has no attribute {name!r}")

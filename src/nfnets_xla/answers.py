@@ -1,4 +1,4 @@
-"""What an evaluation says of single classes and images: who is mistaken for whom, and where.
+"""An evaluation class by class and image by image: accuracies, confusions, the surest errors.
 
 Shape suffixes: N rows of the held-out set in the order of its index, A columns of task.ANSWERS,
 K classes.
@@ -19,21 +19,21 @@ from nfnets_xla.record import finite
 from nfnets_xla.sheet import draw_sheet
 
 CONFUSIONS = 100  # pairs in the file, the most frequent first
-TILES, COLUMNS = 48, 8  # of the sheet: the errors that the model was surest of
+TILES, COLUMNS = 48, 8  # of the sheet of the most confident errors
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Of the rows that were shown; what could not be decoded, or only filled up, is left out."""
+    """One row per evaluated image, without those that could not be decoded and without padding."""
 
     sample_N: np.ndarray  # numbers of the samples
-    label_N: np.ndarray  # the first of each sample's labels
+    label_N: np.ndarray  # each sample's first label
     predicted_N: np.ndarray
     probability_N: np.ndarray  # of the predicted class
-    rank_N: np.ndarray  # classes above the best of the sample's labels: 0 is right
+    rank_N: np.ndarray  # number of classes ranked above the sample's best label: 0 is correct
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Of every class with images: how many, and the shares of them in the top 1 and 5."""
+        """For every class with images: their number, top-1 and top-5 accuracy."""
         images_K, first_K, five_K = (
             np.bincount(self.label_N, weights=weights)
             for weights in (None, self.rank_N < 1, self.rank_N < 5)
@@ -49,20 +49,20 @@ class Answers:
         ]
 
     def confusions(self) -> list[dict[str, int]]:
-        """Which class was taken for which other, and how often; the most frequent first."""
+        """Which class was predicted as which other, and how often; the most frequent first."""
         wrong = self.rank_N > 0
         pairs = zip(self.label_N[wrong].tolist(), self.predicted_N[wrong].tolist(), strict=True)
         counted = Counter(pairs).most_common(CONFUSIONS)
         return [{"class": a, "taken_for": b, "images": n} for (a, b), n in counted]
 
     def surest_errors(self, number: int) -> np.ndarray:
-        """Rows, the surest first."""
+        """The rows of the most confident errors, most confident first."""
         wrong = np.flatnonzero(self.rank_N > 0)
         return wrong[np.argsort(-self.probability_N[wrong], kind="stable")][:number]
 
 
 def gathered(answers_NA: np.ndarray, dataset: EvalBatches, hosts: Hosts) -> Answers:
-    """Join the hosts' answers, and look up whose they are: evaluation goes by samples' numbers."""
+    """Join the hosts' answers and look up the labels: rows are ordered by sample number."""
     if hosts.count > 1 and len(answers_NA) < dataset.num_steps * dataset.order.unique_per_step:
         parts = [np.array(part, np.float32) for part in hosts.gather(answers_NA.tolist())]
         by_step = [part.reshape(dataset.num_steps, -1, part.shape[1]) for part in parts]
@@ -97,7 +97,7 @@ def write(
 
 
 def tile(answers: Answers, row: int, dataset: EvalBatches) -> tuple[np.ndarray, str, str]:
-    """A picture as the model saw it, with what it is and what it was taken for, and its id."""
+    """An image as the model saw it, a caption with label and prediction, and the sample's id."""
     number, share = int(answers.sample_N[row]), answers.probability_N[row]
     words = f"{answers.label_N[row]}, not {answers.predicted_N[row]} ({share:.0%})"
     return dataset.seen(number), words, dataset.samples.name(number)

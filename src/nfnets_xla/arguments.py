@@ -1,4 +1,4 @@
-"""The words after a command: argparse, told to fill its help and to complain in one line."""
+"""Parsing of command-line arguments: argparse with wrapped help and one-line errors."""
 
 import argparse
 import inspect
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 
 class Paragraphs(argparse.HelpFormatter):
-    """Fills paragraphs; indented lines, which are examples, stay as they are. Defaults are said."""
+    """Wraps paragraphs, but not indented lines (examples), and appends the default values."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(text))
@@ -29,17 +29,17 @@ class Paragraphs(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are a ValueError, which the command line prints in one line."""
+    """Raises ValueError for wrong arguments, which the command line prints in one line."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=Paragraphs, **options)
 
     def error(self, message: str) -> NoReturn:
-        message = message.removesuffix(", key=value")  # argparse asks for what may be left out
+        message = message.removesuffix(", key=value")  # argparse names it though it is optional
         raise ValueError(f"{message} (see {self.prog} --help)")
 
     def add_settings(self) -> None:
-        """Of a recipe, which may be a person's own."""
+        """Adds overrides of a recipe's settings, and the folder of the user's own recipes."""
         self.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings of the recipe"
         )
@@ -47,6 +47,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def quoted(text: str) -> str:
-    """As Hydra reads any text: in quotes, with those in it and backslashes before one escaped."""
+    """`text` quoted for Hydra: quotes, and backslashes before quotes, are escaped."""
     doubled = re.sub(r'\\+(?="|$)', lambda run: 2 * run[0], text)
     return '"' + doubled.replace('"', r"\"") + '"'

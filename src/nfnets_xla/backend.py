@@ -1,4 +1,4 @@
-"""Which device a run uses, and the few things that differ between them."""
+"""The device a run uses, and the few things that differ between devices."""
 
 import os
 import warnings
@@ -29,29 +29,29 @@ from nfnets_xla.models.stacked import Scan, loop
 @dataclass(frozen=True)
 class Backend:
     device_kind: str
-    num_devices: int  # of all hosts
-    peak_flops: float | None  # a second, of all devices together; None: not known
+    num_devices: int  # on all hosts
+    peak_flops: float | None  # FLOP/s of all devices together; None: unknown
     accelerator: Accelerator | str
     strategy: Strategy
     fetch: Callable[
         [Mapping[str, Tensor]], dict[str, Tensor]
-    ]  # device tensors to the host, at once
-    report: Callable[[], dict[str, Any]]  # what was counted since the backend was opened
+    ]  # copies device tensors to the host, all at once
+    report: Callable[[], dict[str, Any]]  # counters since the backend was opened
     hosts: Hosts = ALONE
-    add_up: Callable[[Sequence[Tensor]], None] = ALONE.add  # gradients of all hosts' rows, in place
-    scan: Scan = loop  # runs a stacked network's loops
-    cache_compilations: Callable[[Path], bool] = lambda _: True  # there is nothing to keep
-    peak_memory: Callable[[], int | None] = lambda: None  # bytes of a device; None: not told
-    checkpoint: Recompute = recompute  # computes a block again in the backward pass
-    compile: Callable[[Any], Any] = inductor.as_it_is  # a function of tensors, before its first use
-    channels_last: bool = False  # how convolutions' weights are to lie in memory
+    add_up: Callable[[Sequence[Tensor]], None] = ALONE.add  # sums gradients over hosts, in place
+    scan: Scan = loop  # runs the loops of a stacked network
+    cache_compilations: Callable[[Path], bool] = lambda _: True  # by default nothing to cache
+    peak_memory: Callable[[], int | None] = lambda: None  # bytes on one device; None: unknown
+    checkpoint: Recompute = recompute  # gradient checkpointing of a block
+    compile: Callable[[Any], Any] = inductor.as_it_is  # compiles a function of tensors
+    channels_last: bool = False  # memory format of the network's weights
 
 
 def open_backend(trainer: TrainerConfig, kept_bytes: int = 0) -> Backend:
-    """Raises ValueError if the device asked for is not there.
+    """Raises ValueError if the requested device does not exist.
 
-    With `trainer.fsdp=auto` `kept_bytes` decides how far they are cut: of parameters and
-    what a step keeps of their size.
+    `kept_bytes` is the size of the parameters and of all tensors like them that training keeps:
+    with `trainer.fsdp=auto` it decides over how many devices they are sharded.
     """
     name = trainer.device
     if name == "auto":
@@ -79,10 +79,10 @@ def _cpu_backend(trainer: TrainerConfig) -> Backend:
 
 
 def _cuda_backend(trainer: TrainerConfig) -> Backend:
-    """One process, one GPU: the launcher's LOCAL_RANK says which."""
+    """One GPU per process, chosen by the launcher's LOCAL_RANK."""
     device = torch.device("cuda", local_gpu())
     torch.cuda.set_device(device)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32
+    torch.backends.cudnn.allow_tf32 = False  # float32 means full float32
     choose_by_rule()
     warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)  # Inductor advises it
     hosts = open_hosts()
@@ -117,17 +117,18 @@ def local_gpu() -> int:
 
 
 def choose_by_rule() -> None:
-    """A restart is to end in the same bits. cuDNN and Inductor may else choose the kernel that was
-    the fastest this time, and another one adds up in another order. What has no such kernel warns.
+    """Deterministic kernels, so that a restarted run ends in the same bits. Otherwise cuDNN and
+    Inductor may pick whichever kernel is fastest at the time, and kernels differ in the order of
+    summation. Operations without a deterministic kernel warn.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS is to have for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed for deterministic cuBLAS
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Which would cost a pass over all that is allocated; nothing here reads what was not written.
+    # Filling costs a pass over every allocation, and nothing here reads uninitialised memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
 
 
 def _compiling(wanted: bool) -> dict[str, Any]:
-    """What a backend is made with, for torch.compile or for plain PyTorch."""
+    """The fields of a Backend that differ between torch.compile and plain PyTorch."""
     if not wanted:
         return {"report": dict}
     return {
@@ -150,12 +151,12 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, kept_bytes: int) 
     known = find_device(kind)
     peak_flops = known and count * known.peak_flops
     if kind == "XLA:CPU":
-        peak_flops = measured_cpu_peak()  # which virtual devices share
+        peak_flops = measured_cpu_peak()  # virtual devices share one CPU
     parts = fsdp if isinstance(fsdp, int) else smallest_fsdp(kept_bytes, known, count)
     xla.make_mesh(parts)
     strategy = SPMDStrategy(fsdp=parts)
     started = xla.counters()
-    hosts = xla.open_hosts()  # whose devices add up by themselves: tensors are global
+    hosts = xla.open_hosts()  # needs no `add_up`: tensors are global, and XLA sums gradients
 
     def fetch(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return hosts.heard(lambda: xla.gather(named))

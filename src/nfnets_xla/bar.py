@@ -1,4 +1,4 @@
-"""How far something is that takes long, on standard error."""
+"""Progress of long work, on standard error."""
 
 import sys
 import time
@@ -12,18 +12,18 @@ WIDTH = 30  # of the bar
 def progress(verb: str) -> Progress:
     """A bar that is rewritten in place on a terminal, and one line a minute elsewhere."""
     last = time.monotonic()
-    begun: tuple[float, int] | None = None  # when, and how much: a download goes on in its midst
+    begun: tuple[float, int] | None = None  # time and count at the start: a download may resume
     on_terminal = sys.stderr.isatty()
 
     def report(done: int, total: int | None) -> None:
         nonlocal begun, last
         now, finished = time.monotonic(), done == total
-        if begun is None or done < begun[1]:  # or starts anew, at a server without ranges
+        if begun is None or done < begun[1]:  # or restarted: a server without ranges
             begun = (now, done)
         if not finished and now - last < (0.2 if on_terminal else 60):
             return
         last = now
-        if not total:  # a server need not say how much will come, and it may be nothing
+        if not total:  # None if the server does not say; an empty file has 0
             print(f"{verb} {done:,}", end="\r" if on_terminal else "\n", file=sys.stderr)
             return
         bar = "#" * (WIDTH * done // total)

@@ -1,13 +1,13 @@
-"""The command line: which command was meant, and what is said when it ends.
+"""The command line: dispatch to commands and recipes, exit codes, one-line errors.
 
     nfnets-xla pretrain data.shards=DIR run_dir=runs/f0 ...
-    nfnets-xla my_recipe --config-dir .        # a person's own recipe, extending ours
+    nfnets-xla my_recipe --config-dir .        # a recipe of your own, extending ours
     nfnets-xla pretrain ... --cfg job          # show the run without starting it
     nfnets-xla shards index DIR
     nfnets-xla launch watch my_run.yaml        # on Cloud TPU
 
-A mistake in what was asked for is one line on standard error and exit code 2. Each command imports
-what it needs when it is called: help is there at once, and without the extras.
+A mistake in the request gives one line on standard error and exit code 2. Each command imports what
+it needs when it is called, so that help is fast and works without the extras.
 """
 
 import difflib
@@ -39,7 +39,7 @@ USAGE = """usage: nfnets-xla RECIPE [key=value ...]    run a recipe
        nfnets-xla RECIPE --cfg job          print what would run; start nothing
        nfnets-xla COMMAND ...               one of these; --help says more
        nfnets-xla --version"""
-COMMANDS = {  # each a module of commands/
+COMMANDS = {  # each is a module of commands/
     "check": "what a recipe would do and cost; starts nothing",
     "shards": "pack, index, lint, stats, show, dedup, holdout, exclude",
     "checkpoint": "verify, show, export, card",
@@ -62,7 +62,7 @@ WRONG_PATH = (
     IsADirectoryError,
     PermissionError,
 )
-# The extra of setup.cfg that brings each package which `pip install nfnets_xla` does not.
+# {package that `pip install nfnets_xla` does not install: the extra in setup.cfg that does}.
 EXTRAS = {
     **dict.fromkeys(("hydra", "omegaconf", "yaml", "lightning", "webdataset", "PIL"), "train"),
     **dict.fromkeys(("simplejpeg", "joblib", "fsspec", "rich", "tensorboard"), "train"),
@@ -74,11 +74,11 @@ EXTRAS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `nfnets-xla`. Exits with 0; 2 for a mistake in the request, or an address that
-    does not answer; 75 for a training that was asked to stop, or lost a host or its storage, and
-    goes on when the same command is given again; 130 (Ctrl-C) or 143 (SIGTERM) for any other
-    command that was interrupted; 1: lint, verify or audit found faults, a launch, a run or one of a
-    sweep failed, or a disk."""
+    """Entry point of `nfnets-xla`. Exit codes: 0; 2 for a mistake in the request or an address that
+    does not answer; 75 if training was asked to stop, or lost a host or its storage, and the same
+    command would resume it; 130 (Ctrl-C) or 143 (SIGTERM) if any other command was interrupted; 1
+    if lint, verify or audit found faults, or if a launch, a run, a run of a sweep or a disk failed.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = obey(arguments, ours=argv is None)
@@ -113,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def refuse(error: Exception | str, code: int, *, at_once: bool = False) -> None:
-    """`at_once` does without what libraries do at the end of a process: torch_xla and NCCL wait
-    there for the devices."""
+    """Print the error and exit with `code`. `at_once` skips the libraries' exit handlers: those of
+    torch_xla and NCCL wait for the devices."""
     print(f"nfnets-xla: {one_line(error)}", file=sys.stderr, flush=True)
     let_go_of_output()
     if at_once:
@@ -123,17 +123,17 @@ def refuse(error: Exception | str, code: int, *, at_once: bool = False) -> None:
 
 
 def is_heard() -> bool:
-    """Whether standard output has a reader; what is no pipe always has."""
+    """Whether standard output has a reader; True if it is not a pipe."""
     try:
         output = select.poll()
         output.register(sys.stdout.fileno(), 0)
         return not output.poll(0)
-    except (OSError, ValueError):  # of a stream without a file
+    except (OSError, ValueError):  # a stream without a file descriptor
         return True
 
 
 def let_go_of_output() -> None:
-    """What cannot be written is forgotten, or Python would complain of it once more at its end."""
+    """Discard output that cannot be written, or Python would report it again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -141,7 +141,7 @@ def let_go_of_output() -> None:
 
 
 def obey(arguments: list[str], *, ours: bool) -> int | None:
-    """Returns the exit code, if it is not 0. The process may be `ours`, signals and all."""
+    """Run the command; returns its exit code if not 0. If `ours`, set signal handlers."""
     if arguments[:1] and arguments[0] in HELP and arguments[1:]:  # nfnets-xla help pretrain
         arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in HELP:
@@ -175,7 +175,7 @@ def command(name: str) -> Callable[..., int | None]:
 
 
 def terminate(_number: int, _frame: object) -> None:
-    """Or the process would be gone at once, and leave its workers and half-written folders."""
+    """SIGTERM raises, so that workers are ended and half-written folders are removed."""
     raise Terminated
 
 

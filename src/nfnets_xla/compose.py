@@ -1,7 +1,7 @@
-"""Recipes to runs: what Hydra and OmegaConf make of a name and overrides. They stop here.
+"""Recipes to runs: Hydra and OmegaConf compose a name and overrides, and are used only here.
 
-Recipes (recipes/) are Hydra's primary configs; the groups they pick from live in conf/. What comes
-out is a typed, checked `Run`; or, of a recipe that sweeps, one run after the other (sweep.py).
+Recipes (recipes/) are Hydra's primary configs; the groups they pick from live in conf/. The result
+is a typed, checked `Run`, or for a recipe that sweeps, one run after the other (sweep.py).
 """
 
 import os
@@ -33,8 +33,8 @@ Settings = TypeVar("Settings")
 
 
 class ConfOnPath(SearchPathPlugin):
-    """Adds conf/ to the places Hydra looks in, and recipes/ for those who extend them elsewhere. A
-    recipe's own `hydra.searchpath` would not do: it is refused as soon as one recipe extends
+    """Adds conf/ to Hydra's search path, and recipes/ for recipes elsewhere that extend ours. A
+    recipe cannot set `hydra.searchpath` itself: Hydra refuses that once one recipe extends
     another."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -60,7 +60,7 @@ def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
         "hydra.sweep.subdir=.",
         "hydra/hydra_logging=none",
     ]
-    # Hydra reads settings only while nothing else stands between them.
+    # Hydra requires the settings to be consecutive, without options in between.
     sys.argv = ["nfnets-xla", "--config-name", name, *flags(given), *settings, *quiet]
     refused: list[Exception] = []
     here = os.getpid()
@@ -72,9 +72,9 @@ def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
             else:
                 execute(to_run(config), preemption)
         except (ValueError, Interrupted, Failed) as error:
-            if os.getpid() != here:  # where a launcher's plugin has sent it: Hydra brings it back
+            if os.getpid() != here:  # a launcher plugin's process: Hydra returns the error to ours
                 raise
-            refused.append(error)  # kept from Hydra, which would print more
+            refused.append(error)  # Hydra would print a traceback
 
     hydra.main(version_base="1.3", config_path="pkg://nfnets_xla.recipes", config_name=None)(job)()
     failed = [str(error) for error in refused if isinstance(error, CellFailed)]
@@ -88,9 +88,9 @@ def recipe(name: str, arguments: list[str], preemption: Preemption) -> None:
 
 
 def options(name: str, arguments: Sequence[str]) -> tuple[Any, list[str]]:
-    """Those of Hydra that a run has a use for, and all other words, in their order.
+    """The Hydra options that a run supports, and all other words in their order.
 
-    Raises ValueError for other options, which Hydra would answer with a page.
+    Raises ValueError for other options, for which Hydra would print its whole usage.
     """
     parser = Parser(prog=f"nfnets-xla {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
@@ -108,7 +108,7 @@ def options(name: str, arguments: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def flags(given: Any) -> list[str]:
-    """The options as words again."""
+    """The options as command-line words again."""
     named = {f"--{name.replace('_', '-')}": value for name, value in vars(given).items()}
     return [name if value is True else f"{name}={value}" for name, value in named.items() if value]
 
@@ -118,7 +118,7 @@ def help_of(name: str, overrides: Sequence[str], folder: str | None) -> str:
     ours = OmegaConf.masked_copy(made, [str(key) for key in made if key != "hydra"])
     try:
         nested: Any = OmegaConf.to_container(ours, resolve=True)
-    except ValueError:  # what a value follows from has still to be given
+    except ValueError:  # a value interpolates a setting that is still missing
         nested = OmegaConf.to_container(ours)
     values = {}
     for key in setting_names():
@@ -128,7 +128,7 @@ def help_of(name: str, overrides: Sequence[str], folder: str | None) -> str:
 
 
 def tell_hydra() -> None:
-    """What recipes may say: `${local:...}`, `${model_of:...}`, `${variant:...}`."""
+    """Register the resolvers for recipes: `${local:...}`, `${model_of:...}`, `${variant:...}`."""
     from nfnets_xla.sweep import model_of
 
     Plugins.instance().register(ConfOnPath)
@@ -138,7 +138,7 @@ def tell_hydra() -> None:
 
 
 def of_variant(model: str, setting: str) -> float:
-    """In recipes: ${variant:${model.name},train_size}. What Table 1 says of an NFNet."""
+    """An NFNet's setting from Table 1. In recipes: ${variant:${model.name},train_size}."""
     from nfnets_xla.models.peers import is_peer
     from nfnets_xla.models.registry import canonical_name
     from nfnets_xla.models.variants import VARIANTS
@@ -151,7 +151,7 @@ def of_variant(model: str, setting: str) -> float:
 
 
 def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: Preemption) -> None:
-    """One job of Hydra's multirun. What the recipe sweeps, or the person does, names its folder."""
+    """One job of Hydra's multirun. The settings that recipe or user sweep name its folder."""
     from nfnets_xla.sweep import Cell, going_on, refuse_shared, run_cell
 
     given = HydraConfig.get()
@@ -160,9 +160,9 @@ def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: 
     asked, settings = options(name, arguments)
     words = [*(f"{key}={values}" for key, values in params.items()), *settings]
     overrides = OverridesParser.create().parse_overrides(words)
-    for key, override in {each.key_or_group: each for each in overrides}.items():  # the last counts
+    for key, override in {each.key_or_group: each for each in overrides}.items():  # the last wins
         if override.is_sweep_override() and key != "run_dir":
-            if override.value_type != ValueType.GLOB_CHOICE_SWEEP:  # names of a group's files
+            if override.value_type != ValueType.GLOB_CHOICE_SWEEP:  # names of config files
                 refuse_shared(key, override.sweep_string_iterator())
             if key not in keys:
                 keys.append(key)
@@ -176,8 +176,8 @@ def sweep_cell(config: DictConfig, name: str, arguments: list[str], preemption: 
 def two_trials(
     name: str, overrides: list[str], preemption: Preemption, folder: str | None = None
 ) -> None:
-    """Sweep the rate of each model at each number of epochs, with one seed or several; failures of
-    all of them at the end. `folder` is of recipes of one's own."""
+    """Sweep the learning rate for each model and number of epochs, with one or several seeds. All
+    failures are raised at the end. `folder` holds the user's own recipes."""
     from nfnets_xla.sweep import going_on
     from nfnets_xla.trials import next_pair, size
 
@@ -209,13 +209,13 @@ def two_trials(
 class TrialsAsked(NamedTuple):
     models: list[str]
     epochs: list[str]
-    seeds: list[str]  # the word that sets them, if one does
-    rest: list[str]  # all other words of the person
+    seeds: list[str]  # the word that sets the seeds, if there is one
+    rest: list[str]  # the user's other overrides
 
 
 def trials_asked(of_recipe: Sequence[str], overrides: Sequence[str]) -> TrialsAsked:
-    """What the recipe sweeps, and then the person. Raises ValueError for what is not for them to
-    say, and for models or epochs that nobody gave."""
+    """The recipe's sweep, overridden by the user's words. Raises ValueError for settings that
+    two_trials chooses or cannot sweep, and if models or epochs are missing."""
     swept: dict[str, list[str]] = {}
     seeds: list[str] = []
     rest: list[str] = []
@@ -242,8 +242,8 @@ def trials_asked(of_recipe: Sequence[str], overrides: Sequence[str]) -> TrialsAs
 
 @in_our_words()
 def composed(name: str, overrides: Sequence[str] = (), folder: str | None = None) -> DictConfig:
-    """A recipe, ours or of a folder, without running it; of one that sweeps, without what it
-    sweeps. With "hydra"."""
+    """A recipe, ours or in `folder`, composed but not run, including the "hydra" node. The values
+    that a recipe sweeps are not set."""
     tell_hydra()
     if folder is None:
         known(name)
@@ -280,11 +280,11 @@ def execute(run: Run, preemption: Preemption) -> None:
 
 @in_our_words()
 def to_run(config: DictConfig) -> Run:
-    """Merge into the dataclasses, so that types and names are checked, and check the values."""
+    """Merge into the dataclasses, which checks names and types, and check the values."""
     ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     typed = OmegaConf.merge(OmegaConf.structured(Run), ours)
     if typed.model.pretrained is not None and OmegaConf.is_missing(typed.model, "init_from"):
-        typed.model.init_from = None  # what must be given is weights
+        typed.model.init_from = None  # the recipe requires weights, and these are given
     missing = sorted(OmegaConf.missing_keys(typed))
     if missing:
         raise ValueError(f"{', '.join(missing)} not set: give {missing[0]}=VALUE")
@@ -296,7 +296,7 @@ def to_run(config: DictConfig) -> Run:
 
 
 def one_name(model: str) -> str:
-    """Of what people write for an NFNet (F3, dm_nfnet_f3) the name that records are read by."""
+    """The canonical name, used in records, for what people write (F3, dm_nfnet_f3)."""
     from nfnets_xla.models.card import SCHEME
     from nfnets_xla.models.peers import is_peer
     from nfnets_xla.models.registry import canonical_name
@@ -308,11 +308,11 @@ def one_name(model: str) -> str:
 def read_settings(
     kind: type[Settings], file: Path, overrides: list[str], needed: Collection[str]
 ) -> Settings:
-    """A dataclass of a file and of overrides, its types and names checked as a run's are. What is
-    not set and not `needed` is empty."""
+    """A dataclass read from a file and overrides, names and types checked as for a run. Settings
+    that are missing and not `needed` are empty."""
     kinds = get_type_hints(kind).items()
     empty = {name: (get_origin(kind) or kind)() for name, kind in kinds if name not in needed}
-    given = [OmegaConf.load(file), OmegaConf.from_dotlist(overrides)]  # whose ??? replaces nothing
+    given = [OmegaConf.load(file), OmegaConf.from_dotlist(overrides)]  # ??? overrides nothing
     typed = OmegaConf.merge(OmegaConf.structured(kind), empty, *given)
     if missing := sorted(OmegaConf.missing_keys(typed)):
         raise ValueError(

@@ -1,8 +1,8 @@
 """The vocabulary of a run: one dataclass per group of conf/, composed by `Run`.
 
-A recipe is a complete `Run`. Fields without a default must be set by the recipe or by the person;
-everything past the command line sees these dataclasses and no other form of configuration. They are
-plain (not frozen), because OmegaConf merges into them.
+A recipe is a complete `Run`: the recipe or the user must set every field. Everything behind the
+command line sees only these dataclasses, and no other form of configuration. They are not frozen,
+because OmegaConf merges into them.
 """
 
 import math
@@ -26,85 +26,85 @@ GROUPS = ("model", "data", "optim", "trainer")  # folders of conf/, fields of Ru
 class ModelConfig:
     name: str  # a name of `nfnets-xla models`
     init_from: str | None  # a run folder, a checkpoint folder or a .safetensors file; None: random
-    pretrained: str | None  # instead: a tag of public weights, dm_in1k or dm_in1k_haiku
-    init_weights: str  # "raw" or "ema": which of a checkpoint's two sets init_from takes
+    pretrained: str | None  # instead of init_from: public weights, dm_in1k or dm_in1k_haiku
+    init_weights: str  # "raw" or "ema": which weights init_from takes from a checkpoint
     head_bias: float  # initial bias of a new classifier; -10 suits a sigmoid loss
     drop_rate: float  # dropout before the classifier
     drop_path_rate: float  # stochastic depth: block i of N is dropped with rate * i / N
     compute_dtype: str  # of the convolutions in training; weights, loss and evaluation are float32
     stacked: bool | str  # depth as a loop (models/stacked.py): true, false or "auto": if deep
-    recompute: bool  # keep only each block's input for the backward pass: memory for time
+    recompute: bool  # gradient checkpointing of each block: saves memory, costs time
 
 
 @dataclass
 class DataConfig:
     shards: str | None  # folder of indexed WebDataset shards to train on
     eval_shards: str | None  # folder of held-out shards; None: no evaluation
-    exclude: str | None  # list of training samples not to show, one id on a line; None: show all
-    max_missed: float  # share of undecodable samples past which the run stops
+    exclude: str | None  # file of training samples to leave out, one id per line; None: use all
+    max_missed: float  # largest share of undecodable samples; beyond it the run stops
     num_classes: int | None  # None: the larger of the indexes' largest label, plus one
     image_size: int  # pixels, training
     eval_image_size: int  # pixels, evaluation
     eval_margin: int  # evaluation resizes both sides to eval_image_size + margin, then crops
     flip: bool  # mirror half of the training views
     min_crop_area: float  # smallest part of the image a training crop may show
-    randaugment_magnitude: int | None  # the NFNets had F0 5, F1 and F2 10, larger 15; None: without
-    randaugment_ops: int  # operations applied to a view in turn
+    randaugment_magnitude: int | None  # in the paper F0 5, F1 and F2 10, larger 15; None: off
+    randaugment_ops: int  # number of operations applied to each view
     mix: str  # "none", or "mixup_cutmix": MixUp on half of the rows and CutMix on the others
     batch_size: int  # rows of a global batch: unique images x repeats
     eval_batch_size: int  # rows of a global batch, evaluation
     repeats: int  # views of each image in a batch (repeated augmentation)
     num_streams: int  # canonical streams: divides batch_size / repeats; hosts divide it
     window_shards: int  # shards shuffled together within a stream
-    cache_dir: str | None  # local folder for copies of shards that are at an address
+    cache_dir: str | None  # local folder for copies of remote shards
     cache_bytes: float  # size limit of cache_dir; shared by all processes that use it
-    workers: int  # loader processes per host; no effect on what is in a batch
+    workers: int  # loader processes per host; no effect on the batches
 
 
 @dataclass
 class OptimConfig:
-    epochs: float  # passes over the training shards, in views: divided by `repeats`
+    epochs: float  # passes over the training set, counted in views: images get epochs / repeats
     peak_lr: float  # learning rate for a batch of lr_batch rows
-    lr_batch: int | None  # peak_lr is scaled by data.batch_size / lr_batch; None: taken as it is
+    lr_batch: int | None  # peak_lr is scaled by data.batch_size / lr_batch; None: not scaled
     schedule: str  # after the warm-up: "cosine" to 0, "constant" or "rsqrt"
-    warmup_steps: int | None  # linear from 0; give one of the three
+    warmup_steps: int | None  # linear from 0; give one of the three warmup_ settings
     warmup_epochs: float | None  # the warm-up in epochs
     warmup_fraction: float | None  # the warm-up as a share of the run
     rsqrt_timescale: int  # steps after the warm-up in which rsqrt falls to peak / sqrt(2)
-    cooldown_steps: int  # the last ones of constant and rsqrt: linear to 0
+    cooldown_steps: int  # final steps of constant and rsqrt, in which the rate falls linearly to 0
     optimizer: str  # "sgd", with Nesterov momentum, or "adamw"
     momentum: float  # Nesterov's; AdamW's beta1
     beta2: float | None  # AdamW's
-    weight_decay: float  # of weights; gains and biases have none
+    weight_decay: float  # of weights; gains and biases are not decayed
     clipping: float | None  # AGC's lambda; None: no clipping
-    loss: str  # "softmax", or "sigmoid": every class a question of its own
+    loss: str  # "softmax", or "sigmoid": binary cross-entropy for each class
     label_smoothing: float  # of the targets, after mixing
-    accumulation: int  # slices of a batch computed one after the other: memory for time
+    accumulation: int  # gradient accumulation: slices of a batch; saves memory, costs time
     sam_rho: float | None  # None: no sharpness-aware minimisation
-    sam_ascent_fraction: float  # share of the batch that the ascent looks at; the NFNets had 0.2
-    sam_microbatches: int  # m-sharpness: parts of the batch with an ascent each
-    sam_adaptive: bool  # ASAM: the ascent relative to the weights; sam_rho about 10 times larger
+    sam_ascent_fraction: float  # share of the batch used for the ascent; in the paper 0.2
+    sam_microbatches: int  # m-sharpness: parts of the batch, each with its own ascent
+    sam_adaptive: bool  # ASAM: ascent relative to each weight; use a sam_rho about 10 times larger
     ema_decay: float | None  # None: no moving average
-    max_skipped: int  # non-finite updates that may be left out; one more stops the run
+    max_skipped: int  # non-finite updates that may be skipped; one more stops the run
 
 
 @dataclass
 class TrainerConfig:
     device: str  # "auto" takes the TPU, else the GPU, else plain CPU
     virtual_devices: int | None  # number of virtual CPU devices, with device=xla
-    fsdp: int | str  # XLA devices that share one copy of the parameters; "auto": as few as fit
-    compile: bool | str  # by torch.compile, where there is no XLA: true, false; "auto": on a GPU
-    log_every: int  # steps between lines of the record
+    fsdp: int | str  # XLA devices that shard one copy of the parameters; "auto": as few as fit
+    compile: bool | str  # use torch.compile (without XLA): true, false; "auto": only on a GPU
+    log_every: int  # steps between logged steps in the record
     eval_every: int | None  # steps between evaluations; None: only at the end
     checkpoint_every: int | None  # steps between checkpoints; None: only at the end
     checkpoint_dir: str | None  # a folder, gs:// or s3://; None: checkpoints/ in run_dir
     keep_checkpoints: int  # how many of the newest checkpoints to keep
     keep_every_hours: float | None  # also keep the first checkpoint of every N hours of the run
     keep_best: bool  # also keep the checkpoint of the lowest held-out loss
-    grace: float  # seconds to save in after a signal to stop; then the process ends, saved or not
-    maintenance: str | None  # file or http(s) address, polled for a notice that this machine goes
-    compile_cache: bool  # keep programs in run_dir for restarts, where they can be read back
-    tensorboard: bool  # curves for TensorBoard, beside those as CSV
+    grace: float  # seconds for saving after a signal to stop; then the process ends, saved or not
+    maintenance: str | None  # file or http(s) address polled for notice of this machine's shutdown
+    compile_cache: bool  # cache compiled programs in run_dir for restarts, where supported
+    tensorboard: bool  # write curves for TensorBoard, besides CSV
     trace_samples: bool  # write the sample ids of every batch into the record
     ledger: bool  # write the numbers of every step's samples, compressed, for `nfnets-xla audit`
 
@@ -112,8 +112,8 @@ class TrainerConfig:
 @dataclass
 class Run:
     job: str  # what the recipe is for: train, evaluate, throughput or smoke
-    run_dir: str | None  # everything the run leaves behind; training needs one
-    resume: str  # "auto": go on with what run_dir holds; "never"; or a checkpoint to begin from
+    run_dir: str | None  # folder for everything the run writes; training needs one
+    resume: str  # "auto": continue from what run_dir holds; "never"; or a checkpoint to start from
     seed: int  # of the initial weights, the order and every random draw
     model: ModelConfig
     data: DataConfig
@@ -121,7 +121,7 @@ class Run:
     trainer: TrainerConfig
 
     def check(self) -> None:
-        """Refuse values that no part could work with. Raises ValueError with value, rule, fix."""
+        """Refuse values that cannot work anywhere. Raises ValueError with value, rule and fix."""
         local_run_dir(self.run_dir)
         for name in setting_names():
             if attrgetter(name)(self) == "":
@@ -145,29 +145,29 @@ class Run:
         _check_optim(self.optim)
 
     def identity(self) -> dict[str, Any]:
-        """What defines the numbers of the run: a resumed run must agree in all of it.
+        """The settings that determine the run's numbers; a resumed run must have the same.
 
-        The device, the loader's workers, where the shards lie, how often something is written and
-        the form in which the network is run are not part of it.
+        The device, the number of workers, the location of the shards, how often something is
+        written, and whether the network is stacked or recomputed are not part of it.
         """
         return identity_of(asdict(self))
 
     def shared(self) -> dict[str, Any]:
-        """The settings that all hosts of a run must have alike, by dotted names."""
+        """The settings that must be equal on all hosts, by dotted names."""
         return {name: attrgetter(name)(self) for name in setting_names() if name not in _OF_A_HOST}
 
 
-# What each host may have its own of: where a thing lies for it (what lies there is compared
-# instead), and how its batches are made.
+# Settings that may differ between hosts: paths (whose contents are compared instead), and how a
+# host makes its batches.
 _OF_A_HOST = (
     *("run_dir", "resume", "trainer.checkpoint_dir", "trainer.maintenance"),
     *("data.shards", "data.eval_shards", "data.exclude"),
     *("data.cache_dir", "data.cache_bytes", "data.workers"),
 )
 
-# Settings without effect on the numbers, or told otherwise: samples, excluded ones too, by the
-# fingerprint of the shards in a plan's identity, initial weights by their hash (resume.Beginning).
-# `max_skipped` says whether a run goes on, not how.
+# Settings that do not affect the numbers, or that are compared by content: samples, including which
+# are excluded, by the shards' fingerprint in Plan.identity; initial weights by their hash
+# (resume.Beginning). `max_skipped` decides whether a run continues, not its numbers.
 _NOT_IDENTITY = {
     "model": ("init_from", "pretrained", "stacked", "recompute"),
     "data": (
@@ -185,7 +185,7 @@ _NOT_IDENTITY = {
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`Run.identity` of a configuration as a record holds it; of another release, what it has."""
+    """`Run.identity` of a configuration from a record, which may be of another release."""
     parts = {key: v for key, v in config.items() if key not in ("run_dir", "resume", "trainer")}
     for part, names in _NOT_IDENTITY.items():
         if part in parts:
@@ -194,7 +194,7 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def setting_names(of: type[Any] = Run, prefix: str = "") -> list[str]:
-    """Dotted, in the order of the fields."""
+    """Dotted names of all settings, in the order of the fields."""
     found: list[str] = []
     for field in fields(of):
         if isinstance(field.type, type) and is_dataclass(field.type):
@@ -214,7 +214,7 @@ _CHOICES = {
     "optim.schedule": SCHEDULES,
     "data.mix": MIXES,
 }
-# (what holds, in words, the settings of each group); what is null is not asked.
+# (predicate, the same in words, settings of each group); null values are not checked.
 _RANGES: list[tuple[Callable[[float], bool], str, dict[str, str]]] = [
     (
         lambda value: 0 < value < math.inf,
@@ -227,12 +227,12 @@ _RANGES: list[tuple[Callable[[float], bool], str, dict[str, str]]] = [
             "trainer": "virtual_devices log_every eval_every checkpoint_every keep_checkpoints",
         },
     ),
-    (  # inf: as much as there is, or never
+    (  # inf: no limit, or never
         lambda value: value > 0,
         "greater than 0",
         {"data": "cache_bytes", "trainer": "keep_every_hours grace"},
     ),
-    # Samples of so many passes can still be counted, whatever the shards.
+    # The bound keeps the number of samples drawn in 64 bits, whatever the shards.
     (lambda value: 0 < value <= 1e6, "greater than 0 and at most 1e6", {"optim": "epochs"}),
     (math.isfinite, "finite", {"model": "head_bias"}),
     (
@@ -263,8 +263,8 @@ _OF_SAM = {"sam_ascent_fraction": 1.0, "sam_microbatches": 1, "sam_adaptive": Fa
 
 
 def local_run_dir(run_dir: str | None) -> str | None:
-    """Raises ValueError for an address (of which Path makes s3:/a): record, ledger and curves are
-    files that grow, as no object does."""
+    """Raises ValueError for an address (which Path turns into s3:/a): record, ledger and curves are
+    appended to, which object stores do not support."""
     if run_dir is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", run_dir):
         raise ValueError(
             f"run_dir is {run_dir}, an address: give a folder that all hosts see, and "
@@ -274,7 +274,7 @@ def local_run_dir(run_dir: str | None) -> str | None:
 
 
 def _check_form(model: ModelConfig, trainer: TrainerConfig) -> None:
-    """In which the network is run, and on what."""
+    """How the network is run (stacked, sharded, compiled), and on which device."""
     for name, value in (("model.stacked", model.stacked), ("trainer.compile", trainer.compile)):
         if value not in (True, False, "auto"):
             raise ValueError(f"{name} is {value!r}; it must be auto, true or false")
@@ -294,7 +294,7 @@ def _check_form(model: ModelConfig, trainer: TrainerConfig) -> None:
 
 
 def _check_optim(optim: OptimConfig) -> None:
-    """What belongs to one optimizer, or to SAM, is given with it and not without."""
+    """Settings of one optimizer, or of SAM, are given if and only if it is used."""
     if (optim.optimizer == "adamw") != (optim.beta2 is not None):
         fix = "give 0.999, for example" if optim.beta2 is None else "give null"
         raise ValueError(
@@ -317,7 +317,7 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Of groups in groups, by dotted key."""
+    """Nested dictionaries as one, by dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         inside = isinstance(value, dict)

@@ -1,6 +1,6 @@
 """Curves for other tools: the record's numbers as CSV and for TensorBoard, in the run's folder.
 
-They follow the record, attempt by attempt, and nothing here reads them again.
+They are written with the record, one set per attempt, and this library never reads them.
 """
 
 import csv
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 class Curves:
-    """One CSV file per kind of row and attempt; TensorBoard forgets the steps that are repeated."""
+    """One CSV file per kind of row and attempt; TensorBoard drops steps that are repeated."""
 
     def __init__(self, run_dir: Path, attempt: int, start_step: int, tensorboard: bool) -> None:
         """Raises ValueError if TensorBoard's curves are asked for and it is not installed."""
@@ -22,7 +22,7 @@ class Curves:
         self._board = _open_board(self._folder, start_step) if tensorboard else None
 
     def add(self, kind: str, step: int, row: Row) -> None:
-        """Numbers of one step; of one kind every row has the same keys."""
+        """Add the numbers of one step; all rows of one kind have the same keys."""
         if kind not in self._files:
             path = self._folder / f"{kind}-{self._attempt}.csv"
             file = path.open("x", newline="", encoding="utf-8")
@@ -44,7 +44,7 @@ class Curves:
 
 
 class NoCurves:
-    """In place of curves on hosts that write nothing."""
+    """Stands in for Curves on hosts that write nothing."""
 
     def add(self, kind: str, step: int, row: Row) -> None: ...
 

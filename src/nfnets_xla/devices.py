@@ -1,4 +1,4 @@
-"""Which accelerator is attached, what it can do at most, and what its runtime has counted.
+"""Which accelerator is attached, its peak FLOP/s and memory, and its runtime's counters.
 
 Figures are the vendors' published ones, bfloat16 without sparsity. A "device" is what PyTorch
 sees as one: a chip on TPU v4 to v6e, a core on v2, v3 and v7.
@@ -14,7 +14,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    peak_flops: float  # a second, multiply and add counted as two
+    peak_flops: float  # FLOP/s; a multiply-add counts as two
     memory: int  # bytes
     cores: int  # TensorCores; the papers count in core-hours
 
@@ -32,8 +32,8 @@ DEVICES = {
     "H100": Device(989e12, 80 * GIB, 1),
     "H200": Device(989e12, 141 * GIB, 1),
 }
-# What answers on the PCI bus of a TPU VM (torch_xla/_internal/tpu.py; 0x0062, v5p, has JAX's list).
-# Google's network card, which its machines with GPUs have too, is another device of the vendor.
+# PCI IDs of TPU chips (torch_xla/_internal/tpu.py; 0x0062, v5p, is from JAX's list). The vendor ID
+# alone is not enough: Google's network card, also in machines with GPUs, has it, too.
 GOOGLE_PCI_VENDOR = "0x1ae0"
 TPU_PCI_DEVICES = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # v2 to 7x
 PCI_DEVICES = Path("/sys/bus/pci/devices")
@@ -41,7 +41,7 @@ _ALSO = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "v7", "v6lite": "v6e"}
 
 
 def find_device(kind: str) -> Device | None:
-    """Of what a runtime calls its hardware: "v4-8", "TPU v4", "NVIDIA H100 80GB HBM3".
+    """The device by a runtime's name for it: "v4-8", "TPU v4", "NVIDIA H100 80GB HBM3".
 
     None if it is not in the table, e.g. for a CPU.
     """
@@ -54,7 +54,7 @@ def find_device(kind: str) -> Device | None:
 
 
 def tpu_is_attached() -> bool:
-    """Whether this host has a TPU chip, found without loading any runtime."""
+    """Whether this host has a TPU chip; loads no runtime."""
     return any(
         path.read_text().strip() == GOOGLE_PCI_VENDOR
         and path.with_name("device").read_text().strip() in TPU_PCI_DEVICES
@@ -77,7 +77,7 @@ def measured_cpu_peak() -> float:
 
 
 def check_uncut(fsdp: int | str, where: str) -> None:
-    """ValueError for a `trainer.fsdp` that cuts parameters where there is no XLA."""
+    """ValueError for a `trainer.fsdp` that shards parameters where there is no XLA."""
     if fsdp not in ("auto", 1):
         raise ValueError(
             f"trainer.fsdp is {fsdp}; on {where} every process keeps all parameters "
@@ -86,11 +86,11 @@ def check_uncut(fsdp: int | str, where: str) -> None:
 
 
 def smallest_fsdp(kept_bytes: int, device: Device | None, num_devices: int) -> int:
-    """Over how many devices to cut parameters, so that what a step keeps fits with room to spare.
+    """The smallest number of devices over which to shard parameters so that training fits.
 
-    Parameters, gradients, the optimizer's, average and SAM's copy, `kept_bytes` of them all, may
-    take half of a device's memory; activations have the rest. 1 where the memory is not known.
-    Raises ValueError if they do not fit even cut over all devices.
+    `kept_bytes` counts parameters, gradients, optimizer state, average and SAM's copy, which may
+    take half of a device's memory; the rest is for activations. 1 if the memory is unknown. Raises
+    ValueError if they do not fit even when sharded over all devices.
     """
     if device is None:
         return 1
@@ -107,7 +107,7 @@ def smallest_fsdp(kept_bytes: int, device: Device | None, num_devices: int) -> i
 class Counters:
     """What the runtime did since the process began; all counts are totals."""
 
-    compilations: int  # without those of `gather`
+    compilations: int  # not counting those of `gather`
     gather_compilations: int
     compile_seconds: float
     executions: int

@@ -1,14 +1,14 @@
-"""What a person sees of a run: a live view in a terminal; plain lines in a pipe or a file."""
+"""Output of a run for people: a live view in a terminal; plain lines in a pipe or a file."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
 
 Say = Callable[[str], None]
-Numbers = dict[str, Any]  # of a train row of the record, with "steps", "epochs" and "lost_seconds"
+Numbers = dict[str, Any]  # a train row of the record, plus "steps", "epochs" and "lost_seconds"
 
 
 class Display(Protocol):
-    """Shown by `monitor.Monitor`; a context, so that a terminal is always given back."""
+    """Driven by `monitor.Monitor`; a context manager, so that the terminal is always restored."""
 
     def say(self, line: str) -> None: ...
 
@@ -16,7 +16,7 @@ class Display(Protocol):
         """Update `number` of `steps` was dispatched."""
 
     def numbers(self, row: Numbers) -> None:
-        """What was measured of a logged step."""
+        """Show the measurements of a logged step."""
 
     def __enter__(self) -> "Display": ...
 
@@ -24,7 +24,7 @@ class Display(Protocol):
 
 
 def open_display() -> Display:
-    """Live if standard output is a terminal that can move its cursor."""
+    """A live display if standard output is a terminal with cursor control, else lines."""
     from rich.console import Console
 
     console = Console()
@@ -54,7 +54,7 @@ class Lines:
 
 
 class Live:
-    """A bar with the time left, and the latest numbers below it; lines that are said go above."""
+    """A bar with the time left and the latest numbers below it; `say` prints above."""
 
     def __init__(self, console: Any) -> None:
         from rich.progress import (
@@ -92,7 +92,7 @@ class Live:
         self._progress.console.print(line, markup=False, highlight=False)
 
     def step(self, number: int, steps: int) -> None:
-        if self._task is None:  # the first one compiled: the clock of what is left starts after it
+        if self._task is None:  # the first step compiles, so the estimate starts after it
             self._task = self._progress.add_task("", total=steps, completed=number, epoch="")
         self._progress.update(self._task, completed=number)
 
@@ -109,7 +109,7 @@ class Live:
 
 
 def phrases(row: Numbers) -> list[str]:
-    """The numbers that a person steers by, each with its name."""
+    """The numbers that people watch, each with its name."""
     known = [
         f"loss {row['loss']:.4f}",
         f"top-1 {row['top1']:.3f}",
@@ -124,7 +124,7 @@ def phrases(row: Numbers) -> list[str]:
 
 
 def summary(row: Numbers) -> list[str]:
-    """The last line of a run's record, for a person: what it did, and what it did not do."""
+    """The last row of a run's record in words: speed, compilations, lost time."""
     lines = []
     if "images_per_second" in row:
         share = "" if row["mfu"] is None else f", MFU {row['mfu']:.1%}, HFU {row['hfu']:.1%}"
@@ -134,7 +134,7 @@ def summary(row: Numbers) -> list[str]:
         )
     if "compilations" in row:
         line = f"compiled {row['compilations']} graphs in {row['compile_seconds']:.0f} s"
-        if "executions" in row:  # which XLA counts
+        if "executions" in row:  # only XLA counts them
             names = ", ".join(row["fallbacks"]) or "none"
             line += (
                 f"; {row['executions']} executions, {row['tensors_to_host']} reads from the "

@@ -25,9 +25,8 @@ from nfnets_xla.trainer import make_trainer
 def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     """Loss, top-1 and top-5 of `model.init_from` on `data.eval_shards`, printed and returned.
 
-    With `run_dir` they are also written as that folder's record, beside what answers.py says of
-    classes and images. The head must fit: here a classifier of another size is an error and never
-    replaced.
+    With `run_dir` they are also written there as a record, with the results per class and image
+    (answers.py). A classifier of another size is an error here, and never replaced.
     """
     if run.data.eval_shards is None:
         raise ValueError("data.eval_shards is not set; it must name a folder of indexed shards")
@@ -41,7 +40,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
     dataset = make_eval_batches(run, held_out, num_classes, hosts)
     loader = Batches(dataset, start_step=0, stop_step=len(dataset), workers=run.data.workers)
     task.keep_answers = run.run_dir is not None
-    kept = {"having a run_dir": task.keep_answers}  # answers are gathered from all
+    kept = {"having a run_dir": task.keep_answers}  # all hosts must gather, or none
     hosts.agree({**run.shared(), **kept, "the held-out samples": held_out.fingerprint})
     say = say if hosts.writes else lambda _: None
     header = {"resumed_from": 0, "config": asdict(run), "fingerprint": held_out.fingerprint}
@@ -78,9 +77,9 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
 
 
 def trained(run: Run, held_out: ShardIndex) -> tuple[Network, str, int]:
-    """The network with the weights that are to be evaluated, where they are from, and its classes.
+    """The network with the weights to evaluate, their source, and its number of classes.
 
-    It has as many as the weights, which know what else there is than the shards' labels.
+    The weights decide that number: the shards' labels may not include every class.
     """
     num_classes = count_classes(run, held_out)
     name, tag = run.model.name, run.model.pretrained
@@ -92,7 +91,7 @@ def trained(run: Run, held_out: ShardIndex) -> tuple[Network, str, int]:
         raise ValueError("model.init_from is not set; it must name the weights to evaluate")
     found = sources.find_weights(run.model.init_from, run.model.init_weights)
     options: dict[str, Any] = {}
-    if is_peer(name):  # a ViT is made for the size that its weights were trained at, where known
+    if is_peer(name):  # a ViT is built for the size its weights were trained at, if known
         evaluated = run.data.eval_image_size
         trained_at = evaluated if found.sizes is None else found.sizes.train
         options = {"image_size": trained_at, "eval_image_size": evaluated}

@@ -1,4 +1,4 @@
-"""What earlier starts of a run have left behind, up to the step from which this one goes on."""
+"""What earlier starts of a run have recorded, up to the step from which this one resumes."""
 
 import math
 import shutil
@@ -16,19 +16,19 @@ FILES = ("missed-*.jsonl", "ledger-*.bin", "run-*.jsonl")  # what each start wri
 
 @dataclass(frozen=True)
 class Past:
-    """Accounts that go on. As it is: of a run that begins."""
+    """Running totals that a resumed run continues. The defaults are those of a new run."""
 
-    step: int = 0  # updates that are done
-    seconds: float = 0.0  # of training, without what was lost
+    step: int = 0  # updates done
+    seconds: float = 0.0  # of training, without time lost to restarts
     lost_seconds: float = 0.0  # by interruptions
     missed: int = 0  # samples that could not be decoded
-    skipped: int = 0  # updates that were left out; see callbacks/skips.py
+    skipped: int = 0  # non-finite updates; see callbacks/skips.py
     evaluated: dict[int, float] = field(default_factory=dict)  # held-out losses by step
     best: tuple[int, float] | None = None  # step and held-out loss of the best checkpoint
 
 
 def continuation(start: Checkpoint | None) -> Row:
-    """What the header of a start from `start` says of it; see lineage.py."""
+    """The entries about `start` in the header of a start that resumes from it; see lineage.py."""
     if start is None:
         return {"resumed_from": 0, "continues": None, "since": None}
     state = start.state
@@ -37,14 +37,14 @@ def continuation(start: Checkpoint | None) -> Row:
 
 
 def record_before(start: Checkpoint | None, run_dir: Path) -> RunRecord | None:
-    """What earlier starts wrote, as far as one from `start` builds on it."""
+    """What earlier starts recorded, up to the checkpoint `start`."""
     folder = run_dir if start is None else history(start, run_dir)
     return read_record(folder, continuation(start)) if has_record(folder) else None
 
 
 def past_of(start: Checkpoint | None, record: RunRecord | None, saved: Collection[int]) -> Past:
-    """`record` is the one before `start`; `saved` are the steps of the checkpoints that the run
-    has."""
+    """`record` is that of the starts before this one, up to `start`; `saved` are the steps of the
+    run's checkpoints."""
     lost_seconds = 0.0 if record is None else record.seconds_lost
     if start is None:
         return Past(lost_seconds=lost_seconds)
@@ -63,7 +63,7 @@ def past_of(start: Checkpoint | None, record: RunRecord | None, saved: Collectio
 
 
 def _missed(start: Checkpoint, record: RunRecord | None) -> int:
-    """A record may lack what came before it; checkpoints of older releases do not say."""
+    """From the checkpoint, since a record may be incomplete; older releases saved no count."""
     if "missed" in start.state:
         return int(start.state["missed"])
     return 0 if record is None else missed_before(record)
@@ -72,11 +72,11 @@ def _missed(start: Checkpoint, record: RunRecord | None) -> int:
 def best_of(
     start: Checkpoint, evaluated: dict[int, float], saved: Collection[int]
 ) -> tuple[int, float] | None:
-    """Step and held-out loss of the best checkpoint up to `start`, if any has a finite loss. Of
-    those that are there: one that is another folder's, or was deleted, has no place to keep.
+    """Step and held-out loss of the best checkpoint up to `start`, if any has a finite loss. Only
+    checkpoints in `saved` count, not those in another folder or deleted.
 
-    A checkpoint says which it was when it was written; if it is itself evaluated, it is so after.
-    Of older releases, and without `keep_best`, it says nothing: any that was evaluated, then.
+    A checkpoint names the best one at the time it was written, before it was itself evaluated. One
+    written by an older release or without `keep_best` names none: then all evaluated ones count.
     """
     known = evaluated
     if "best" in start.state:
@@ -88,13 +88,13 @@ def best_of(
 
 
 def history(start: Checkpoint, run_dir: Path) -> Path:
-    """The folder with the records up to `start`: `run_dir`, unless the run began in another."""
+    """The folder with the records up to `start`: `run_dir`, or the folder where the run began."""
     other = start.run_dir
     return run_dir if has_record(run_dir) or not has_record(other) else other
 
 
 def refuse_half_a_history(run_dir: Path) -> None:
-    """Raises ValueError for what is left where copying another run's was interrupted."""
+    """Raises ValueError for an incomplete copy of another folder's history (interrupted)."""
     left = sorted(file.name for pattern in FILES for file in run_dir.glob(pattern))
     if left and not has_record(run_dir):
         raise ValueError(
@@ -104,22 +104,22 @@ def refuse_half_a_history(run_dir: Path) -> None:
 
 
 def take_history(start: Checkpoint, run_dir: Path) -> None:
-    """Copy what the run's other folder says of the steps up to `start`; of later ones a reader
-    drops it, as after any restart. Nothing comes from where there are only checkpoints.
+    """Copy the history from the folder where the run began. Readers drop its rows after `start`, as
+    after any restart. A folder with only checkpoints has none to copy.
     """
     if (source := history(start, run_dir)) == run_dir:
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     for pattern in FILES:
-        for file in sorted(source.glob(pattern), reverse=True):  # run-1 last: with it all is here
+        for file in sorted(source.glob(pattern), reverse=True):  # run-1 last: copy complete
             part = run_dir / f"{file.name}.part"
             shutil.copyfile(file, part)
             part.replace(run_dir / file.name)
 
 
 def flush_history(run_dir: Path, attempt: int | None = None) -> None:
-    """Bring it to the disk: a machine that stops must not leave a checkpoint of steps that it has
-    forgotten. All of it, or what one start writes: earlier ones' files change no more."""
+    """Flush the history to disk, so that after a crash no checkpoint is ahead of the history. With
+    `attempt`, only that start's files: earlier ones no longer change."""
     for pattern in FILES:
         of = pattern if attempt is None else pattern.replace("*", str(attempt))
         for file in run_dir.glob(of):
@@ -128,9 +128,9 @@ def flush_history(run_dir: Path, attempt: int | None = None) -> None:
 
 
 def evaluations(record: RunRecord, weights: str) -> dict[int, float]:
-    """{step: held-out loss} of the "raw" weights or the "ema" that were evaluated.
+    """{step: held-out loss} of the "raw" or "ema" weights.
 
-    Infinite for one that was not finite, which a record has as null.
+    A loss that was not finite, null in the record, is infinite here.
     """
     rows = [row for row in record.of_kind("eval") if row["weights"] == weights]
     losses = {row["step"]: row["loss"] for row in rows}
@@ -138,7 +138,7 @@ def evaluations(record: RunRecord, weights: str) -> dict[int, float]:
 
 
 def ended(run_dir: Path) -> Row | None:
-    """The line with which a finished run closed its record."""
+    """The last row of a finished run's record; None if the run is not finished."""
     if not has_record(run_dir):
         return None
     rows = read_record(run_dir).of_kind("end")

@@ -1,9 +1,9 @@
-"""The processes of one run, one per host: whose rows are whose, who writes, what they agree on.
+"""The processes of one run: which rows each reads, which one writes, and that they agree.
 
 Any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT makes a run of several
-processes (`torchrun` does); on a TPU slice the runtime knows them. Each reads the rows of its own
-streams; host 0 alone writes into the run's folder, which all of them must see. They talk over gloo,
-and sum what is on GPUs over NCCL.
+processes (`torchrun` does); on a TPU slice the runtime knows them. We call each process a host. A
+host reads the rows of its own streams; only host 0 writes into the run's folder, which all must
+see. They communicate over gloo, and sum GPU tensors over NCCL.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -24,15 +24,16 @@ from nfnets_xla.exits import HostLost, Unreachable
 
 T = TypeVar("T")
 
-BUCKET = 2**26  # bytes of a message: two of them are all the memory that a sum takes
+BUCKET = 2**26  # bytes per message; a sum needs memory for two of them
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """With one host nothing is sent. Except for `rows`, every host must call each method, in the
-    same order. HostLost is raised if one of them has ended, or does not answer for half an hour."""
+    """Collective operations. All hosts must call them in the same order (except `rows`); a single
+    host sends nothing. HostLost is raised if a host has ended, or does not answer in half an hour.
+    """
 
-    number: int = 0  # of this one, from 0
+    number: int = 0  # of this host, from 0
     count: int = 1
 
     @property
@@ -50,10 +51,10 @@ class Hosts:
         return slice(self.number * each, (self.number + 1) * each)
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Sum over the hosts, in place: tensors of one dtype and device, many in a message.
+        """Sum tensors of one dtype and device over the hosts, in place, many per message.
 
-        While one message is under way the next is put together. A GPU's tensors go from device to
-        device, and this process waits for none of it.
+        While one message is in flight the next is assembled. GPU tensors go from device to device,
+        without synchronising with the host.
         """
         if self.count == 1:
             return
@@ -78,7 +79,7 @@ class Hosts:
         return int(sum_1[0])
 
     def gather(self, value: Any) -> list[Any]:
-        """What every host gives, host by host: anything that JSON can hold."""
+        """The values of all hosts, in their order; anything that JSON can hold."""
         if self.count == 1:
             return [value]
         text_N = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), np.uint8).copy())
@@ -94,12 +95,12 @@ class Hosts:
         ]
 
     def agree(self, values: Mapping[str, Any]) -> None:
-        """Raises ValueError, on every host, if one of them has another of these, which are named
-        for the message, than host 0."""
+        """Raises ValueError, on every host, if a value on some host differs from host 0's. The keys
+        name the values in the message."""
         first, *others = self.gather(dict(values))
         for number, other in enumerate(others, start=1):
             for what in first:
-                theirs = other.get(what)  # of another release it may have no such setting
+                theirs = other.get(what)  # absent if that host runs another release
                 if theirs != first[what]:
                     raise ValueError(
                         f"hosts differ in {what}: {first[what]!r} on host 0, {theirs!r} on "
@@ -108,8 +109,8 @@ class Hosts:
                     )
 
     def by_writer(self, work: Callable[[], T]) -> T | None:
-        """What `work` gives on host 0, which alone does it. If it raises ValueError or OSError
-        there, every host does, with the same words; an Unreachable stays one."""
+        """Runs `work` on host 0 only; returns its result there, None elsewhere. If it raises
+        ValueError (or Unreachable) or OSError, every host does, with the same words."""
         result = fault = None
         if self.writes:
             try:
@@ -129,7 +130,7 @@ class Hosts:
         return result
 
     def heard(self, exchange: Callable[[], T]) -> T:
-        """What an exchange gives; HostLost if it fails, and there are others to lose."""
+        """The result of `exchange`; HostLost if it fails and there are several hosts."""
         try:
             return exchange()
         except RuntimeError as error:
@@ -148,7 +149,7 @@ ALONE = Hosts()
 
 
 def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of at most BUCKET bytes together, or one that is larger."""
+    """Groups of consecutive tensors of at most BUCKET bytes, or a single larger tensor."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -162,8 +163,8 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def open_hosts() -> Hosts:
-    """By what a launcher set; one host without it. Waits for the others to come, as long as the
-    methods of Hosts do."""
+    """The hosts that a launcher's environment variables describe; one host without them. Waits for
+    the others for half an hour, as the methods of Hosts do."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return Hosts()

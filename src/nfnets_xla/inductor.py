@@ -1,7 +1,7 @@
-"""torch.compile for devices that run operation after operation, and what it has compiled so far.
+"""torch.compile for CPU and GPU, and how much it has compiled so far.
 
-A function becomes one graph for each set of shapes, or an error: a graph break would be a stall
-that nobody sees. What changes from step to step are tensors, so that nothing is compiled again.
+A function becomes one graph per set of shapes; a graph break, which would slow training unnoticed,
+is an error. Only tensors change from step to step, so that nothing is recompiled.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -24,14 +24,14 @@ def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Clock:
-    """Counts graphs, and the seconds spent on them, from when it is made.
+    """Counts compiled graphs, and the seconds spent on them, from when it is made.
 
-    Backward passes are compiled when they are first needed, so that it is not one call that is
-    timed. torch has no public place for either number.
+    It uses torch's callbacks, since no single call could be timed: backward passes are compiled on
+    first use. torch has no public API for either number.
     """
 
     def __init__(self) -> None:
-        # Imported here: seconds, which those who do not compile are spared.
+        # Imported here because it takes seconds, and only those who compile need it.
         from torch._dynamo.callback import on_compile_end, on_compile_start
         from torch._dynamo.utils import counters
 
@@ -58,6 +58,6 @@ class Clock:
 
 
 def keep_in(folder: Path) -> bool:
-    """Put what is compiled from now on into `folder`, for restarts."""
+    """Cache all later compilations in `folder`, for restarts."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.absolute())
     return True

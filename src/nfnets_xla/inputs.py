@@ -1,5 +1,5 @@
-"""What a run reads: its shards, the classes they call for, the order, and the batches; and the
-network that is to read them."""
+"""A run's inputs: shards, number of classes, order and batches; and the untrained network for
+them."""
 
 import os
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ def open_shards(run: Run) -> tuple[ShardIndex, ShardIndex | None]:
 
 
 def check_apart(shards: str, eval_shards: str) -> None:
-    """Raises ValueError for one folder in the other, whose index takes its shards in: the copies
-    of held-out samples would be trained on, under ids that no list names."""
+    """Raises ValueError if one folder is inside the other. The outer index includes the inner
+    folder's shards, so held-out samples would be trained on, under ids that no list names."""
     if is_below(eval_shards, shards) or is_below(shards, eval_shards):
         raise ValueError(
             f"data.shards is {shards} and data.eval_shards {eval_shards}: one lies in the other, "
@@ -48,8 +48,8 @@ def check_apart(shards: str, eval_shards: str) -> None:
 
 
 def check_unshared(index: ShardIndex, held_out: ShardIndex) -> None:
-    """Raises ValueError for a held-out shard, its copy or a link to it, that is trained on: one of
-    which a sample is left."""
+    """Raises ValueError if a held-out shard, or a copy of it, is also a training shard that is not
+    excluded completely."""
     one, other = (each.manifest.digests_S.view(f"S{DIGEST}") for each in (index, held_out))
     shared = np.flatnonzero(np.isin(one, other) & (index.counts > 0))
     if len(shared):
@@ -69,8 +69,7 @@ def open_index(run: Run, shards: str) -> ShardIndex:
 
 
 def check_cache(run: Run) -> None:
-    """Raises ValueError for shards at an address and no cache: a request for each sample would do
-    for a few of them only."""
+    """Raises ValueError for remote shards without a cache: one request per sample is too slow."""
     for shards in (run.data.shards, run.data.eval_shards):
         if run.data.cache_dir is None and (url := address(shards)):
             raise ValueError(
@@ -80,7 +79,7 @@ def check_cache(run: Run) -> None:
 
 
 def sizes_of(run: Run) -> dict[str, int]:
-    """What a network that is made for one size of images must know of the run's."""
+    """The run's image sizes, as options for a network that is built for one size."""
     sizes = {"image_size": run.data.image_size}
     if run.data.eval_shards is not None:
         sizes["eval_image_size"] = run.data.eval_image_size
@@ -88,7 +87,7 @@ def sizes_of(run: Run) -> dict[str, int]:
 
 
 def untrained(run: Run, num_classes: int) -> Network:
-    """With random weights; ValueError for what cannot be trained. On meta it costs nothing."""
+    """The run's network with random weights; ValueError if it cannot be trained."""
     name, drop_path_rate = run.model.name, run.model.drop_path_rate
     options: dict[str, Any] = {"drop_path_rate": drop_path_rate}
     if name.startswith(SCHEME):
@@ -137,7 +136,7 @@ def count_classes(run: Run, *indexes: ShardIndex | None) -> int:
 
 
 def make_order(run: Run, index: ShardIndex) -> Order:
-    """The order of unique images. K views of each: K times fewer passes, at equal compute."""
+    """The order of unique images. With K views of each, K times fewer passes: equal compute."""
     data = run.data
     if data.batch_size % data.repeats:
         raise ValueError(

@@ -1,11 +1,12 @@
-"""The samples of every step, written as they are used, and the audit that proves a run from them.
+"""The ledger: the samples of every step, written as they are used; and the audit of a run by it.
 
     ledger-<attempt>.bin: a line of JSON, then one frame for each step:
         step, bytes, CRC-32    3 little-endian uint32
-        zlib of two int64 columns, (epoch, sample), the bytes of equal weight side by side
+        zlib of two int64 columns, (epoch, sample), transposed so that bytes of equal significance
+        are adjacent
 
-A sample is its number in the index: shards in order of their names, rows in order. One that could
-not be decoded stands as -1 - number. A frame that a kill cut short is no frame.
+A sample is its number in the index: shards in order of their names, then rows. A sample that could
+not be decoded is written as -1 - number. A last frame that is cut short, by a kill, is ignored.
 """
 
 import json
@@ -32,13 +33,13 @@ Int64 = NDArray[np.int64]
 
 
 class Ledger(Callback):
-    """Writes one start's file. A step is in it before the checkpoint that builds on it is, also on
-    the disk: see history.flush_history."""
+    """Writes one start's file. A step is in it, and on disk, before a checkpoint includes the step:
+    see history.flush_history."""
 
     def __init__(
         self, run_dir: Path, attempt: int, head: dict[str, Any], hosts: Hosts = ALONE
     ) -> None:
-        """`head` has "resumed_from", "samples" of an epoch, "draws" and "steps" of the run."""
+        """`head` is that of `head_of`: "resumed_from", "samples" per epoch, "draws", "steps"."""
         self._hosts = hosts
         path = run_dir / f"ledger-{attempt}.bin" if hosts.writes else Path(os.devnull)
         self._file = path.open("xb" if hosts.writes else "wb")
@@ -71,9 +72,9 @@ def head_of(order: Order, start_step: int) -> dict[str, int]:
 
 
 def read_ledger(path: Path) -> tuple[dict[str, Any] | None, dict[int, tuple[int, int]]]:
-    """The head, and where each step's frame is: (offset, bytes). No head: killed while writing it.
+    """The head, and {step: (offset, bytes)} of the frames. The head is None if it was cut short.
 
-    Raises ValueError for damage that is not a torn end: it has a frame after it.
+    Raises ValueError for damage that is not a cut end: a damaged frame with a frame after it.
     """
     frames: dict[int, tuple[int, int]] = {}
     damage = None
@@ -92,7 +93,7 @@ def read_ledger(path: Path) -> tuple[dict[str, Any] | None, dict[int, tuple[int,
 
 
 def _frames(file: BinaryIO) -> Iterator[tuple[int, int, int, bool]]:
-    """From a frame on: step, offset, bytes, and whether they are those that were written."""
+    """Reads frames from the current position: step, offset, bytes, and whether the CRC fits."""
     while len(frame := file.read(FRAME.size)) == FRAME.size:
         (step, size, crc), at = FRAME.unpack(frame), file.tell()
         data = file.read(size)
@@ -121,20 +122,20 @@ def rows_of(path: Path, offset: int, size: int) -> tuple[Int64, Int64]:
 
 @dataclass
 class Audit:
-    """What a run's ledgers say of the trajectory that its last weights have behind them."""
+    """What a run's ledgers say of the steps that led to its latest weights."""
 
     starts: int
     steps: int  # of the run
-    samples: int  # of an epoch
+    samples: int  # per epoch
     draws: int  # of the run
-    reached: int = 0  # steps 1 to this are there, each once
-    certain: int = 0  # and up to this a checkpoint, or the run's end, is on record
-    stopped: int | None = None  # the step at which the device froze, if the run ended so
-    again: int = 0  # steps computed again after a restart: of no effect
+    reached: int = 0  # steps 1 to this one have a frame, each once
+    certain: int = 0  # the last step with a checkpoint, or the run's end, in the record
+    stopped: int | None = None  # the step at which the guard froze, if it did
+    again: int = 0  # steps that were discarded and computed again after a restart
     undecodable: int = 0
-    skipped: list[int] = field(default_factory=list)  # steps whose update was left out
-    without_effect: int = 0  # samples of these
-    shown: dict[int, int] = field(default_factory=dict)  # by epoch, distinct samples
+    skipped: list[int] = field(default_factory=list)  # steps whose update was skipped
+    without_effect: int = 0  # samples in the skipped steps
+    shown: dict[int, int] = field(default_factory=dict)  # {epoch: number of distinct samples}
     faults: list[str] = field(default_factory=list)
 
     def report(self) -> list[str]:
@@ -169,10 +170,10 @@ class Audit:
 def audit(run_dir: Path) -> Audit:
     """Raises ValueError for a folder without ledgers, and for one that is damaged."""
     paths = sorted(run_dir.glob("ledger-*.bin"), key=attempt_of)
-    # The record first: of a run that goes on it must not tell of steps that no ledger had yet.
+    # The record is read first: if the run is still training, it must not be ahead of the ledgers.
     begun = {attempt_of(path) for path in paths if _has_frame(path)}
     record = read_record(run_dir, begun=begun) if has_record(run_dir) else None
-    # Of each step the newest frame, unless a later start went on from before it.
+    # {step: its newest frame}, without steps that a later start has discarded.
     effective: dict[int, tuple[Path, int, int]] = {}
     again, sizes = 0, None
     for path in paths:
@@ -227,7 +228,7 @@ def attempt_of(path: Path) -> int:
 
 
 def _take_verdicts(found: Audit, record: RunRecord) -> None:
-    """What the record says of the steps, that their frames do not: they come too early."""
+    """Adds what is known only after a step's frame is written: saved, skipped, stopped."""
     saved = [header["resumed_from"] for header in record.line[-1:]]
     saved += [row["step"] for kind in ("checkpoint", "end") for row in record.of_kind(kind)]
     found.certain = max(saved, default=0)
@@ -241,11 +242,11 @@ def _take_verdicts(found: Audit, record: RunRecord) -> None:
 def _epochs(
     found: Audit, effective: dict[int, tuple[Path, int, int]]
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Of each epoch, how often every sample was shown. One or two are in memory at a time: an epoch
-    is over at the first step that shows later ones only."""
+    """For each epoch, how often every sample was shown. One or two epochs are in memory at a time:
+    an epoch is over at the first step that shows only later ones."""
     counts: dict[int, NDArray[np.uint8]] = {}
-    late: dict[int, list[int]] = {}  # by epoch, steps that show it once more
-    first = 0  # epoch that is not over
+    late: dict[int, list[int]] = {}  # {epoch: steps that show it after it was over}
+    first = 0  # the first epoch that is not over
     for step in sorted(effective):
         epochs, samples = rows_of(*effective[step])
         found.undecodable += int((samples < 0).sum())

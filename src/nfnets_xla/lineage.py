@@ -1,12 +1,13 @@
-"""Which rows of a run's starts led to what it is now.
+"""Which rows, of all that a run's starts wrote, led to its current weights.
 
-A start goes on from a checkpoint, and replaces what earlier ones wrote of later steps. Most follow
-each other. Two may also train beside each other, on two machines: then the line goes on with the
-one that saves first (claims.OtherStart), and of the other, a rival, nothing is left in it.
+A start resumes from a checkpoint, and its rows replace earlier starts' rows of later steps. Usually
+one start follows the other. Two may also train at the same time, on two machines: then the line of
+starts continues with the one that saves first (claims.OtherStart), and all rows of the other, a
+rival, are dropped.
 
-A header says so by names: "start" is its own, "continues" that of the start which saved the
-checkpoint it goes on from, "since" the step that one itself went on from, and "saved_to" the newest
-step that was known to be saved when it began. Without names the starts follow each other.
+The header of a start has "start", its name; "continues", the name of the start that saved the
+checkpoint it resumed from; "since", the step from which that start had resumed; and "saved_to", the
+newest step known to be saved when it began. Headers without names: each continues the one before.
 """
 
 import math
@@ -35,13 +36,13 @@ class Start:
 
     @cached_property
     def saved(self) -> int:
-        """The newest step that it is known to have saved; 0: none."""
+        """The newest step that this start is known to have saved; 0: none."""
         rows = (row["step"] for row in self.lines[1:] if row["kind"] in ("checkpoint", "end"))
         return max(rows, default=0)
 
 
 def rivals(starts: Sequence[Start]) -> frozenset[int]:
-    """Numbers of those that led nowhere, going back from the newest start, which may be one."""
+    """Numbers of the starts off the line that leads to the newest save; the newest may be one."""
     place = {start.header.get("start"): at for at, start in enumerate(starts)}
     found: set[int] = set()
 
@@ -62,7 +63,7 @@ def rivals(starts: Sequence[Start]) -> frozenset[int]:
 
 
 def _ahead_of_last(starts: Sequence[Start]) -> int | None:
-    """The place of one that has saved since the newest start began, which itself has not."""
+    """The index of a start that has saved since the newest one began, if that has not saved."""
     last = starts[-1]
     if "saved_to" not in last.header or last.saved:
         return None
@@ -72,8 +73,9 @@ def _ahead_of_last(starts: Sequence[Start]) -> int | None:
 
 
 def builds_on(starts: Sequence[Start]) -> dict[int, int]:
-    """By number, the step up to which it builds on the starts before it: the one that it went on
-    from, or if another folder has the record of the start that saved that, where that one began."""
+    """{start's number: the step up to which it builds on the starts before it}: the step it resumed
+    from; but if the start that saved that is recorded in another folder, the step where that start
+    began."""
     names = {start.header["start"] for start in starts if "start" in start.header}
     found: dict[int, int] = {}
     for start in starts:
@@ -85,18 +87,18 @@ def builds_on(starts: Sequence[Start]) -> dict[int, int]:
 def still_built_on(
     starts: Sequence[Start], followed_at: Sequence[int | None]
 ) -> tuple[list[Row], float]:
-    """The rows of `starts` that no later one replaces, and the seconds of those that one does. Each
-    is followed by a start that builds on it up to the step given, the last by none or by one that
-    is still to write. An end that was gone on from is none any more, and is not lost. Of an
-    evaluation that two starts made at one step the later one counts.
+    """The rows of `starts` that no later start replaces, and the seconds spent on the other rows.
 
-    From the newest to the oldest: a row is good if it is of a step that all later starts were
-    resumed from, or after. What is read is looked at once, however many starts there are.
+    `followed_at` has, for each start, the step up to which the next one builds on it; for the last
+    None, or the step of a start that has not written yet. The "end" row of a run that was continued
+    is dropped, but its time is not lost. If two starts evaluated the same step, the later counts.
+
+    Works from newest to oldest, in one pass: a row stays if no later start resumed before its step.
     """
     kept: list[list[Row]] = []
     lost = 0.0
     bound = math.inf
-    evaluated: set[tuple[int, Any]] = set()  # by later starts
+    evaluated: set[tuple[int, Any]] = set()  # (step, weights), in later starts
     for place in reversed(range(len(starts))):
         lines, follows = starts[place].lines, followed_at[place]
         bound = min(bound, math.inf if follows is None else follows)
@@ -116,8 +118,8 @@ def still_built_on(
 
 
 def computed_again(starts: Sequence[Start], built_on: Sequence[int]) -> int:
-    """Steps that a later start computed once more, as far as the rows show."""
-    steps: list[int] = []  # that were computed and are still built on, sorted
+    """The number of steps that a later start computed again, as far as the rows show."""
+    steps: list[int] = []  # computed and not replaced so far, sorted
     lost = 0
     for start, begun in zip(starts, built_on, strict=True):
         if steps:

@@ -1,9 +1,9 @@
 """Classification losses for targets that name a few classes, mixed and smoothed.
 
-A target t is given by its labels and their shares and never written out over all classes: both
-losses are a function of the logits alone minus sum_k t_k z_k, of which only the labels' terms and,
-with smoothing, the mean over classes are needed. At 30,000 classes nothing is larger than the
-logits. Smoothing comes after mixing, as in deepmind-research/nfnets, experiment.py:230-250.
+A target t is given by its labels and their shares, never as a dense vector over classes. Both
+losses are a function of the logits minus sum_k t_k z_k, which needs only the labels' logits and,
+with smoothing, the mean logit; so even with 30,000 classes no tensor is larger than the logits.
+Smoothing comes after mixing, as in deepmind-research/nfnets, experiment.py:230-250.
 
 Shape suffixes: B rows, K classes, L labels of a row.
 """
@@ -33,8 +33,8 @@ def sigmoid_losses(
     """Binary cross-entropies of each row, summed over its classes, (B,).
 
     -sum_k t_k log s(z_k) + (1 - t_k) log(1 - s(z_k)) = sum_k softplus(z_k) - t_k z_k, with t as
-    above, but of shares in [0, 1] that need not sum to 1. big_vision's sigmoid_xent (utils.py),
-    with which arXiv 2106.04560 trained its ViTs.
+    above, but the shares are in [0, 1] and need not sum to 1. This is big_vision's sigmoid_xent
+    (utils.py), with which arXiv 2106.04560 trained its ViTs.
     """
     along_B = _along_target(logits_BK, labels_BL, shares_BL, smoothing)
     return F.softplus(logits_BK).sum(dim=1) - along_B
@@ -44,14 +44,14 @@ LOSSES: Mapping[str, Loss] = {"softmax": softmax_losses, "sigmoid": sigmoid_loss
 
 
 def probabilities(logits_BK: Tensor, loss: str) -> Tensor:
-    """(B, K), of classes that exclude each other, or with "sigmoid" of each by itself."""
+    """(B, K): of mutually exclusive classes, or with "sigmoid" of each class independently."""
     return logits_BK.sigmoid() if loss == "sigmoid" else logits_BK.softmax(dim=1)
 
 
 def _along_target(
     logits_BK: Tensor, labels_BL: Tensor, shares_BL: Tensor, smoothing: float
 ) -> Tensor:
-    """sum_k t_k z_k, (B,). A label that is named twice counts twice."""
+    """sum_k t_k z_k, (B,). A label that appears twice counts twice."""
     along_B = (logits_BK.gather(1, labels_BL) * shares_BL).sum(dim=1)
     if smoothing:
         along_B = (1 - smoothing) * along_B + smoothing * logits_BK.mean(dim=1)
@@ -59,11 +59,11 @@ def _along_target(
 
 
 def target_of(rows: Mapping[str, Tensor], loss: str) -> tuple[Tensor, Tensor]:
-    """Labels (B, L) and their shares of the target, of a batch's rows as data/loader.py makes them.
+    """Labels (B, L) and their shares of the target, for the rows of a batch (data/loader.py).
 
-    Where samples have weighted labels a softmax's shares are weight / sum, and a sigmoid's the
-    weight itself, at most 1: each label is a question of its own. Of a mixed row the first half are
-    its own labels, the other its partner's, in the proportion of the mix.
+    The shares of weighted labels are weight / sum for softmax, and for sigmoid, where labels are
+    independent, min(weight, 1). In a mixed row the first half of the labels are the row's own and
+    the second half its partner's, with shares in the proportion of the mix.
     """
     labels_BL, shares_BL = _of_one_image(rows, "", loss)
     if "mix_ratio_B" not in rows:
@@ -75,7 +75,7 @@ def target_of(rows: Mapping[str, Tensor], loss: str) -> tuple[Tensor, Tensor]:
 
 
 def _of_one_image(rows: Mapping[str, Tensor], whose: str, loss: str) -> tuple[Tensor, Tensor]:
-    """`whose` is "mix_" for the rows' partners."""
+    """`whose` is "" for the rows themselves, "mix_" for their partners."""
     if "labels_BL" not in rows:
         labels_B1 = rows[f"{whose}labels_B"][:, None]
         return labels_B1, torch.ones_like(labels_B1, dtype=torch.float32)

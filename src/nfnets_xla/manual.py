@@ -1,7 +1,7 @@
-"""What recipes there are; and `nfnets-xla RECIPE --help`: what one is, and all that can be set.
+"""The list of recipes, and the text of `nfnets-xla RECIPE --help`.
 
-The recipe's own header, then every setting with the recipe's value and what the field's comment in
-config.py says of it. Needs no Hydra.
+The text is the recipe's header comment, then every setting with the recipe's value and the comment
+on its field in config.py. Needs no Hydra.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from typing import Any
 from nfnets_xla import config
 
 FIELD = re.compile(r"^    (\w+): [^#]+?(?:  # (.*))?$", re.MULTILINE)
-COLUMN = 36  # where what is said of a setting begins
+COLUMN = 36  # where the description of a setting begins
 
 OPTIONS = """options:
   --cfg job           print the recipe with what is set of it; start nothing
@@ -33,7 +33,7 @@ def recipes() -> dict[str, str]:
 
 
 def known(name: str) -> None:
-    """Raises ValueError for the name of no shipped recipe."""
+    """Raises ValueError if no shipped recipe has this name."""
     if name not in recipes():
         raise ValueError(
             f"there is no recipe {name!r}; there are {', '.join(recipes())} "
@@ -42,14 +42,14 @@ def known(name: str) -> None:
 
 
 def header(name: str, folder: str | None = None) -> str:
-    """The comment that a recipe's file opens with."""
+    """The comment at the top of a recipe's file."""
     where = files("nfnets_xla.recipes") if folder is None else Path(folder)
     lines = (where / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     return "\n".join(line[2:] for line in takewhile(lambda line: line.startswith("#"), lines))
 
 
 def manual(name: str, header: str, values: Mapping[str, Any], swept: Mapping[str, Any]) -> str:
-    """`values` as composed, by dotted name; "???" is what has to be given."""
+    """The help text. `values` are the composed settings by dotted name; "???" is missing."""
     width = max(60, min(100, shutil.get_terminal_size().columns))
     lines = [f"usage: nfnets-xla {name} [key=value ...]", ""]
     for line in header.splitlines():
@@ -81,10 +81,10 @@ def parts(group: str) -> list[str]:
 
 
 def comments() -> dict[str, str]:
-    """Of every setting by its dotted name; "" where the name says it."""
+    """{dotted name of a setting: its comment in config.py, or ""}."""
     kinds = {f"{group}.": config.Run.__annotations__[group] for group in config.GROUPS}
     found = {
-        prefix + field: re.sub(r"\bNone\b", "null", comment)  # as it is given
+        prefix + field: re.sub(r"\bNone\b", "null", comment)  # as users write it
         for prefix, kind in {"": config.Run, **kinds}.items()
         for field, comment in FIELD.findall(inspect.getsource(kind))
     }
@@ -92,7 +92,7 @@ def comments() -> dict[str, str]:
 
 
 def written(value: Any) -> str:
-    """As it is given on the command line."""
+    """`value` as it is written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

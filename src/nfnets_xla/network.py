@@ -1,5 +1,5 @@
-"""The network of a run: made, given its weights, brought to the device in the form it runs, and
-there given its task."""
+"""The network of a run: build it, load its weights, put it on the device (stacked or not), and make
+its training task."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ STACKED_FROM = 12  # blocks of the longest stage, under XLA: benchmarks/results/
 
 
 def initial_weights(run: Run) -> Weights | None:
-    """Those of `model.init_from`. Raises ValueError if there are none."""
+    """The weights that `model.init_from` names, if set. ValueError if there are none."""
     given = run.model.init_from
     return None if given is None else sources.find_weights(given, run.model.init_weights)
 
@@ -40,11 +40,11 @@ def initial_weights(run: Run) -> Weights | None:
 def make_model(run: Run, num_classes: int, initial: Weights | None, say: Say) -> Network:
     """The network on the host, with random, public or `initial` weights.
 
-    Weights of a run or of the public with other classes keep their body and get a new head.
+    If given weights have another number of classes, the network gets a new head.
     """
     net = untrained(run, num_classes)
     name, tag = run.model.name, run.model.pretrained
-    if run.model.head_bias:  # before given weights, whose classifier may have learned its own
+    if run.model.head_bias:  # set before loading: weights with a classifier overwrite it
         bias = net.get_parameter(f"{net.classifier_name}.bias")
         torch.nn.init.constant_(bias, run.model.head_bias)
     if isinstance(net, NFNet) and tag is not None:
@@ -57,10 +57,10 @@ def make_model(run: Run, num_classes: int, initial: Weights | None, say: Say) ->
 
 
 def put_on_device(net: Network, run: Run, *, trains: bool = True) -> Backend:
-    """The device of the run, opened for `net`, which takes the form it is run in there.
+    """Opens the run's device, and gives `net` the form in which it runs there (`choose_form`).
 
-    What only evaluates keeps the parameters alone. ValueError for batches that the devices cannot
-    share equally.
+    Evaluation keeps only the parameters in memory (`trains=False`). ValueError for batches that
+    cannot be split equally among the devices.
     """
     copies = kept_copies(run.optim) if trains else 1
     backend = open_backend(run.trainer, 4 * copies * count_parameters(net))
@@ -75,12 +75,12 @@ def put_on_device(net: Network, run: Run, *, trains: bool = True) -> Backend:
 
 
 def choose_form(net: Network, run: Run, backend: Backend) -> None:
-    """How `net` is run: as a loop, in another layout, with activations computed twice. In place.
+    """Choose, in place, how `net` runs: memory format, stacked or not, recomputing or not.
 
-    The numbers of the run do not depend on it.
+    The run's numbers do not depend on it.
     """
     stacked = run.model.stacked
-    if backend.channels_last:  # as images come; before it is stacked, to tensors of five axes
+    if backend.channels_last:  # like the images; before stacking, which makes 5-d tensors
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     check_form(run)
     if not isinstance(net, NFNet):
@@ -103,7 +103,7 @@ def make_task(
     passes: Passes | None = None,
     restored: Restored | None = None,
 ) -> Classification:
-    """Without `schedule` and `passes` it can only be evaluated."""
+    """A task made without `schedule` and `passes` can only evaluate."""
     return Classification(
         net,
         run.optim,
@@ -114,12 +114,12 @@ def make_task(
         schedule=schedule,
         passes=passes,
         restored=restored,
-        remembered_steps=run.trainer.log_every,  # as often they are read
+        remembered_steps=run.trainer.log_every,  # they are read that often
     )
 
 
 def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
-    """Weights go into the network now; the rest waits until the optimizer exists."""
+    """Load the weights into the network; return the state for the optimizer, made later."""
     with _still_there(resume):
         load_into(net, resume.tensors("model"), source=str(resume))
         ema = None if run.optim.ema_decay is None else resume.tensors("ema")
@@ -132,8 +132,8 @@ def restore(net: Network, resume: Checkpoint, run: Run) -> Restored:
 
 @contextmanager
 def _still_there(found: Checkpoint) -> Iterator[None]:
-    """What is read of it inside is whole. Raises Interrupted if another start, on another machine,
-    has deleted it to make room for newer ones. The manifest goes first."""
+    """Guards the reading of a checkpoint. Raises Interrupted if another start, on another machine,
+    deleted it meanwhile to make room for newer ones: its manifest, deleted first, is gone."""
     manifest = found.folder / MANIFEST
     try:
         yield

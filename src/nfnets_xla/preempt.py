@@ -1,14 +1,14 @@
-"""Asked to stop: SIGTERM, SIGINT, or a machine's notice that it will go.
+"""Requests to stop: SIGTERM, SIGINT, or a notice that the machine will shut down.
 
-The first time, the training is to save after the step in hand, and end. A thread ends the process
-at once, without saving, if nothing is new since the last checkpoint, at a second signal, or when
-`grace` seconds are over. In every case the exit code is 75: a launcher is to give the same command
-again, which goes on. What does not go on ends as a signal ends any command: 130 or 143.
+At the first request, training saves after the current step and ends. A thread ends the process at
+once, without saving, if nothing is new since the last checkpoint, at a second signal, or after
+`grace` seconds. In every case the exit code is 75, at which a launcher should repeat the command,
+which resumes. A command that cannot resume ends as a signal ends any command: with 130 or 143.
 
-Python runs signal handlers between two instructions of the main thread, and that may be in a
-compilation for minutes. The interpreter itself notes each signal in a pipe as soon as it comes
-(`signal.set_wakeup_fd`), and the thread reads the pipe. Standard library only, so that it can start
-before anything else is imported.
+Python runs signal handlers between two instructions of the main thread, which may be inside a
+compilation for minutes. But the interpreter writes each signal to a pipe as soon as it arrives
+(`signal.set_wakeup_fd`), and the thread reads that pipe. This module uses only the standard
+library, so that it can start before anything else is imported.
 """
 
 import os
@@ -25,23 +25,23 @@ from nfnets_xla.exits import START_AGAIN
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 5.0
-FOLLOWED = "NFNETS_XLA_FOLLOWED"  # environment: the process without which this one ends, too
-NO_NOTICE = ("NONE", "FALSE")  # Google's metadata server, of maintenance-event and of preempted
+FOLLOWED = "NFNETS_XLA_FOLLOWED"  # environment variable: the parent; if it ends, so do we
+NO_NOTICE = ("NONE", "FALSE")  # Google's metadata server: maintenance-event, preempted
 
 
 class Preemption:
     def __init__(self, grace: float = 25.0) -> None:
-        """`grace` is less than the 30 s that clusters give."""
+        """The default `grace` is less than the 30 s that clusters usually give."""
         self.grace = grace
-        self.reason: str | None = None  # by whom the training was asked to stop
-        self.unsaved = False  # whether steps have been done since the last checkpoint
-        self.resumes = True  # whether the same command goes on from what is saved
-        self.pass_on: Callable[[], None] | None = None  # to the process that does the work for us
+        self.reason: str | None = None  # why training was asked to stop
+        self.unsaved = False  # whether there were steps since the last checkpoint
+        self.resumes = True  # whether the same command would resume
+        self.pass_on: Callable[[], None] | None = None  # forwards a request to a child process
         self._signalled = False
         self._deadline = float("inf")
 
     def start(self) -> None:
-        """From the main thread, once, and for the rest of the process's life."""
+        """Call once, from the main thread; it stays active until the process ends."""
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         for number in SIGNALS:
@@ -52,20 +52,20 @@ class Preemption:
             threading.Thread(target=self._follow, daemon=True, name="followed").start()
 
     def poll(self, notice: str) -> None:
-        """Watch a file, or what an http(s) address answers, for a notice that the machine will go.
+        """Watch a file or http(s) address for a notice that the machine will shut down.
 
-        What is there now does not count: it has ended the last start.
+        A notice that is there already does not count: the last start ended because of it.
         """
         threading.Thread(target=self._poll, args=(notice,), daemon=True, name="notice").start()
 
     def __reduce__(self) -> tuple[type["Preemption"], tuple[float]]:
-        """In another process it is another one: a launcher's plugin may send a job there."""
+        """Pickled as a new object: a launcher plugin may send a job to another process."""
         return Preemption, (self.grace,)
 
     def ask(self, reason: str, number: int | None = None) -> None:
-        """`number` is of the signal, if it is one. Only a second signal ends what is being saved:
-        a machine that will go says so, and then sends one."""
-        if (pass_on := self.pass_on) is not None:  # a sweep may take it away meanwhile
+        """Ask to stop; `number` is that of the signal, if it is one. Only a second signal ends the
+        process while it saves: a machine announces its shutdown and then sends a first one."""
+        if (pass_on := self.pass_on) is not None:  # read once: a sweep may reset it meanwhile
             self.reason = reason
             pass_on()
             return
@@ -90,7 +90,7 @@ class Preemption:
             if not select.select([self._read], [], [], wait)[0]:
                 self._end(f"not saved in {self.grace:g} s")
             number = os.read(self._read, 1)[0]
-            if number in SIGNALS:  # others have handlers, too
+            if number in SIGNALS:  # other signals are written to the pipe, too
                 self.ask(signal.Signals(number).name, number)
 
     def _poll(self, notice: str) -> None:
@@ -98,15 +98,15 @@ class Preemption:
         while True:
             time.sleep(POLL_SECONDS)
             now = announced(notice)
-            if now is None:  # it is asked again; what was said before still holds
+            if now is None:  # no answer: keep the last one, and ask again
                 continue
             if now and not before and self.reason is None:
                 self.ask(f"{notice} announces maintenance")
-                os.write(self._write, b"\0")  # no signal: the other thread is to see the deadline
+                os.write(self._write, b"\0")  # wakes the other thread to see the deadline
             before = now
 
     def _follow(self) -> None:
-        """A sweep that is killed cannot say so to the run that it has started."""
+        """Ask to stop when the parent, a sweep, is gone: a killed one cannot say so."""
         parent = os.getppid()
         while os.getppid() == parent:
             time.sleep(POLL_SECONDS)
@@ -121,7 +121,7 @@ class Preemption:
 
 
 def announced(notice: str) -> bool | None:
-    """Whether maintenance is; None if an address could not be asked."""
+    """Whether maintenance is announced; None if an address did not answer."""
     at_address = notice.startswith(("http://", "https://"))
     try:
         if at_address:
@@ -130,15 +130,15 @@ def announced(notice: str) -> bool | None:
                 text = answer.read(1000).decode(errors="replace")
         else:
             text = Path(notice).read_text(errors="replace")
-    except (OSError, HTTPException):  # no server, or none in order; no file is no notice
+    except (OSError, HTTPException):  # a missing file means no notice
         return None if at_address else False
     return text.strip().upper() not in NO_NOTICE
 
 
 def _noted(_number: int, _frame: object) -> None:
-    """The thread has it from the pipe."""
+    """Does nothing: the thread reads the signal from the pipe."""
 
 
 def _say(text: str) -> None:
-    """Not by print, whose lock the main thread may hold."""
+    """Without print, whose lock the main thread may hold."""
     os.write(2, f"nfnets-xla: {text}\n".encode())

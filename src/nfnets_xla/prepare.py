@@ -1,4 +1,4 @@
-"""What a run is, and then what it is made of on this machine; both before its first step."""
+"""Before the first step: the plan of a run, then its objects on this machine."""
 
 import uuid
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class Plan:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """By which a checkpoint is known to be of this run; see resume.py."""
+        """A checkpoint belongs to this run if its identity is equal; see resume.py."""
         shards = {"shards": self.index.fingerprint, "num_classes": self.num_classes}
         return {**self.run.identity(), **shards}
 
@@ -80,7 +80,7 @@ class Plan:
 
 
 def make_plan(run: Run) -> Plan:
-    """ValueError for whatever does not fit together, before any device is asked."""
+    """ValueError for settings that do not fit together, before any device is opened."""
     if run.run_dir is None:
         raise ValueError("run_dir is not set; it must name the folder the run is to be kept in")
     check_cache(run)
@@ -92,7 +92,7 @@ def make_plan(run: Run) -> Plan:
 
 
 def which(run: Run, initial: Weights | None) -> str | None:
-    """The weights that it begins with: their SHA-256, the tag of public ones, or None."""
+    """The initial weights: their SHA-256, the tag of public ones, or None if random."""
     return run.model.pretrained if initial is None else initial.sha256
 
 
@@ -103,9 +103,9 @@ def which(run: Run, initial: Weights | None) -> str | None:
 class Ready:
     plan: Plan
     start: Checkpoint | None
-    start_id: str  # by which the checkpoints of this start, and no others, are known
+    start_id: str  # unique to this start, and stored in its checkpoints
     past: Past
-    saved_to: int  # the newest step that was known to be saved, whole or not
+    saved_to: int  # the newest step known to have been saved, even if that is gone now
     begun_with: dict[str, Any] | None
     backend: Backend
     net: Network  # on the host, with the weights of `start`
@@ -118,14 +118,14 @@ class Ready:
 
 
 def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
-    """Nothing is written before all hosts have seen the folder as it was, and agree."""
+    """Writes nothing until all hosts have read the folder as it was, and agree."""
     run = plan.run
-    torch.manual_seed(run.seed)  # of the initial weights; nothing in the step draws from it
+    torch.manual_seed(run.seed)  # for the initial weights only; no step draws from it
     if start is None:
         initial = initial_weights(run)
         begun_with = replace(plan.beginning, which=lambda: which(run, initial)).state()
         tell_of_other_weights(plan, begun_with, say)
-    else:  # what it began with is in its own weights by now, and may be gone
+    else:  # the initial weights are not needed again, and may be gone
         begun_with, initial = start.state.get("begun_with"), None
     net = make_model(run, plan.num_classes, initial, say)
     backend = put_on_device(net, run)
@@ -151,7 +151,7 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
         hosts=backend.hosts,
     )
     agree(plan, backend.hosts, past, begun_with)
-    backend.hosts.by_writer(lambda: try_to_write(plan.checkpoints))  # before anything else is
+    backend.hosts.by_writer(lambda: try_to_write(plan.checkpoints))  # before any other write
     if run.trainer.compile_cache and not backend.cache_compilations(plan.folder / "compiled"):
         say(f"compile cache: off, {backend.device_kind} could not read it back")
     start_id = uuid.uuid4().hex
@@ -159,8 +159,8 @@ def prepare(plan: Plan, start: Checkpoint | None, say: Say) -> Ready:
 
 
 def tell_of_other_weights(plan: Plan, begun_with: dict[str, Any], say: Say) -> None:
-    """Warn if the initial weights have changed since the folder was begun. Ended before its first
-    checkpoint, a run can only begin again from those of now."""
+    """Warn if the initial weights have changed since the run was first started. If it ended before
+    its first checkpoint, it can only begin again, with the current weights."""
     if not has_record(plan.folder):
         return
     before = read_record(plan.folder).opening.get("begun_with") or begun_with
@@ -173,12 +173,12 @@ def tell_of_other_weights(plan: Plan, begun_with: dict[str, Any], say: Say) -> N
 
 
 def newest_saved(plan: Plan, record: RunRecord | None) -> int:
-    """The newest step of which there is, or was, a checkpoint; 0: none."""
+    """The newest step that has, or once had, a checkpoint; 0: none."""
     return max([*checkpoint.complete(plan.checkpoints), 0 if record is None else record.saved])
 
 
 def find_past(plan: Plan, start: Checkpoint | None, record: RunRecord | None, say: Say) -> Past:
-    """What earlier starts have left. The best so far is only of the held-out samples of now."""
+    """What earlier starts recorded. `best` is dropped if it was on other held-out samples."""
     saved = [] if start is None else [start.step, *checkpoint.steps(plan.checkpoints)]
     past = past_of(start, record, saved)
     if start is None or record is None or plan.held_out is None:
@@ -195,9 +195,10 @@ def find_past(plan: Plan, start: Checkpoint | None, record: RunRecord | None, sa
 
 
 def other_held_out(headers: Sequence[Row], step: int, now: str) -> int:
-    """The last of the steps up to `step` that was evaluated on other samples than `now`; 0: none.
+    """The last step up to `step` that was evaluated on samples with another fingerprint than `now`.
 
-    Of each start those steps count that no later one has replaced. Older records do not say.
+    0: none. Only steps that no later start replaced count. Records of older releases do not name
+    their held-out samples, and are ignored.
     """
     found = 0
     for place, header in enumerate(headers):
@@ -209,16 +210,16 @@ def other_held_out(headers: Sequence[Row], step: int, now: str) -> int:
 
 
 def agree(plan: Plan, hosts: Hosts, past: Past, begun_with: dict[str, Any] | None) -> None:
-    """Raises ValueError on every host if they are not of one run in one folder. A host may have
-    looked into it while host 0's last start still wrote, and a share may show it what was there
-    before for a minute more: they start again."""
+    """Raises ValueError on every host if they do not run the same run in the same folder. Raises
+    Interrupted if they would resume from different steps: a host may have listed the folder while
+    the last start still wrote, or a network share may have shown it an outdated listing."""
     held_out = None if plan.held_out is None else plan.held_out.fingerprint
     read = {"the training samples": plan.index.fingerprint, "the held-out samples": held_out}
     hosts.agree({**plan.run.shared(), **read, "the number of classes": plan.num_classes})
     begun_at = hosts.gather(past.step)
     if len({*begun_at}) > 1 or len({*map(str, hosts.gather(past.best))}) > 1:
         seen = checkpoint.steps(plan.checkpoints)
-        if not set.intersection(*map(set, hosts.gather(seen))):  # of folders of their own
+        if not set.intersection(*map(set, hosts.gather(seen))):  # each has its own folder
             hosts.agree({"the checkpoints that they see": seen})
         raise Interrupted(
             f"hosts would go on from different steps ({', '.join(map(str, begun_at))}), since a "

@@ -1,10 +1,10 @@
 """The record of a run: one JSON-lines file per start, which every later tool reads.
 
 `run-<attempt>.jsonl` opens with a header (kind "header"), then one object per line, each with a
-"kind", a "step" and the "seconds" since the file was opened. Files are never appended to by a later
-start, because object stores cannot; a run that was interrupted twice leaves three. Steps count from
-1: step n is the n-th update, and an evaluation or a checkpoint at step n follows that update. One
-process of a machine writes into a folder at a time. Standard library only.
+"kind", a "step" and the "seconds" since the file was opened. A later start writes a new file, since
+object stores cannot append: a run that was interrupted twice leaves three. Steps count from 1: step
+n is the n-th update, and an evaluation or a checkpoint at step n follows that update. On a machine
+only one process at a time writes into a folder. Uses only the standard library.
 """
 
 import errno
@@ -30,7 +30,7 @@ from nfnets_xla.lineage import (
     still_built_on,
 )
 
-CHECKPOINTS = "checkpoints"  # in the run's folder, if no other place is named for them
+CHECKPOINTS = "checkpoints"  # default folder for them, inside the run's
 
 
 class RecordWriter:
@@ -39,11 +39,11 @@ class RecordWriter:
     def __init__(
         self, run_dir: Path, header: Row, first: Callable[[], None] = lambda: None
     ) -> None:
-        """`header["resumed_from"]` is the step whose checkpoint this start continues (0: none);
-        what else a header says of that is in lineage.py.
+        """`header["resumed_from"]` is the step of the checkpoint that this start resumes from (0:
+        none); lineage.py explains the related entries.
 
-        `first` is done when no other start can write into the folder, and before this one does.
-        Raises ValueError if one is going on there.
+        `first` is called once the folder is locked, before this start writes anything there. Raises
+        ValueError if another start is running in the folder.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(run_dir)
@@ -55,7 +55,7 @@ class RecordWriter:
             try:
                 self.write("header", header["resumed_from"], **header)
             except BaseException:
-                with suppress(OSError):  # what did not fit is tried again
+                with suppress(OSError):  # closing retries the write that failed
                     self._file.close()
                 raise
         except BaseException:
@@ -63,7 +63,7 @@ class RecordWriter:
             raise
 
     def _new(self, run_dir: Path) -> tuple[Path, TextIO]:
-        """Another machine may just have taken a number, which a share shows later."""
+        """Retries: another machine may just have taken the number, unseen on a network share."""
         while True:
             path = run_dir / f"run-{self.attempt}.jsonl"
             try:
@@ -86,21 +86,21 @@ class RecordWriter:
         os.close(self._lock)
 
 
-# Lustre and others without locks, NFS without its daemon: there a start goes on without one.
+# From file systems without locks (Lustre, NFS without its daemon): starts there run unlocked.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def _lock(run_dir: Path) -> int:
-    """A descriptor that keeps other starts out until it is closed, or this process ends in any way.
-    Processes that this one starts do not have it.
+    """A descriptor that keeps other starts out until it is closed or this process ends in any way.
+    Child processes do not inherit it.
 
-    The file is the machine's own: over NFS 3 the lock of one that was taken away would stay for
-    good, and no other machine could go on.
+    Each machine has its own lock file: over NFS 3 the lock of a machine that disappeared would stay
+    forever, and no other machine could resume the run.
     """
     path = run_dir / f".lock-{_machine()}"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:  # another user's, who has run here before
+    except PermissionError:  # the file belongs to another user who has run here before
         descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,7 +118,7 @@ def _lock(run_dir: Path) -> int:
 
 
 def _machine() -> str:
-    """Since it was last started; containers have their machine's."""
+    """An ID of this machine since its boot, shared by its containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -126,7 +126,7 @@ def _machine() -> str:
 
 
 class Discard:
-    """In place of a writer on hosts that write nothing."""
+    """Stands in for RecordWriter on hosts that write nothing."""
 
     attempt = 0
 
@@ -143,16 +143,16 @@ class RunRecord:
     """All attempts of a run as one history: what a restart repeated appears once."""
 
     headers: list[Row]
-    line: list[Row]  # those of them that led to the run as it is now: see lineage.py
-    opening: Row  # the header of the start that the run, as it is now, began with; {} without one
+    line: list[Row]  # the headers of the starts that led to the current weights: see lineage.py
+    opening: Row  # the header of the start at which that line begins; {} without one
     rows: list[Row]
-    steps_lost: int  # computed (as far as the record shows), in no checkpoint, computed again
+    steps_lost: int  # computed but not saved, so computed again (as far as the record shows)
     seconds: float | None  # of all attempts, to the last line of each; None: an older record
-    seconds_lost: float  # of them, those after a line that a later start still builds on
+    seconds_lost: float  # the part of `seconds` spent on rows that a later start replaced
     saved: int  # the newest step that any start has recorded as saved; 0: none
-    newest: list[Row]  # all lines of the last start in line, with its header
+    newest: list[Row]  # the header and all rows of the last start in line
     rivals: frozenset[int]  # attempts that are not in line
-    builds_on: dict[int, int]  # by attempt, the step up to which it builds on those before it
+    builds_on: dict[int, int]  # {attempt: step up to which it builds on the attempts before it}
 
     def of_kind(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] == kind]
@@ -163,8 +163,8 @@ def has_record(run_dir: Path) -> bool:
 
 
 def refuse_training(run_dir: str | None) -> None:
-    """For jobs that train nothing: a record of theirs would replace a training's rows. Raises
-    ValueError."""
+    """Raises ValueError if `run_dir` holds a training run: the record of a job that does not train
+    would replace its rows."""
     if run_dir is None or not has_record(Path(run_dir)):
         return
     if any("num_steps" in header for header in read_record(run_dir).headers):
@@ -179,19 +179,19 @@ def read_record(
 ) -> RunRecord:
     """Join the attempts in `run_dir`.
 
-    A start that resumed from step n replaces whatever earlier starts wrote after step n; one of a
-    training once it has a row, or is among those that are known to have `begun` without one. A torn
-    last line (the process was killed while writing) is dropped; a torn line elsewhere is damage
-    and a ValueError, as is a folder without a record. What a start that is still to write its
-    header, `following`, will replace counts as replaced.
+    A start that resumed from step n replaces whatever earlier starts wrote after step n. A start of
+    a training does so once it has a row after its header, or if its number is in `begun`.
+    `following` is the header of a start that has not written yet: rows that it will replace are
+    dropped already. An incomplete last line (the process was killed while writing) is dropped; one
+    elsewhere is damage and a ValueError, as is a folder without a record.
     """
     folder = Path(run_dir)
     attempts = sorted(_attempts(folder))
     if not attempts:
         raise ValueError(f"{folder} holds no run-*.jsonl: it is not the folder of a run")
     starts = [Start(number, lines) for number, path in attempts if (lines := _read_lines(path))]
-    # One that was killed before its header was complete is none. One of a training that has
-    # computed nothing replaces nothing.
+    # A file without a complete header is no start. A start of a training that has computed nothing
+    # replaces nothing.
     counted = [
         start
         for start in starts
@@ -245,7 +245,7 @@ def _read_lines(path: Path) -> list[Row]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            if number == len(lines):  # no newline after it: torn
+            if number == len(lines):  # no newline after it: incomplete
                 break
             raise ValueError(
                 f"{path}, line {number} is not JSON ({error}): the file was damaged; take it from "

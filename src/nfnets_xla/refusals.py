@@ -1,7 +1,7 @@
-"""What Hydra and OmegaConf refuse, said as we say it: one line with the value, the rule, the fix.
+"""Errors of Hydra and OmegaConf in our words: one line with the value, the rule and the fix.
 
-Their own words are for who writes the configuration: several lines, names of classes, and advice
-(`+key=value`) that a typed run refuses in its turn.
+Their own messages are for authors of configurations: several lines, class names, and advice
+(`+key=value`) that a typed run would refuse.
 """
 
 import difflib
@@ -22,7 +22,7 @@ LIST = "nfnets-xla RECIPE --help lists them"
 
 @contextmanager
 def in_our_words() -> Iterator[None]:
-    """Raises ValueError for whatever they raise within."""
+    """Raises ValueError for what Hydra and OmegaConf raise inside."""
     try:
         yield
     except OverrideParseException as error:
@@ -45,7 +45,7 @@ def unreadable(word: str) -> str:
 
 
 def uncomposed(error: HydraException) -> str:
-    """A key or a part that no recipe has, or a value that would be several."""
+    """For an unknown key or config file, or several values where one is needed."""
     text = str(error)
     if found := re.match(r"Could not override '([^']*)'", text):
         return unknown(found[1], setting_names())
@@ -61,9 +61,9 @@ def uncomposed(error: HydraException) -> str:
 
 
 def untyped(error: OmegaConfBaseException) -> str:
-    """A key or a value that the dataclasses do not take."""
+    """For a key or a value that the dataclasses do not accept."""
     text, key = str(error).partition("\n")[0], error.full_key or "the file"
-    if isinstance(error, InterpolationResolutionError):  # a resolver's own words are ours
+    if isinstance(error, InterpolationResolutionError):  # raised by one of our resolvers
         return text.partition("raised while resolving interpolation: ")[2] or f"{key}: {text}"
     if re.match(r"Key '.*' not in '\w+'", text) and is_dataclass(error.object_type):
         group = key.rpartition(".")[0]
@@ -80,7 +80,7 @@ def untyped(error: OmegaConfBaseException) -> str:
 
 
 def unknown(key: str, known: Sequence[str]) -> str:
-    """The same name in another group is meant more often than one that looks like it."""
+    """Suggests the same name in another group first, then names that are spelt similarly."""
     leaf = key.rpartition(".")[2]
     near = [name for name in known if name.rpartition(".")[2] == leaf]
     near = near or difflib.get_close_matches(key, known, 3)

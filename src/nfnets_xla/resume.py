@@ -1,19 +1,19 @@
-"""What a checkpoint says beside its tensors, and when a run may go on from it.
+"""The state that a checkpoint holds besides tensors, and when a run may resume from it.
 
-| the checkpoint is of | then |
+| the checkpoint has | then |
 |---|---|
 | another recipe, model, seed, shards, classes | refused, naming every difference |
-| other initial weights, by their bytes, under another name | refused |
+| other initial weights (by their bytes), under another name | refused |
 | another order of the same shards (of another release) | refused |
 | other streams (`data.num_streams`) | refused: they are part of the order |
-| other hosts, devices, mesh, loader workers, form of the network | taken as it is |
-| other held-out shards | taken; see prepare.find_past |
-| other versions of the libraries | taken, and said: the bits may differ |
+| other hosts, devices, mesh, loader workers, stacked or not | accepted |
+| other held-out shards | accepted; see prepare.find_past |
+| other versions of the libraries | accepted with a warning: the bits may differ |
 
-Where the record tells of checkpoints and there is none, or only damaged ones, nothing begins anew.
-With `resume=never` a folder that holds a run is refused. With `resume=PATH` a folder without one
-begins from that checkpoint, and takes it and the history behind it along; the same command goes on
-with the folder's own checkpoints.
+If the record lists checkpoints but there is none, or only damaged ones, the run does not start
+anew but is refused. With `resume=never` a folder that holds a run is refused. With `resume=PATH` a
+folder without a run starts from that checkpoint, and copies it and its history; the same command,
+given again, resumes from the folder's own checkpoints.
 """
 
 import hashlib
@@ -36,21 +36,21 @@ from nfnets_xla.data.remote import open_folder
 from nfnets_xla.data.storage import address, is_below
 from nfnets_xla.record import has_record, read_record
 
-# Recorded with a run: what its numbers and pixels may depend on.
+# Packages on which a run's numbers and pixels may depend; their versions are recorded.
 VERSIONS = ("nfnets_xla", "torch", "lightning", "numpy", "pillow", "simplejpeg")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Makes the state of each checkpoint of a run. No clock is in it that could be set back."""
+    """Makes the state of each checkpoint of a run. Its times do not use the wall clock."""
 
     identity: dict[str, Any]
     order: Order
     versions: dict[str, str]
-    seconds_before: float  # of earlier starts, up to the checkpoint that this one goes on from
-    begun_with: dict[str, Any] | None = None  # see Beginning; None: it was not recorded
-    start: str | None = None  # by which this start is known
-    resumed_from: int = 0  # step of the checkpoint that it goes on from
+    seconds_before: float  # of earlier starts, up to the checkpoint that this one resumes from
+    begun_with: dict[str, Any] | None = None  # Beginning.state(); None: not recorded
+    start: str | None = None  # the ID of this start
+    resumed_from: int = 0  # step of the checkpoint that it resumes from
     _began: float = field(default_factory=time.monotonic)
 
     def at(self, step: int) -> dict[str, Any]:
@@ -69,10 +69,10 @@ class RunState:
 
 @dataclass(frozen=True)
 class Beginning:
-    """The weights that a run begins with: what was asked for, and which they are.
+    """The initial weights of a run: the settings that name them, and their hash.
 
-    Once it has begun they may be gone, or trained on. That the same was asked for is enough then;
-    only where something else is asked for, a moved folder perhaps, they are looked at.
+    After the start they may be deleted or trained further, so equal settings are enough to resume.
+    Only if the settings differ, perhaps because a folder was moved, the hashes are compared.
     """
 
     given: dict[str, Any]
@@ -82,7 +82,7 @@ class Beginning:
         return {"given": self.given, "which": self.which()}
 
     def differs_from(self, begun_with: dict[str, Any] | None) -> list[str]:
-        """`begun_with` is such a state; of older releases there is none."""
+        """`begun_with` is the `state` in a checkpoint; None from older releases."""
         if begun_with is None or begun_with["given"] == self.given:
             return []
         return differences(
@@ -99,7 +99,7 @@ def digest(value: Any) -> str:
 
 
 def position(order: Order, step: int) -> str | None:
-    """Stands for the samples of the update after `step`: another order has others there."""
+    """A hash of the samples of the update after `step`, which differ in another order."""
     if step >= order.num_steps:
         return None
     rows = order.step(step)
@@ -117,10 +117,10 @@ def find_resume(
     versions: dict[str, str],
     say: Callable[[str], None],
 ) -> Checkpoint | None:
-    """The checkpoint to go on from, or None if there is none. Raises ValueError as said above.
+    """The checkpoint to resume from, or None. Raises ValueError as described above.
 
-    `given` is "auto", "never", or where a checkpoint is (as sources.find has it); `root` holds
-    those of the run.
+    `given` is "auto", "never", or a path that sources.find takes; `root` is the folder of the run's
+    checkpoints.
     """
     found, skipped = checkpoint.latest(root)
     for line in skipped:
@@ -157,7 +157,7 @@ def find_resume(
 
 
 def _tell(found: Checkpoint, newer: list[str], run_dir: Path, say: Callable[[str], None]) -> None:
-    """What a person should know of a start from `found`; `newer` are versions."""
+    """Print warnings about resuming from `found`; `newer` are the differences of versions."""
     if newer:
         say(f"warning: {found} was written under other versions ({'; '.join(newer)})")
     start = found.state.get("start")
@@ -178,15 +178,16 @@ def _tell(found: Checkpoint, newer: list[str], run_dir: Path, say: Callable[[str
 def _look_for_newer(
     found: Checkpoint | None, root: str, run_dir: Path, say: Callable[[str], None]
 ) -> None:
-    """A run that was saved does not begin anew without a word: a disk may not be mounted."""
+    """Refuse, or warn, if the newest recorded checkpoints are gone (a disk not mounted?)."""
     if not has_record(run_dir):
         return
     record = read_record(run_dir)
     saved = [header["resumed_from"] for header in record.line[-1:]]
     saved += [row["step"] for row in record.of_kind("checkpoint")]
     before = sources.checkpoint_dir_of(run_dir)
-    if found is None and before not in (None, root):  # which the last start may have had no time
-        with suppress(Exception):  # to record; it may be gone
+    # The last start may have ended before it recorded a checkpoint; the folder may be gone.
+    if found is None and before not in (None, root):
+        with suppress(Exception):
             saved += checkpoint.steps(before)
     last = max(saved, default=0)
     if last <= (0 if found is None else found.step):
@@ -203,10 +204,10 @@ def _look_for_newer(
 def _begun_from(
     given: str, own: Checkpoint | None, root: str, run_dir: Path, say: Callable[[str], None]
 ) -> Checkpoint:
-    """The checkpoint at `given`; or the own newest, in `root`, which was begun from it."""
+    """The checkpoint at `given`; or `own`, the newest in `root`, if the run began from it."""
     try:
         start = sources.find(given)
-    except ValueError:  # at an address, or damaged
+    except ValueError:  # nothing at the address, or damaged
         if own is None:
             raise
         start = None
@@ -225,7 +226,7 @@ def _begun_from(
                 f"lacks the steps up to {start.step}: choose another run_dir"
             )
         return start
-    # A run that goes on elsewhere is further each time that it is looked at.
+    # The run at `given` may still be training in its own folder, and so be further each time.
     went_on = not checkpoint.is_one(given) and has_record(run_dir) and _tells_of(run_dir, start)
     is_behind = own.step < start.step and not went_on
     if is_behind or (is_in(root, start) and own.step > start.step):
@@ -237,14 +238,14 @@ def _begun_from(
 
 
 def is_in(root: str, found: Checkpoint) -> bool:
-    """Whether it is one of those in `root`, by whatever path they are named."""
+    """Whether `found` is one of the checkpoints in `root`, whatever path names it."""
     if address(found.where) or address(root):
         return found.where.rpartition("/")[0] == address(root)
     return Path(found.where).resolve().parent == Path(root).resolve()
 
 
 def adopt(root: str, found: Checkpoint) -> None:
-    """Copy it into `root`, where it is one when its last file, the manifest, is there."""
+    """Copy `found` into `root`; the manifest comes last, and makes it a checkpoint."""
     folder, name = open_folder(root), checkpoint.folder_name(found.step)
     for file in sorted(found.folder.iterdir(), key=lambda file: file.name == checkpoint.MANIFEST):
         with folder.writing(f"{name}/{file.name}") as path:
@@ -252,8 +253,8 @@ def adopt(root: str, found: Checkpoint) -> None:
 
 
 def _tells_of(run_dir: Path, start: Checkpoint) -> bool:
-    """Whether a record in `run_dir`, if there is one, is of the steps up to `start`: it is the
-    record beside it, as far as it went when it was copied; where there is none, it reaches it."""
+    """Whether the record in `run_dir`, if there is one, covers the steps up to `start`: it equals
+    the record in the folder of `start`, as far as both go; if that has none, it reaches `start`."""
     if not has_record(run_dir):
         return True
     beside = start.run_dir

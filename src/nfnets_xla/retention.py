@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay, and which make room."""
+"""Which checkpoints of a run are kept, and which are deleted."""
 
 import json
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ def prune(
     every_hours: float | None = None,
     best: Sequence[int | None] = (),
 ) -> None:
-    """Delete all but the newest `keep` checkpoints of a run that went on from `start` and has since
-    `written` some, and what is left of older ones. Others that are newer than `start` did not
-    verify, or it would have gone on from them: they take nobody's place.
+    """Delete all but the newest `keep` checkpoints, and remains of incomplete ones.
 
-    Those also stay that are the first of each further `every_hours` of the run's own time (not of
-    the clock, which may be set back), and those of the steps `best`.
+    The run resumed from step `start` and has since saved the steps `written`. Any other checkpoints
+    after `start` did not verify, or the run would have resumed from them: they do not count among
+    the `keep`. Also kept are the first checkpoint of each further `every_hours` of training time
+    (not wall-clock time, which may be set back), and the steps in `best`.
     """
     folder = open_folder(root)
     files = folder.sizes("")
@@ -42,19 +42,19 @@ def prune(
 
 
 def _hourly(folder: AnyFolder, complete: list[int], every_hours: float) -> set[int]:
-    """The first of each further `every_hours`, and those of which it cannot be read now when they
-    were: a disk or a bucket that fails once must not cost what is kept for good."""
+    """The first checkpoint of each further `every_hours`, and all whose time cannot be read now: a
+    temporary failure of disk or bucket must not delete what should be kept forever."""
     first: dict[int, int] = {}
     unknown: set[int] = set()
     for step in sorted(complete):
         try:
             data = folder.read(f"{folder_name(step)}/{STATE}")
         except FileNotFoundError:
-            continue  # it is no checkpoint
-        except (OSError, ValueError):  # the latter of an address
+            continue  # not a checkpoint
+        except (OSError, ValueError):  # ValueError: from an address
             unknown.add(step)
             continue
-        with suppress(ValueError):  # torn: it is none either
+        with suppress(ValueError):  # incomplete: not a checkpoint either
             seconds = json.loads(data).get("seconds", 0.0)
             first.setdefault(int(seconds / 3600 // every_hours), step)
     return unknown | {step for number, step in first.items() if number}

@@ -1,9 +1,9 @@
-"""Checkpoints written behind the training's back: a thread takes host copies and writes them.
+"""Checkpoints written in the background: a thread writes host copies while training continues.
 
-The step waits for the copy only, and for an earlier checkpoint that is still being written: there
-is never more than one copy in memory. A checkpoint that cannot be written is no reason to end a run
-that goes well; it is said, and the next one is tried. That another run saves there, or another
-start of this one, is a reason: trying again would lose or mix the weights of both.
+Training waits only for the copy, and for an earlier checkpoint that is still being written, so that
+there is never more than one copy in memory. A checkpoint that cannot be written does not end the
+run: it is reported, and the next one is tried. But if another run, or another start of this one,
+saves in the same folder, the run ends: going on would lose or mix the weights of both.
 """
 
 import threading
@@ -23,12 +23,12 @@ from nfnets_xla.exits import Unreachable
 from nfnets_xla.retention import prune
 
 Forms = Mapping[str, Mapping[str, Tensor]]
-TRIAL = "trial"  # a file that is no checkpoint's
+TRIAL = "trial"  # name of a test file, which no checkpoint has
 
 
 def try_to_write(root: str) -> None:
-    """Raises ValueError for a folder of checkpoints where none could be written, which would else
-    be known when all steps are done."""
+    """Raises ValueError if no checkpoint can be written in `root`, which would otherwise be noticed
+    only at the first save, perhaps after all steps."""
     try:
         if not address(root):
             Path(root).mkdir(parents=True, exist_ok=True)
@@ -36,32 +36,32 @@ def try_to_write(root: str) -> None:
         folder.write(TRIAL, TRIAL.encode())
     except Unreachable:
         raise
-    except Exception as error:  # each of fsspec's file systems has its own
+    except Exception as error:  # each file system of fsspec has its own errors
         raise ValueError(
             f"no checkpoint can be written in {root} ({' '.join(str(error).split())}): mend that, "
             "or give another trainer.checkpoint_dir"
         ) from error
-    with suppress(Exception):  # of what cannot be deleted there the first prune tells
+    with suppress(Exception):  # if deleting fails, the first prune reports it
         folder.remove(TRIAL)
 
 
 @dataclass(frozen=True)
 class Written:
-    """What became of one checkpoint."""
+    """The result of writing one checkpoint."""
 
     step: int
-    stall_seconds: float  # for which the training waited
-    write_seconds: float  # by the thread
+    stall_seconds: float  # how long training waited
+    write_seconds: float  # how long the thread wrote
     bytes: int
-    fault: str | None  # why there is none
-    unpruned: str | None = None  # why older ones, which it replaces, are still there
+    fault: str | None  # why it was not written
+    unpruned: str | None = None  # why older checkpoints could not be deleted
 
 
 class Saves:
-    """Of one folder of checkpoints. Used from one thread; as a context it waits at its end.
+    """Saves into one folder of checkpoints. Used from one thread; leaving the context waits.
 
-    All hosts of a run have one, and the one that `writes` keeps the copy: tensors that are cut over
-    devices are brought together by all of them.
+    Every host of a run has one, because all must take part in gathering sharded tensors; only the
+    host that `writes` keeps and writes the copy.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class Saves:
         writes: bool = True,
         before: Callable[[], None] = lambda: None,
     ) -> None:
-        """`start` is the step of the checkpoint that the run went on from; `before` brings to the
-        disk what a checkpoint builds on, before there is one."""
+        """`start` is the step of the checkpoint that the run resumed from. `before` is called
+        before each checkpoint is written, and flushes the history to disk."""
         self.root = root
         self.before = before
         self.keep = keep
         self.every_hours = every_hours
         self.start = start
-        self._steps: list[int] = []  # of the checkpoints that have been written since
+        self._steps: list[int] = []  # of the checkpoints written since `start`
         self.writes = writes
-        # Steps of checkpoints that stay whatever comes; the first once the second is written.
+        # Steps of checkpoints that are always kept: `best`, until `better` is written.
         self.best: int | None = None
         self.better: int | None = None
         self._thread: threading.Thread | None = None
@@ -97,8 +97,8 @@ class Saves:
         self.wait()
 
     def save(self, copy: Callable[[], tuple[int, Forms, Mapping[str, Any]]]) -> None:
-        """`copy` brings the tensors to the host, and says of which step they are and with what
-        state; this returns when it has."""
+        """`copy` returns (step, host tensors, state); `save` returns after it, and the thread
+        writes."""
         began = time.perf_counter()
         self.wait()
         if self.better in self._steps:
@@ -113,13 +113,13 @@ class Saves:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
 
     def written(self) -> list[Written]:
-        """Those that have ended, well or not, since this was last asked. Raises OtherRun if the
-        folder is another run's, OtherStart if another start of this run has come further there."""
+        """Results since the last call, successful or not. Raises OtherRun if the folder is another
+        run's, OtherStart if another start of this run has saved a later step there."""
         if self._refused is not None:
             raise self._refused
         done = []
@@ -140,7 +140,7 @@ class Saves:
         except (claims.OtherRun, claims.OtherStart) as error:
             self._refused = error
             return
-        except Exception as error:  # of a full disk safetensors says in a class of its own
+        except Exception as error:  # for a full disk safetensors has its own class
             why = f"{type(error).__name__}: {error}"
             fault, unpruned = (None, why) if size else (why, None)
         took = round(stall, 4), round(time.perf_counter() - began, 4)

@@ -10,7 +10,7 @@ CAPTION = 30  # pixels, two lines
 
 
 def draw_sheet(tiles: Sequence[tuple[np.ndarray, str, str]], columns: int) -> Image.Image:
-    """Of (pixels, first line, second line); pixels are (side, side, 3) uint8, of one size."""
+    """Tiles are (pixels, first line, second line); pixels (side, side, 3) uint8, all one size."""
     side = len(tiles[0][0])
     side *= -(-SMALLEST_TILE // side)
     lines = -(-len(tiles) // columns)
@@ -22,6 +22,6 @@ def draw_sheet(tiles: Sequence[tuple[np.ndarray, str, str]], columns: int) -> Im
         sheet.paste(tile, (left, top))
         for line, text in enumerate((label, sample)):
             while font.getlength(text) > side:
-                text = "~" + text[2:]  # the end of an id tells more than its beginning
+                text = "~" + text[2:]  # cuts the beginning, since an id's end tells more
             pen.text((left, top + side + 2 + 14 * line), text, "black", font)
     return sheet

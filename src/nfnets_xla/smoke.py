@@ -1,7 +1,7 @@
-"""`nfnets-xla smoke`: whether everything works on this machine, in a minute and without data.
+"""`nfnets-xla smoke`: checks in a minute, without data, that everything works on this machine.
 
-Packs fractals, trains a mini NFNet on them with SAM, saves, loads what was saved and evaluates it:
-the loss must be that of the training's own last evaluation. All on the device a run would take.
+Packs fractals, trains a mini NFNet on them with SAM, saves it, loads and evaluates it: the loss
+must equal that of the last evaluation during training. Uses the device that a run would use.
 """
 
 import shutil
@@ -23,7 +23,7 @@ from nfnets_xla.record import read_record
 from nfnets_xla.train import train
 
 CLASSES, PER_CLASS, HELD_OUT = 4, 64, 16
-TOLERANCE = 1e-5  # of the loss: the same graph on the same weights, compiled once more
+TOLERANCE = 1e-5  # relative, of the loss: same graph and weights, but compiled again
 
 
 def smoke(
@@ -46,7 +46,7 @@ def smoke(
     data = replace(run.data, shards=str(train_shards), eval_shards=str(held_out))
     run = replace(run, data=data)
     train(run, display, preemption)
-    # The others wait here until host 0 has saved, and may not see yet what it has recorded.
+    # Other hosts wait here until host 0 has saved; they may not see its record yet.
     saved_loss = hosts.gather(_last_loss(folder) if hosts.writes else None)[0]
     loaded = replace(run.model, init_from=str(folder))
     found = evaluate(replace(run, model=loaded, run_dir=None), say=display.say)
@@ -66,7 +66,7 @@ def _same(loaded: float, saved: float, say: Callable[[str], None]) -> None:
 
 
 def _pack(folder: Path, per_class: int, first: int, size: int) -> None:
-    if not folder.is_dir():  # whole or not there: a start may be stopped while it packs
+    if not folder.is_dir():  # created as a whole: packing may be interrupted
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         samples = fractal_samples(CLASSES, per_class, size=size, seed=0, first_instance=first)

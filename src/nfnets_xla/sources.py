@@ -1,7 +1,7 @@
-"""What a person names, a run, a folder of checkpoints, one of them or a file of weights: what is
-there.
+"""Finds the checkpoint or weights that a user names: by a run's folder, a folder of checkpoints, a
+checkpoint, or a file of weights.
 
-Where a run keeps its checkpoints is in its record, which has the configuration of each start.
+A run's record says where its checkpoints are: it has the configuration of each start.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 
 
 def find(given: str | Path) -> Checkpoint | None:
-    """One checkpoint, or the newest whole one of a folder of them or of a run's folder; those that
-    are passed over for it are said."""
+    """The checkpoint at `given`, or the newest intact one in a folder of checkpoints or a run's
+    folder; warns about damaged ones that it passes over."""
     if address(given):
         return load(given) if is_one(given) else _newest(given)
     path = Path(given)
@@ -56,8 +56,8 @@ def find(given: str | Path) -> Checkpoint | None:
 
 
 def checkpoints_of(run_dir: Path) -> str:
-    """Where the checkpoints of a run are: where its newest start keeps them, or those before, from
-    which it may have moved. What holds no run is taken for a folder of them."""
+    """The first folder that holds checkpoints: where the newest start of the run keeps them, where
+    earlier starts did (the run may have moved), or `run_dir` itself."""
     kept = [_checkpoint_dir(config) for config in configs_of(run_dir)]
     inside = str(run_dir / CHECKPOINTS)
     for root in (*(where or inside for where in kept), inside, run_dir):
@@ -67,12 +67,12 @@ def checkpoints_of(run_dir: Path) -> str:
 
 
 def _refuse_older(run_dir: Path, found: Checkpoint | None) -> None:
-    """ValueError where the run has saved more, elsewhere, on what is not there now: a disk, say."""
+    """ValueError if the run saved newer ones elsewhere, which are gone (a disk not mounted?)."""
     elsewhere = checkpoint_dir_of(run_dir)
     if elsewhere is None or found is None:
         return
     saved = 0
-    with suppress(ValueError):  # a damaged record costs nobody the weights
+    with suppress(ValueError):  # a damaged record must not make the weights unusable
         rows = read_record(run_dir).of_kind("checkpoint")
         saved = max((row["step"] for row in rows), default=0)
     if saved > found.step:
@@ -92,12 +92,12 @@ def _checkpoint_dir(config: dict[str, Any]) -> str | None:
 
 
 def config_of(run_dir: Path) -> dict[str, Any] | None:
-    """Of the newest start of a run that says it whole; None if there is no record."""
+    """The configuration of the newest start with a readable header; None without a record."""
     return next(configs_of(run_dir), None)
 
 
 def configs_of(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Of each start, the newest first, from its record's first line alone."""
+    """The configuration of each start, newest first; reads only the headers."""
     files = run_dir.glob("run-*.jsonl")
     for file in sorted(files, key=lambda file: (len(file.name), file.name), reverse=True):
         with suppress(ValueError), file.open(encoding="utf-8") as lines:
@@ -113,7 +113,7 @@ def _newest(root: str | Path, run: Path | None = None) -> Checkpoint | None:
 
 
 def _differences(found: Checkpoint, config: dict[str, Any]) -> list[str]:
-    """Of what a checkpoint and the record of its run both know: a release may have other keys."""
+    """Compares only keys in both identities: another release may have other keys."""
     theirs, ours = flat(found.state.get("identity", {})), flat(identity_of(config))
     common = theirs.keys() & ours.keys()
     return differences({key: ours[key] for key in common}, {key: theirs[key] for key in common})
@@ -121,11 +121,11 @@ def _differences(found: Checkpoint, config: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of a file, or a form of a checkpoint. Read when asked for."""
+    """Weights in a file, or one form of a checkpoint; read on demand."""
 
     source: str  # what they came from
     file: Path
-    of: Checkpoint | None  # whose files may be copies, which go when it does
+    of: Checkpoint | None  # kept alive: its files may be temporary copies
 
     @cached_property
     def sha256(self) -> str:
@@ -136,12 +136,12 @@ class Weights:
 
     @property
     def sizes(self) -> Sizes | None:
-        """Of the images of the run that they are of; a file does not say."""
+        """The image sizes of the run; None for a file, which does not say."""
         return None if self.of is None else Sizes.of_run(self.of.state["identity"]["data"])
 
     def peer_options(self, name: str, eval_image_size: int | None = None) -> dict[str, Any]:
-        """With which to make the peer that they fit: a ViT is made for one size of images, which
-        its weights do not tell. ValueError for a file."""
+        """The image sizes, as options of create_network, for a peer with these weights: a ViT is
+        built for one size, which its weights do not show. ValueError for a file."""
         if (sizes := self.sizes) is None:
             raise ValueError(
                 f"{self.source} does not say for which size of images {name} was made: give "
@@ -151,15 +151,15 @@ class Weights:
 
     @property
     def loss(self) -> str:
-        """What they were trained for, "softmax" or "sigmoid"; of a file the usual one."""
+        """The loss of training, "softmax" or "sigmoid"; for a file "softmax" is assumed."""
         return "softmax" if self.of is None else self.of.state["identity"]["optim"]["loss"]
 
     def tensors(self) -> dict[str, Tensor]:
         return load_checkpoint(self.file) if self.of is None else load_file(self.file)
 
     def network(self, name: str, *, headless: bool = False, **options: Any) -> Network:
-        """The model with these weights and as many classes as they have, or without a classifier;
-        `options` are create_network's. ValueError for weights of another model."""
+        """The model with these weights and their number of classes, or `headless`; `options` are
+        create_network's. ValueError for weights of another model."""
         state = self.tensors()
         classes = 0 if headless else count_classes(name, state)
         net = create_network(name, num_classes=classes, **options)
@@ -168,9 +168,9 @@ class Weights:
 
 
 def find_weights(given: str, which: str) -> Weights:
-    """A file, or a form of what `find` finds: `which` is "raw" or "ema".
+    """A file of weights, or one form of the checkpoint at `given`: `which` is "raw" or "ema".
 
-    Raises ValueError if `given` is none of these, or lacks the form.
+    Raises ValueError if `given` is neither, or the checkpoint lacks that form.
     """
     if Path(given).is_file():
         return Weights(given, Path(given), None)

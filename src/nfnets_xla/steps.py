@@ -1,4 +1,4 @@
-"""What a run's steps are made of, worked out before the first: rates, passes, operations."""
+"""What is known of a run's steps in advance: learning rates, passes, copies, operations."""
 
 from nfnets_xla.config import OptimConfig, Run
 from nfnets_xla.data.order import Order
@@ -43,22 +43,22 @@ def make_passes(run: Run, order: Order) -> Passes:
 
 
 def saved_copies(optim: OptimConfig) -> int:
-    """What a checkpoint has of the parameters' size: they, the optimizer's slots, the average."""
+    """Tensors per parameter in a checkpoint: itself, optimizer slots, average."""
     return 1 + len(OPTIMIZERS[optim.optimizer].SLOTS) + (optim.ema_decay is not None)
 
 
 def kept_copies(optim: OptimConfig) -> int:
-    """What a step keeps on the device: all that is saved, gradients, and SAM's copy."""
+    """Tensors per parameter on the device: all that is saved, the gradient, and SAM's copy."""
     return saved_copies(optim) + 1 + (optim.sam_rho is not None)
 
 
 def ascent_share(run: Run, passes: Passes) -> float:
-    """Of each batch that SAM computes twice, in whole images; 0 without SAM."""
+    """The share of each batch that SAM computes twice, in whole images; 0 without SAM."""
     return 0.0 if run.optim.sam_rho is None else passes.effective_fraction
 
 
 def describe_ascent(passes: Passes) -> str:
-    """The share of a batch that the ascent really sees, in words."""
+    """The share of a batch used for the ascent, after rounding to images, in words."""
     parts = f" in each of {passes.microbatches} microbatches" if passes.microbatches > 1 else ""
     return (
         f"{passes.effective_fraction:.1%} of each batch: the first {passes.ascent_images} of "
@@ -67,7 +67,7 @@ def describe_ascent(passes: Passes) -> str:
 
 
 def train_flops(net: Network, run: Run, passes: Passes) -> tuple[float, float]:
-    """Of a view's training: what it needs, and what is computed for it to save memory."""
+    """FLOPs per view: those training needs, and those computed, including recomputation."""
     fraction = ascent_share(run, passes)
     needed = account.train_flops(net.macs(run.data.image_size), 1, sam_fraction=fraction)
     if not run.model.recompute or not isinstance(net, NFNet):

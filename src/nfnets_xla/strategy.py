@@ -3,12 +3,11 @@
     import nfnets_xla.strategy
     Trainer(accelerator="xla", strategy="xla_spmd", devices=4)   # 4 virtual devices without a TPU
 
-One process drives all devices of its host; tensors are global, the batch is cut over the mesh by
-its first axis, and world size is 1 as Lightning counts it. A step is dispatched once, so that
-forward, backward and update are one graph: after `optimizer_step`, or with manual optimization
-after the whole `training_step`. Precision is the module's own business (no autocast here):
-Lightning's default precision plug-in does nothing, which is what is wanted. Lightning's own XLA
-strategies cannot run on the CPU runtime.
+One process drives all devices of its host. Tensors are global, the batch is sharded over the mesh
+along its first axis, and Lightning sees a world size of 1. Forward, backward and update are one
+graph, dispatched once per step: after `optimizer_step`, or with manual optimization after the whole
+`training_step`. The module casts by itself; there is no autocast, and Lightning's default precision
+plug-in, which does nothing, is right. Lightning's own XLA strategies cannot run on the CPU runtime.
 """
 
 import re
@@ -42,10 +41,10 @@ class HasDeviceState(Protocol):
 
 @runtime_checkable
 class HasCutAxes(Protocol):
-    """A module that says along which axis each of its parameters is cut over "fsdp"."""
+    """A module that says along which axis each of its parameters is sharded over "fsdp"."""
 
     def cut_axes(self) -> Mapping[str, int]:
-        """{name of a parameter, or of `device_state`: axis}; those not named stay whole."""
+        """{name of a parameter, or in `device_state`: axis}; all others are replicated."""
         ...
 
 
@@ -53,7 +52,7 @@ T = TypeVar("T")
 
 
 class XLAAccelerator(Accelerator):
-    """Every XLA device of this host: a TPU's chips, or virtual devices of the CPU runtime.
+    """All XLA devices of this host: a TPU's chips, or virtual devices of the CPU runtime.
 
     Not derived from Lightning's XLAAccelerator, which Lightning ties to its own strategies.
     """
@@ -73,7 +72,7 @@ class XLAAccelerator(Accelerator):
 
     @staticmethod
     def parse_devices(devices: Any) -> int:
-        """A number, of virtual devices without a TPU, or -1: all that there are, as "auto" is."""
+        """A number of devices, virtual ones if there is no TPU; -1 means all, as "auto" does."""
         if not re.fullmatch(r"-1|0*[1-9]\d*", str(devices)):
             raise ValueError(
                 f"devices={devices!r}: one process drives all devices of its host; give their "
@@ -83,7 +82,7 @@ class XLAAccelerator(Accelerator):
 
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
-        """Starts the runtime: without a TPU, with so many virtual devices."""
+        """Starts the runtime; without a TPU, with `devices` virtual devices."""
         xla.start(None if tpu_is_attached() else devices)
         if xla.num_devices() != devices:
             raise ValueError(f"devices={devices}, but the TPU has {xla.num_devices()}: use 'auto'")
@@ -109,11 +108,11 @@ class SPMDStrategy(SingleDeviceStrategy):
     strategy_name = "xla_spmd"
 
     def __init__(self, fsdp: int = 1) -> None:
-        """`fsdp` devices share one copy of parameters and optimizer state; divides all devices."""
+        """`fsdp` devices shard one copy of parameters and state; it divides all devices."""
         super().__init__(device=torch.device("xla", 0))
         self.fsdp = fsdp
-        self.trace_seconds = 0.0  # of training, in Python, until the graph of a step is complete
-        self.dispatch_seconds = 0.0  # then, until the runtime took it; the first time it compiles
+        self.trace_seconds = 0.0  # of training steps: in Python, until the graph is complete
+        self.dispatch_seconds = 0.0  # then until the runtime has it, including compilation
         self._num_hosts = 1
         self._has_stepped = False
         self._has_failed = False
@@ -125,7 +124,7 @@ class SPMDStrategy(SingleDeviceStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        """ValueError for autocast, which Lightning asks of CUDA whatever the device."""
+        """ValueError for autocast: Lightning would use that of CUDA, whatever the device."""
         if isinstance(precision_plugin, MixedPrecision):
             raise ValueError(
                 f"precision is {precision_plugin.precision!r}, and {self.strategy_name} has no "
@@ -141,23 +140,23 @@ class SPMDStrategy(SingleDeviceStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Place the module, make the optimizers, then fix every tensor's sharding for good."""
+        """Place the module, make the optimizers, then fix the sharding of every tensor."""
         super().setup(trainer)
         named, axes = self._tensors_on_device()
         xla.shard(named, axes)
         if self.fsdp > 1:
             assert self.lightning_module is not None
             self._at_teardown.callback(gather_weights(self.lightning_module))
-        # Lightning's default; views of inference tensors, such as F.linear's, fail in torch_xla.
+        # Not Lightning's default: torch_xla fails on views of inference tensors (as in F.linear).
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         xla.sync(wait=True)
 
     def _tensors_on_device(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """All that lives as long as the run, by name, and the axes along which to cut it.
+        """All tensors that live as long as the run, by name, and the axes to shard them along.
 
-        A parameter that nobody named an axis for is cut along its outputs if it is a matrix or
-        more; optimizer state of a parameter's shape as the parameter is.
+        Without `cut_axes`, parameters of at least two axes are sharded along their outputs.
+        Optimizer state of its parameter's shape is sharded as the parameter is.
         """
         module = self.lightning_module
         assert module is not None
@@ -184,7 +183,7 @@ class SPMDStrategy(SingleDeviceStrategy):
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
-        """Upload with the rows cut over the mesh; the module's transfer hooks then see that."""
+        """Upload, with rows sharded over the mesh; then the module's transfer hooks are called."""
         batch = _moved(batch, "cpu", lambda rows: self._heard(lambda: xla.upload_rows(rows)))
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -218,18 +217,18 @@ class SPMDStrategy(SingleDeviceStrategy):
         self._heard(xla.sync)
 
     def _heard(self, exchange: Callable[[], T]) -> T:
-        """HostLost for what the runtime raises after the first step, of several hosts: it is not
-        the program's fault then, and comes with whatever asks for the devices next."""
+        """With several hosts, after the first step, an error of the runtime becomes HostLost: by
+        then it is not the program's fault, and any use of the devices may raise it."""
         try:
             return exchange()
-        except RuntimeError as error:  # not before: opening the hosts may wait for all of them
+        except RuntimeError as error:  # before the first step, open_hosts could block
             if self._has_stepped and self._num_hosts > 1:
                 raise xla.open_hosts().lost(error) from error
             raise
 
     @property
     def _is_automatic(self) -> bool:
-        """Then Lightning calls `training_step` inside the optimizer's step."""
+        """If true, Lightning calls `training_step` inside the optimizer's step."""
         assert self.lightning_module is not None
         return self.lightning_module.automatic_optimization
 
@@ -253,8 +252,8 @@ class SPMDStrategy(SingleDeviceStrategy):
         self._has_failed = True
 
     def teardown(self) -> None:
-        """Brings weights and optimizer state to the host; not where one of several hosts failed: to
-        gather takes all of them, and a step that is under way may wait for one that is gone."""
+        """Brings weights and optimizer state to the host, unless one of several hosts failed:
+        gathering needs all hosts, and the current step may wait for one that is gone."""
         self._at_teardown.close()
         if self._has_failed and self._num_hosts > 1:
             return
@@ -265,13 +264,13 @@ class SPMDStrategy(SingleDeviceStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Lightning's own, of a user's module: with host copies of whatever is on the device, be it
-        a callback's best score."""
+        """Lightning's checkpoint of a user's module, with host copies of all device tensors, also
+        those in callbacks' states, such as a best score."""
         super().save_checkpoint(_gathered(checkpoint), filepath, storage_options)
 
 
 def _to_host(module: nn.Module, optimizers: list[Optimizer]) -> None:
-    """What Lightning's teardown does tensor by tensor: for a cut one that is a graph to compile."""
+    """As Lightning's teardown, but gathered at once: each sharded tensor would cost a graph."""
     module.zero_grad()
     named = dict(module.named_parameters())
     host = {id(named[name]): value for name, value in _gathered(named).items()}
@@ -285,10 +284,10 @@ def _to_host(module: nn.Module, optimizers: list[Optimizer]) -> None:
 
 
 def gather_weights(module: nn.Module) -> Callable[[], None]:
-    """Make every part of `module` bring its cut parameters together when it runs, and no sooner.
+    """Make every part of `module` gather its sharded parameters only when it runs.
 
-    So that one block's weights are whole at a time, in the computation's dtype where the module
-    casts them itself. Returns what undoes it: on the host weights are whole.
+    Then only one block's weights are whole at a time, and in the compute dtype where the module
+    casts them itself. Returns a function that undoes it, for when the weights are on the host.
     """
     undo = ExitStack()
     for part in module.modules():
@@ -302,7 +301,7 @@ def gather_weights(module: nn.Module) -> Callable[[], None]:
 
 
 def _use_whole(part: nn.Module, _inputs: Any) -> None:
-    """An instance's own attributes are found before `_parameters`, which torch looks into last."""
+    """An entry in `__dict__` hides the one in `_parameters`, which torch looks up last."""
     for name, parameter in part.named_parameters(recurse=False):
         if parameter.ndim > 1:
             part.__dict__[name] = xla.whole(parameter)
@@ -314,7 +313,7 @@ def _use_own(part: nn.Module, _inputs: Any, _output: Any) -> None:
 
 
 def _gathered(values: dict[str, Any]) -> dict[str, Any]:
-    """With host copies of the tensors on the device, however deep they lie."""
+    """`values` with all device tensors, however deeply nested, replaced by host copies."""
 
     def gather(tensors: list[Tensor]) -> Iterable[Tensor]:
         return xla.gather({str(n): tensor for n, tensor in enumerate(tensors)}).values()
@@ -325,7 +324,7 @@ def _gathered(values: dict[str, Any]) -> dict[str, Any]:
 def _moved(
     collection: Any, device_type: str, move: Callable[[list[Tensor]], Iterable[Tensor]]
 ) -> Any:
-    """A copy of `collection` whose tensors on such a device have been moved, all at once."""
+    """A copy of `collection` with its tensors on that type of device moved, all at once."""
     found: list[Tensor] = []
     apply_to_collection(collection, Tensor, found.append, allow_frozen=True)
     moved = iter(move([tensor for tensor in found if tensor.device.type == device_type]))

@@ -1,9 +1,9 @@
-"""Sweeps: a folder of runs, started and gone on with by one command.
+"""Sweeps: a folder of runs, started and resumed by one command.
 
-Hydra multiplies the values out (`hydra.mode: MULTIRUN` in the recipe, or `--multirun`), and its
-launcher, which may be a plugin, says how many run at a time, and where. Every cell is a run of its
-own in a process of its own: whatever kills it leaves the others, and nothing is handed on from one
-to the next but files. Given again, the command skips what is finished and goes on with the rest.
+Hydra makes the product of the values (`hydra.mode: MULTIRUN` in the recipe, or `--multirun`), and
+its launcher, which may be a plugin, decides how many run at a time, and where. Every cell is a
+separate run in a separate process: if it is killed, the others are not affected, and cells share
+only files. The same command, given again, skips finished runs and resumes the others.
 """
 
 import os
@@ -30,16 +30,16 @@ from nfnets_xla.sources import checkpoint_dir_of, config_of
 class Cell:
     """One run of a sweep."""
 
-    run: Run  # with run_dir, the sweep's folder
-    keys: Sequence[str]  # dotted, of the values that tell it from the others
+    run: Run  # its run_dir is the sweep's folder
+    keys: Sequence[str]  # dotted names of the settings that are swept
     recipe: str
-    overrides: Sequence[str]  # of the command line, with this cell's values
+    overrides: Sequence[str]  # those of the command line, with this cell's values
 
     @property
     def folder(self) -> Path:
-        """Below the sweep's folder, and named after what is swept: "nfnet_f0-epochs_0.25".
+        """In the sweep's folder, named after the swept values: "nfnet_f0-epochs_0.25".
 
-        Without "=" and ",", which would have to be quoted in an override.
+        Contains no "=" or ",", which would need quotes in an override.
         """
         if self.run.run_dir is None:
             raise ValueError("run_dir is not set; it must name the folder of the sweep's runs")
@@ -47,7 +47,7 @@ class Cell:
         return Path(self.run.run_dir) / ("-".join(words) or "run")
 
     def _value(self, key: str) -> Any:
-        """Of a group, `optim=vit`, what was chosen: its own values would be many."""
+        """For a config group (`optim=vit`) the choice's name, not all its settings."""
         if key in GROUPS:
             return dict(word.split("=", 1) for word in self.overrides if "=" in word)[key]
         return _lookup(asdict(self.run), key)
@@ -61,14 +61,14 @@ class Cell:
 
     @property
     def checkpoint_dir(self) -> str | None:
-        """Its own, since two runs cannot save in one folder; once it has begun, where it does."""
+        """One for this run, since two cannot share it; once the run has begun, its recorded one."""
         asked = self.run.trainer.checkpoint_dir
         return checkpoint_dir_of(self.folder) or (
             asked and f"{asked.rstrip('/')}/{self.folder.name}"
         )
 
     def finished(self) -> bool:
-        """Whether the folder holds this very run, or evaluation, to its end."""
+        """Whether the folder holds exactly this run or evaluation, finished."""
         if ended(self.folder) is None:
             return False
         head = read_record(self.folder).headers[-1]
@@ -77,21 +77,21 @@ class Cell:
         return "fingerprint" not in head or head["fingerprint"] == self._fingerprint()
 
     def _fingerprint(self) -> str:
-        """Of the shards that it reads."""
+        """The fingerprint of the shards that this cell reads."""
         if self.run.job == "evaluate" and self.run.data.eval_shards is not None:
             return open_index(self.run, self.run.data.eval_shards).fingerprint
         return open_shards(self.run)[0].fingerprint
 
 
 def run_cell(cell: Cell, preemption: Preemption) -> None:
-    """Raises CellFailed; SystemExit if the sweep is asked to stop, which a cell does not catch."""
+    """Raises CellFailed; or SystemExit, which is not caught, if asked to stop the sweep."""
     if preemption.reason is not None:
         sys.exit(START_AGAIN)
     if cell.finished():
         print(f"{cell.folder}: finished before", flush=True)
         return
     print(f"{cell.folder}: {' '.join(cell.overrides)}", flush=True)
-    # In a group of its own: a terminal's Ctrl-C comes to us alone, and from us to it, once.
+    # In its own process group, so that Ctrl-C reaches only us, and we forward it once.
     followed = {**os.environ, FOLLOWED: str(os.getpid())}
     process = subprocess.Popen(cell.command, env=followed, process_group=0)
     preemption.pass_on = lambda: process.send_signal(signal.SIGTERM)
@@ -108,7 +108,7 @@ def run_cell(cell: Cell, preemption: Preemption) -> None:
 
 @contextmanager
 def going_on(run_dir: str | None) -> Iterator[None]:
-    """An address that does not answer interrupts a sweep that has begun, as it does a run."""
+    """If an address does not answer, a sweep that has begun is Interrupted, as a run is."""
     try:
         yield
     except Unreachable as error:
@@ -126,7 +126,7 @@ def model_of(run_dir: str) -> str:
 
 
 def refuse_shared(key: str, values: Iterable[str]) -> None:
-    """Raises ValueError if two values that are swept would name one folder."""
+    """Raises ValueError if two swept values would give the same folder name."""
     named: dict[str, str] = {}
     for value in values:
         other = named.setdefault(_word(key, value), value)
@@ -152,8 +152,8 @@ def _word(key: str, value: Any) -> str:
 
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration decides the numbers, and where they come from."""
+    """The parts of a configuration that a finished run must share: numbers and sources."""
     elsewhere = {"run_dir", "resume"}
-    if config["job"] != "throughput":  # whose numbers are of the device
+    if config["job"] != "throughput":  # its numbers depend on the device
         elsewhere.add("trainer")
     return {key: config[key] for key in config.keys() - elsewhere}

@@ -4,9 +4,9 @@ Shape suffixes: B rows of the global batch, K classes, L labels of a row, N resi
 F pooled features, P = ceil(F / 8) bytes of packed bits, H W C as usual, M numbers of a metrics
 vector.
 
-The step touches the device three times: the batch goes up, the hyper-parameters go up as one vector
-(DeepMind's schedule is 0 at step 0, and a scalar of exactly 0 or 1 would be compiled in), and the
-work is dispatched. Nothing comes back inside the step.
+A step touches the device three times: it uploads the batch, uploads the hyper-parameters as one
+vector (XLA would compile in a scalar of exactly 0 or 1; DeepMind's schedule is 0 at step 0), and
+dispatches the work. It reads nothing back.
 """
 
 import math
@@ -42,12 +42,12 @@ Fetch = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 AddUp = Callable[[Sequence[Tensor]], None]
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-MEAN_RGB, STDDEV_RGB = (tuple(255 * part for part in parts) for parts in (MEAN, STDDEV))  # of bytes
+MEAN_RGB, STDDEV_RGB = (tuple(255 * part for part in parts) for parts in (MEAN, STDDEV))  # in bytes
 
-NO_WEIGHT = 1e-6  # under the sum of rows' weights: a part without any has no gradient, not NaN
+NO_WEIGHT = 1e-6  # floor of a sum of row weights: if all are 0, the gradient is 0, not NaN
 TRAIN_METRICS = ("loss", "top1")
 EVAL_METRICS = ("loss", "top1", "top5")
-# Of a row: the class that scored best, its probability, how many score above the label, the weight.
+# Per row: best class, its probability, number of classes above the label, weight of the row.
 ANSWERS = ("predicted", "probability", "rank", "weight")
 
 
@@ -55,14 +55,14 @@ ANSWERS = ("predicted", "probability", "rank", "weight")
 class Restored:
     """Host tensors of a checkpoint that cannot be loaded before the optimizer exists."""
 
-    slots: dict[str, dict[str, Tensor]]  # the optimizer's
+    slots: dict[str, dict[str, Tensor]]  # optimizer state
     ema: dict[str, Tensor] | None
-    updates: int  # that were made
-    skipped: int  # updates that were left out; see optim/guard.py
+    updates: int  # number of updates made
+    skipped: int  # number of updates skipped; see optim/guard.py
 
 
 def _nothing_to_add(tensors: Sequence[Tensor]) -> None:
-    """Of one host, and where devices add up by themselves."""
+    """For one host, and for devices that sum by themselves."""
 
 
 class Classification(LightningModule):
@@ -85,12 +85,12 @@ class Classification(LightningModule):
         restored: Restored | None = None,
         remembered_steps: int = 1,
     ) -> None:
-        """`fetch` copies device tensors to the host in one transfer, whatever the device is;
-        `add_up` sums tensors over hosts that each see their own rows only, in place; `compile`
-        makes programs of the two functions that do all the work on rows.
+        """`fetch` copies device tensors to the host in one transfer; `add_up` sums tensors in
+        place over hosts, each of which has only its own rows; `compile` compiles the two functions
+        that do all the work on rows.
 
-        Training needs `schedule`, each step's rate, and `passes`, how it goes through its batch.
-        Of the latest `remembered_steps` it is known on the device which were not finite.
+        Training needs `schedule`, the learning rates, and `passes`, the parts of a batch. The
+        device remembers which of the latest `remembered_steps` were not finite.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -112,12 +112,11 @@ class Classification(LightningModule):
         self.sam: SAM | None = None
         self.guard: Guard | None = None
         self.remembered_steps = remembered_steps
-        # Of the latest step, still on the device: TRAIN_METRICS, the guard's numbers, the shares
-        # that the optimizer clipped.
+        # The latest step's TRAIN_METRICS, guard's numbers and clipped shares, still on the device.
         self.step_metrics_M: Tensor | None = None
-        self.evaluation: dict[str, dict[str, float]] = {}  # of the latest evaluation, per weights
+        self.evaluation: dict[str, dict[str, float]] = {}  # latest results, for "raw" and "ema"
         self._restored = restored
-        # Asked of an evaluation: what the first weights said of every row; see ANSWERS.
+        # If set, an evaluation also keeps the ANSWERS of the raw weights for every row.
         self.keep_answers = False
         self.answers_NA: np.ndarray | None = None
         self._eval_sums: list[dict[str, Tensor]] = []
@@ -163,19 +162,19 @@ class Classification(LightningModule):
         return self.sam
 
     def device_state(self) -> dict[str, Tensor]:
-        """Tensors beside parameters and the optimizer's state (see strategy.HasDeviceState)."""
+        """Tensors besides parameters and optimizer state (see strategy.HasDeviceState)."""
         averages = {} if self.ema is None else self.ema.shadow
         guard = {} if self.guard is None else {"guard": self.guard.numbers_G}
         return {f"ema/{name}": shadow for name, shadow in averages.items()} | guard
 
     def cut_axes(self) -> dict[str, int]:
-        """Where parameters and average may be cut (see strategy.HasCutAxes)."""
+        """Axes along which parameters and average are sharded (see strategy.HasCutAxes)."""
         axes = output_axes(self.net)
         averaged = {} if self.ema is None else {f"ema/{name}": axis for name, axis in axes.items()}
         return {f"net.{name}": axis for name, axis in axes.items()} | averaged
 
     def learning_rate(self, step: int) -> float:
-        """Of update number `step`, counted from 0."""
+        """The learning rate of update number `step`, counted from 0."""
         assert self.schedule is not None
         return self.schedule(step)
 
@@ -186,15 +185,15 @@ class Classification(LightningModule):
         step = batch["step"]
         ema_decay = 0.0 if self.ema is None else self.ema.decay_at(step)
         hyper_2 = torch.tensor([self.learning_rate(step), ema_decay])
-        hyper_2 = hyper_2.to(self.device, non_blocking=True)  # else a GPU is waited for
+        hyper_2 = hyper_2.to(self.device, non_blocking=True)  # does not wait for a GPU
         self.updater.set_lr(hyper_2[0:1])
 
         rows = rows_of(batch)
         optimizer: Any = self.optimizers()
-        unperturbed: list[Tensor] = []  # sums over the rows of passes at the weights themselves
+        unperturbed: list[Tensor] = []  # sums over rows from passes at w, not at SAM's w + e
 
         def closure() -> Tensor:
-            """One gradient: of the batch, or of the part of it that SAM asks for."""
+            """One gradient: of the batch, or of the part that SAM's current pass uses."""
             optimizer.zero_grad()
             sums = self._backward(rows)
             if self.sam is None or self.sam.ascending:
@@ -202,22 +201,22 @@ class Classification(LightningModule):
             return sums[0]
 
         optimizer.step(closure=closure)
-        optimizer.zero_grad()  # before the dispatch: what is alive then is kept in device memory
+        optimizer.zero_grad()  # before the dispatch, which keeps every live tensor in memory
         if self.ema is not None:
             assert self.guard.holds is not None
-            # Of an update that was left out the average takes nothing: a decay of 1.
+            # If the update was skipped, a decay of 1 leaves the average as it is.
             self.ema.update(torch.maximum(hyper_2[1:2], self.guard.holds))
         *totals, weight = torch.stack(unperturbed).sum(dim=0)
         means = torch.stack(totals) / weight.clamp(min=NO_WEIGHT)
         clipped = [] if self.updater.clipped_P is None else [self.updater.clipped_P]
         self.step_metrics_M = torch.cat([means, self.guard.numbers_G, *clipped])
-        self.updater.clipped_P = self.guard.holds = None  # what is alive at the dispatch is kept
+        self.updater.clipped_P = self.guard.holds = None  # not kept alive by the dispatch
 
     def _backward(self, rows: Batch) -> Tensor:
-        """Add up the gradient of a pass, slice by slice; (loss, top-1, weight), summed over rows.
+        """Sum a pass's gradient over its slices; returns (loss, top-1, weight) summed over rows.
 
-        Every slice's loss is divided by the weight of all rows whose gradients are summed: of the
-        whole batch, or of a microbatch's ascent.
+        Each slice's loss is divided by the total weight of the rows whose gradients are summed:
+        those of the whole batch, or of a microbatch's ascent.
         """
         assert self.passes is not None
         ascending = self.sam is not None and self.sam.ascending
@@ -257,7 +256,7 @@ class Classification(LightningModule):
         return LOSSES[self.optim.loss](logits_BK, *target, smoothing)
 
     def at_rest(self) -> AbstractContextManager[None]:
-        """Inside, the weights are those to be saved, even between the passes of SAM's step."""
+        """Inside, the network has the unperturbed weights, even between the passes of SAM."""
         return nullcontext() if self.sam is None else self.sam.unperturbed()
 
     def _normalised(self, images_BHWC: Tensor) -> Tensor:
@@ -275,7 +274,7 @@ class Classification(LightningModule):
     # ---- evaluation ---------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Weighted sums of one padded batch, for the weights and, if kept, their average."""
+        """Weighted sums over one padded batch, for the weights and for their average, if any."""
         weights = {"raw": {name: p.detach() for name, p in self.net.named_parameters()}}
         if self.ema is not None:
             weights["ema"] = self.ema.shadow
@@ -304,7 +303,7 @@ class Classification(LightningModule):
         return torch.stack([(column * weight_B).sum() for column in columns])
 
     def _answers(self, logits_BK: Tensor, batch: Batch) -> Tensor:
-        """(B, A) float32, columns as ANSWERS has them."""
+        """(B, A) float32; the columns are ANSWERS."""
         probability_B, predicted_B = probabilities(logits_BK, self.optim.loss).max(dim=1)
         columns = predicted_B, probability_B, _rank(logits_BK, batch), batch["weight_B"]
         return torch.stack([column.float() for column in columns], dim=1)
@@ -328,8 +327,8 @@ class Classification(LightningModule):
         for weights in [name for name in self._eval_sums[0] if name != "answers"]:
             of_batches = [host[f"{number}/{weights}"] for number in range(len(self._eval_sums))]
             *totals, weight = torch.stack(of_batches).double().sum(dim=0).tolist()
-            # torchmetrics' MeanMetric forgets the weights if it is not to drop NaN, and a loss that
-            # is not a number must not be dropped.
+            # Not torchmetrics' MeanMetric: if told not to drop NaN losses, which must show, it
+            # ignores the weights.
             self.evaluation[weights] = {
                 **{
                     name: total / weight if weight else math.nan
@@ -340,11 +339,11 @@ class Classification(LightningModule):
 
 
 def rows_of(batch: Batch) -> dict[str, Tensor]:
-    """The batch's tensors, all of B rows. Images are mixed now, while streams are whole."""
+    """The batch's tensors of B rows. Images are mixed here, before streams are sliced."""
     rows = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     if "mix_ratio_B" in batch:
         layout, images_BHWC = batch["layout"], batch["images_BHWC"]
-        # The host's streams; of several XLA hosts the rows are those of all by now.
+        # `layout` counts one host's streams; with several XLA hosts the rows are global by now.
         layout = layout._replace(streams=len(images_BHWC) // (layout.images * layout.views))
         boxes = batch["mix_outside_B"], batch["mix_box_B4"]
         rows["images_BHWC"] = mixed(images_BHWC, layout, *boxes)
@@ -352,9 +351,9 @@ def rows_of(batch: Batch) -> dict[str, Tensor]:
 
 
 def _rank(logits_BK: Tensor, batch: Batch) -> Tensor:
-    """How many classes score above the label's, or the best of several; top-k is rank < k.
+    """The number of classes that score above the label, or the best of several labels.
 
-    Written with `~(<=)`, because every comparison with NaN is false: a row of NaN ranks last.
+    Top-k is rank < k. Uses `~(<=)`, since comparisons with NaN are false: a row of NaN ranks last.
     """
     labels_BL = batch["labels_BL"] if "labels_BL" in batch else batch["labels_B"][:, None]
     best_B1 = logits_BK.gather(1, labels_BL).amax(dim=1, keepdim=True)

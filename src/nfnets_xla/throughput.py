@@ -1,9 +1,9 @@
-"""What a machine does with the step of a run, without its data: `nfnets-xla throughput ...`.
+"""How fast a machine runs the steps of a run, without its data: `nfnets-xla throughput ...`.
 
-The step is the run's own: the same task, optimizer, strategy and device as `train`. Its batch is
-made once, of noise that went through the recipe's whole pipeline, and is sent to the device again
-for every step, so that nothing is read or decoded meanwhile. What is written down are the numbers
-of a run's record: median images a second, MFU, compilations; and the peak of the device's memory.
+The step is that of `train`: the same task, optimizer, strategy and device. One batch of noise goes
+through the recipe's whole data pipeline, and is uploaded again for every step, so that nothing is
+read or decoded meanwhile. The results are those of a run's record (median images per second, MFU,
+compilations) and the peak memory of the device.
 """
 
 import resource
@@ -31,15 +31,15 @@ from nfnets_xla.steps import make_passes, make_schedule
 from nfnets_xla.task import Batch
 from nfnets_xla.trainer import make_monitor, make_trainer
 
-NOISE = 64  # pixels of a stored image: what it costs to decode is not measured
+NOISE = 64  # side of a stored image, in pixels; decoding is not measured
 CLASSES = 1000  # if the recipe does not say
 MIB = 2**20
 
 
 class Repeated:
-    """One batch again and again, as the batches of consecutive steps.
+    """The same batch for every step.
 
-    Without a length, which Lightning would add up over the devices, in graphs of its own.
+    It has no length: Lightning would sum lengths over the devices, in additional graphs.
     """
 
     def __init__(self, batch: Batch, steps: int) -> None:
@@ -53,7 +53,7 @@ class Repeated:
 def throughput(run: Run, display: Display | None = None) -> dict[str, Any]:
     """Run `optim.epochs` steps, and return what was measured; kept as a record with `run_dir`.
 
-    An epoch is one batch here. ValueError for what no run could work with.
+    One epoch is one batch here. ValueError for settings with which no run would work.
     """
     refuse_training(run.run_dir)
     display = display or Lines()
@@ -103,8 +103,8 @@ def throughput(run: Run, display: Display | None = None) -> dict[str, Any]:
 
 
 def noise(run: Run, folder: Path) -> ShardIndex:
-    """As many images as a batch has rows, so that `optim.epochs` counts steps, in small shards."""
-    images = run.data.batch_size  # of which a step takes every `repeats`-th part
+    """Shards of noise, with one image per row of a batch, so that `optim.epochs` counts steps."""
+    images = run.data.batch_size  # a step uses batch_size / repeats of them
     rng = np.random.default_rng(0)
     classes = run.data.num_classes or CLASSES
 
@@ -118,7 +118,7 @@ def noise(run: Run, folder: Path) -> ShardIndex:
 
 
 def peak_memory(backend: Backend) -> dict[str, float]:
-    """MiB: of the device where the runtime tells, and of this process on the host."""
+    """Peak memory in MiB: of this process, and of the device if the runtime reports it."""
     found = {"host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB}
     if (device := backend.peak_memory()) is not None:
         found["device_memory_mib"] = device / MIB

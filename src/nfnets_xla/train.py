@@ -1,6 +1,6 @@
-"""A training run, top to bottom: plan, what is there already, network and task, fit.
+"""A training run, top to bottom: plan, find the checkpoint to resume from, prepare, fit.
 
-Everything is built once, in the order in which it is needed; all that can be refused is refused
+Everything is built once, in the order in which it is needed. Whatever can be refused is refused
 before anything is written.
 """
 
@@ -28,13 +28,13 @@ from nfnets_xla.watch import open_watch
 def train(
     run: Run, display: Display | None = None, preemption: Preemption | None = None
 ) -> dict[str, Any]:
-    """Train, or go on training, in `run.run_dir`; returns the record's closing line.
+    """Train, or resume training, in `run.run_dir`; returns the last row of the record.
 
-    `display`, entered by the caller, shows it; there are plain lines without one. A folder that
-    holds checkpoints of the same run is resumed from the newest that verifies; of a finished one
-    the closing line is returned. A folder of another run is a ValueError. `preemption`, started,
-    may ask to stop: then Interrupted is raised once the last step is saved. It is raised, too, if
-    an address does not answer once the run has begun; before, that is a ValueError.
+    The caller enters `display`, by default plain lines. If the folder holds checkpoints of the same
+    run, training resumes from the newest that verifies; if the run is finished, its last row is
+    returned; a folder of another run is a ValueError. If `preemption`, already started, asks to
+    stop, Interrupted is raised once the current step is saved. If an address does not answer,
+    Interrupted is raised as well, but a ValueError before the run has begun.
     """
     try:
         return train_now(run, display or Lines(), preemption)
@@ -75,7 +75,7 @@ def introduce(ready: Ready, say: Say) -> None:
 
 
 def fit(ready: Ready, display: Display, preemption: Preemption | None) -> dict[str, Any]:
-    """From the step it starts with to the last; all that it keeps is in the run's folder."""
+    """Train from the starting step to the last; all that is kept is in the run's folder."""
     plan, past, task = ready.plan, ready.past, ready.task
     with ExitStack() as open_files:
         loader, eval_loader = open_loaders(ready, open_files)
@@ -96,14 +96,16 @@ def fit(ready: Ready, display: Display, preemption: Preemption | None) -> dict[s
         every = plan.run.trainer.eval_every or plan.num_steps
         if past.step and (past.step % every == 0 or past.step == plan.num_steps):
             watch.monitor.evaluated_at = max(past.evaluated, default=0)
-            if watch.monitor.evaluated_at != past.step:  # the last start ended before it was done
+            if (
+                watch.monitor.evaluated_at != past.step
+            ):  # the last start ended before this evaluation
                 trainer.num_sanity_val_steps = sys.maxsize
         trainer.fit(task, loader, eval_loader)
         if eval_loader is not None and watch.monitor.evaluated_at != plan.num_steps:
             trainer.validate(task, eval_loader, verbose=False)
         watch.keeper.finish()
         if preemption is not None:
-            preemption.unsaved = False  # no more steps come, after which it would be set
+            preemption.unsaved = False  # all is saved, and no step follows
         counts = {"missed": watch.missed.trained, "skipped": watch.skips.count}
         result = {"steps": plan.num_steps, **counts, **watch.monitor.summary()}
         result |= ready.backend.report()

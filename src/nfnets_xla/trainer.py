@@ -1,4 +1,4 @@
-"""Lightning's trainer, told only to count steps, and the monitor of what it does."""
+"""Lightning's Trainer, which here only counts steps; and the monitor that reports on it."""
 
 import logging
 import warnings
@@ -27,7 +27,7 @@ def make_trainer(
     num_steps: int = 0,
     start_step: int = 0,
 ) -> Trainer:
-    """Lightning's Trainer counting steps only; its epochs are not epochs of the data."""
+    """A Lightning Trainer that counts only steps; its epochs are not epochs of the data."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # The loader has as many workers as the recipe says, and its batches are whole by themselves.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -35,7 +35,7 @@ def make_trainer(
     trainer = Trainer(
         accelerator=backend.accelerator,
         strategy=backend.strategy,
-        devices=1 if isinstance(backend.accelerator, str) else "auto",  # ours has all of a mesh
+        devices=1 if isinstance(backend.accelerator, str) else "auto",  # XLA: the whole mesh
         max_steps=num_steps,
         max_epochs=-1,
         val_check_interval=run.trainer.eval_every or num_steps,
@@ -43,8 +43,8 @@ def make_trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         callbacks=[*callbacks, *(Waits(each) for each in callbacks if isinstance(each, Monitor))],
-        inference_mode=False,  # it would forbid the same graph as in training
-        plugins=[LightningEnvironment()],  # else it would take torchrun's processes for its own
+        inference_mode=False,  # else evaluation would be another graph than in training
+        plugins=[LightningEnvironment()],  # else it would manage torchrun's processes
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -58,8 +58,8 @@ def make_trainer(
 def restore_progress(trainer: Trainer, step: int) -> None:
     """Tell Lightning's loops that `step` updates are done; the loader starts after them.
 
-    Only totals are set: `global_step` (hence `max_steps`) counts the optimizer's steps, and
-    validation by step counts batches. What is counted per epoch starts anew with the process.
+    Only totals are set: `global_step` (and so `max_steps`) counts optimizer steps, and validation
+    every n steps counts batches. Counts per epoch start at 0 in each process.
     """
     loop = trainer.fit_loop.epoch_loop
     updates = loop.manual_optimization.optim_step_progress.total

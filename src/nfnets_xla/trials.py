@@ -13,7 +13,7 @@ from nfnets_xla.scaling.runs import find_points, pretrained
 
 @dataclass(frozen=True)
 class Pair:
-    """Two values of `optim.peak_lr` to run, and why these."""
+    """Two values of `optim.peak_lr` to try, and why."""
 
     model: str
     epochs: float
@@ -31,10 +31,10 @@ def size(run: Run) -> float:
 
 
 def next_pair(run: Run) -> Pair:
-    """For the model and epochs of `run`, from the finished runs below its `run_dir`.
+    """The pair for the model and epochs of `run`, from the finished runs below its `run_dir`.
 
-    Its own runs do not count: the same sweep, given again, asks for the same pair. Rates of the
-    record are those that were used; `optim.peak_lr` is that of `optim.lr_batch` rows.
+    Runs of the same model and epochs are ignored, so that the same sweep, given again, gets the
+    same pair. Records have the rates actually used; `optim.peak_lr` is for `optim.lr_batch` rows.
     """
     if run.run_dir is None:
         raise ValueError("run_dir is not set; it must name the folder of the sweep's runs")

@@ -1,4 +1,4 @@
-"""What watches a training and writes what is kept of it: record, curves, ledger, checkpoints."""
+"""The callbacks that write what is kept of a training: record, curves, ledger, checkpoints."""
 
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -43,11 +43,11 @@ class Watch:
     monitor: Monitor
     keeper: Checkpointer
     missed: Missed
-    callbacks: list[Callback]  # in the order in which they are told
+    callbacks: list[Callback]  # in the order in which they are called
 
 
 def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
-    """The first that is written of this start."""
+    """Opens the files that a start writes; nothing was written before, except a trial file."""
     plan, run, past, hosts = ready.plan, ready.plan.run, ready.past, ready.hosts
     record = open_record(ready, open_files)
     curves = NoCurves()
@@ -86,7 +86,7 @@ def open_watch(ready: Ready, display: Display, open_files: ExitStack) -> Watch:
         say=display.say,
     )
     keeper = open_keeper(ready, monitor, skips, missed, display.say, open_files)
-    # The monitor sees a batch come before the hosts talk about it.
+    # The monitor comes first: it measures a batch's arrival before the hosts communicate.
     callbacks: list[Callback] = [monitor, missed, keeper]
     if run.trainer.ledger:
         ledger = Ledger(plan.folder, record.attempt, head_of(plan.order, past.step), hosts)
@@ -105,10 +105,11 @@ def open_record(ready: Ready, open_files: ExitStack) -> RecordWriter | Discard:
 
 
 def take_over(ready: Ready) -> None:
-    """What this start builds on, unless another has come further in the folder meanwhile."""
+    """Copy the history and checkpoint that this start resumes from. Raises Interrupted if another
+    start has written into the folder meanwhile."""
     folder, start, root = ready.plan.folder, ready.start, ready.plan.checkpoints
-    # Without a record the past is another folder's, whose run may go on.
-    # The best of it may have been left out, being of other held-out samples (prepare.find_past).
+    # Without a record here the past is another folder's, whose run may still be training.
+    # `best` is not compared: prepare.find_past drops it if it is of other held-out samples.
     found = past_of(start, record_before(start, folder), ())
     now, then = (replace(past, best=None) for past in (found, ready.past))
     if has_record(folder) and now != then:
@@ -120,9 +121,9 @@ def take_over(ready: Ready) -> None:
         refuse_half_a_history(folder)
     else:
         take_history(start, folder)
-    flush_history(folder)  # once: of later checkpoints this start's own files alone are new
+    flush_history(folder)  # all of it once; later checkpoints flush only this start's files
     if start is not None and not is_in(root, start):
-        adopt(root, start)  # the run has it from now on, whatever becomes of the other
+        adopt(root, start)  # the run then no longer depends on the other folder
 
 
 def open_keeper(
@@ -167,7 +168,7 @@ def open_keeper(
 
 
 def make_trace(dataset: TrainBatches, hosts: Hosts) -> Trace:
-    """Of a global batch: hosts hold its streams one after the other."""
+    """Joins the hosts' samples of a global batch, in the order of its streams."""
 
     def trace(batch: Batch) -> dict[str, list]:
         parts = hosts.gather(dataset.samples_shown(batch))
@@ -177,7 +178,7 @@ def make_trace(dataset: TrainBatches, hosts: Hosts) -> Trace:
 
 
 def header(ready: Ready) -> dict[str, Any]:
-    """The record's first line: all that is needed to know what the numbers below it are of."""
+    """The record's first row: everything needed to know which run its numbers are from."""
     plan, run, net, backend = ready.plan, ready.plan.run, ready.net, ready.backend
     return {
         "start": ready.start_id,

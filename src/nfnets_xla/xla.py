@@ -1,8 +1,8 @@
-"""The one door to torch_xla: start the runtime, place tensors, run the step, count what happened.
+"""The only module that uses torch_xla: starts the runtime, places tensors, runs steps, counts.
 
-No other module imports torch_xla (setup.cfg makes import-linter check it), so another runtime can
-take its place by filling in the functions below. The mode is SPMD: one process per host, one mesh
-over all devices with the axes ("data", "fsdp"), and every tensor in the program is the global one.
+Import-linter checks that no other module imports torch_xla (setup.cfg), so another runtime can
+replace it by implementing the functions below. The mode is SPMD: one process per host, one mesh
+over all devices with the axes ("data", "fsdp"), and every tensor in the program is global.
 `PJRT_DEVICE=CPU` with `CPU_NUM_DEVICES=N` runs the same program on N virtual devices.
 """
 
@@ -33,9 +33,9 @@ def is_installed() -> bool:
 def start(virtual_devices: int | None = None) -> None:
     """Start the runtime in SPMD mode; must come before anything else that touches torch_xla.
 
-    `virtual_devices` asks for the CPU runtime with so many devices; None takes the attached TPU,
-    or one CPU device. Asking a started runtime for another number is a ValueError: it is read once
-    per process. Interrupted if a TPU does not start, which may pass.
+    `virtual_devices` asks for the CPU runtime with that many devices; None takes the attached TPU,
+    or one CPU device. ValueError if the runtime has already started with another number, which is
+    fixed per process. Interrupted if a TPU does not start, which may be temporary.
     """
     if not is_installed():
         raise ValueError(
@@ -70,8 +70,8 @@ def start(virtual_devices: int | None = None) -> None:
 
 
 def stay_out() -> None:
-    """For a run without XLA: Lightning imports torch_xla wherever it is installed, and on import it
-    looks for a TPU and warns when there is none."""
+    """For a run without XLA: Lightning imports torch_xla if it is installed, which then looks for a
+    TPU and warns if there is none."""
     os.environ.setdefault("PJRT_DEVICE", "CPU")
 
 
@@ -81,17 +81,17 @@ def _choose_environment(virtual_devices: int | None) -> None:
         os.environ["CPU_NUM_DEVICES"] = str(virtual_devices)
     elif "PJRT_DEVICE" not in os.environ:
         os.environ["PJRT_DEVICE"] = "TPU" if tpu_is_attached() else "CPU"
-    # Without this a scalar that becomes exactly 0 or 1 is baked in and costs one more graph.
+    # Without this a scalar that is exactly 0 or 1 is compiled in, which costs another graph.
     os.environ["XLA_NO_SPECIAL_SCALARS"] = "1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # GSPMD's deprecation notice, per compile
 
 
 def multiply_in_float32() -> None:
-    """Have products of float32 computed as such; comes before the first step.
+    """Compute float32 products in full float32; call it before the first step.
 
-    A TPU rounds their factors to bfloat16 unless it is told; exact they take six passes. On
-    products of bfloat16 it has no effect; nor, in torch_xla 2.9, on the gradient of a convolution
-    by its input.
+    By default a TPU rounds the factors to bfloat16; full precision takes six passes. It does not
+    affect bfloat16 products, nor, in torch_xla 2.9, a convolution's gradient with respect to its
+    input.
     """
     from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
 
@@ -118,27 +118,27 @@ def num_devices() -> int:
 
 
 def device_kind() -> str:
-    """What the record calls the hardware: "XLA:CPU", or a slice as Cloud TPU has it, "v4-8"."""
+    """The hardware's name in the record: "XLA:CPU", or Cloud TPU's name of a slice, "v4-8"."""
     import torch_xla.runtime as xr
     from torch_xla._internal.tpu import get_tpu_env
 
     kind = xr.device_type() or "unknown"
     if kind != "TPU":
         return "XLA:CPU" if kind == "CPU" else kind
-    named = os.environ.get("TPU_ACCELERATOR_TYPE")  # which GKE sets
-    try:  # of a VM the metadata server knows
+    named = os.environ.get("TPU_ACCELERATOR_TYPE")  # set on GKE
+    try:  # on a VM: from the metadata server
         return named or get_tpu_env().get("ACCELERATOR_TYPE") or kind
-    except OSError:  # as all of requests' are: there is no such server
+    except OSError:  # includes all errors of `requests`: there is no such server
         return kind
 
 
-_meshes: list[Any] = []  # of this process: none yet, or its one
+_meshes: list[Any] = []  # this process's mesh, once it is made
 
 
 def make_mesh(fsdp: int) -> None:
-    """Lay all devices out as (devices / fsdp, fsdp): parameters are cut over the second axis.
+    """Lay all devices out as (devices / fsdp, fsdp); parameters are sharded over the second axis.
 
-    A process has one mesh, so that asking for another afterwards is a ValueError.
+    A process has one mesh: asking for another later is a ValueError.
     """
     import torch_xla.distributed.spmd as spmd
 
@@ -153,8 +153,8 @@ def make_mesh(fsdp: int) -> None:
 
 
 def device_order() -> list[int]:
-    """Ordinals of all devices, host by host: torch_xla cuts a host's rows in the order of its own
-    devices, which a slice may number in any way ("TPU:5" on host 0)."""
+    """Ordinals of all devices, host by host: torch_xla splits a host's rows in the order of that
+    host's devices, which a slice may number in any way ("TPU:5" on host 0)."""
     from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
 
     own = [int(name.rpartition(":")[2]) for name in _XLAC._xla_get_runtime_devices()]
@@ -162,14 +162,14 @@ def device_order() -> list[int]:
 
 
 def mesh() -> Any:
-    """The mesh ("data", "fsdp") over all devices; parameters are whole if nobody asked before."""
+    """The mesh ("data", "fsdp") over all devices; with fsdp = 1 if none was made before."""
     if not _meshes:
         make_mesh(fsdp=1)
     return _meshes[0]
 
 
 def open_hosts() -> Hosts:
-    """The hosts of a TPU slice. Not run: there was never more than one at hand."""
+    """The hosts of a TPU slice. Never run on several, for lack of such a slice."""
     import torch_xla.runtime as xr
 
     if num_hosts() == 1:
@@ -183,8 +183,8 @@ def open_hosts() -> Hosts:
 
 
 def cache_compilations(folder: Path) -> bool:
-    """Keep compiled programs in `folder`, for later starts; False if the runtime could not read
-    them back: XLA:CPU writes such files and then fails on them. Comes before the first step."""
+    """Cache compiled programs in `folder` for later starts; call it before the first step. False if
+    the runtime cannot read them back: XLA:CPU writes such files but fails on reading them."""
     import torch_xla.runtime as xr
 
     if device_kind() == "XLA:CPU":
@@ -196,11 +196,11 @@ def cache_compilations(folder: Path) -> bool:
 
 
 def upload_rows(tensors: list[Tensor]) -> list[Tensor]:
-    """Send a batch's tensors to the devices in one go, the first axis (rows) cut over the mesh.
+    """Send a batch's tensors to the devices at once, the first axis (rows) sharded over the mesh.
 
-    Of several hosts each gives its own rows, and the result is the global batch. A tensor whose
-    first axis the devices do not divide (or that has none) is replicated: correct for any user's
-    batch on one host, and our own loader never sends one.
+    With several hosts each gives its own rows, and the result is the global batch. A tensor whose
+    first axis is not divisible by the devices (or that has none) is replicated: correct for any
+    user's batch on one host, and our own loader never sends one.
     """
     import torch_xla.core.xla_model as xm
 
@@ -210,7 +210,7 @@ def upload_rows(tensors: list[Tensor]) -> list[Tensor]:
 
 
 class _Rows:
-    """What `send_cpu_data_to_device` asks of a `ShardingSpec`, for tensors of any rank."""
+    """Acts as a `ShardingSpec` in `send_cpu_data_to_device`, for tensors of any rank."""
 
     def __init__(self) -> None:
         import torch_xla.runtime as xr
@@ -229,18 +229,18 @@ class _Rows:
 
 
 def replicate(tensors: Mapping[str, Tensor]) -> None:
-    """Mark tensors on the device as whole on every device of the mesh.
+    """Mark device tensors as replicated on every device of the mesh.
 
-    Buffers made on the device (momentum, EMA) have no sharding before the first step and one after
-    it; without this mark the step would be compiled twice.
+    Buffers made on the device (momentum, EMA) get a sharding only in the first step; without this
+    mark the step would be compiled twice.
     """
     shard(tensors, {})
 
 
 def shard(tensors: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
-    """Mark tensors on the device as cut over "fsdp" along their axis in `axes`.
+    """Mark device tensors as sharded over "fsdp" along their axis in `axes`.
 
-    Those that have none there, or one that the mesh does not divide, are whole on every device.
+    Tensors without an axis there, or whose axis is not divisible, are replicated.
     """
     import torch_xla.distributed.spmd as spmd
 
@@ -253,15 +253,15 @@ def shard(tensors: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """`tensor`, brought together on every device for what follows; and its gradient.
+    """A replicated copy of a sharded `tensor`, whose gradient is replicated, too.
 
-    For weights that are kept cut: an all-gather here, an all-reduce and a cut in the backward pass.
-    Without it XLA's partitioner divides convolutions by their channels, and there it is wrong for
-    maps of one pixel: other gradients on a 2 by 2 mesh, an abort on 1 by 4 (torch_xla 2.9).
+    For sharded weights: an all-gather here; an all-reduce and re-sharding in the backward pass.
+    Without it XLA's partitioner splits convolutions by channels, and is then wrong for maps of one
+    pixel: wrong gradients on a 2 by 2 mesh, an abort on 1 by 4 (torch_xla 2.9).
     """
     from torch_xla.distributed.spmd.xla_sharding import MarkShardingFunction
 
-    computed = tensor.neg().neg()  # a parameter's own sharding cannot be marked over, nor a copy's
+    computed = tensor.neg().neg()  # the sharding of a parameter, or its clone, cannot be changed
     marked: Any = MarkShardingFunction.apply(computed, mesh(), (None,) * tensor.ndim)
     return marked
 
@@ -277,9 +277,9 @@ def scan(
 ) -> Tensor:
     """The last `carry` of `carry = body(carry, slices)` along the first axis of every tensor.
 
-    One operation of the graph. `body` is traced once for each structure and shapes of its inputs,
-    and must be a function of these alone. If `checkpoint` is not None an iteration keeps its carry
-    and nothing else for the backward pass.
+    The loop is one operation in the graph. `body` must be a pure function, and is traced once per
+    structure and shapes of its inputs. If `checkpoint` is not None, each iteration keeps only its
+    inputs for the backward pass.
     """
     from functorch.compile import default_partition
 
@@ -288,9 +288,9 @@ def scan(
     return _scan_module().scan(steps, carry, stacked, partition, is_fn_pure=True)[0]
 
 
-@dataclass(eq=False)  # torch_xla keeps what it traced by this object's identity
+@dataclass(eq=False)  # torch_xla caches its trace by the identity of this object
 class _Step:
-    """`body` with the second result that torch_xla's scan asks for."""
+    """`body` with the second result that torch_xla's scan requires."""
 
     body: "weakref.ref[Callable[[Tensor, Any], Tensor]]"
 
@@ -304,7 +304,7 @@ _steps: "weakref.WeakKeyDictionary[Any, _Step]" = weakref.WeakKeyDictionary()
 
 
 def _keep_inputs(*arguments: Any, **options: Any) -> Any:
-    """A partition of a traced body that saves its inputs: functorch's with no room for more."""
+    """A partition that saves only inputs: functorch's min-cut, with a memory budget of 0."""
     import torch._functorch.config as functorch_config
     from functorch.compile import min_cut_rematerialization_partition
 
@@ -314,10 +314,10 @@ def _keep_inputs(*arguments: Any, **options: Any) -> Any:
 
 @cache
 def _scan_module() -> Any:
-    """torch_xla's scan without the sharding hints for its gradients, which it can do without.
+    """torch_xla's scan without its sharding hints for gradients, which are not needed.
 
-    The hints (`shard_as`) go through jax 0.7.1 and torchax; XLA's partitioner finds the same
-    shardings by itself. Another release must be looked at before it is patched.
+    The hints (`shard_as`) need jax 0.7.1 and torchax; XLA's partitioner finds the same shardings
+    by itself. Only release 2.9.0, which was checked, is patched.
     """
     import torch_xla.experimental.scan
 
@@ -328,16 +328,17 @@ def _scan_module() -> Any:
 
 
 def recompute(function: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
-    """`function(x, *arguments)`; the backward pass computes its inside again.
+    """`function(x, *arguments)`; the backward pass computes it again (gradient checkpointing).
 
-    Behind a barrier: XLA merges equal computations, so that torch's own checkpoint saves nothing.
+    It uses an optimization barrier: XLA merges equal computations, so torch's checkpoint would save
+    nothing.
     """
     from torch_xla.utils.checkpoint import checkpoint
 
-    if not x.requires_grad:  # then torch_xla's would leave the weights without a gradient, silently
+    if not x.requires_grad:  # else torch_xla's checkpoint silently gives weights no gradient
         x = x.detach().requires_grad_()
     if isinstance(function, torch.nn.Module):
-        function = function.forward  # of a method's module the weights are behind the barrier too
+        function = function.forward  # for a bound method, the weights are behind the barrier, too
     result: Any = checkpoint(function, x, *arguments, preserve_rng_state=False)
     return result
 
@@ -357,9 +358,9 @@ def sync(*, wait: bool = False) -> None:
 def gather(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Host copies of device tensors, in one transfer and without compiling a graph per tensor.
 
-    Those that are cut over devices are brought together by one graph, which takes the memory of a
-    whole copy while it runs and is compiled once for each set of shapes. Every host calls it with
-    the same names in the same order.
+    Sharded tensors are gathered by one graph, which needs memory for a whole copy while it runs and
+    is compiled once per set of shapes. Every host must call it with the same names in the same
+    order.
     """
     from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
 
