@@ -1,1 +1,1 @@
-"""What training costs, the laws that runs follow, and the plans drawn from both. Needs no torch."""
+"""The cost of training, scaling laws fitted to runs, and plans based on both. Needs no torch."""

@@ -1,8 +1,8 @@
-"""What training costs: operations, rows, core-hours, chip-hours, money.
+"""The cost of training: operations, rows, core-hours, chip-hours, money.
 
-Two words for one thing, and one word for two: the NFNet papers' "FLOPs" are multiply-accumulates,
-the ViT papers' are two for each. Here `macs` are always multiply-accumulates and `flops` always
-floating-point operations, 2 per MAC; nothing takes or returns a number that could be either.
+"FLOPs" has two meanings: in the NFNet papers multiply-accumulates, in the ViT papers operations,
+two per multiply-accumulate. Here `macs` are always multiply-accumulates and `flops` always
+floating-point operations, 2 per MAC; no function takes or returns a number that could be either.
 
 A row is one view of one image in a batch. With K views of an image (repeated augmentation) a run
 of E epochs shows E / K passes of K views: as many rows, as much compute (arXiv 2310.16764,
@@ -15,7 +15,7 @@ from nfnets_xla.devices import DEVICES, Device
 from nfnets_xla.models.variants import STAGE_STRIDES, STEM_STRIDES, VARIANTS, bottleneck
 
 FLOPS_PER_MAC = 2
-FORWARDS_PER_STEP = 3  # the backward pass computes two products for each of the forward's
+FORWARDS_PER_STEP = 3  # the backward pass has two products for each one of the forward pass
 SE_RATIO = 0.5  # nfnets/base.py: squeeze-excite's hidden channels
 
 
@@ -23,7 +23,7 @@ SE_RATIO = 0.5  # nfnets/base.py: squeeze-excite's hidden channels
 
 
 def macs_per_image(name: str, size: int, num_classes: int = 1000) -> int:
-    """Multiply-accumulates of one `size` x `size` image, forward: `NFNet.macs` without a network.
+    """Multiply-accumulates of a forward pass on a `size` x `size` image: `NFNet.macs` by name.
 
     Convolutions, squeeze-excites and classifier, as the reference counts (nfnet.py:154-173).
     ValueError for a name that is not an NFNet's, and for a size or classes below 1.
@@ -77,7 +77,7 @@ def images_drawn(rows: float, repeats: int = 1) -> float:
 
 
 def device(hardware: str) -> Device:
-    """ValueError for hardware whose peak is not known here."""
+    """The device by name; ValueError if its peak is not known here."""
     if hardware not in DEVICES:
         raise ValueError(f"hardware is {hardware!r}; it must be one of {', '.join(DEVICES)}")
     return DEVICES[hardware]
@@ -89,7 +89,7 @@ def core_peak(hardware: str) -> float:
 
 
 def cores_per_chip(hardware: str) -> int:
-    """Cores that are booked together: of v2, v3 and v7 PyTorch sees each as a device of its own."""
+    """Cores per chip, the unit of booking. On v2, v3 and v7 PyTorch sees each core as a device."""
     return 2 if hardware in ("v2", "v3", "v7") else device(hardware).cores
 
 
@@ -120,8 +120,8 @@ def utilisation(flops: float, hours: float, hardware: str) -> float:
 def converted(hours: float, source: str, target: str, *, mfu_ratio: float = 1.0) -> float:
     """Core-hours on `target` for a run of `hours` on `source`.
 
-    `mfu_ratio` is the target's utilisation over the source's. By the peaks alone a v4 core counts
-    for 2.24 of v3; in the paper's own conversions (published.py) it counts for 1.75 to 1.79.
+    `mfu_ratio` is the target's utilisation / the source's. By the peaks alone one v4 core equals
+    2.24 of v3; in the paper's conversions (published.py) it equals 1.75 to 1.79.
     """
     at_least("core-hours", hours, 0)
     above("mfu_ratio", mfu_ratio)
@@ -129,14 +129,14 @@ def converted(hours: float, source: str, target: str, *, mfu_ratio: float = 1.0)
 
 
 def chip_hours(hours: float, hardware: str) -> float:
-    """Chip-hours, in which machines are booked and paid, of core-hours."""
+    """Core-hours in chip-hours, the unit in which machines are booked and paid."""
     at_least("core-hours", hours, 0)
     device(hardware)
     return hours / cores_per_chip(hardware)
 
 
 def cost(hours: float, hardware: str, *, price: float) -> float:
-    """Of `hours` core-hours, in the currency of `price` for a chip-hour."""
+    """The cost of `hours` core-hours, in the currency of `price` per chip-hour."""
     at_least("price", price, 0)
     return chip_hours(hours, hardware) * price
 

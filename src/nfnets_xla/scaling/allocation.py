@@ -1,18 +1,18 @@
-"""How to divide compute between size and epochs: Hoffmann et al.'s three ways to an answer.
+"""How to divide compute between model size and epochs: three methods, after Hoffmann et al.
 
-Size is multiply-accumulates per image M, and data is rows D (images shown), so that training costs
-C = 6 M D exactly. For networks at one resolution M takes the place that parameters have for
-language models; it is what the compute of a convolutional network goes with.
+Size is M, multiply-accumulates per image, and data is D, rows (images shown), so that training
+costs exactly C = 6 M D. M replaces the number of parameters, used for language models: a
+convolutional network's compute is proportional to M, not to its parameters.
 
 - `parametric`: L(M, D) = E + A / M^alpha + B / D^beta (arXiv 2203.15556, equation 2).
 - `isoflop`: the best size at each budget by a parabola in log M, then a line through the vertices.
 - `frontier_sizes`: a line through the runs that no cheaper run beats. On a grid of sizes and
-  lengths the cheapest run and, nearly always, the dearest are among these: they draw the line to
-  the grid's diagonal.
+  lengths these include the cheapest run and nearly always the most expensive one, which pull the
+  line to the grid's diagonal.
 
 arXiv 2310.16764 finds that size and epochs should grow at the same rate. With M_opt ~ C^a that is
-a = 1/2, since D_opt ~ C^(1 - a). `same_rate` says whether an interval allows it; of the three only
-the first one's is fit for that.
+a = 1/2, since D_opt ~ C^(1 - a). `same_rate` says whether the interval of `a` allows it; only the
+interval of `parametric` is suitable for that.
 """
 
 import math
@@ -39,11 +39,11 @@ from nfnets_xla.scaling.law import (
 )
 
 FLOPS_PER_ROW_MAC = FLOPS_PER_MAC * FORWARDS_PER_STEP  # the 6 of C = 6 M D
-WIDEST = 0.5  # of an exponent's interval, from which on it says nothing about the division
+WIDEST = 0.5  # an exponent whose interval is at least this wide is not resolved
 HUBER = 1e-3  # arXiv 2203.15556, appendix D.3, on log loss
-EXPONENTS = (0.1, 0.3, 0.6, 1.0, 1.6)  # where the search for alpha and beta starts, each
+EXPONENTS = (0.1, 0.3, 0.6, 1.0, 1.6)  # starting values for alpha and for beta
 
-# Why a way's interval does not say whether an exponent is allowed.
+# Why the interval of a method does not tell whether an exponent is allowed.
 NO_VERDICT = {
     "isoflop": "of the line alone, and too narrow",
     "frontier": "by a line from the cheapest run to the dearest, whatever the exponent",
@@ -52,16 +52,16 @@ NO_VERDICT = {
 
 @dataclass(frozen=True)
 class Allocation:
-    """M_opt = `coefficient` C^`exponent`, and D_opt with the rest: C^(1 - exponent)."""
+    """M_opt = `coefficient` C^`exponent`, and so D_opt ~ C^(1 - exponent)."""
 
     way: str
     coefficient: float  # MACs, for C in FLOPs
     exponent: float
     interval: Interval
-    budgets: list[float]  # FLOPs, that the line goes through
-    sizes: list[float]  # best MACs found at each
+    budgets: list[float]  # FLOPs of the points that the line is fitted to
+    sizes: list[float]  # best MACs at each budget
     notes: list[str]
-    undone_by: str = ""  # why nothing is resolved, whatever the interval says
+    undone_by: str = ""  # if set: why the exponent is not resolved, whatever its interval
 
     def size(self, flops: float) -> float:
         return self.coefficient * flops**self.exponent
@@ -71,7 +71,7 @@ class Allocation:
 
     @property
     def resolved(self) -> bool:
-        """Whether the exponent is above 0, and known well enough to divide compute by."""
+        """Whether the exponent is above 0, and precise enough to divide compute with."""
         low, high = self.interval
         return not self.undone_by and low > 0 and high - low < WIDEST
 
@@ -97,8 +97,9 @@ class Allocation:
 def frontier_sizes(
     macs: ArrayLike, rows: ArrayLike, loss: ArrayLike, *, draws: int = DRAWS, seed: int = 0
 ) -> Allocation:
-    """A line through log M of the runs on the frontier, (n,) each. ValueError for fewer than 3, and
-    for runs of fewer than 3 sizes or 3 amounts of data, whose slope would be settled beforehand."""
+    """A line through log M of the runs on the frontier; arguments are (n,). ValueError for fewer
+    than 3 runs there, and for fewer than 3 sizes or amounts of data, which would determine the
+    slope."""
     macs, rows, loss = _three(macs, rows, loss)
     enough(len(np.unique(macs)), 3, "a line through the frontier over sizes")
     enough(len(np.unique(rows)), 3, "a line through the frontier over data")
@@ -120,13 +121,14 @@ def isoflop(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Allocation:
-    """Parabolas of log loss over log M at equal budgets, (n,) each, and the line of their vertices.
+    """Parabolas of log loss over log M at equal budgets, and a line through their vertices.
 
-    Each size's runs are joined in log C and log loss, equal runs at their mean, and read at the
-    `budgets`, in FLOPs; without them, at as many as a size has runs, but no more than the runs have
-    budgets of their own where three sizes overlap, spread over that. A budget counts if three sizes
-    span it, and its parabola has its lowest point among them. The interval is of the line through
-    the vertices alone, each being taken as found, and too narrow. ValueError for fewer than 3 such.
+    Arguments are (n,). The runs of each size are interpolated linearly in log C and log loss (equal
+    runs at their mean) at the `budgets`, in FLOPs. By default these are spread over the range where
+    three sizes overlap: as many as a size has runs, but no more than the runs have different
+    budgets there. A budget counts if three sizes span it and its parabola has its minimum among
+    them; ValueError for fewer than 3. The interval takes the vertices as exact, so it is too
+    narrow.
     """
     curves = _curves_of_sizes(*_three(macs, rows, loss))
     if budgets is None:
@@ -152,7 +154,7 @@ def isoflop(
 
 
 class _Curve(NamedTuple):
-    """Of the runs of one size, one after the other; all are logarithms."""
+    """The runs of one size, by increasing length; all values are logarithms."""
 
     size: float
     flops: Floats
@@ -174,7 +176,7 @@ def _curves_of_sizes(macs: Floats, rows: Floats, loss: Floats) -> list[_Curve]:
 
 
 def _shared_budgets(curves: Sequence[_Curve]) -> list[float]:
-    """FLOPs at which three sizes overlap, no more than the runs can tell apart."""
+    """Budgets, in FLOPs, in the range where three sizes overlap; no more than there are runs."""
     first = sorted(float(curve.flops[0]) for curve in curves)[2]
     last = sorted(float(curve.flops[-1]) for curve in curves)[-3]
     of_runs: Floats = np.unique(np.concatenate([curve.flops for curve in curves]).round(6))
@@ -185,7 +187,7 @@ def _shared_budgets(curves: Sequence[_Curve]) -> list[float]:
 
 
 def _lowest_point(curves: Sequence[_Curve], flops: float) -> float | str:
-    """Of the parabola through the sizes at a budget, the log of the size; or why there is none."""
+    """Log of the best size at a budget, by a parabola through the sizes; or why there is none."""
     inside = [curve for curve in curves if curve.spans(flops)]
     if len(inside) < 3:
         return f"only {len(inside)} sizes have runs around it"
@@ -230,8 +232,8 @@ class Parametric:
 
     values: dict[str, float]  # E, A, B, alpha, beta
     intervals: dict[str, Interval]
-    share: Interval  # of a = beta / (alpha + beta)
-    falls: dict[str, Interval]  # of size, data: by what share of the loss, over the runs
+    share: Interval  # the interval of a = beta / (alpha + beta)
+    falls: dict[str, Interval]  # for size, data: share of the loss by which its term falls
     r2: float  # of log loss
     points: int
 
@@ -245,8 +247,8 @@ class Parametric:
     def allocation(self) -> Allocation:
         """arXiv 2203.15556, equation 4, with C = 6 M D.
 
-        Where the loss hardly goes with size, or with data, an exponent of 0 makes any division
-        the best: it is not resolved then, however narrow the interval of `a` may be.
+        If the loss hardly depends on size, or on data, its exponent is near 0, and any division is
+        as good: `a` is then not resolved, however narrow its interval.
         """
         undone_by = "; ".join(
             f"over the runs the loss falls with {name} by {low:.0%} to {high:.0%}"
@@ -265,11 +267,11 @@ class Parametric:
 def parametric(
     macs: ArrayLike, rows: ArrayLike, loss: ArrayLike, *, draws: int = 200, seed: int = 0
 ) -> Parametric:
-    """Fit to (n,) each: Huber's loss of the log loss, by L-BFGS, from 25 starts.
+    """Minimise Huber's loss of the log loss by L-BFGS from 25 starts; arguments are (n,).
 
-    The intervals resample the runs, as arXiv 2404.10102 does. A start is a pair of exponents, for
-    which E, A and B are a linear problem that is solved exactly. Each draw begins at the fit, and
-    at its own start that is nearest: a fit in which a term is 0 has no gradient that leads away.
+    The intervals resample the runs, as arXiv 2404.10102 does. A start is a pair of exponents, with
+    E, A and B from the linear problem that remains, solved exactly. Each draw starts from the fit
+    and from the draw's best start, since a fit with a term of 0 has no gradient to leave it.
     ValueError for fewer than 6 points, or fewer than 3 sizes or 3 amounts of data.
     """
     macs, rows, loss = _three(macs, rows, loss)
@@ -302,7 +304,7 @@ def parametric(
 
 
 def _starts(log_m: Floats, log_d: Floats, log_l: Floats) -> list[Floats]:
-    """Of all pairs of exponents, those nearest to the runs first."""
+    """Starts for all pairs of exponents, best first."""
     loss = np.exp(log_l)
     found: list[tuple[float, Floats]] = []
     for alpha, beta in product(EXPONENTS, EXPONENTS):
@@ -326,7 +328,7 @@ def _log_loss(theta: Floats, log_m: Floats, log_d: Floats) -> Floats:
 
 
 def _falls(theta: Floats, log_m: Floats, log_d: Floats) -> list[float]:
-    """By how much the size's and the data's term fall over the runs, of the loss at the middle."""
+    """How far the terms of size and data fall over the runs, as shares of the middle loss."""
     middle = math.exp(_log_loss(theta, np.zeros(()), np.zeros(())))
     return [
         math.exp(log_a) * (math.exp(-power * log_x.min()) - math.exp(-power * log_x.max())) / middle
@@ -352,7 +354,7 @@ def _huber_fit(start: Floats, log_m: Floats, log_d: Floats, log_l: Floats) -> tu
             -(of_size @ log_m),
             -(of_data @ log_d),
         ]
-        # In units of Huber's threshold: L-BFGS stops by the size of gradients.
+        # In units of Huber's threshold, since L-BFGS stops at an absolute size of gradients.
         return float(total) / HUBER, np.array(gradient) / HUBER
 
     bounds = [(-12, 12), (-12, 12), (-12, 12), (0, 3), (0, 3)]

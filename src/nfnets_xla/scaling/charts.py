@@ -1,8 +1,8 @@
-"""The paper's three figures as data: which marks, where, on which axes, and what each says.
+"""The paper's three figures as data: the marks, their positions, axes and texts.
 
 Figure 1: top-1 error after fine-tuning against the compute of pre-training. Figure 2: held-out loss
 against compute, with the law through the frontier. Figure 3: the best learning rate against epochs.
-arXiv 2310.16764 shows the same three. Drawing (drawing.py) adds nothing and leaves nothing out.
+arXiv 2310.16764 shows the same three. drawing.py draws exactly what is here.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from nfnets_xla.scaling.plan import best_of_study
 from nfnets_xla.scaling.rate import cells_of
 from nfnets_xla.scaling.runs import Point, nfnets, pretrained, source_of
 
-IMAGENET_CLASSES = 1000  # the published errors are of ImageNet, and comparable with no other
+IMAGENET_CLASSES = 1000  # published errors are of ImageNet, and compare only with those
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Mark:
     x: float
     y: float
     says: str  # one line for each value
-    hollow: bool = False  # to be taken with care; the figure's notes say why
+    hollow: bool = False  # less reliable; the figure's notes say why
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Panel:
     curves: list[Curve]
     band: Band | None = None
     percent: bool = False  # of y
-    x_ticks: list[float] = field(default_factory=list[float])  # none: decades, or 1, 2, 5
+    x_ticks: list[float] = field(default_factory=list[float])  # empty: decades, or 1, 2, 5
     y_ticks: list[float] = field(default_factory=list[float])
 
 
@@ -64,7 +64,7 @@ class Chart:
     name: str  # of its files
     title: str
     panels: list[Panel]
-    notes: list[str]  # below it: what is left out, and what hollow marks mean
+    notes: list[str]  # below the figure: what is left out, what hollow marks mean
 
 
 # ---- compute ----------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class Compute:
 def compute_axis(
     points: Sequence[Point], hardware: str = "v4", mfu: float | None = None
 ) -> Compute:
-    """ValueError for hardware that is not known, and an `mfu` that is no share."""
+    """The axis for these runs. ValueError for unknown hardware, and an `mfu` outside (0, 1]."""
     account.core_hours(0.0, hardware, mfu=1.0 if mfu is None else mfu)
     points = pretrained(points) or points  # what is drawn
     elsewhere = [point for point in points if not point.is_timed(hardware)]
@@ -96,7 +96,7 @@ def compute_axis(
     if elsewhere:
         notes.append(f"core-hours of {len(elsewhere)} runs elsewhere: by an MFU of {mfu:.0%}")
     if hardware != "v4":
-        of = " of NFNets" if hardware == "v3" else ""  # of ViTs those of v3 are printed, too
+        of = " of NFNets" if hardware == "v3" else ""  # for ViTs, v3 hours are published, too
         notes.append(f"published core-hours{of}: those of v4, converted by the peaks")
 
     def of_published(_: float, hours: Mapping[str, float]) -> float:
@@ -183,7 +183,7 @@ def _published(
 
 
 def losses(points: Sequence[Point], compute: Compute) -> Chart:
-    """Of each model the runs of the best rate; the law goes through the NFNets' frontier."""
+    """Each model's runs at its best rates; the law is fitted to the NFNets' frontier."""
     trained = pretrained(points)
     kept = of_the_same_loss(trained)
     studied = best_of_study(kept or points)
@@ -212,7 +212,7 @@ def losses(points: Sequence[Point], compute: Compute) -> Chart:
 
 
 def of_the_same_loss(points: Sequence[Point]) -> list[Point]:
-    """The NFNets, and the peers that were trained on their loss: softmax, say."""
+    """The NFNets, and the peers trained with the same loss as they, e.g. softmax."""
     ours = {point.objective for point in nfnets(points)}
     return [point for point in points if not ours or point.objective in ours]
 

@@ -1,7 +1,7 @@
-"""Charts as matplotlib figures: every mark an artist of its own, at the values that it stands for.
+"""Draws charts with matplotlib: every mark is a separate artist, at its exact values.
 
-In an SVG a mark's group is `mark-<number>`, in the order of the chart's curves, so that a page can
-say what it is (page.py).
+In the SVG a mark's group is `mark-<number>`, in the order of the chart's curves, so that a page can
+add the mark's text (page.py).
 """
 
 # pyright: reportUnknownMemberType=false
@@ -33,10 +33,10 @@ STYLE: dict[Any, Any] = {
 }
 DPI = 160
 PANEL_INCHES, LEGEND_INCHES, HEIGHT_INCHES = 4.6, 2.0, 3.6
-MARGIN, LEAST_ROOM = 0.1, 1.005  # about the data: a share of the axis, and a factor
+MARGIN, LEAST_ROOM = 0.1, 1.005  # around the data: a share of the axis; at least this factor
 LEAST_SPAN = 1.2  # as a factor; a band may widen the axis of losses by the runs' own, or by this
-# Models at the same place of an axis of epochs are drawn apart: by so much, but all of them over no
-# more than the second, and than this share of the way to the next number of epochs.
+# Models at the same number of epochs are shifted apart: by DODGE_POINTS each, but in total at most
+# by MOST_DODGED, and by this share of the distance to the next number of epochs.
 DODGE_POINTS, MOST_DODGED, DODGED_SHARE = 5.0, 40.0, 0.6
 
 
@@ -64,7 +64,7 @@ def draw(chart: Chart) -> "Figure":
 
 
 def draw_panel(panel: Panel, axes: Any, numbers: Iterator[int]) -> list[Any]:
-    """Returns what stands in the legend."""
+    """Draw a panel; returns the handles for the legend."""
     handles: list[Any] = []
     axes.set_title(panel.title, fontsize=9)
     axes.set_xlabel(panel.x_label)
@@ -103,8 +103,8 @@ def dodge(panel: Panel) -> float:
 
 
 def set_limits(panel: Panel, axes: Any) -> None:
-    """All marks in view: those that are shifted would not be counted by themselves. Of a band that
-    is far wider than the runs' losses its middle."""
+    """Limits that show all marks, as matplotlib would not count shifted ones; and of a band that is
+    far wider than the runs' losses, its middle."""
     marks = [mark for curve in panel.curves for mark in curve.marks]
     xs, ys = [mark.x for mark in marks], [mark.y for mark in marks]
     if panel.band is not None:
@@ -123,7 +123,7 @@ def set_limits(panel: Panel, axes: Any) -> None:
 
 
 def looks(curves: list[Curve]) -> Iterator[tuple[Curve, dict[str, Any]]]:
-    """Colour and marker: NFNets darker with size, each kind with markers of its own."""
+    """Colours and markers: larger NFNets are darker, and each role has its own markers."""
     from matplotlib import colormaps
 
     counts = {"model": 0, "peer": 0, "published": 0}
@@ -144,7 +144,7 @@ def looks(curves: list[Curve]) -> Iterator[tuple[Curve, dict[str, Any]]]:
 def draw_curve(
     curve: Curve, look: dict[str, Any], axes: Any, numbers: Iterator[int], shift: float
 ) -> Any:
-    """`shift`, in points, moves what is drawn and not the data: models can be told apart.
+    """`shift`, in points, moves the drawing, not the data, so that models can be told apart.
 
     Returns an entry for the legend, whose marker is never hollow."""
     from matplotlib.lines import Line2D
@@ -167,7 +167,7 @@ def draw_curve(
 
 
 def marks_of(chart: Chart) -> list[Mark]:
-    """In the order of their numbers."""
+    """All marks, in the order of their numbers."""
     return [mark for panel in chart.panels for curve in panel.curves for mark in curve.marks]
 
 

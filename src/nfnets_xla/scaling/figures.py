@@ -1,7 +1,7 @@
 """`nfnets-xla scaling figures`: the paper's figures of a folder of runs, as files.
 
-figure1, 2 and 3 as PNG and SVG, all three in figures.html, and points.csv with every run, drawn or
-not: what is drawn can be checked, or drawn otherwise, from that table alone.
+Writes figure1, 2 and 3 as PNG and SVG, all three in figures.html, and points.csv with every run,
+drawn or not, so that the figures can be checked or redrawn from that table alone.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -59,8 +59,8 @@ def write_figures(
 
 
 def table(points: Sequence[Point], compute: Compute) -> list[dict[str, str]]:
-    """Every run. Floats are written so that reading them gives the same number. What is drawn of a
-    cell is the mean of its runs of the best rate."""
+    """A row for every run; floats are written so that they read back exactly. The figures draw, for
+    each cell, the mean of its runs at the best rate."""
     sources = pretrained(points)
     best = best_per_cell(sources)
     ours = nfnets(of_the_same_loss(best))

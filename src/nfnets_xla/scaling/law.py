@@ -1,15 +1,15 @@
-"""Curves of loss or error against compute, fitted with intervals, and read beyond the data.
+"""Fits curves of loss or error against compute, with intervals, and extrapolates them.
 
 Forms, x being compute in any unit and y a loss or an error:
 
-- `power`: y = a x^-b. What arXiv 2310.16764, Figure 2 shows, without printing a or b.
-- `floor`: y = a x^-b + c. What cannot be learnt is c.
+- `power`: y = a x^-b, as in arXiv 2310.16764, Figure 2, which does not print a or b.
+- `floor`: y = a x^-b + c, where c is the irreducible loss.
 - `saturating`: y = a (x + d)^-b + c, arXiv 2106.04560, section 2.2: d flattens small compute.
 
-All are fitted to log y by least squares, so that relative errors count alike at every scale. The
-intervals are of a residual bootstrap in which each draw's scatter is widened by Student's factor: n
-points and p parameters know their own scatter only to n - p degrees of freedom, and the usual
-percentiles would be far too narrow for the four to ten points that a scaling study has.
+All are fitted to log y by least squares, so that relative errors count equally at every scale. The
+intervals come from a residual bootstrap in which each draw's scatter is widened by Student's
+factor: n points with p parameters estimate their scatter with only n - p degrees of freedom, and
+the usual percentiles would be far too narrow for the four to ten points of a scaling study.
 """
 
 import math
@@ -25,9 +25,9 @@ Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 
 LEVEL = 0.95  # of every interval
-DECADES = 1.0  # beyond the data, after which a prediction warns
+DECADES = 1.0  # beyond the data, from which on a prediction warns
 DRAWS = 400
-NOTHING = 1e-3  # of the lowest loss, or compute: a floor, or a flattening, under it is none
+NOTHING = 1e-3  # c below this share of the lowest loss, or d of compute, counts as 0
 
 
 class Extrapolation(UserWarning):
@@ -88,15 +88,15 @@ class Law:
     theta: Floats  # (p,)
     draws: Floats  # (DRAWS, p)
     seed: int
-    chance: float = 0.0  # of a frontier: that losses fall so much which do not go with compute
+    chance: float = 0.0  # frontiers only: p-value of losses that do not depend on compute
 
     @property
     def is_chance(self) -> bool:
         return not self.chance <= 1 - LEVEL
 
     def resolved(self, name: str) -> bool:
-        """Whether the parameter's interval excludes 0. Floors and flattenings are fitted as
-        logarithms, and come near to 0 only."""
+        """Whether the parameter's interval excludes 0. As c and d are fitted as logarithms, for
+        them it must exclude everything that counts as 0 (NOTHING)."""
         low, high = self.intervals[name]
         if self.is_chance:
             return False
@@ -141,7 +141,7 @@ class Law:
         drawn = np.array([self.form.log_value(theta, log_x)[0] for theta in self.draws])
         freedom = self.points - len(self.theta)
         drawn = drawn + self.scatter * rng.standard_t(freedom, len(drawn))
-        with np.errstate(over="ignore"):  # nothing is known then, and the end is infinite
+        with np.errstate(over="ignore"):  # an infinite end means that nothing is known
             low, high = np.exp(np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
             value = np.exp(self.form.log_value(self.theta, log_x)[0])
         return Prediction(float(value), (float(low), float(high)), beyond)
@@ -188,12 +188,12 @@ def fit(form: str, x: ArrayLike, y: ArrayLike, *, draws: int = DRAWS, seed: int 
 def fit_frontier(form: str, x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Law:
     """`fit` to the points on the frontier of compute `x` and loss `y`, both (n,).
 
-    A frontier falls by its making, also where losses do not go with compute at all, and its
-    interval takes for granted which points are on it. Nothing is resolved, then, unless the losses
-    of all points fall with compute, by the test of Mann and Kendall: of three points no order says
-    so much, of four only the best one. ValueError as `fit`, for points on the frontier.
+    A frontier falls by construction, even if losses do not depend on compute, and the interval
+    takes for granted which points are on it. So nothing is resolved unless the losses of all points
+    fall with compute by the Mann-Kendall test: three points can never pass it, four only if
+    perfectly ordered. ValueError as `fit`, for the points on the frontier.
     """
-    from scipy.stats import kendalltau  # half a second, which help and plans do without
+    from scipy.stats import kendalltau  # takes half a second: not needed for help and plans
 
     x, y = positive("compute", x), positive("loss", y)
     kept = frontier(x, y)
@@ -202,7 +202,7 @@ def fit_frontier(form: str, x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Law
 
 
 def frontier(x: ArrayLike, y: ArrayLike) -> list[int]:
-    """Indices of the points that no point of at most their compute beats, by growing compute."""
+    """Indices, by growing compute, of points that no point of at most their compute beats."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     kept: list[int] = []
     for index in np.lexsort((y, x)).tolist():
@@ -239,15 +239,15 @@ def _line(log_x: Floats, log_y: Floats) -> Floats:
 
 
 def _refit(form: Form, theta: Floats, log_x: Floats, drawn: Floats) -> Floats:
-    """(draws, p) of log y (draws, n), each from the fit to what was found."""
+    """Parameters (draws, p) for log y (draws, n); each fit starts from `theta`."""
     if form.name == "power":
         return _line(log_x, drawn)
     return np.array([_solve(form, theta, log_x, log_y)[0] for log_y in drawn])
 
 
 def _solve(form: Form, start: Floats, log_x: Floats, log_y: Floats) -> tuple[Floats, float]:
-    """Bounds keep exponents below 5, and floors and flattenings from running off to 0, where they
-    no longer change anything."""
+    """(theta, cost) from one start. Bounds keep exponents below 5, and c and d away from 0, where
+    they no longer change anything."""
     low = np.array([-50.0, -5.0, log_y.min() - 9, log_x.min() - 9])[: len(start)]
     high = np.array([50.0, 5.0, log_y.max(), log_x.max() + 2])[: len(start)]
     found = least_squares(
@@ -260,7 +260,7 @@ def _solve(form: Form, start: Floats, log_x: Floats, log_y: Floats) -> tuple[Flo
 
 def _natural(form: Form, theta: Floats, unit: float) -> Floats:
     """(n, p) fitted parameters to those of the formula, with x in its own unit."""
-    with np.errstate(over="ignore"):  # of a line that is too steep to be one it is infinite
+    with np.errstate(over="ignore"):  # for a line that is far too steep it is infinite
         natural = np.exp(theta)
         natural[:, 1] = theta[:, 1]
         natural[:, 0] = np.exp(theta[:, 0] + theta[:, 1] * math.log(unit))
@@ -285,8 +285,8 @@ def residuals(found: Floats, parameters: int, draws: int, rng: np.random.Generat
 
 
 def intervals(drawn: Floats) -> list[Interval]:
-    """Of every column of (draws, p)."""
-    # Infinities are compared and not interpolated: between two of them numpy finds no number.
+    """The interval of every column of (draws, p)."""
+    # Infinities cannot be interpolated: between two of them numpy returns NaN.
     method = "linear" if np.isfinite(drawn).all() else "closest_observation"
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method=method)
     return list(zip(low.tolist(), high.tolist(), strict=True))
@@ -298,7 +298,7 @@ def r_squared(found: Floats, fitted: Floats) -> float:
 
 
 def decades_beyond(x: float, x_range: Interval) -> float:
-    """Decades by which `x` lies outside; 0 inside."""
+    """Decades by which `x` is outside `x_range`; 0 inside."""
     return max(0.0, math.log10(x_range[0] / x), math.log10(x / x_range[1]))
 
 

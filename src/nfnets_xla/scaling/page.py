@@ -41,7 +41,7 @@ def svg(figure: "Figure", name: str) -> str:
 
 
 def titled(drawn: str, chart: Chart) -> str:
-    """An SVG to stand in a page: marks with titles, and names that no other figure has."""
+    """An SVG for a page: its marks have titles, and its ids are unique in the page."""
     drawn = drawn[drawn.index("<svg") :]
     for number, mark in enumerate(marks_of(chart)):
         group = f'<g id="mark-{number}">'

@@ -1,11 +1,11 @@
-"""What to do with so many core-hours: model, epochs, learning rates, steps, hours, expected loss.
-Or what a model costs for so many epochs, and with which rates.
+"""Plans for a given number of core-hours: model, epochs, learning rates, steps, hours, expected
+loss. Or, for a given model and epochs, the cost and learning rates.
 
-Without runs all of it is arXiv 2310.16764's: size and epochs grow at the same rate, about one epoch
-of JFT-4B is best at 5k TPU-v4 core-hours (both section 2), and nothing is larger than F7+. So come
-out the paper's own ends, F0 for a quarter of an epoch and F7+ for eight, each at the utilisation
-that it had. With runs, the division is fitted to them where they resolve it, and the loss is read
-off their frontier.
+Without runs, plans follow arXiv 2310.16764: size and epochs grow at the same rate, about one epoch
+of JFT-4B is best at 5k TPU-v4 core-hours (both section 2), and F7+ is the largest model. This
+reproduces the paper's extremes, F0 for a quarter of an epoch and F7+ for eight, each at its
+utilisation. With runs, the division is fitted to them if they resolve it, and the expected loss
+comes from their frontier.
 """
 
 import math
@@ -22,10 +22,10 @@ from nfnets_xla.scaling.rate import Trials, cells_of, two_trials
 from nfnets_xla.scaling.runs import HELD_OUT, Point, best_per_cell, fitted_to, nfnets
 
 MINI, PLUS = "nfnet_mini_", "_plus"
-LARGEST_MISMATCH = 2.0  # between the size asked for and the nearest model, before it is mentioned
-MOST_CORE_HOURS = 1e12  # more than there are chips for
-MOST_EPOCHS = 100  # from which on a plan asks whether it is meant; the papers have 8 of JFT
-LR_BATCH = 256  # optim.lr_batch of the recipe pretrain: rows that its optim.peak_lr is for
+LARGEST_MISMATCH = 2.0  # factor between best size and nearest model that is not mentioned
+MOST_CORE_HOURS = 1e12  # more than all chips there are could do
+MOST_EPOCHS = 100  # more are called far too many; the papers train 8 epochs of JFT
+LR_BATCH = 256  # optim.lr_batch in the recipe pretrain: its optim.peak_lr is for 256 rows
 WARMUP = 5000  # optim.warmup_steps of that recipe
 SHORTER = "optim.warmup_steps=null optim.warmup_fraction=0.05"
 HASTY = f"fewer than the {WARMUP:,} of the recipe's warm-up: give {SHORTER}"
@@ -33,7 +33,7 @@ HASTY = f"fewer than the {WARMUP:,} of the recipe's warm-up: give {SHORTER}"
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained on, and in which batches."""
+    """The training set and batches."""
 
     images: int = published.JFT_IMAGES
     image_size: int = published.TRAIN_SIZE
@@ -43,14 +43,14 @@ class Study:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be planned for: `core_hours`, or with a `model` too its epochs alone; or a model
-    and `epochs`, whose core-hours are."""
+    """What is given: `core_hours`, to plan model and epochs; `core_hours` and a `model`, to plan
+    the epochs; or a model and `epochs`, to plan the core-hours."""
 
     core_hours: float | None = None
     model: str | None = None
     epochs: float | None = None
     hardware: str = "v4"
-    cores: int = 512  # that it will run on
+    cores: int = 512  # on which it will run
     mfu: float | None = None  # None: measured in the runs, else the paper's
     images: int | None = None  # of the training set; None, as below: the runs', else the paper's
     image_size: int | None = None
@@ -95,13 +95,13 @@ class Plan:
     wall_hours: float
     trials: Trials
     loss: Prediction | None
-    because: dict[str, str]  # of each of these, if it follows from a rule or fit: whose that is
+    because: dict[str, str]  # {field: the rule, fit or assumption it follows from}
 
 
 def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
-    """`points` are runs of one study, on the images that are to be trained on; only those of NFNets
-    in pre-training count. ValueError if points are given and none of them is, or the job is for
-    other images than theirs."""
+    """`points` are runs of one study, on the same training images; only pre-training runs of NFNets
+    count. ValueError if points are given but none of them counts, or if the job is for other
+    images."""
     job.check()
     runs = fitted_to(points) if points else []
     points = best_of_study(runs)
@@ -110,7 +110,7 @@ def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
     mfu, mfu_because = utilisation_for(job, points)
     if job.core_hours is not None:
         flops = account.flops_in(job.core_hours, job.hardware, mfu=mfu)
-        one_pass = flops / passes  # which sizes are of
+        one_pass = flops / passes  # sizes are chosen by the compute of one pass
         model, model_because = chosen_model(one_pass, job, study, points)
         macs = macs_per_image(model, study.image_size, study.num_classes)
         rows = flops / (passes * account.train_flops(macs, 1))
@@ -151,8 +151,8 @@ def make_plan(job: Job, points: Sequence[Point] = ()) -> Plan:
 
 
 def study_of(job: Job, runs: Sequence[Point]) -> Study:
-    """The job's, else the runs', else the paper's. ValueError for other images than those of the
-    runs, whose losses, rates and epochs hold for their own."""
+    """The job's values, else the runs', else the paper's. ValueError if the job's images differ
+    from those of the runs, whose losses, rates and epochs hold only for their own."""
     given = {field.name: getattr(job, field.name) for field in fields(Study)}
     given = {name: value for name, value in given.items() if value is not None}
     if not runs:
@@ -172,9 +172,10 @@ def study_of(job: Job, runs: Sequence[Point]) -> Study:
 
 
 def best_of_study(points: Sequence[Point]) -> list[Point]:
-    """Of each model and number of epochs the run of the best rate. ValueError for several studies:
-    losses compare only on the same images, at the same size and batch, and if they are the same.
-    NFNets have to share their recipe too, as far as points tell it: else SAM looks like a seed."""
+    """For each model and number of epochs, the run at the best rate. ValueError for several
+    studies: losses compare only with the same images, image size, batch size and loss function.
+    NFNets must also share their recipe, as far as points show it: otherwise SAM would look like a
+    seed."""
     pretrained = [point for point in points if not point.is_finetuned]
     if points and not pretrained:
         raise ValueError("all of these runs are fine-tuned; give pre-training runs")
@@ -216,7 +217,7 @@ def utilisation_for(job: Job, points: Sequence[Point]) -> tuple[float, str]:
 
 
 def rates_for(study: Study, macs: float, epochs: float, runs: Sequence[Point]) -> Trials:
-    """What the runs tried is in proportion to their batch, as the paper's is to its own."""
+    """Rates are scaled in proportion to the batch, both the runs' and the paper's."""
     if not runs:
         return two_trials(macs, epochs, batch_size=study.batch_size)
     cells = cells_of(runs)
@@ -238,7 +239,7 @@ def far_from(points: Sequence[Point], flops: float) -> str:
 
 
 def best_size(flops: float, points: Sequence[Point]) -> tuple[float, str]:
-    """Multiply-accumulates per image, and whose rule that is; `flops` are of one pass."""
+    """Multiply-accumulates per image, and the rule used; `flops` are those of one pass."""
     if not points:
         at_one_epoch = account.flops_in(
             published.ONE_EPOCH_CORE_HOURS, "v4", mfu=published.PAPER_MFU
@@ -259,7 +260,7 @@ def best_size(flops: float, points: Sequence[Point]) -> tuple[float, str]:
 
 
 def fitted_division(points: Sequence[Point]) -> Allocation | None:
-    """None if the runs are too few, or leave the exponent open."""
+    """The division fitted to the runs; None if they are too few or do not resolve it."""
     macs, rows, loss = zip(*[(point.macs, point.rows, point.loss) for point in points], strict=True)
     try:
         fitted = parametric(macs, rows, loss)
@@ -272,13 +273,13 @@ def fitted_division(points: Sequence[Point]) -> Allocation | None:
 def on_frontier(
     points: Sequence[Point], cost: Callable[[Point], float] = lambda point: point.flops
 ) -> list[Point]:
-    """Those that no cheaper one beats."""
+    """The points that no cheaper point beats."""
     kept = frontier([cost(point) for point in points], [point.loss for point in points])
     return [points[index] for index in kept]
 
 
 def chosen_model(flops: float, job: Job, study: Study, points: Sequence[Point]) -> tuple[str, str]:
-    """For `flops` of one pass; and why."""
+    """The model for `flops` of one pass, and why."""
     if job.model is not None:
         return job.model, "given"
     size, because = best_size(flops, points)
@@ -287,7 +288,7 @@ def chosen_model(flops: float, job: Job, study: Study, points: Sequence[Point]) 
 
 
 def nearest_model(size: float, study: Study, points: Sequence[Point]) -> tuple[str, str]:
-    """The model of the paper, or of the runs' family, that costs nearest; and how far, if far."""
+    """The paper's, or the runs' family's, model of the nearest cost; and a note if it is far."""
     names: Sequence[str] = published.PAPER_MODELS
     if points:
         families = {family_of(point.model) for point in points}
@@ -301,7 +302,7 @@ def nearest_model(size: float, study: Study, points: Sequence[Point]) -> tuple[s
 
 
 def family_of(name: str) -> tuple[bool, bool]:
-    """What differs within one is the size alone; + models are wider."""
+    """The family of a model: within one only the size differs."""
     return name.startswith(MINI), name.endswith(PLUS)
 
 
@@ -327,7 +328,7 @@ def expected_loss(flops: float, points: Sequence[Point]) -> tuple[Prediction | N
 
 
 def describe(plan: Plan, price: float | None = None) -> str:
-    """A table of what to do, each choice with whose rule it is."""
+    """The plan as a table, each choice with the rule it follows."""
     job, study = plan.job, plan.study
     chips = account.chip_hours(plan.core_hours, job.hardware)
     low, high = sorted(plan.trials.rates)

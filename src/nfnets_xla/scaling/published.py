@@ -1,7 +1,7 @@
-"""The numbers that papers print, each with its source, and a list of those that they do not.
+"""The numbers that the papers print, each with its source.
 
-Sources: CM is arXiv 2310.16764 (the paper that is reproduced here), NF 2102.06171, ZH 2106.04560,
-SV 2305.13035. None stands for a number that was not published; nothing was read off a figure.
+Sources: CM is arXiv 2310.16764 (the paper reproduced here), NF 2102.06171, ZH 2106.04560,
+SV 2305.13035. None means that a number was not published; nothing was read off a figure.
 """
 
 from dataclasses import dataclass
@@ -22,20 +22,20 @@ PAPER_MODELS = (
     "nfnet_f7_plus",
 )
 PAPER_EPOCHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # CM Figure 3's axis
-# CM section 2: the optimum is above one epoch from about here on; size and epochs are to be scaled
-# at the same rate.
+# CM section 2: from about here on the optimum is above one epoch; size and epochs should grow at
+# the same rate.
 ONE_EPOCH_CORE_HOURS = 5_000.0
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One model of another paper beside which Figure 1 puts the NFNets."""
+    """A model of another paper with which Figure 1 compares the NFNets."""
 
     name: str
     gflops: float  # forward, one image of 224 px, 2 per MAC, as ZH and SV print them
     rows: float | None  # images seen in pre-training, with repeats
     top1: float  # ImageNet, %, fine-tuned
-    finetune_size: int  # pixels of that
+    finetune_size: int  # pixels, in fine-tuning
     v3_core_hours: float  # as reported by its authors; of G/14 "more than"
     v4_core_hours: float  # CM section 3: estimated by its authors
     source: str

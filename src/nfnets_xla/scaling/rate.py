@@ -1,9 +1,9 @@
-"""The learning rate against epochs and size: which was best, and which two to try next.
+"""The learning rate against epochs and size: the best so far, and the two to try next.
 
 arXiv 2310.16764, section 2 and Figure 3: rates lie on a grid of factor 2; the best is about 1.6,
 for a batch of 4096, for every model at few epochs, and falls with epochs, slowly for small models
-and faster for large ones. Taking for granted that it never rises, two trials are enough at each
-number of epochs: the best rate of the one before, and half of it.
+and faster for large ones. Assuming that it never rises, two trials are enough at each number of
+epochs: the best rate at the previous number, and half of it.
 """
 
 import math
@@ -17,7 +17,7 @@ from nfnets_xla.scaling.account import above
 from nfnets_xla.scaling.published import BATCH, PEAK_LR
 from nfnets_xla.scaling.runs import Point, mean_loss, runs_of_cells
 
-HOPELESS = 1e3  # times the loss of the best rate of any cell
+HOPELESS = 1e3  # losses are capped at this multiple of the worst cell's best loss
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Cell:
 
     @property
     def ended(self) -> bool:
-        """Whether all seeds of some rate came to their end; else there is nothing to choose."""
+        """Whether no seed diverged at some rate; else there is no rate to choose."""
         return math.isfinite(self.losses[self.best])
 
     @property
@@ -45,11 +45,11 @@ class Cell:
         return min(self.losses) < self.best < max(self.losses)
 
     def before(self, other: "Cell") -> bool:
-        """Whether `other`'s rate may not be higher: no smaller, no shorter, and not the same."""
+        """Whether `other`, no smaller, no shorter and not the same, may not have a higher rate."""
         return self.bounds(other) and (self.macs, self.epochs) != (other.macs, other.epochs)
 
     def bounds(self, other: "Cell") -> bool:
-        """Whether `other` is no smaller and no shorter; each bounds itself."""
+        """Whether `other` is no smaller and no shorter; every cell bounds itself."""
         return self.macs <= other.macs and self.epochs <= other.epochs
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Cell:
 
 
 def cells_of(points: Iterable[Point]) -> list[Cell]:
-    """Of pre-training runs of one study, by size and epochs; seeds of a rate are averaged.
+    """The cells of pre-training runs of one study, by size and epochs, averaged over seeds.
     ValueError as `check_cells`."""
     cells: list[Cell] = []
     for rates in runs_of_cells(points):
@@ -77,15 +77,15 @@ def cells_of(points: Iterable[Point]) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Rule:
-    """Rates that never rise with epochs or size, at the least loss in sum."""
+    """Rates that never rise with epochs or size, and minimise the total loss."""
 
     cells: list[Cell]
-    rates: list[float]  # one for each cell, among those that were tried there
-    rises: list[tuple[Cell, Cell]]  # where the best rate is higher for more epochs or a larger size
+    rates: list[float]  # one per cell, among those tried there
+    rises: list[tuple[Cell, Cell]]  # pairs whose best rate rises with epochs or size
 
     @property
     def excess(self) -> float:
-        """Loss at the rule's rate over the lowest: of the worst cell, as a share."""
+        """The largest relative excess, over cells, of the loss at the rule's rate."""
         pairs = zip(self.cells, self.rates, strict=True)
         return max(cell.losses[rate] / cell.losses[cell.best] - 1 for cell, rate in pairs)
 
@@ -99,11 +99,11 @@ class Rule:
 
 
 def fit_rule(cells: Sequence[Cell]) -> Rule:
-    """Of cells that have a best rate. ValueError if there are none, and if the rates that were
-    tried leave no choice that never rises.
+    """The rule for cells that have a best rate. ValueError if there are none, or if no choice among
+    the tried rates never rises.
 
-    Exact, as a linear program: x[c, k] says that cell c has at least the k-th rate. Costs are
-    linear in it and all constraints are differences, so that a vertex is whole numbers.
+    Exact, by a linear program: x[c, k] = 1 if cell c has at least the k-th rate. Costs are linear
+    in x and all constraints are differences, so vertices are integral.
     """
     if not cells:
         raise ValueError("there are no cells of runs to fit learning rates to")
@@ -111,8 +111,8 @@ def fit_rule(cells: Sequence[Cell]) -> Rule:
     if len(rates) == 1:
         return Rule(list(cells), rates * len(cells), [])
     finite = [{r: loss for r, loss in c.losses.items() if math.isfinite(loss)} for c in cells]
-    # A run may blow up and still have a finite loss. It costs what is hopeless, and no more: the
-    # program is solved in floating point, where 1e13 beside 3 leaves it without an answer.
+    # A run may blow up with a finite loss, which is capped: the program is solved in floating
+    # point, and with 1e13 beside 3 the solver finds no solution.
     hopeless = HOPELESS * max(cell.losses[cell.best] for cell in cells)
     capped = [{r: min(loss, hopeless) for r, loss in losses.items()} for losses in finite]
     dear = 10 * hopeless * len(cells)  # more than any choice costs
@@ -149,7 +149,7 @@ def fit_rule(cells: Sequence[Cell]) -> Rule:
 
 @dataclass(frozen=True)
 class Trials:
-    """The two learning rates to try, and why these."""
+    """The two learning rates to try, and why."""
 
     rates: tuple[float, float]
     because: str
@@ -163,13 +163,14 @@ def two_trials(
     cells: Sequence[Cell] = (),
     downwards: bool = False,
 ) -> Trials:
-    """For one run: the lowest best rate among runs no larger and no longer, and half of it.
+    """The trials for one run: the lowest best rate among runs no larger and no longer, and half of
+    it.
 
-    Where best rates rise from run to run, rates that never do at the least loss stand for them, if
-    such were tried. Without any such run, and `downwards`, the highest among runs no smaller and no
-    shorter, below which its own should not be, and twice that. Without any run the paper's 1.6, in
-    proportion to the batch (arXiv 2102.06171, A.1). Where such a run diverged at all its rates, the
-    first is half the lowest of these at most.
+    If best rates rise from run to run, those of `fit_rule` are used instead, if it has a solution.
+    If there is no such run, but `downwards`: the highest best rate among runs no smaller and no
+    shorter, below which this run's should not be, and twice that. Without any run: the paper's 1.6,
+    in proportion to the batch (arXiv 2102.06171, A.1), and half of it. If a run no larger and no
+    longer diverged at all its rates, the first is at most half the lowest of these.
     """
     above("macs", macs)
     above("epochs", epochs)
@@ -186,7 +187,7 @@ def two_trials(
 
 
 def by_the_best(run: Cell, cells: Sequence[Cell], *, batch_size: int, downwards: bool) -> Trials:
-    """By the best rates of other runs, which `cells` are of; or by the paper's."""
+    """Trials by the best rates of other runs, in `cells`; or by the paper's."""
     if known := [cell for cell in cells if cell.bounds(run)]:
         rate, because = min(ruled(known), key=lambda pair: pair[0])
         return Trials((rate, rate / 2), because)
@@ -204,7 +205,7 @@ def by_the_best(run: Cell, cells: Sequence[Cell], *, batch_size: int, downwards:
 
 
 def ruled(cells: Sequence[Cell]) -> list[tuple[float, str]]:
-    """Of each cell its rate, by rates that never rise if there are such, and whose it is."""
+    """(rate, why) of each cell: by `fit_rule` if it has a solution, else the best."""
     try:
         rates = fit_rule(cells).rates
     except ValueError:

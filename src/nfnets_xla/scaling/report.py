@@ -10,9 +10,9 @@ from nfnets_xla.scaling.runs import Point, fitted_to
 
 
 def report(points: Sequence[Point]) -> str:
-    """Points, laws, division of compute, learning rates. What the runs do not allow is said.
+    """Points, laws, division of compute, learning rates; says what the runs do not resolve.
 
-    Only runs of NFNets in pre-training count. ValueError if there are none."""
+    Only pre-training runs of NFNets count. ValueError if there are none."""
     points = fitted_to(points)
     best = best_of_study(points)
     lost = [
@@ -30,7 +30,7 @@ def report(points: Sequence[Point]) -> str:
 
 
 def table(best: Sequence[Point]) -> str:
-    """Of each model and number of epochs the run of the best rate; * is on the frontier."""
+    """For each model and number of epochs, the run at the best rate; * is on the frontier."""
     kept = {point.run for point in on_frontier(best)}
     header = "  model                 epochs  peak_lr      FLOPs    loss   top-1  restarts"
     in_order = sorted(best, key=lambda point: (point.macs, point.epochs))

@@ -1,10 +1,10 @@
-"""Runs as points: what each cost and what came out, read from the records that runs leave.
+"""Runs as points: the cost and result of each run, from its record.
 
-A point's cost is counted twice. `typical_seconds` has every row at the run's median speed: what the
-run would take without interruptions, which is what arXiv 2310.16764 puts on its axes ("estimated by
-eye from the typical steps per second"). `all_in_seconds` is what its starts took, from opening the
-record to its last line: with compilation, evaluations, checkpoints and steps that were computed
-twice, and without the time between starts. Both are of the whole machine; `devices` says how many.
+A point has two costs. `typical_seconds` is the time for all rows at the run's median speed, that is
+without interruptions; arXiv 2310.16764 has it on its axes ("estimated by eye from the typical steps
+per second"). `all_in_seconds` is the time of all starts, each from opening the record to its last
+line: with compilation, evaluations, checkpoints and repeated steps, but without the time between
+starts. Both are for the whole machine, of `devices` devices.
 """
 
 import math
@@ -25,24 +25,24 @@ HELD_OUT = "the held-out shards"  # among the settings of a run
 
 @dataclass(frozen=True)
 class Point:
-    """One run that has come to its end, or that diverged on the way there."""
+    """One run that has finished or diverged."""
 
     run: str  # its folder, relative to where the search began
     model: str
     epochs: float
-    peak_lr: float  # of the whole batch, as it was used
+    peak_lr: float  # as used, for the whole batch
     seed: int
     loss: float  # held out; infinite if the run diverged
     top1: float  # held out, in [0, 1]; NaN if it diverged
-    objective: str  # which loss that is: softmax or sigmoid
+    objective: str  # the loss function: softmax or sigmoid
     optimizer: str
-    macs: float  # of one training image, forward
+    macs: float  # of a forward pass on one training image
     parameters: int
     image_size: int
     num_classes: int
     batch_size: int
     repeats: int
-    rows: int  # computed, each once: steps x batch
+    rows: int  # steps x batch, not counting repeated steps
     flops: float  # of training on these rows
     device_kind: str
     devices: int
@@ -52,7 +52,7 @@ class Point:
     steps_lost: int
     data: str  # fingerprint of the training shards
     init_from: str | None  # the run, file or public weights that it started from
-    seeds: int = 1  # of which loss and top-1 are the mean
+    seeds: int = 1  # number of seeds that loss and top-1 are means over
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, hash=False)
 
     @property
@@ -70,11 +70,11 @@ class Point:
 
     @property
     def passes(self) -> float:
-        """Over each image: 1, or what SAM makes of it, up to 2."""
+        """Gradient passes over each image: 1, or with SAM up to 2."""
         return round(self.flops / train_flops(self.macs, self.rows), 6)
 
     def cores(self, hardware: str) -> int | None:
-        """Cores that it ran on, if they were of `hardware`; else None."""
+        """The number of cores, if it ran on `hardware`; else None."""
         if find_device(self.device_kind) is not device(hardware):
             return None
         return self.devices * device(hardware).cores
@@ -102,7 +102,7 @@ class Point:
         return core_hours(self.flops, hardware, mfu=mfu)
 
     def mfu(self, hardware: str) -> float | None:
-        """What it reached of the peak; None if it did not run on `hardware`."""
+        """The share of the peak that it reached; None if it did not run on `hardware`."""
         cores = self.cores(hardware)
         if cores is None or not self.typical_seconds:
             return None
@@ -169,7 +169,7 @@ def read_point(record: RunRecord, name: str) -> Point:
     held_out: Row = {"loss": math.inf, "top1": math.nan}
     if not diverged(record):
         held_out = last_evaluation(record.of_kind("eval"))
-    # Of a run that went on on other devices: as if all of it had run as its last start did.
+    # A run that moved to other devices is timed as if all of it had run on those of the last start.
     own = {(start["device_kind"], start["num_devices"]) for start in record.headers}
     timed = record.of_kind("train")
     if len(own) > 1:
@@ -207,8 +207,8 @@ def read_point(record: RunRecord, name: str) -> Point:
 
 
 def settings_of(header: Row) -> dict[str, Any]:
-    """What rates and seeds of one cell have in common, by dotted name; the order's form may differ,
-    and the number of classes is counted."""
+    """The settings that all rates and seeds of a cell must share, by dotted name. Streams and
+    windows may differ; the number of classes is a field of Point."""
     others = {"seed", "model.name", "optim.peak_lr", "optim.lr_batch", "data.num_classes"}
     others |= {"data.num_streams", "data.window_shards"}
     found: dict[str, Any] = {}
@@ -219,16 +219,16 @@ def settings_of(header: Row) -> dict[str, Any]:
 
 
 def absolute_rate(config: Row) -> float:
-    """The peak of the schedule, of a record's configuration: `lr_batch` scales what was given."""
+    """The peak rate actually used, by a record's configuration: `lr_batch` scales `peak_lr`."""
     optim, batch_size = config["optim"], config["data"]["batch_size"]
     reference = optim.get("lr_batch")
     return optim["peak_lr"] * (batch_size / reference if reference else 1.0)
 
 
 def ascent_share(header: Row) -> float:
-    """Of each batch that SAM computes twice; 0 without SAM.
+    """The share of each batch that SAM computes twice; 0 without SAM.
 
-    In whole images, as the run wrote it; records of older runs have only what was asked for."""
+    In whole images, as recorded; records of older releases have only the requested share."""
     if "ascent_share" in header:
         return header["ascent_share"]
     optim = header["config"]["optim"]
@@ -236,7 +236,7 @@ def ascent_share(header: Row) -> float:
 
 
 def last_evaluation(rows: Sequence[Row]) -> Row:
-    """Of two sets of weights evaluated at the last step, the moving average's."""
+    """The evaluation at the last step: of the moving average, if it was evaluated."""
     last = [row for row in rows if row["step"] == rows[-1]["step"]]
     return next((row for row in last if row["weights"] == "ema"), last[-1])
 
@@ -249,12 +249,12 @@ def pretrained(points: Iterable[Point]) -> list[Point]:
 
 
 def nfnets(points: Iterable[Point]) -> list[Point]:
-    """Without peers: a law is of one family, whose members differ in size alone."""
+    """Without peers: a law holds for one family, whose members differ only in size."""
     return [point for point in points if point.model in VARIANTS]
 
 
 def fitted_to(points: Iterable[Point]) -> list[Point]:
-    """What laws and plans are of: pre-training runs of NFNets. ValueError if there are none."""
+    """The runs for laws and plans: pre-training of NFNets. ValueError if there are none."""
     points = list(points)
     kept = nfnets(pretrained(points))
     if not kept:
@@ -267,16 +267,16 @@ def fitted_to(points: Iterable[Point]) -> list[Point]:
 
 
 def without_restarts(points: Iterable[Point]) -> list[Point]:
-    """Runs of one start. The paper's largest curve is not smooth, which it puts down to restarts
-    (CM section 2); runs of this library are the same whether they were restarted or not."""
+    """Runs that were never restarted. The paper attributes the roughness of its largest curve to
+    restarts (CM section 2); runs of this library do not depend on restarts."""
     return [point for point in points if point.restarts == 0]
 
 
 def source_of(point: Point, points: Iterable[Point]) -> Point | None:
     """The pre-trained run that a fine-tuned one started from, if it is among `points`.
 
-    Folders may have been moved, so what counts is that the path ends in the run's name; or, of a
-    path that is not absolute, that one run's name ends in the path, which was written further down.
+    Since folders may have been moved, it is enough that the path ends in the run's name; or that
+    exactly one run's name ends in the path, which may be relative to a folder further down.
     """
     if point.init_from is None:
         return None
@@ -290,7 +290,7 @@ def source_of(point: Point, points: Iterable[Point]) -> Point | None:
 
 
 def _run_folder(path: Path) -> Path:
-    """Of a run's folder, its folder of checkpoints, one of them, or a file of weights in any."""
+    """The run's folder, for a path of it, its checkpoints, one of them, or weights in one."""
     if path.suffix == ".safetensors":
         path = path.parent
     if path.parent.name == CHECKPOINTS:
@@ -303,9 +303,9 @@ def _ends_in(whole: tuple[str, ...], end: tuple[str, ...]) -> bool:
 
 
 def check_cells(points: Iterable[Point]) -> None:
-    """ValueError if runs that pass for rates and seeds of one cell differ in anything else.
+    """ValueError if runs of one cell differ in anything but rate and seed.
 
-    What a record does not know of, being of another release, is not compared.
+    Settings that a record lacks, being of another release, are not compared.
     """
     known: dict[tuple[str, float, str], dict[str, tuple[Any, str]]] = {}  # name: (value, whose)
     for point in points:
@@ -321,8 +321,8 @@ def check_cells(points: Iterable[Point]) -> None:
 
 
 def runs_of_cells(points: Iterable[Point]) -> list[dict[float, list[Point]]]:
-    """Of each (model, epochs, data) the runs at each rate, the lowest first; seeds of a rate in
-    their order. ValueError as `check_cells`, and for a run that is there twice."""
+    """For each cell (model, epochs, data), {rate: runs by seed}, the lowest rate first. ValueError
+    as `check_cells`, and for a run that appears twice."""
     points = sorted(points, key=lambda point: (point.peak_lr, point.seed))
     check_cells(points)
     cells: dict[tuple[str, float, str], dict[float, list[Point]]] = {}
@@ -339,16 +339,16 @@ def runs_of_cells(points: Iterable[Point]) -> list[dict[float, list[Point]]]:
 
 
 def mean_loss(runs: Iterable[Point]) -> float:
-    """Of the seeds of a rate; infinite if one diverged."""
+    """The mean loss over the seeds of a rate; infinite if one diverged."""
     return statistics.fmean(run.loss for run in runs)
 
 
 def best_per_cell(points: Iterable[Point]) -> list[Point]:
-    """Of each (model, epochs, data) the run of the learning rate with the lowest loss.
+    """For each (model, epochs, data), the run at the learning rate with the lowest loss.
 
-    Where a rate was run with several seeds, loss and top-1 are their mean, and what else is said is
-    of the run nearest to it. A rate at which a seed diverged is none, nor is a cell that has no
-    other. ValueError as `check_cells`.
+    With several seeds, loss and top-1 are means, and the other fields are those of the run nearest
+    to the mean loss. Rates at which a seed diverged do not count; cells with no other rate are left
+    out. ValueError as `check_cells`.
     """
     best: list[Point] = []
     for rates in runs_of_cells(points):
