@@ -127,7 +127,7 @@ def reads(index: ShardIndex, held_out: ShardIndex | None, images: float) -> str:
 
 
 def devices_of(terms: Terms) -> int:
-    """What PyTorch sees of the chips: on v2, v3 and v7 their cores."""
+    """The number of devices that PyTorch sees: chips, but on v2, v3 and v7 their cores."""
     cores = account.cores_per_chip(terms.hardware) // account.device(terms.hardware).cores
     return terms.chips * cores
 
@@ -143,7 +143,7 @@ def check_devices(run: Run, terms: Terms) -> None:
 
 
 def hosts_of(terms: Terms) -> int:
-    """Processes that the slice or the machines run: of GPUs one each."""
+    """The number of processes: one per host of a TPU slice, or one per GPU."""
     if not terms.hardware.startswith("v"):
         return terms.chips
     if terms.chips <= IN_ONE_HOST.get(terms.hardware, CHIPS_OF_A_HOST):
@@ -152,7 +152,7 @@ def hosts_of(terms: Terms) -> int:
 
 
 def check_streams(run: Run, terms: Terms, order: Order) -> None:
-    """They divide among the hosts, and images are mixed with others of their host."""
+    """ValueError if hosts cannot share the streams, or have no partners for mixing."""
     if order.num_streams % (hosts := hosts_of(terms)):
         raise ValueError(
             f"data.num_streams is {order.num_streams}; it must be a multiple of the {hosts} hosts "
@@ -185,7 +185,7 @@ def price_of(flops: float, terms: Terms) -> list[Line]:
 
 
 def evaluation_flops(run: Run, net: Network, steps: int, held_out: int | None) -> float:
-    """Of all evaluations: one after the last step, and one each `trainer.eval_every`."""
+    """FLOPs of all evaluations: one after the last step, and one every `trainer.eval_every`."""
     if held_out is None:
         return 0.0
     every = run.trainer.eval_every or steps

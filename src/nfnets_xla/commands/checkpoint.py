@@ -65,7 +65,7 @@ def verify(given: Any) -> int:
 
 
 def verified(where: str) -> Checkpoint | str:
-    """The checkpoint, or why it is not verified; those beside it are still to be."""
+    """The checkpoint, or why it cannot be verified, so that the others still are."""
     try:
         return checkpoint.verify_one(where)
     except checkpoint.Newer as newer:
@@ -140,7 +140,7 @@ def card(given: Any) -> None:
 
 
 def held_out(run_dir: Path, step: int, weights: str) -> dict[str, str]:
-    """What the run's record says of these weights, if it is at hand."""
+    """The held-out results of these weights in the run's record, if there is one."""
     if not has_record(run_dir):
         return {}
     rows = read_record(run_dir).of_kind("eval")

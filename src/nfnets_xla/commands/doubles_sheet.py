@@ -1,7 +1,7 @@
-"""The report of `shards dedup`: how many pairs are how far apart, and what those at the border are.
+"""The report of `shards dedup`: a histogram of distances, and the pairs nearest to the threshold.
 
-Pairs are drawn in order of their distance, an equal number on either side of the threshold, each as
-the sample and what it is near to, in colour.
+Pairs are drawn in order of their distance, equally many on either side of the threshold; each shows
+the sample and its match, in colour.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def at_border(distance_M: np.ndarray, most_distance: float) -> np.ndarray:
 
 
 def histogram(distance_M: np.ndarray, most_distance: float, width: int) -> Image.Image:
-    """Logarithmic: a handful of pairs at the border are to be seen beside thousands of copies."""
+    """Logarithmic, so that a few pairs near the threshold show beside thousands of copies."""
     count, edges = np.histogram(distance_M, BINS, (0, FARTHEST))
     image = Image.new("RGB", (width, HEIGHT), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)

@@ -1,7 +1,7 @@
-"""How far apart a model finds pictures: 1 less the cosine of their features.
+"""The distance of pictures by a model: 1 - the cosine of their features.
 
-For `shards dedup --model`: instead of pixels, where copies have been altered more than pixels
-allow. A feature is the mean of a picture's and its mirror image's, so that mirroring costs nothing.
+For `shards dedup --model`: instead of comparing pixels, if copies have been altered too much for
+that. A feature is the mean over a picture and its mirror image, so that mirroring does not matter.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ REMEMBERED = 4096  # features: a picture has several matches, one after another
 
 
 class Model(NamedTuple):
-    """A network without its head, and the pictures that it takes."""
+    """A network without its head, and the size and colours of its images."""
 
     net: Network
     size: int
@@ -38,7 +38,7 @@ class Model(NamedTuple):
 
 
 def compared(matches: Matches, model: Model, on_progress: Progress | None = None) -> Matches:
-    """The matches with distances of features."""
+    """`matches` with distances of features instead of pixels."""
     opened = opener(matches)
 
     @lru_cache(REMEMBERED)
@@ -82,7 +82,7 @@ def load(name: str, weights: str | None) -> Model:
 
 @torch.inference_mode()
 def embedded(model: Model, data: bytes) -> Tensor:
-    """Of length 1."""
+    """The feature of an image file, normalised to length 1."""
     view_HWC = torch.from_numpy(eval_view(decode(data), size=model.size, margin=0)).float()
     mean_C, stddev_C = torch.tensor(model.mean_rgb), torch.tensor(model.stddev_rgb)
     image_CHW = ((view_HWC - mean_C) / stddev_C).permute(2, 0, 1)

@@ -66,8 +66,8 @@ class Launch:
     run: list[str]  # arguments of nfnets-xla
 
     def check(self, command: str) -> None:
-        """Raises ValueError for what would only show once the slice is paid for. What ends its cost
-        is never refused."""
+        """Raises ValueError for mistakes that would only show once the slice is paid for. Commands
+        that end the cost are never refused."""
         if command in (*INSTALLING, "start"):
             self._check_run()
         if command in INSTALLING:
@@ -133,7 +133,7 @@ class Slice:
         return in_dry_run if self.dry_run else answer.strip()
 
     def wait(self) -> None:
-        """Until the slice is there."""
+        """Wait until the slice is ACTIVE."""
         state = self._until(
             lambda state: state == "ACTIVE" or state in (*GONE, *GOING, ABSENT), in_dry_run="ACTIVE"
         )
@@ -141,7 +141,7 @@ class Slice:
             raise Failed(f"{self.settings.name} is {state}: `nfnets-xla launch resume` renews it")
 
     def settled(self) -> str:
-        """The state, once what is being taken away is gone."""
+        """The state of the slice, after waiting for a deletion in progress."""
         return self._until(lambda state: state not in GOING, in_dry_run="SUSPENDED")
 
     def _until(self, over: Callable[[str], bool], *, in_dry_run: str) -> str:
@@ -154,7 +154,7 @@ class Slice:
         return state
 
     def install(self) -> None:
-        """On all workers. What is there already stays, so that it may be repeated."""
+        """Install on all workers. It keeps what is there already, so it can be repeated."""
         wheel, lock = Path(self.settings.wheel), Path(self.settings.lock)
         self._on_workers(f"mkdir -p {FOLDER}")
         with ExitStack() as open_files:
@@ -167,7 +167,7 @@ class Slice:
         self._on_workers(f"cd {FOLDER} && bash install.sh {arguments}")
 
     def start(self) -> None:
-        """On all workers, behind the shell that asks for it. Those that run already go on."""
+        """Start the run on all workers, in the background. Workers that run already continue."""
         command = shlex.join(["bash", "run.sh", self.settings.share, SHARE, *self.settings.run])
         self._on_workers(
             f"cd {FOLDER} && rm -f exit && "
@@ -175,7 +175,7 @@ class Slice:
         )
 
     def stop(self) -> None:
-        """Ask the run to save and to end; it stays ended until it is started again."""
+        """Ask the run to save and end; it is not restarted until `start`."""
         self._on_workers(
             f"cd {FOLDER} && touch stop && "
             "if flock -n lock true; then test -s exit || echo 75 > exit; "  # there is none to ask
@@ -198,7 +198,7 @@ class Slice:
         return self._gcloud("queued-resources", verb, self.settings.name, *options, ask=ask)
 
     def _gcloud(self, *arguments: str, ask: bool = False) -> str:
-        """Run one command, after showing it; or one that only asks, and return its answer."""
+        """Print and run a command; or, with `ask`, run a query silently and return its answer."""
         where = (f"--project={self.settings.project}", f"--zone={self.settings.zone}", "--quiet")
         command = ["gcloud", "compute", "tpus", *arguments, *where]
         if self.dry_run or not ask:
@@ -237,7 +237,7 @@ def _shipped(name: str) -> AbstractContextManager[Path]:
 
 
 def resume(tpu: Slice) -> bool:
-    """Bring the run to life again, wherever it was left; whether it has finished.
+    """Start or restart the run, in whatever state it is; returns whether it has finished.
 
     The command is repeated as it is: the run goes on from its newest checkpoint. Raises RunFailed
     if it ended by itself with an error, which repeating would only repeat.

@@ -44,8 +44,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[Network, Sizes, str]:
-    """The network in evaluation mode, its images' sizes without `size`, which it must take, and
-    its loss, which says what probabilities are.
+    """The network in evaluation mode, its default image sizes, and its loss, which decides how
+    logits become probabilities. The network must take images of `size`.
 
     ValueError for weights of another model, and for none.
     """
@@ -76,7 +76,8 @@ def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[N
 
 
 def of_weights(name: str, found: Weights, size: int | None) -> tuple[Network, Sizes | None]:
-    """And the sizes of the run that they are of. A peer is made for them."""
+    """The network with these weights, and the image sizes of their run, for which peers are
+    built."""
     options = found.peer_options(name, size) if is_peer(name) else {}
     net = found.network(name, **options)
     if not net.num_classes:
@@ -87,7 +88,7 @@ def of_weights(name: str, found: Weights, size: int | None) -> tuple[Network, Si
 def best(
     net: Network, pixels: Any, sizes: Sizes, top: int, loss: str = "softmax"
 ) -> Iterator[tuple[int, float]]:
-    """(class, probability), the most probable first; of a sigmoid loss each class by itself."""
+    """(class, probability), most probable first; with a sigmoid loss classes are independent."""
     view_HWC = torch.from_numpy(eval_view(pixels, size=sizes.test, margin=sizes.margin)).float()
     image_CHW = ((view_HWC - torch.tensor(MEAN_RGB)) / torch.tensor(STDDEV_RGB)).permute(2, 0, 1)
     with torch.inference_mode():

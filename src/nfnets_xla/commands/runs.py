@@ -20,8 +20,8 @@ from nfnets_xla.record import Row, RunRecord, read_record
 from nfnets_xla.scaling.account import train_flops
 from nfnets_xla.scaling.runs import absolute_rate, ascent_share, last_evaluation
 
-# Seconds without a line, after which a run is taken to have stopped: at least, and before the first
-# logged step, which comes after compiling and is written an interval late, or evaluation.
+# Seconds without a new row after which a run counts as stopped: QUIET at least; STARTING before the
+# first logged step, which comes after compiling and is written an interval late, or evaluation.
 QUIET, STARTING = 120.0, 3600.0
 WITHIN = 1.25  # of --flops, either way
 DAY = 86_400  # seconds; a timer takes no more than some years
@@ -43,7 +43,7 @@ class Overview:
     lost_seconds: float
     starts: int
     silent: float  # seconds since its record was written to
-    quiet: float  # seconds after which that means that it has stopped; 0: it says so
+    quiet: float  # seconds of silence after which it counts as stopped; 0: its record says so
     begun: bool  # its last start has logged a step
     ended: bool
     loss: float | None  # of the last logged step
@@ -100,8 +100,8 @@ def overview(record: RunRecord, folder: Path, name: str) -> Overview:
 
 
 def quiet(lines: Sequence[Row]) -> float:
-    """Of a start, header first: a line comes every so many steps, and may wait for one interval and
-    a save; or for an evaluation, which takes as long as the ones before, or nobody knows how long.
+    """Seconds of silence after which a start, given by its rows, counts as stopped. A row may be
+    late by a logging interval and a save, or by an evaluation, which takes as long as earlier ones.
     """
     if lines[-1]["kind"] == "stopped":
         return 0.0
@@ -125,7 +125,7 @@ SPARED = ("starts", "lost", "peak lr", "epochs", "FLOPs", "loss", "time")
 
 
 def table(found: Sequence[Overview], width: int) -> Any:
-    """No wider than `width` if leaving out what can be spared is enough; no cell is ever cut."""
+    """A table of at most `width`, if leaving out SPARED columns is enough; no cell is cut."""
     from rich.table import Table
 
     rows = [cells(run) for run in found]
@@ -144,7 +144,7 @@ def table(found: Sequence[Overview], width: int) -> Any:
 
 
 def cells(run: Overview) -> dict[str, str]:
-    """Of a row, by the names of the columns."""
+    """The cells of a run's row, by column."""
     held_out, top1 = run.held_out or (None, None)
     return {
         "run": run.name,
@@ -209,7 +209,7 @@ def chosen(given: Any) -> list[Overview]:
 
 
 def watch(given: Any) -> None:
-    """Until it is interrupted, or no run is left that goes on."""
+    """Redraw until interrupted, or until no run is still running."""
     from rich.live import Live
 
     with Live(auto_refresh=False) as live:

@@ -114,7 +114,7 @@ def run_figures(given: Any) -> None:
 
 
 def chosen(given: Any) -> list[Point]:
-    """The finished pre-training runs of NFNets in the folder; what is left out is said."""
+    """The finished pre-training runs of NFNets in the folder; prints what is left out."""
     trained = pretrained(finished(given))
     points = nfnets(trained)
     if peers := sorted({point.model for point in trained} - {point.model for point in points}):
@@ -139,7 +139,7 @@ def finished(given: Any) -> list[Point]:
 
 
 def show(text: str) -> None:
-    """In a terminal no line is wider than it; in a pipe a line is as long as it is."""
+    """Print; lines are wrapped to the width of a terminal, but not in a pipe."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     for line in text.splitlines():
         if len(line) > width:
@@ -148,5 +148,5 @@ def show(text: str) -> None:
 
 
 def remark(text: str) -> None:
-    """Of what the answer, which may be piped, is not of."""
+    """A remark, on standard error, since the answer may be piped."""
     print(text, file=sys.stderr)

@@ -23,7 +23,7 @@ from nfnets_xla.sheet import draw_sheet
 COLUMNS = 8  # of a sheet without repeats; with K repeats, a row has the K views of an image
 
 
-# What the sheet does not depend on, and a recipe may leave to be set.
+# Settings that a recipe may leave missing, and that do not affect the sheet.
 NEEDLESS = ["run_dir=null", "model.init_from=null", "data.eval_shards=null", "optim.epochs=1"]
 
 
@@ -78,9 +78,9 @@ def show(run: Run, out: Path, rows: int, step: int = 1, say: Callable[[str], Non
 def first_views(
     dataset: TrainBatches, number: int, step: int = 0
 ) -> list[tuple[np.ndarray, str, str]]:
-    """(pixels, label, id) of the first views of a batch that are not there to fill up.
+    """(pixels, label, id) of the first views of a batch, without padding rows.
 
-    They come from as few streams as have them, but from two at least: MixUp's and CutMix's."""
+    They come from as few streams as possible, but at least two: one of MixUp, one of CutMix."""
     order, repeats = dataset.order, dataset.repeats
     real_CN = order.step(step).weight.reshape(order.num_streams, -1) > 0
     images = -(-number // repeats)

@@ -51,7 +51,7 @@ def signals(net: nn.Module, images_BCHW: Tensor) -> list[BlockSignal]:
         for number, beta in enumerate(stage)
     ]
     of_blocks = zip(blocks, expected, strict=True)
-    maps: dict[str, Tensor] = {}  # of the block in hand
+    maps: dict[str, Tensor] = {}  # of the current block
     found: list[BlockSignal] = []
 
     def remember(module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -131,7 +131,7 @@ def draw(found: Sequence[BlockSignal], path: Path, title: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the table, and draws it. What cannot be is refused before the network is built."""
+    """Prints and draws the table. Bad arguments are refused before the network is built."""
     given = parser().parse_args(arguments)
     if given.batch < 1 or (given.size is not None and given.size < 1):
         raise ValueError(
