@@ -96,9 +96,8 @@ def fit(ready: Ready, display: Display, preemption: Preemption | None) -> dict[s
         every = plan.run.trainer.eval_every or plan.num_steps
         if past.step and (past.step % every == 0 or past.step == plan.num_steps):
             watch.monitor.evaluated_at = max(past.evaluated, default=0)
-            if (
-                watch.monitor.evaluated_at != past.step
-            ):  # the last start ended before this evaluation
+            # Else the last start ended before this evaluation.
+            if watch.monitor.evaluated_at != past.step:
                 trainer.num_sanity_val_steps = sys.maxsize
         trainer.fit(task, loader, eval_loader)
         if eval_loader is not None and watch.monitor.evaluated_at != plan.num_steps:

@@ -121,7 +121,8 @@ def converted(hours: float, source: str, target: str, *, mfu_ratio: float = 1.0)
     """Core-hours on `target` for a run of `hours` on `source`.
 
     `mfu_ratio` is the target's utilisation / the source's. By the peaks alone one v4 core equals
-    2.24 of v3; in the paper's conversions (published.py) it equals 1.75 to 1.79.
+    2.24 of v3; in the paper's figures it equals 1.75 to 1.79 for ViTs (published.py) and
+    2.27 for F7+, if its "250 TPU-v3 core hours" are thousands.
     """
     at_least("core-hours", hours, 0)
     above("mfu_ratio", mfu_ratio)

@@ -37,7 +37,7 @@ class Peer:
     top1: float  # ImageNet, %, fine-tuned
     finetune_size: int  # pixels, in fine-tuning
     v3_core_hours: float  # as reported by its authors; of G/14 "more than"
-    v4_core_hours: float  # CM section 3: estimated by its authors
+    v4_core_hours: float  # CM section 3: estimated from speeds that CM's authors measured
     source: str
 
 
