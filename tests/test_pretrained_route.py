@@ -53,4 +53,4 @@ def test_without_them_it_is_one_line(shards: Path, tmp_path: Path) -> None:
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1
-    assert "neither in the Hugging Face cache nor to be had" in ended.stderr
+    assert "neither in the Hugging Face cache nor available" in ended.stderr

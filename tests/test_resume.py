@@ -275,7 +275,7 @@ def test_where_a_run_that_began_from_another_goes_on(tmp_path: Path) -> None:
     given = str(source)
     shutil.rmtree(source)
     assert step() == 3
-    assert "no checkpoint any more; taken is" in said[-2]
+    assert "no checkpoint any more; using" in said[-2]
 
 
 def test_a_run_is_known_by_what_it_begins_from_wherever_that_lies(

@@ -42,8 +42,8 @@ def check_apart(shards: str, eval_shards: str) -> None:
     folder's shards, so held-out samples would be trained on, under ids that no list names."""
     if is_below(eval_shards, shards) or is_below(shards, eval_shards):
         raise ValueError(
-            f"data.shards is {shards} and data.eval_shards {eval_shards}: one lies in the other, "
-            "whose index takes it in; move it beside that, and index both again"
+            f"data.shards is {shards} and data.eval_shards {eval_shards}: one is inside the other, "
+            "whose index then includes it; move it out, and index both again"
         )
 
 

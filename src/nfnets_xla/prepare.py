@@ -167,8 +167,8 @@ def tell_of_other_weights(plan: Plan, begun_with: dict[str, Any], say: Say) -> N
     if before["given"] == begun_with["given"] and before["which"] != begun_with["which"]:
         say(
             f"warning: {plan.run.model.init_from} holds other weights ({begun_with['which']}) than "
-            f"when {plan.folder} was begun with them ({before['which']}), of which nothing was "
-            "saved: it begins anew with those of now"
+            f"when {plan.folder} was begun ({before['which']}), and nothing was saved since: the "
+            "run starts again, with the present weights"
         )
 
 

@@ -217,7 +217,7 @@ def _begun_from(
                 f"resume is {given!r}, where there is no checkpoint: give one, the folder of a "
                 "run, auto or never"
             )
-        say(f"warning: resume is {given!r}, where there is no checkpoint any more; taken is {own}")
+        say(f"warning: resume is {given!r}, where there is no checkpoint any more; using {own}")
         return own
     if own is None:
         if not _tells_of(run_dir, start):

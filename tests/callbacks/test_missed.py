@@ -69,7 +69,7 @@ def test_a_host_that_was_told_says_nothing_more() -> None:
             return number + (0 if number == NO_BATCH else NO_BATCH)
 
     told = made(hosts=Two(1, 2))
-    with pytest.raises(Unreachable, match="another host could not have its samples") as ended:
+    with pytest.raises(Unreachable, match="another host could not read its samples") as ended:
         told.on_train_batch_start(TRAINER, MODULE, batch(3, 0), 0)
     told.on_exception(TRAINER, MODULE, ended.value)
     assert said == [0]

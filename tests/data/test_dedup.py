@@ -213,7 +213,7 @@ def test_groups_never_straddle_the_held_out_split(
         with pytest.raises(SystemExit):
             main([*command, "--alike", str(tmp_path / "other.txt")])
         said = capsys.readouterr().err
-        assert f"'{stranger}' is to stay with what is like it, and is no sample of" in said
+        assert f"'{stranger}' is in a group of near-duplicates, but not a sample of" in said
     assert not (tmp_path / "new").exists()
     (tmp_path / "ids.txt").write_text("shard-000000/a\n")
     with pytest.raises(ValueError, match="is no list of pairs: give one of `nfnets-xla shards ded"):

@@ -88,7 +88,7 @@ class Missed(Callback):
         total = self.hosts.total(len(batch["missed"]))
         if total < 0:
             self._told = True
-            raise Unreachable("another host could not have its samples: see there")
+            raise Unreachable("another host could not read its samples: see its output")
         if total == 0:
             return []
         return [sample for missed in self.hosts.gather(batch["missed"]) for sample in missed]

@@ -71,9 +71,9 @@ class Skips:
         assert self.frozen_at is not None
         return (
             f"step {self.frozen_at}: loss or gradient is not finite, and optim.max_skipped="
-            f"{self.ceiling} such steps may be left out. Saved is step {self.frozen_at - 1}, from "
-            "which the same command comes to the same. Look at the step's samples (their ids are "
-            "in the record; nfnets-xla shards show DIR --recipe RECIPE --rows 100 --step "
-            f"{self.frozen_at}, with the run's own settings, draws 800 views), then raise "
+            f"{self.ceiling} such steps may be left out. Step {self.frozen_at - 1} is saved; the "
+            "same command would end in the same way. Look at the step's samples (their ids are in "
+            "the record; nfnets-xla shards show DIR --recipe RECIPE --rows 100 --step "
+            f"{self.frozen_at}, with the run's own settings, draws 100 rows), then raise "
             "optim.max_skipped to go on without it, or begin another run with a smaller rate"
         )

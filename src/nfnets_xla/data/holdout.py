@@ -52,8 +52,8 @@ def hold_out(
     where = local(folder)
     if is_below(Path(folder) / IDS, index.folder) or is_below(index.folder, folder):
         raise ValueError(
-            f"{folder} and {index.folder}, of which samples are to be held out, lie in each other, "
-            "and an index takes in the shards of all folders below: choose a folder beside it"
+            f"{folder} is inside {index.folder}, or the other way round, and an index includes the "
+            "shards of all subfolders: choose a folder beside it"
         )
     check_empty(where, IDS)
     chosen = choose(index, samples, alike=alike, engine=engine, jobs=jobs, on_progress=on_progress)
@@ -181,6 +181,6 @@ def _hashes(
 
 def refuse_unknown(index: ShardIndex, sample_id: str) -> NoReturn:
     raise ValueError(
-        f"{sample_id!r} is to stay with what is like it, and is no sample of {index.folder}: give "
-        "a list that was made of these shards"
+        f"{sample_id!r} is in a group of near-duplicates, but not a sample of {index.folder}: give "
+        "a list that was made from these shards"
     )

@@ -141,7 +141,7 @@ def _check(address: str, part: Path, headers: Any) -> None:
             md5.update(chunk)
     if base64.b64decode(stated[1]) != md5.digest():
         part.unlink()
-        raise OSError(f"the bytes are not those that the server's checksum is of ({address})")
+        raise OSError(f"the checksum of the bytes is not the one that the server sent ({address})")
 
 
 @contextmanager

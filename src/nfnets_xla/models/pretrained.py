@@ -37,6 +37,6 @@ def _from_hub(repository: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         first = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{repository} is neither in the Hugging Face cache nor to be had ({first}): go online "
+            f"{repository} is neither in the Hugging Face cache nor available ({first}): go online "
             "and unset HF_HUB_OFFLINE, or give checkpoint_path, a file you have"
         ) from None

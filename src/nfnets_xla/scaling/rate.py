@@ -140,7 +140,7 @@ def fit_rule(cells: Sequence[Cell]) -> Rule:
             where = f"{rate:g} for {cell}"
             advice = f"{where} diverged" if rate in cell.losses else f"try {where}"
             raise ValueError(
-                "by the rates that were tried the rate has to rise with epochs or size somewhere: "
+                "with the rates that were tried, the rate must rise with epochs or size somewhere: "
                 + advice
             )
     rises = [(a, b) for a in cells for b in cells if a.before(b) and b.best > a.best]
