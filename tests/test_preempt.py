@@ -239,9 +239,12 @@ def test_what_announces_maintenance(tmp_path: Path) -> None:
             assert announced(f"{server.url}/absent") is None
 
 
-def test_a_question_that_fails_makes_no_new_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", [True, None])
+def test_a_question_that_fails_makes_no_new_notice(
+    first: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that stands from the start has its run; a server may fail once while it does."""
-    answers = iter([True, None, True, False, None, True])
+    answers = iter([first, None, True, False, None, True])
     monkeypatch.setattr(preempt, "announced", lambda _: next(answers))
     monkeypatch.setattr(preempt, "POLL_SECONDS", 0)
     asked: list[str] = []

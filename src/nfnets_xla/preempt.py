@@ -100,7 +100,7 @@ class Preemption:
             now = announced(notice)
             if now is None:  # no answer: keep the last one, and ask again
                 continue
-            if now and not before and self.reason is None:
+            if now and before is False and self.reason is None:  # None: it may have stood before
                 self.ask(f"{notice} announces maintenance")
                 os.write(self._write, b"\0")  # wakes the other thread to see the deadline
             before = now

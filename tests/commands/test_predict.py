@@ -210,8 +210,9 @@ def test_mistakes_are_one_line(
         error = capsys.readouterr().err
         assert part in error
         assert error.count("\n") == 1
-    config = {"num_classes": 3, "nfnets_xla": {"model": "x", "in_chans": 3}}
-    config |= {"pretrained_cfg": timm_cfg("nfnet_f0", VARIANTS["nfnet_f0"])}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="holds no"):
-        read_card(f"local-dir:{tmp_path}")
+    for model, why in (("x", "is of model 'x', which"), ("nfnet_f0", "holds no model.safetensors")):
+        config = {"num_classes": 3, "nfnets_xla": {"model": model, "in_chans": 3}}
+        config |= {"pretrained_cfg": timm_cfg("nfnet_f0", VARIANTS["nfnet_f0"])}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=why):
+            read_card(f"local-dir:{tmp_path}")

@@ -118,8 +118,10 @@ def read_card(name: str) -> Card:
         raise ValueError(
             f"{folder} is not a folder that `nfnets-xla checkpoint card` wrote: {why}"
         ) from None
-    if model not in VARIANTS or not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} is of model {model!r}, and holds no {WEIGHTS}: write it anew")
+    if model not in VARIANTS:
+        raise ValueError(f"{folder} is of model {model!r}, which this release does not have")
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds no {WEIGHTS}: write it anew")
     return Card(model, options, folder / WEIGHTS, sizes, loss)
 
 
