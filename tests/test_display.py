@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nfnets_xla.display import Lines, Live, clock
+from nfnets_xla.display import Lines, Live, clock, results
 
 ROW: dict[str, Any] = {
     "step": 40,
@@ -92,3 +92,8 @@ def test_a_terminal_is_told_from_a_pipe() -> None:
     assert os.read(ours, 100).strip() == b"Lines"
     os.close(ours)
     os.close(theirs)
+
+
+def test_every_metric_of_an_evaluation_is_shown() -> None:
+    metrics = {"loss": 0.5, "top1": 0.25, "top5": 1.0, "rank": 0.125, "images": 64}
+    assert results(metrics) == "loss 0.5000  top-1 0.2500  top-5 1.0000  rank 0.1250"

@@ -1,6 +1,6 @@
 """Output of a run for people: a live view in a terminal; plain lines in a pipe or a file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 Say = Callable[[str], None]
@@ -106,6 +106,15 @@ class Live:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+
+NAMES = {"top1": "top-1", "top5": "top-5"}
+
+
+def results(metrics: Mapping[str, float]) -> str:
+    """The metrics of an evaluation, one after the other; not the number of images."""
+    shown = {name: value for name, value in metrics.items() if name != "images"}
+    return "  ".join(f"{NAMES.get(name, name)} {value:.4f}" for name, value in shown.items())
 
 
 def phrases(row: Numbers) -> list[str]:

@@ -13,7 +13,7 @@ from nfnets_xla.callbacks.missed import Missed
 from nfnets_xla.config import Run
 from nfnets_xla.data.loader import Batches
 from nfnets_xla.data.shards import ShardIndex
-from nfnets_xla.display import Say
+from nfnets_xla.display import Say, results
 from nfnets_xla.inputs import check_cache, count_classes, make_eval_batches, open_index
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.registry import Network, create_network
@@ -62,10 +62,7 @@ def evaluate(run: Run, say: Say = print) -> dict[str, Any]:
         trainer = make_trainer(run, backend, [missed])
         trainer.validate(task, loader, verbose=False)
         (metrics,) = task.evaluation.values()
-        say(
-            f"{source}: loss {metrics['loss']:.4f}  top-1 {metrics['top1']:.4f}  "
-            f"top-5 {metrics['top5']:.4f}  on {metrics['images']} images of {held_out.folder}"
-        )
+        say(f"{source}: {results(metrics)}  on {metrics['images']} images of {held_out.folder}")
         record.write("eval", 0, weights=run.model.init_weights, **metrics)
         if task.answers_NA is not None:
             answers = gathered(task.answers_NA, dataset, hosts)

@@ -46,7 +46,13 @@ MEAN_RGB, STDDEV_RGB = (tuple(255 * part for part in parts) for parts in (MEAN, 
 
 NO_WEIGHT = 1e-6  # floor of a sum of row weights: if all are 0, the gradient is 0, not NaN
 TRAIN_METRICS = ("loss", "top1")
-EVAL_METRICS = ("loss", "top1", "top5")
+# Each of a row's loss and of the number of classes above its label, both (B,) float32; averaged by
+# the rows' weights.
+EVAL_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "loss": lambda losses_B, _: losses_B,
+    "top1": lambda _, rank_B: (rank_B < 1).float(),
+    "top5": lambda _, rank_B: (rank_B < 5).float(),
+}
 # Per row: best class, its probability, number of classes above the label, weight of the row.
 ANSWERS = ("predicted", "probability", "rank", "weight")
 
@@ -296,10 +302,11 @@ class Classification(LightningModule):
         return self._sums(logits_BK, batch), answers
 
     def _sums(self, logits_BK: Tensor, batch: Batch) -> Tensor:
-        """(loss, top-1, top-5, weight), each summed over the rows by weight."""
+        """EVAL_METRICS and the weight, each summed over the rows by weight."""
         weight_B, losses_B = batch["weight_B"], self._losses(logits_BK, batch, smoothing=0.0)
         rank_B = _rank(logits_BK, batch)
-        columns = [losses_B, (rank_B < 1).float(), (rank_B < 5).float(), torch.ones_like(losses_B)]
+        columns = [metric(losses_B, rank_B) for metric in EVAL_METRICS.values()]
+        columns.append(torch.ones_like(losses_B))
         return torch.stack([(column * weight_B).sum() for column in columns])
 
     def _answers(self, logits_BK: Tensor, batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nfnets_xla.callbacks.skips import Skips
 from nfnets_xla.curves import Curves, NoCurves
-from nfnets_xla.display import Display
+from nfnets_xla.display import Display, results
 from nfnets_xla.optim.by_role import ByRole
 from nfnets_xla.record import Discard, RecordWriter
 from nfnets_xla.task import TRAIN_METRICS, Batch, Classification
@@ -124,8 +124,7 @@ class Monitor(Callback):
             self.curves.add(f"eval-{weights}", trainer.global_step, metrics)
             self.display.say(
                 f"step {trainer.global_step}/{self.total_steps}  held out ({weights}): "
-                f"loss {metrics['loss']:.4f}  top-1 {metrics['top1']:.3f}  "
-                f"top-5 {metrics['top5']:.3f}"
+                f"{results(metrics)}"
             )
         self._interval = _Interval(self.totals())  # an evaluation is not training time
 
