@@ -15,6 +15,15 @@ ELSEWHERE = {
     "dedup": "list near-duplicates of an evaluation set, or within one",
 }
 Run = Callable[[Any], int | None]  # of a subcommand's arguments; returns the exit code
+# What `pack` reads, and the function of data/sources.py that packs it.
+SOURCES = {
+    "folder": ("images in SOURCE/<class>/", "pack_image_folder"),
+    "table": (
+        "images that a .csv or .parquet file lists, by columns path and label",
+        "pack_table",
+    ),
+}
+IMAGENET = "ImageNet's archives in SOURCE, into DIR/train, DIR/val and DIR/val-real"
 
 
 def main(arguments: Sequence[str]) -> int | None:
@@ -68,23 +77,22 @@ def add_pack(add: Callable[..., Any], commands: Any) -> None:
     purpose = "make indexed shards of images"
     pack = commands.add_parser("pack", help=purpose, description=purpose)
     kinds = pack.add_subparsers(required=True, metavar="KIND", parser_class=Parser)
-    for name, purpose in (
-        ("folder", "images in SOURCE/<class>/"),
-        ("table", "images that a .csv or .parquet file lists, by columns path and label"),
-        ("imagenet", "ImageNet's archives in SOURCE, into DIR/train, DIR/val and DIR/val-real"),
-    ):
+    for name, (purpose, function) in SOURCES.items():
         kind = add(name, run_pack, purpose, kinds)
-        kind.set_defaults(kind=name)
+        kind.set_defaults(function=function)
         kind.add_argument("source", type=Path, help="folder or file to read")
         kind.add_argument("dir", type=Path, help="folder to write, new or empty")
         kind.add_argument("--samples-per-shard", type=int, default=1000, help="at most")
-        if name != "imagenet":
-            kind.add_argument(
-                "--shard-bytes",
-                type=float,
-                default=float("inf"),
-                help="of images and labels that make a shard full; its last sample goes beyond",
-            )
+        kind.add_argument(
+            "--shard-bytes",
+            type=float,
+            default=float("inf"),
+            help="of images and labels that make a shard full; its last sample goes beyond",
+        )
+    imagenet = add("imagenet", run_pack_imagenet, IMAGENET, kinds)
+    imagenet.add_argument("source", type=Path, help="folder to read")
+    imagenet.add_argument("dir", type=Path, help="folder to write, new or empty")
+    imagenet.add_argument("--samples-per-shard", type=int, default=1000, help="at most")
     purpose = "images drawn from formulas, labelled, of any number: to try things with"
     fractals = add("fractals", run_pack_fractals, purpose, kinds)
     fractals.add_argument("dir", type=Path, help="folder to write, new or empty")
@@ -168,28 +176,27 @@ def run_exclude(given: Any) -> None:
 
 
 def run_pack(given: Any) -> None:
-    folders = [given.dir]
-    if given.kind == "imagenet":
-        from nfnets_xla.data.imagenet import pack_imagenet
+    pack = getattr(import_module("nfnets_xla.data.sources"), given.function)
+    pack(
+        given.source,
+        given.dir,
+        samples_per_shard=given.samples_per_shard,
+        shard_bytes=given.shard_bytes,
+        on_progress=progress("packed"),
+    )
+    index_folder(given.dir)
 
-        bars = {name: progress(f"packed {name}") for name in ("train", "val", "val-real")}
-        folders = pack_imagenet(
-            given.source,
-            given.dir,
-            samples_per_shard=given.samples_per_shard,
-            on_progress=lambda name, *counts: bars[name](*counts),
-        )
-    else:
-        from nfnets_xla.data.sources import pack_image_folder, pack_table
 
-        pack = pack_image_folder if given.kind == "folder" else pack_table
-        pack(
-            given.source,
-            given.dir,
-            samples_per_shard=given.samples_per_shard,
-            shard_bytes=given.shard_bytes,
-            on_progress=progress("packed"),
-        )
+def run_pack_imagenet(given: Any) -> None:
+    from nfnets_xla.data.imagenet import pack_imagenet
+
+    bars = {name: progress(f"packed {name}") for name in ("train", "val", "val-real")}
+    folders = pack_imagenet(
+        given.source,
+        given.dir,
+        samples_per_shard=given.samples_per_shard,
+        on_progress=lambda name, *counts: bars[name](*counts),
+    )
     for folder in folders:
         index_folder(folder)
 
