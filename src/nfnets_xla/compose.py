@@ -298,10 +298,9 @@ def to_run(config: DictConfig) -> Run:
 def one_name(model: str) -> str:
     """The canonical name, used in records, for what people write (F3, dm_nfnet_f3)."""
     from nfnets_xla.models.card import SCHEME
-    from nfnets_xla.models.peers import is_peer
     from nfnets_xla.models.registry import canonical_name
 
-    return model if is_peer(model) or model.startswith(SCHEME) else canonical_name(model)
+    return model if model.startswith(SCHEME) else canonical_name(model)
 
 
 @in_our_words()

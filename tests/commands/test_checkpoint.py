@@ -5,9 +5,12 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from nfnets_xla import checkpoint
+from nfnets_xla import checkpoint, create_model
 from nfnets_xla.cli import main
+from nfnets_xla.models.formats import read_metadata
 from tests.runs import PLAIN_CPU, RECIPE, SMALL
 
 
@@ -64,3 +67,41 @@ def test_the_checkpoint_commands(
             main(["checkpoint", command, str(tmp_path / "nothing")])
         assert stopped.value.code == 2
         assert "holds no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_mini_d3_4", 16), ("timm/convnext_atto", 32)])
+def test_a_peers_weights_are_exported_as_they_are(
+    name: str, size: int, tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, out, sizes = tmp_path / "run", tmp_path / "out.safetensors", [f"model.name={name}"]
+    sizes += [f"data.image_size={size}", f"data.eval_image_size={size}"]
+    given = ["vit_baseline", *data, *SMALL, *PLAIN_CPU, *sizes, f"run_dir={run_dir}"]
+    main([*given, "optim.epochs=0.2", "optim.warmup_steps=1", "optim.cooldown_steps=0"])
+    for words, said in (
+        (["--to", "timm"], f"is of {name}: timm's names are of NFNets; leave out --to"),
+        (["--to", "haiku"], f"is of {name}: haiku's names are of NFNets; leave out --to"),
+        (["--ema"], "holds no moving average: leave out --ema"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["checkpoint", "export", str(run_dir), str(out), *words])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+    assert not out.exists()
+    main(["checkpoint", "export", str(run_dir), str(out)])
+    assert f"{out}: {name}, as it was saved, from {run_dir}" in capsys.readouterr().out
+    assert read_metadata(out) == {
+        "model": name,
+        "names": "ours",
+        "provenance": f"{name}, update 2",
+    }
+    net = create_model(name, checkpoint_path=out, num_classes=5, image_size=size)
+    (newest, *_) = sorted((run_dir / "checkpoints").iterdir(), reverse=True)
+    saved = load_file(newest / "model.safetensors")
+    assert all(torch.equal(value, saved[key]) for key, value in net.state_dict().items())
+    with pytest.raises(SystemExit) as stopped:
+        main(["checkpoint", "export", str(run_dir), str(out)])
+    assert stopped.value.code == 2
+    assert "give --force to overwrite it" in capsys.readouterr().err
+    evaluate = ["evaluate_demo", data[1], *SMALL, *PLAIN_CPU, *sizes, f"model.init_from={out}"]
+    main([*evaluate, f"run_dir={tmp_path / 'evaluated'}"])
+    assert f"{out}: loss" in capsys.readouterr().out

@@ -52,6 +52,7 @@ def test_mistakes_are_one_line_and_write_nothing(
     for arguments, message in (
         ([*given[:3], "nfnet_mini_f1"], "of another model"),
         ([*given[:3], "nfnet_f9"], "no model 'nfnet_f9'"),
+        ([*given[:3], "vit_mini_d3_4"], "vit_mini_d3_4; it must be an NFNet"),
         ([str(source), str(tmp_path / "taken.safetensors"), *given[2:]], "give --force"),
         ([str(source), str(tmp_path / "out.npz"), *given[2:]], "has to end in .safetensors"),
         ([str(source), str(folder), *given[2:], "--force"], "is a folder"),

@@ -41,6 +41,15 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         create_model("resnet50")
 
 
+def test_a_name_that_is_suggested_is_taken() -> None:
+    with pytest.raises(ValueError, match="did you mean vit_giant_14"):
+        create_model("vit_giant14")
+    for peer in ("vit_giant_14", "timm/convnext_atto"):
+        assert canonical_name(peer) == peer
+    with pytest.raises(ValueError, match=r"no public weights of vit_giant_14; leave out \.dm_in1k"):
+        create_model("vit_giant_14.dm_in1k")
+
+
 def test_torchs_current_device_is_taken() -> None:
     with torch.device("meta"):
         net = create_model("nfnet_f7_plus")

@@ -9,12 +9,12 @@ from nfnets_xla.arguments import Parser
 from nfnets_xla.checkpoint import Checkpoint
 from nfnets_xla.data.storage import address
 from nfnets_xla.models.card import write_card
-from nfnets_xla.models.convert import TARGETS, convert_weights
+from nfnets_xla.models.convert import TARGETS, check_target, convert_weights
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.peers import is_peer
 from nfnets_xla.models.timm_names import Sizes
 from nfnets_xla.models.variants import VARIANTS
-from nfnets_xla.models.weights import load_into
+from nfnets_xla.models.weights import load_into, save_tensors
 from nfnets_xla.record import has_record, read_record
 
 
@@ -107,9 +107,17 @@ def show(given: Any) -> None:
 def export(given: Any) -> None:
     found = newest(given.where)
     form = form_of(found, given.ema)
-    file = str(found.folder / f"{form}.safetensors")
+    file = found.folder / f"{form}.safetensors"
     name = found.state["identity"]["model"]["name"]
-    print(convert_weights(file, given.target, model=name, to=given.to, force=given.force))
+    if not is_peer(name):
+        print(convert_weights(str(file), given.target, model=name, to=given.to, force=given.force))
+        return
+    if given.to != "ours":
+        raise ValueError(f"{found} is of {name}: {given.to}'s names are of NFNets; leave out --to")
+    check_target(given.target, given.force)
+    about = {"model": name, "provenance": f"{name}, update {found.step}", "names": given.to}
+    save_tensors(found.tensors(form), given.target, about)
+    print(f"{given.target}: {name}, as it was saved, from {file}")
 
 
 def card(given: Any) -> None:

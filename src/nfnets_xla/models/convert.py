@@ -35,15 +35,10 @@ def convert_weights(
     have DeepMind's layouts. Returns one line to print. Raises ValueError, writing nothing, for
     weights of another model, a target with another suffix, or one that exists (without `force`).
     """
-    if target.suffix != ".safetensors":
-        raise ValueError(f"{target} has to end in .safetensors, which is what is written")
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder; give the name of a file")
-    if target.exists() and not force:
-        raise ValueError(f"{target} exists; give --force to overwrite it")
-    if not target.parent.is_dir():
-        raise ValueError(f"{target.parent} is not a folder; make it first")
+    check_target(target, force)
     name = canonical_name(model)
+    if name not in VARIANTS:
+        raise ValueError(f"model is {name}; it must be an NFNet: no others are converted")
     path = download(source) if is_address(source) else Path(source)
     with torch.device("meta"):
         net = NFNet(VARIANTS[name], plus_bottleneck=plus_bottleneck)
@@ -57,6 +52,18 @@ def convert_weights(
     save_tensors(_named(net, to), target, describe(net, name, origin) | {"names": to})
     whose = {"ours": "our", "timm": "timm's", "haiku": "DeepMind's"}[to]
     return f"{target}: {name}, {classes} classes, in {whose} names, from {source}"
+
+
+def check_target(target: Path, force: bool) -> None:
+    """ValueError for a file that is not to be written."""
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target} has to end in .safetensors, which is what is written")
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder; give the name of a file")
+    if target.exists() and not force:
+        raise ValueError(f"{target} exists; give --force to overwrite it")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent} is not a folder; make it first")
 
 
 def _sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -156,6 +156,8 @@ def split_tag(name: str) -> tuple[str, str | None]:
     """`nfnet_f3.dm_in1k` to ("nfnet_f3", "dm_in1k"); None if untagged. ValueError if unknown."""
     plain, dot, tag = name.partition(".")
     plain = canonical_name(plain)
+    if dot and is_peer(plain):
+        raise ValueError(f"there are no public weights of {plain}; leave out .{tag}")
     if dot and tag not in (TAG, HAIKU_TAG):
         raise ValueError(f"there is no tag {tag!r}; give {plain}.{TAG} or {plain}.{HAIKU_TAG}")
     return plain, tag or None
@@ -174,7 +176,10 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
 
 
 def canonical_name(name: str) -> str:
-    """Our name for what people write: `NFNet_F7+`, `F7+`, or timm's `dm_nfnet_f7`."""
+    """Our name for what people write: `NFNet_F7+`, `F7+`, or timm's `dm_nfnet_f7`; a peer's is
+    its own. ValueError if unknown, suggesting the nearest."""
+    if is_peer(name):
+        return name
     plain = name.lower().replace("-", "_").replace("+", "_plus")
     plain = plain.removeprefix("dm_").removeprefix("xla_")
     if re.fullmatch(r"(mini_)?f\d(_plus)?", plain):
