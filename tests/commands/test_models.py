@@ -1,6 +1,14 @@
 """What `nfnets-xla models` says of sizes, cost and published accuracy."""
 
-from nfnets_xla.commands.models import card, full_card
+import pytest
+
+from nfnets_xla import list_models
+from nfnets_xla.commands.models import card, full_card, main
+
+
+def test_every_model_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list_models()
 
 
 def test_card_names_size_and_cost() -> None:

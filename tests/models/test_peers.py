@@ -2,15 +2,20 @@
 
 import io
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.data.config import resolve_model_data_config
 
-from nfnets_xla import create_model
-from nfnets_xla.models.peers import VITS, Peer, create_peer
-from nfnets_xla.models.registry import count_parameters, create_network
-from nfnets_xla.models.weights import load_into
+from nfnets_xla import create_model, list_models
+from nfnets_xla.commands import embedding
+from nfnets_xla.commands.models import card
+from nfnets_xla.models.peers import PEERS, VITS, Entry, Peer, create_peer
+from nfnets_xla.models.registry import canonical_name, count_parameters, create_network
+from nfnets_xla.models.weights import load_into, save_weights
 from nfnets_xla.scaling.account import macs_per_image
 
 # Millions of parameters of the encoder, and GFLOPs (2 per multiply-accumulate) at 224, 384 and 518
@@ -43,6 +48,27 @@ def test_the_mini_vits_cost_what_nfnets_do(name: str, beside: str, within: float
     assert net.macs(32) == pytest.approx(macs_per_image(beside, 32, 200), rel=within)
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, 200)
     assert set(VITS) == {*PUBLISHED, "vit_mini_d3_4", "vit_mini_d6_4"}
+
+
+def test_who_adds_a_family_to_the_table_is_through(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def make(*, size: int, **options: Any) -> torch.nn.Module:
+        return timm.create_model("convnext_atto", **options)
+
+    monkeypatch.setitem(PEERS, "conv_mini_1", Entry(make, 32, 40))
+    assert list_models("conv_*") == ["conv_mini_1"]
+    assert canonical_name("conv_mini_1") == "conv_mini_1"
+    with pytest.raises(ValueError, match="did you mean conv_mini_1"):
+        create_network("conv_mini_2")
+    assert card("conv_mini_1").startswith("conv_mini_1 ")
+    assert "MMACs at 32 px" in card("conv_mini_1")
+    assert "MMACs at 40 px" in card("conv_mini_1")
+    net = create_network("conv_mini_1", num_classes=3)
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+    save_weights(net, tmp_path / "net.safetensors", {})
+    with pytest.raises(ValueError, match="for which size of images conv_mini_1 was made"):
+        embedding.load("conv_mini_1", str(tmp_path / "net.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_resnet"])
@@ -97,7 +123,7 @@ def test_a_timm_model_runs_in_bfloat16() -> None:
 @pytest.mark.parametrize("name", ["timm/test_vit", "vit_mini_d3_4"])
 def test_a_peer_can_be_pickled(name: str) -> None:
     net = create_network(name, num_classes=5).eval()
-    size = 32 if name in VITS else 160
+    size = 32 if name in PEERS else 160
     images = torch.randn(1, 3, size, size)
     copy = pickle.loads(pickle.dumps(net))
     assert torch.equal(copy(images), net(images))
@@ -149,6 +175,8 @@ def test_a_size_that_only_an_evaluation_would_meet_is_refused_at_once() -> None:
         with pytest.raises(ValueError, match=r"of 224 px does not take 256 px .* multiples of its"):
             create_peer("sovit_400m_14", image_size=224, eval_image_size=256)
     assert create_peer("timm/test_resnet", image_size=64, eval_image_size=75, in_chans=1)
+    with pytest.raises(ValueError, match=r"16 px does not take 16 px .*: choose others for data\."):
+        create_peer("timm/convnext_atto", image_size=16)  # which has no patches
 
 
 @pytest.mark.parametrize(

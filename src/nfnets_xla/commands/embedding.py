@@ -19,7 +19,7 @@ from nfnets_xla.data.dedup import Matches, opener
 from nfnets_xla.data.jobs import Progress
 from nfnets_xla.models.card import SCHEME
 from nfnets_xla.models.nfnet import NFNet
-from nfnets_xla.models.peers import VITS, is_peer
+from nfnets_xla.models.peers import PEERS, is_peer
 from nfnets_xla.models.registry import Network, create_network
 from nfnets_xla.models.timm_names import sizes_of_cfg
 from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
@@ -66,7 +66,7 @@ def load(name: str, weights: str | None) -> Model:
     else:
         found = sources.find_weights(weights, "raw")
         sizes = found.sizes
-        of_one_size = name in VITS or (is_peer(name) and sizes is not None)
+        of_one_size = name in PEERS or (is_peer(name) and sizes is not None)
         options = found.peer_options(name) if of_one_size else {}
         net = found.network(name, headless=True, **options)
     net.eval()

@@ -4,7 +4,7 @@ import torch
 
 from nfnets_xla.arguments import Parser
 from nfnets_xla.models.nfnet import NFNet
-from nfnets_xla.models.peers import VITS, is_peer
+from nfnets_xla.models.peers import PEERS, is_peer
 from nfnets_xla.models.published import IMAGENET, TAG, TIMM_TOP1, TRANSFERRED
 from nfnets_xla.models.registry import Network, count_parameters, create_network, list_models
 
@@ -83,5 +83,5 @@ def _on_paper(name: str) -> tuple[Network, tuple[int, int]]:
         net = create_network(name, num_classes=0 if is_peer(name) else 1000)
     if isinstance(net, NFNet):
         return net, (net.variant.train_size, net.variant.test_size)
-    size = VITS[name].size
-    return net, (size, 518 if size == 224 else size)
+    entry = PEERS[name]
+    return net, (entry.train_size, entry.test_size)

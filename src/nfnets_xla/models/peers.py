@@ -26,15 +26,36 @@ POSITIONS = "net.pos_embed"  # (1, tokens, F), in a ViT's state dict
 
 
 class Encoder(NamedTuple):
-    """A ViT without class token; its head takes the average or pools by attention."""
+    """A ViT without class token; its head takes the average or pools by attention. Sizes of
+    patches and images in pixels."""
 
     width: int
     depth: int
     mlp_width: int
     heads: int
     pooling: str  # "avg", or "map": by attention
-    patch: int = 14  # pixels
-    size: int = 224  # pixels
+    patch: int = 14
+    train_size: int = 224
+    test_size: int = 518
+
+    def make(self, *, size: int, **options: Any) -> nn.Module:
+        from timm.models.vision_transformer import VisionTransformer
+
+        net = VisionTransformer(
+            img_size=size,
+            patch_size=self.patch,
+            embed_dim=self.width,
+            depth=self.depth,
+            num_heads=self.heads,
+            mlp_ratio=self.mlp_width / self.width,
+            class_token=False,
+            global_pool=self.pooling,  # type: ignore[arg-type]
+            fc_norm=False,
+            dynamic_img_size=size % self.patch == 0,  # else timm raises
+            **options,
+        )
+        net.pretrained_cfg = {"classifier": "head"}  # type: ignore[assignment]
+        return net
 
 
 # arXiv 2106.04560, Table 2, for g/14 (giant) and G/14 (gigantic); arXiv 2305.13035, Table 1, for
@@ -45,8 +66,21 @@ VITS: dict[str, Encoder] = {
     "vit_giant_14": Encoder(1408, 40, 6144, 16, "avg"),
     "vit_gigantic_14": Encoder(1664, 48, 8192, 16, "avg"),
     "sovit_400m_14": Encoder(1152, 27, 4304, 16, "map"),
-    "vit_mini_d3_4": Encoder(48, 3, 192, 3, "avg", patch=4, size=32),
-    "vit_mini_d6_4": Encoder(48, 6, 192, 3, "avg", patch=4, size=32),
+    "vit_mini_d3_4": Encoder(48, 3, 192, 3, "avg", 4, 32, 32),
+    "vit_mini_d6_4": Encoder(48, 6, 192, 3, "avg", 4, 32, 32),
+}
+
+
+class Entry(NamedTuple):
+    """A network of ours that is no NFNet: all that other modules know of it."""
+
+    make: Callable[..., nn.Module]  # of size, num_classes and in_chans; its interface is timm's
+    train_size: int  # pixels; it is made for these if no size is given
+    test_size: int
+
+
+PEERS: dict[str, Entry] = {
+    name: Entry(vit.make, vit.train_size, vit.test_size) for name, vit in VITS.items()
 }
 
 
@@ -144,7 +178,7 @@ class Peer(PooledDropout):
 
 
 def is_peer(name: str) -> bool:
-    return name.startswith(TIMM) or name in VITS
+    return name.startswith(TIMM) or name in PEERS
 
 
 def create_peer(
@@ -156,7 +190,7 @@ def create_peer(
     eval_image_size: int | None = None,
     **options: Any,
 ) -> Peer:
-    """`timm/<model>` with timm's options, or one of VITS. ValueError for any other name.
+    """`timm/<model>` with timm's options, or one of PEERS. ValueError for any other name.
 
     `image_size`, in pixels, matters for networks built for one size (ViTs), which then accept some
     other sizes too; ValueError if `eval_image_size` is not among those.
@@ -167,10 +201,10 @@ def create_peer(
                 f"{option} is {rate} for {name}: timm's layers draw their own randomness, which is "
                 "off here; leave it out, or make the network with timm.create_model"
             )
-    if name in VITS and pretrained:
+    if name in PEERS and pretrained:
         raise ValueError(f"{name} has no public weights; leave out pretrained")
     plain = name.removeprefix(TIMM)
-    if name not in VITS and not is_in_timm(plain):
+    if name not in PEERS and not is_in_timm(plain):
         raise ValueError(f"timm has no model {plain!r}; see timm.list_models()")
     make = partial(_make, name, options, size=image_size)
     in_chans = options.get("in_chans", 3)
@@ -183,9 +217,10 @@ def create_peer(
     _without_randomness(peer.net)
     for size in (image_size, eval_image_size):
         if size is not None and (fault := _fault_of(make, in_chans, size)):
+            sizes = "multiples of its patches" if hasattr(peer.net, "patch_embed") else "others"
             raise ValueError(
                 f"{name} for images of {image_size} px does not take {size} px ({fault}): choose "
-                "multiples of its patches for data.image_size and data.eval_image_size"
+                f"{sizes} for data.image_size and data.eval_image_size"
             )
     return peer
 
@@ -193,8 +228,9 @@ def create_peer(
 def _make(
     name: str, options: dict[str, Any], *, size: int | None, pretrained: bool = False
 ) -> nn.Module:
-    if name in VITS:
-        return _vit(VITS[name], size, options)
+    if name in PEERS:
+        entry = PEERS[name]
+        return entry.make(size=size or entry.train_size, **options)
     import timm
 
     model = partial(timm.create_model, name.removeprefix(TIMM), pretrained=pretrained, **options)
@@ -229,24 +265,3 @@ def is_in_timm(name: str) -> bool:
     import timm
 
     return timm.is_model(name.partition(".")[0])
-
-
-def _vit(encoder: Encoder, size: int | None, options: dict[str, Any]) -> nn.Module:
-    from timm.models.vision_transformer import VisionTransformer
-
-    size = size or encoder.size
-    net = VisionTransformer(
-        img_size=size,
-        patch_size=encoder.patch,
-        embed_dim=encoder.width,
-        depth=encoder.depth,
-        num_heads=encoder.heads,
-        mlp_ratio=encoder.mlp_width / encoder.width,
-        class_token=False,
-        global_pool=encoder.pooling,  # type: ignore[arg-type]
-        fc_norm=False,
-        dynamic_img_size=size % encoder.patch == 0,  # else timm raises
-        **options,
-    )
-    net.pretrained_cfg = {"classifier": "head"}  # type: ignore[assignment]
-    return net

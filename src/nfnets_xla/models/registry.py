@@ -18,7 +18,7 @@ from nfnets_xla.models.card import SCHEME, has_its_own, read_card
 from nfnets_xla.models.formats import read_weights
 from nfnets_xla.models.names import classes_in, in_our_names
 from nfnets_xla.models.nfnet import NFNet
-from nfnets_xla.models.peers import VITS, Peer, create_peer, is_peer
+from nfnets_xla.models.peers import PEERS, Peer, create_peer, is_peer
 from nfnets_xla.models.pretrained import fetch_pretrained
 from nfnets_xla.models.published import HAIKU_TAG, IMAGENET, TAG
 from nfnets_xla.models.timm_names import sized_cfg, timm_cfg
@@ -171,7 +171,7 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
     >>> list_models("*f[56]*", pretrained=True)
     ['nfnet_f5.dm_in1k', 'nfnet_f6.dm_in1k']
     """
-    names = [f"{name}.{TAG}" for name in IMAGENET] if pretrained else [*VARIANTS, *VITS]
+    names = [f"{name}.{TAG}" for name in IMAGENET] if pretrained else [*VARIANTS, *PEERS]
     return sorted(fnmatch.filter(names, pattern), key=_natural)
 
 
@@ -186,7 +186,7 @@ def canonical_name(name: str) -> str:
         plain = f"nfnet_{plain}"
     if plain in VARIANTS:
         return plain
-    near = difflib.get_close_matches(plain, [*VARIANTS, *VITS], n=3)
+    near = difflib.get_close_matches(plain, [*VARIANTS, *PEERS], n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "see `nfnets-xla models`"
     raise ValueError(f"there is no model {name!r}; {hint} (timm's are timm/<name>)")
 
