@@ -29,6 +29,42 @@ def test_the_full_card_has_the_published_numbers() -> None:
     assert "90.3 top-1 after 8 epochs of JFT-4B" in plus
 
 
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("F0", "nfnet_f0"),
+        ("mini_f7+", "nfnet_mini_f7_plus"),
+        ("dm_nfnet_f0", "nfnet_f0"),
+        ("nfnet_f0.dm_in1k", "nfnet_f0"),
+    ],
+)
+def test_a_name_is_taken_as_it_is_for_runs(
+    written: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([written])
+    assert capsys.readouterr().out == full_card(name) + "\n"
+
+
+def test_a_timm_model_is_described_at_its_own_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["timm/convnext_atto", "timm/vit_base_patch14_dinov2.lvd142m"])
+    convnext, vit = capsys.readouterr().out.split("timm/vit_base")
+    assert "3,695,520 with 1000 classes" in convnext
+    assert [line.split()[1] for line in convnext.splitlines() if " px " in line] == ["224", "288"]
+    assert "at 518 px" in vit
+    assert "none are public" not in convnext + vit
+
+
+def test_a_name_of_no_model_is_refused_with_those_that_are_near() -> None:
+    for written, said in (
+        ("plus", "no model matches 'plus': there are nfnet_f0_plus, nfnet_f1_plus"),
+        ("resnet50", "there is no model 'resnet50'"),
+        ("timm/nothing", "timm has no model 'nothing'"),
+        ("nfnet_f0.in1k", r"there is no tag 'in1k'; give nfnet_f0\.dm_in1k"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            main([written])
+
+
 def test_minis_are_counted_at_the_sizes_of_their_images() -> None:
     """A small ViT's sizes are its own, not those of the ViTs for photographs."""
     assert "6.87 MMACs at 32 px" in card("nfnet_mini_f1")

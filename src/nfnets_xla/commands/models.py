@@ -4,24 +4,39 @@ import torch
 
 from nfnets_xla.arguments import Parser
 from nfnets_xla.models.nfnet import NFNet
-from nfnets_xla.models.peers import PEERS, is_peer
+from nfnets_xla.models.peers import PEERS, TIMM, is_peer
 from nfnets_xla.models.published import IMAGENET, TAG, TIMM_TOP1, TRANSFERRED
-from nfnets_xla.models.registry import Network, count_parameters, create_network, list_models
+from nfnets_xla.models.registry import (
+    Network,
+    count_parameters,
+    create_network,
+    list_models,
+    split_tag,
+)
 
 PHOTOGRAPHS = (224, 256, 384, 480)  # pixels: sizes at which models are compared, but for the minis
 
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="nfnets-xla models", description=__doc__)
-    parser.add_argument("pattern", nargs="*", help="a name, or part of several: nfnet_f7*")
+    parser.add_argument("pattern", nargs="*", help="a name, or a pattern: nfnet_f7*")
     for pattern in parser.parse_args(arguments).pattern or ["*"]:
         names = list_models(pattern)
-        if not names:
-            near = list_models(f"*{pattern.strip('*')}*")
-            meant = f"there are {', '.join(near)}" if near else "see nfnets-xla models"
-            raise ValueError(f"no model matches {pattern!r}: {meant}")
-        for name in names:
-            print(full_card(name) if names == [pattern] else card(name))
+        if names in ([], [pattern]):
+            print(full_card(one_model(pattern)))
+        else:
+            print(*map(card, names), sep="\n")
+
+
+def one_model(name: str) -> str:
+    """The model that runs and other commands take by this name; ValueError for none."""
+    try:
+        return name if is_peer(name) else split_tag(name)[0]
+    except ValueError:
+        near = list_models(f"*{name.strip('*')}*")
+        if not near:
+            raise
+        raise ValueError(f"no model matches {name!r}: there are {', '.join(near)}") from None
 
 
 def card(name: str) -> str:
@@ -34,7 +49,8 @@ def card(name: str) -> str:
 def full_card(name: str) -> str:
     """All that is known of one model, in lines."""
     net, (train, test) = _on_paper(name)
-    sizes = sorted({train, test, *(PHOTOGRAPHS if train > 100 else ())})
+    others = PHOTOGRAPHS if train > 100 and not name.startswith(TIMM) else ()
+    sizes = sorted({train, test, *others})
     lines = [name, f"  parameters     {count_parameters(net):,} with {net.num_classes} classes"]
     if isinstance(net, NFNet):
         variant = net.variant
@@ -70,6 +86,8 @@ def _accuracy(name: str) -> list[str]:
             f"                 {TIMM_TOP1[name]:.2f} top-1 of these weights, by timm's results",
             f"  weights        {name}.{TAG}",
         ]
+    elif name.startswith(TIMM):
+        lines.append("  weights        timm's, if it has any: create_model(..., pretrained=True)")
     else:
         lines.append("  weights        none are public")
     if name in TRANSFERRED:
@@ -80,8 +98,12 @@ def _accuracy(name: str) -> list[str]:
 def _on_paper(name: str) -> tuple[Network, tuple[int, int]]:
     """The model without its tensors, and its sizes for training and testing."""
     with torch.device("meta"):
-        net = create_network(name, num_classes=0 if is_peer(name) else 1000)
+        net = create_network(name, num_classes=0 if name in PEERS else 1000)
     if isinstance(net, NFNet):
         return net, (net.variant.train_size, net.variant.test_size)
-    entry = PEERS[name]
-    return net, (entry.train_size, entry.test_size)
+    if name in PEERS:
+        return net, (PEERS[name].train_size, PEERS[name].test_size)
+    cfg = net.pretrained_cfg
+    train = cfg["input_size"]
+    test = cfg.get("test_input_size") or train
+    return net, (train[-1], test[-1])
