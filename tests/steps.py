@@ -17,7 +17,9 @@ from nfnets_xla.task import Batch, Classification, Compile
 
 STREAMS, IMAGES, VIEWS, SIZE, CLASSES = 2, 4, 2, 16, 5
 ROWS = STREAMS * IMAGES * VIEWS
-TINY = Variant((16, 16, 32, 16), (1, 2, 1, 1), SIZE, SIZE, 0.3, 5, group_width=8, stem=(4, 4, 4))
+TINY = Variant(
+    "tiny", (16, 16, 32, 16), (1, 2, 1, 1), SIZE, SIZE, 0.3, 5, group_width=8, stem=(4, 4, 4)
+)
 PLAIN: dict[str, Any] = {"sam_rho": None}
 SAM: dict[str, Any] = {"sam_rho": 0.05}
 

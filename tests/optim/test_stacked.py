@@ -20,6 +20,7 @@ from tests.reference.sgd_agc import ema_update, sgd_agc_step
 STEPS = 8
 HYPER: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.01, "clipping": 0.01}
 TINY = Variant(
+    family="tiny",
     width=(16, 16, 32, 16),
     depth=(1, 3, 4, 1),
     train_size=16,

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import yaml
 
+from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.scaling import published
 from nfnets_xla.scaling.account import macs_per_image, train_flops
 from nfnets_xla.scaling.law import Extrapolation
-from nfnets_xla.scaling.plan import Job, best_of_study, describe, make_plan
+from nfnets_xla.scaling.plan import Job, Study, best_of_study, describe, make_plan, nearest_model
 from nfnets_xla.scaling.report import report
 from nfnets_xla.scaling.runs import HELD_OUT, Point
 
@@ -112,6 +113,22 @@ def test_size_and_epochs_grow_at_the_same_rate() -> None:
     assert large.macs / small.macs == pytest.approx(10, rel=0.3)
     assert large.epochs / small.epochs == pytest.approx(10, rel=0.3)
     assert small.flops * 100 == pytest.approx(large.flops)
+
+
+def test_only_models_of_the_runs_family_are_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However near another one's cost is."""
+    narrow = replace(VARIANTS["nfnet_mini_f0"], family="nfnet_micro", width=(16, 32, 96, 96))
+    monkeypatch.setitem(VARIANTS, "nfnet_micro", narrow)
+    size = macs_per_image("nfnet_micro", 32, 200)
+    study = Study(IMAGES, image_size=32, batch_size=64, num_classes=200)
+    for run, proposed in (
+        ("nfnet_f1", "nfnet_f0"),
+        ("nfnet_f1_plus", "nfnet_f0_plus"),
+        ("nfnet_mini_f1", "nfnet_mini_f0"),
+        ("nfnet_mini_f1_plus", "nfnet_mini_f0_plus"),
+        ("nfnet_micro", "nfnet_micro"),
+    ):
+        assert nearest_model(size, study, [made_point(run, 1)])[0] == proposed
 
 
 def test_a_planted_study_is_planned_by_its_own_fit(study: list[Point]) -> None:

@@ -1,4 +1,4 @@
-"""The NFNet family: F0 ... F7, F0+ ... F7+, and the same at an eighth of the width.
+"""The NFNets: F0 ... F7, F0+ ... F7+, and the same at an eighth of the width.
 
 Reference: deepmind-research/nfnets, base.py at f5de0ed, and Table 1 of arXiv 2102.06171.
 """
@@ -17,11 +17,12 @@ STEM_STRIDES = (2, 1, 1, 2)
 
 @dataclass(frozen=True)
 class Variant:
-    """What distinguishes one member of the family. Sizes in pixels.
+    """What distinguishes one NFNet. Sizes in pixels.
 
     Sizes, dropout and RandAugment's magnitude are those of ImageNet from scratch.
     """
 
+    family: str  # its members differ in depth; a scaling plan stays within one
     width: tuple[int, int, int, int]  # channels out of each stage
     depth: tuple[int, int, int, int]  # residual blocks of each stage
     train_size: int
@@ -44,31 +45,32 @@ _WIDTH = {"": (256, 512, 1536, 1536), "_plus": (384, 768, 2048, 2048)}
 _NUM_BLOCKS = (1, 2, 6, 3)  # of F0, by stage; F<n> has n + 1 times as many
 
 
-def _family() -> dict[str, Variant]:
+def _variants() -> dict[str, Variant]:
     """16 published variants, and the same 16 at an eighth of the width for small machines.
 
     The minis' sizes are chosen here: at 32 px their last stage is one pixel.
     """
-    family: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     for plus, width in _WIDTH.items():
         members = zip(_TRAIN_SIZES, _TEST_SIZES, _DROP_RATES, _MAGNITUDES, strict=True)
         for n, settings in enumerate(members):
             a, b, c, d = ((n + 1) * blocks for blocks in _NUM_BLOCKS)
-            full = Variant(width, (a, b, c, d), *settings)
-            family[f"nfnet_f{n}{plus}"] = full
+            full = Variant(f"nfnet_f{plus}", width, (a, b, c, d), *settings)
+            variants[f"nfnet_f{n}{plus}"] = full
             w0, w1, w2, w3 = (channels // 8 for channels in width)
-            family[f"nfnet_mini_f{n}{plus}"] = replace(
+            variants[f"nfnet_mini_f{n}{plus}"] = replace(
                 full,
+                family=f"nfnet_mini_f{plus}",
                 width=(w0, w1, w2, w3),
                 train_size=32,
                 test_size=40,
                 group_width=16,
                 stem=(8, 8, 8),
             )
-    return family
+    return variants
 
 
-VARIANTS: dict[str, Variant] = _family()
+VARIANTS: dict[str, Variant] = _variants()
 
 
 def bottleneck(variant: Variant, out_channels: int) -> tuple[int, int]:

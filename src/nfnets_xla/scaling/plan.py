@@ -21,7 +21,6 @@ from nfnets_xla.scaling.law import DECADES, Prediction, decades_beyond, fit_fron
 from nfnets_xla.scaling.rate import Trials, cells_of, two_trials
 from nfnets_xla.scaling.runs import HELD_OUT, Point, best_per_cell, fitted_to, nfnets
 
-MINI, PLUS = "nfnet_mini_", "_plus"
 LARGEST_MISMATCH = 2.0  # factor between best size and nearest model that is not mentioned
 MOST_CORE_HOURS = 1e12  # more than all chips there are could do
 MOST_EPOCHS = 100  # more are called far too many; the papers train 8 epochs of JFT
@@ -291,19 +290,14 @@ def nearest_model(size: float, study: Study, points: Sequence[Point]) -> tuple[s
     """The paper's, or the runs' family's, model of the nearest cost; and a note if it is far."""
     names: Sequence[str] = published.PAPER_MODELS
     if points:
-        families = {family_of(point.model) for point in points}
-        names = [name for name in VARIANTS if family_of(name) in families]
+        families = {VARIANTS[point.model].family for point in points}
+        names = [name for name, variant in VARIANTS.items() if variant.family in families]
     costs = {name: macs_per_image(name, study.image_size, study.num_classes) for name in names}
     name = min(costs, key=lambda name: abs(math.log(costs[name] / size)))
     if max(costs[name] / size, size / costs[name]) <= LARGEST_MISMATCH:
         return name, ""
     extreme = "largest" if costs[name] < size else "smallest"
     return name, f"; {size / 1e9:.3g} GMACs would be best, the {extreme} model is taken"
-
-
-def family_of(name: str) -> tuple[bool, bool]:
-    """The family of a model: within one only the size differs."""
-    return name.startswith(MINI), name.endswith(PLUS)
 
 
 def not_run(model: str, points: Sequence[Point]) -> str:
