@@ -1,7 +1,7 @@
-"""The text of a release, from its tag: `python .github/release.py v0.1.0 > notes.md`.
+"""Prints the text of a release, from its tag: `python .github/release.py v0.1.0 > notes.md`.
 
-A tag is "v" and the version in version.py; the text is the section of CHANGELOG.md under that
-version, whose heading is `## 0.1.0 (2026-12-01)`. Nothing is released that is still "Unreleased".
+A tag is "v" and the version in version.py. The text is the section of CHANGELOG.md for that
+version, under the heading `## 0.1.0 (2026-12-01)`. Nothing under "Unreleased" can be released.
 """
 
 import re
@@ -14,7 +14,7 @@ HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 
 
 def version(text: str) -> str:
-    """Of version.py's text. ValueError unless it is three numbers."""
+    """The version in version.py's text. ValueError unless it is three numbers."""
     found = VERSION.search(text)
     if found is None:
         raise ValueError('version.py has no line __version__ = "X.Y.Z"')
@@ -28,7 +28,7 @@ def sections(changelog: str) -> dict[str, str]:
 
 
 def notes(tag: str, changelog: str, current: str) -> str:
-    """What the changelog says of `tag`. ValueError if tag, version and changelog do not agree."""
+    """The changelog's text for `tag`. ValueError if tag, version and changelog do not agree."""
     if tag != f"v{current}":
         raise ValueError(f"the tag is {tag!r} and version.py says {current}: tag it v{current}")
     texts = sections(changelog)

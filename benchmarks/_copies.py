@@ -1,9 +1,9 @@
-"""Pictures, and what happens to pictures that are copied: for dedup.py.
+"""Pictures for dedup.py, and the transformations that make copies of them.
 
-Photographs are real ones that packages carry (nothing is fetched): Debian's gcompris-qt-data,
+The photographs come from packages (nothing is downloaded): Debian's gcompris-qt-data,
 lomiri-wallpapers-16.04, mate-backgrounds, plasma-workspace-wallpapers and opencv-doc, installed or
 unpacked below one folder, and scikit-learn's two. Large ones are cut into up to 9 tiles that do not
-overlap; tiles without contrast (clear sky) are left out. Fractals are one of each class.
+overlap; tiles without contrast (clear sky) are left out. There is one fractal of each class.
 """
 
 import io
@@ -18,8 +18,8 @@ from sklearn.datasets import load_sample_images
 from nfnets_xla.data.fractals import fractal
 
 LONGEST = 320  # pixels of a picture's longer side
-LEAST_TILE = 360  # pixels of a photograph's shorter side per tile
-LEAST_DEVIATION = 15  # grey levels
+LEAST_TILE = 360  # minimum number of pixels of a photograph's shorter side per tile
+LEAST_DEVIATION = 15  # minimum standard deviation of a tile, in grey levels
 BUNDLES = ("explore_monuments", "erase", "explore_world_animals", "explore_farm_animals")
 WALLPAPERS = ("Autumn", "BytheWater", "ColorfulCups", "EveningGlow", "FallenLeaf", "Path")
 EXAMPLES = [
@@ -39,15 +39,15 @@ EXAMPLES = [
 ]
 
 Rng = np.random.Generator
-Picture = tuple[str, Image.Image]  # what it is of, and a picture
+Picture = tuple[str, Image.Image]  # name of the photograph or class it shows, and the picture
 
 
 def photographs(root: Path) -> Iterator[tuple[str, Picture]]:
-    """Package and photograph."""
+    """Pairs of a package's name and a photograph."""
     share = root / "usr/share"
     for bundle in BUNDLES:
         data = (share / f"gcompris-qt/rcc/{bundle}.rcc").read_bytes()
-        # A Qt resource file holds its WebP files as they are.
+        # A Qt resource file contains its WebP files unchanged.
         for number, match in enumerate(re.finditer(rb"RIFF(....)WEBP", data, re.DOTALL)):
             size = int.from_bytes(match[1], "little") + 8
             image = Image.open(io.BytesIO(data[match.start() : match.start() + size]))
@@ -110,14 +110,14 @@ def cropped(area: float) -> Callable[[Image.Image, Rng], Image.Image]:
 
 
 def turned(image: Image.Image, rng: Rng) -> Image.Image:
-    """By 2 to 5 degrees, corners black or white."""
+    """Rotated by 2 to 5 degrees; the corners are filled with black or white."""
     degrees = rng.uniform(2, 5) * rng.choice([-1, 1])
     fill = (int(rng.choice([0, 255])),) * 3
     return image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=fill)
 
 
 def turned_inside(image: Image.Image, rng: Rng) -> Image.Image:
-    """The same, cut to what has no corners."""
+    """Rotated by 2 to 5 degrees, and cropped so that no filled corners remain."""
     degrees = rng.uniform(2, 5) * rng.choice([-1, 1])
     image = image.rotate(degrees, Image.Resampling.BICUBIC)
     side = 1 - 1.35 * np.sin(np.radians(abs(degrees)))
@@ -139,7 +139,7 @@ def barred(image: Image.Image, rng: Rng) -> Image.Image:
 
 
 def _colour(rng: Rng) -> tuple[int, int, int]:
-    is_plain = rng.random() < 0.7  # black or white
+    is_plain = rng.random() < 0.7  # black or white, not a colour
     red, green, blue = [int(rng.choice([0, 255]))] * 3 if is_plain else rng.integers(0, 256, 3)
     return int(red), int(green), int(blue)
 
@@ -193,7 +193,8 @@ def unchanged(image: Image.Image, rng: Rng) -> Image.Image:
 
 
 Transform = Callable[[Image.Image, Rng], Image.Image]
-# Each with what it is saved as: a JPEG of this quality, or of any from 30 to 95, or another format.
+# Each transformation with the format it is saved in: a JPEG of this quality (None: a random one
+# from 30 to 95), or another format.
 COPIES: dict[str, tuple[Transform, int | str | None]] = {
     "resized to 0.4, 0.6 or 1.5": (resized, None),
     "stretched by up to a quarter": (stretched, None),
@@ -219,7 +220,7 @@ COPIES: dict[str, tuple[Transform, int | str | None]] = {
 
 
 def copy(image: Image.Image, name: str, rng: Rng) -> bytes:
-    """As a file."""
+    """The bytes of a file with the transformed image."""
     transform, saved = COPIES[name]
     image, file = transform(image, rng), io.BytesIO()
     if saved == "GIF":

@@ -9,11 +9,11 @@ from sklearn.datasets import load_digits
 
 from nfnets_xla.data.pack import Sample, encode_image
 
-TRAIN_DIGITS = 480  # of 1797: few, so that what was learned before can matter
+TRAIN_DIGITS = 480  # of 1797: so few that pre-training can make a difference
 
 
 def digit_samples(size: int) -> Iterator[Sample]:
-    """All of them, mixed, enlarged from 8 to `size` pixels."""
+    """All digits in a fixed random order, enlarged from 8 to `size` pixels."""
     bunch: Any = load_digits()
     for number in np.random.default_rng(0).permutation(len(bunch.target)):
         pixels = (bunch.images[number] * 255 / 16).round().astype(np.uint8)

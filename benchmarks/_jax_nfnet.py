@@ -1,8 +1,8 @@
 """The network, its loss, clipping and update in plain JAX, as JAX users write them: channels last.
 
-Run by xla_step.py and train_step.py in an environment that has JAX. Reads weights (in torch's
+xla_step.py and train_step.py run it in an environment that has JAX. It reads weights (in torch's
 layout), images and labels from an .npz, trains a few steps, and prints losses, processor seconds
-and seconds of the clock as JSON. In bfloat16 convolutions and gates compute in it, as in ours.
+and wall-clock seconds as JSON. In bfloat16, convolutions and gates compute in bfloat16, as ours do.
 """
 
 import json
@@ -121,7 +121,7 @@ def gates(params: dict, name: str, x: jax.Array) -> jax.Array:
 def update(
     name: str, weight: jax.Array, grad: jax.Array, velocity: jax.Array, lr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The output's axis is the last, so that a unit's norm is taken over all the others."""
+    """Output channels are the last axis, so a unit's norm is taken over all other axes."""
     if name != "head.weight":
         axes = tuple(range(weight.ndim - 1)) if weight.ndim > 1 else None
         norm_w = jnp.sqrt(jnp.square(weight).sum(axes, keepdims=True))

@@ -1,4 +1,4 @@
-"""What the scaling study trains on: fractals of many classes, and few handwritten digits."""
+"""Data of the scaling study: fractals of many classes, and a few handwritten digits."""
 
 from pathlib import Path
 from shutil import rmtree
@@ -11,12 +11,12 @@ from nfnets_xla.data.index import build_index
 from nfnets_xla.data.pack import pack_samples
 
 CLASSES, PER_CLASS, HELD_OUT_PER_CLASS = 200, 240, 20
-STORED_SIZE = 40  # pixels; of which training crops, and evaluation takes, 32
-PARTS = 10  # that are packed at a time; what is packed does not depend on how many are
+STORED_SIZE = 40  # pixels; training crops and evaluation use 32
+PARTS = 10  # packed in parallel; a fixed number, so that the shards do not depend on `jobs`
 
 
 def pack_data(folder: Path, jobs: int) -> None:
-    """`folder/fractals`, `fractals-held-out`, `digits` and `digits-held-out`, once."""
+    """Pack `fractals`, `fractals-held-out`, `digits` and `digits-held-out` into `folder`, once."""
     per_part = PER_CLASS // PARTS
     parts = [(f"part{n}", folder / "fractals", per_part, n * per_part) for n in range(PARTS)]
     parts += [("shard", folder / "fractals-held-out", HELD_OUT_PER_CLASS, PER_CLASS)]
@@ -33,7 +33,7 @@ def pack_data(folder: Path, jobs: int) -> None:
 
 
 def pack_fractals(prefix: str, folder: Path, per_class: int, first: int) -> None:
-    """Shards of `prefix` in `folder`, all or none of them."""
+    """Write the shards of `prefix` into `folder`: all of them, or none if it is interrupted."""
     if any(folder.glob(f"{prefix}-*.tar")):
         return
     samples = fractal_samples(CLASSES, per_class, size=STORED_SIZE, seed=0, first_instance=first)

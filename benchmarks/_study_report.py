@@ -1,4 +1,4 @@
-"""What came out of the scaling study, in words, from its records alone."""
+"""The report on the scaling study, in words, made from its records alone."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,15 @@ from nfnets_xla.scaling.report import report
 from nfnets_xla.scaling.runs import Point, nfnets, pretrained, read_points, source_of
 
 FIGURES = Path(__file__).parents[1] / "docs" / "scaling"
-PAIRS = (("vit_mini_d3_4", "nfnet_mini_f1"), ("vit_mini_d6_4", "nfnet_mini_f3"))  # of like cost
-FIRST_SEED = 0  # which rate is best is decided by the runs of this one
+PAIRS = (("vit_mini_d3_4", "nfnet_mini_f1"), ("vit_mini_d6_4", "nfnet_mini_f3"))  # of similar cost
+FIRST_SEED = 0  # the seed whose runs decide which rate is best
 DRAWS = 2000  # of the bootstrap
 Grid = Mapping[tuple[str, float], Sequence[float]]  # rates by model and epochs
 
 
 def write_report(records: Path, grid: Grid, tuning_grid: Grid, whole: int) -> None:
-    """results/scaling_study.txt, and the figures of docs/scaling.md; `whole` is the number of
-    runs in a finished study, by the rates of pre-training and of fine-tuning. ValueError if no
-    run is finished."""
+    """Write results/scaling_study.txt, and the figures of docs/scaling.md. `whole` is the number of
+    runs in a finished study. ValueError if no run is finished."""
     points, _ = read_points(records)
     trained = pretrained(points)
     said = Report(
@@ -64,7 +63,7 @@ def cell_of(point: Point) -> tuple[str, float]:
 
 
 def counted(runs: Sequence[tuple[tuple[str, float], Point]], grid: Grid) -> int:
-    """How many are of the study: the first seed at each rate, and all at the best of these."""
+    """Number of runs in the study: the first seed at each rate, and all seeds at the best rate."""
     total = 0
     for cell, rates in grid.items():
         tried = [run for of, run in runs if of == cell and run.peak_lr in rates]
@@ -76,7 +75,7 @@ def counted(runs: Sequence[tuple[tuple[str, float], Point]], grid: Grid) -> int:
 
 
 def of_first_seed(runs: Sequence[Point]) -> dict[float, Point]:
-    """By their rates, the lowest first."""
+    """The runs of the first seed by learning rate, in ascending order."""
     first = (run for run in runs if run.seed == FIRST_SEED)
     return {run.peak_lr: run for run in sorted(first, key=lambda run: run.peak_lr)}
 
@@ -103,7 +102,7 @@ def done(trained: Sequence[Point], grid: Grid) -> str:
 
 
 def of_best_rate(trained: Sequence[Point], model: str, epochs: float) -> list[Point]:
-    """All seeds, in their order."""
+    """The runs of all seeds at the best rate, ordered by seed."""
     best = [p for p in best_of_study(trained) if (p.model, p.epochs) == (model, epochs)]
     return sorted(
         (p for p in trained if best and (p.model, p.epochs, p.peak_lr) == key_of(best[0])),
@@ -139,7 +138,7 @@ def losses_of(runs: Sequence[Point]) -> list[float]:
 
 
 def difference(a: Sequence[float], b: Sequence[float], form: str = "+.3f") -> str:
-    """Of the means of several seeds, `a` minus `b`, with Welch's interval."""
+    """The mean of `a` minus the mean of `b`, over seeds, with Welch's interval."""
     gap = statistics.fmean(a) - statistics.fmean(b)
     if min(len(a), len(b)) < 2:
         return f"difference {gap:{form}}, of one seed: not resolved"
@@ -156,20 +155,21 @@ def difference(a: Sequence[float], b: Sequence[float], form: str = "+.3f") -> st
 
 
 def finetuned(points: Sequence[Point]) -> list[tuple[Point, Point]]:
-    """(what was pre-trained, what was fine-tuned of it)."""
+    """Pairs of a pre-trained run and a run that was fine-tuned from it."""
     sources = [(source_of(point, pretrained(points)), point) for point in points]
     return [(source, point) for source, point in sources if source is not None]
 
 
 def finetuning(tuned: Sequence[tuple[Point, Point]]) -> str:
-    """Each pre-trained optimum, and whether a lower held-out loss goes with a lower error."""
+    """The fine-tuned error of each pre-trained optimum, and whether a lower held-out loss goes with
+    a lower error."""
     found: dict[tuple[str, float], list[tuple[Point, Point]]] = {}
     for source, point in tuned:
         found.setdefault(cell_of(source), []).append((source, point))
     if not found:
         return "no run is finished"
     names, lines, losses = [], [], []
-    errors: list[list[float]] = []  # of each seed
+    errors: list[list[float]] = []  # for each optimum, of each seed
     for (model, epochs), runs in sorted(found.items(), key=lambda entry: entry[1][0][0].flops):
         tried = of_first_seed([run for _, run in runs])
         rate = best_rate(tried)

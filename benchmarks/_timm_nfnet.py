@@ -1,4 +1,4 @@
-"""timm's NFNets beside ours: any of the 16 variants, at full width or an eighth of it."""
+"""timm's NFNets for comparison: any of the 16 variants, at full width or an eighth of it."""
 
 from typing import TypeVar
 
@@ -11,7 +11,8 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def timms_network(name: str, num_classes: int) -> NormFreeNet:
-    """dm_nfnet_*'s configuration at any width. Its stem's widths follow from the last of them."""
+    """dm_nfnet_*'s configuration at any width; timm derives the stem's widths from the last of
+    them."""
     variant = VARIANTS[name]
     configuration = NfCfg(
         depths=variant.depth,
@@ -33,7 +34,7 @@ def timms_network(name: str, num_classes: int) -> NormFreeNet:
 
 
 def with_branches(net: Net) -> Net:
-    """As if trained a while: a branch whose gain is 0 has no gradient."""
+    """Set skip gains to 0.5, as if trained a while: a branch whose gain is 0 gets no gradient."""
     for name, parameter in net.named_parameters():
         if name.endswith(("skip_gain", "skipinit_gain")):
             nn.init.constant_(parameter, 0.5)

@@ -1,4 +1,4 @@
-"""Competitors measured in turns, so that a noisy machine is as noisy for each; then medians."""
+"""Measures competitors in turns, so that a noisy machine affects all alike; reports medians."""
 
 import platform
 import statistics
@@ -17,7 +17,7 @@ def medians(
     runs: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Seconds of each by the clock, a GPU's work included, after one run that does not count."""
+    """Median seconds of each competitor by `clock`, GPU work included, after one warm-up run."""
     times: dict[str, list[float]] = {name: [] for name in competitors}
     for number in range(runs + 1):
         for name, work in competitors.items():
@@ -30,13 +30,13 @@ def medians(
 
 
 def wait() -> None:
-    """Until a GPU has done what it was given, if one is used."""
+    """Wait until a GPU, if one is used, has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def machine() -> str:
-    """One line on what the numbers below it were measured with."""
+    """One line about the hardware and versions that the numbers below it were measured with."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return (
         f"{device}, {torch.get_num_threads()} threads; python {platform.python_version()}, "
@@ -52,7 +52,7 @@ def _processor() -> str:
 
 
 class Report:
-    """Prints lines as they come, and keeps them as benchmarks/results/<name>.txt."""
+    """Prints lines as they come, and saves them as benchmarks/results/<name>.txt."""
 
     def __init__(self, name: str, title: str) -> None:
         self.path = RESULTS / f"{name}.txt"

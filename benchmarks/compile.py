@@ -1,10 +1,10 @@
 """Depth as a loop against depth written out, under XLA: python benchmarks/compile.py
 
-A training step (forward, backward, clipping, update) of the two forms of the same network
-(models/stacked.py), on one virtual device of XLA:CPU, each in a process of its own. Prints the
-lines of HLO, and what it takes to compile, to trace a step in Python and to run it (medians), with
-their ratios, and writes the table to benchmarks/results/compile.txt. Tracing and steps are in the
-processor's time, of all threads together, which other work on the machine hardly alters.
+Runs a training step (forward, backward, clipping, update) of both forms of the same network
+(models/stacked.py) on one virtual device of XLA:CPU, each form in its own process. Prints the lines
+of HLO, the times to compile, to trace a step in Python and to run it (medians), and their ratios,
+and writes the table to benchmarks/results/compile.txt. Tracing and running are measured in
+processor time of all threads, which other work on the machine hardly affects.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from nfnets_xla.optim import SGD_AGC, parameter_roles
 # Networks at 32 px, 8 rows; and F3's longest stage at full width, 1 row of 14 x 14.
 WORKLOADS = ("nfnet_mini_f0", "nfnet_mini_f1", "nfnet_mini_f3", "nfnet_mini_f7", "stage")
 FORMS = ("unrolled", "stacked")
-STEPS = 4  # after the first, which compiles
-COLUMNS = {"hlo_lines": 0, "compile_s": 1, "trace_ms": 0, "step_ms": 0}  # and their decimals
+STEPS = 4  # after the first step, which compiles
+COLUMNS = {"hlo_lines": 0, "compile_s": 1, "trace_ms": 0, "step_ms": 0}  # decimals of each column
 RESULTS = Path(__file__).parent / "results" / "compile.txt"
 
 
@@ -128,7 +128,7 @@ def stage(_: str, stacked: bool) -> tuple[nn.Module, Callable[[], Tensor]]:
     longest = NFNet(variant, num_classes=0).stages[2]
     assert isinstance(longest, Stage)
     module = StackedStage(variant, longest, xla.scan) if stacked else longest
-    maps = upload(torch.randn(1, variant.width[1], 28, 28))  # its first block halves them
+    maps = upload(torch.randn(1, variant.width[1], 28, 28))  # the stage's first block halves them
     return module, lambda: module(maps, None).square().mean()
 
 

@@ -1,17 +1,17 @@
 """`shards dedup` beside imagehash and imagededup: python benchmarks/dedup.py [ROOT [PART ...]]
 
-ROOT is the folder that Debian's packages of photographs are unpacked in (`_copies.py` names them;
-"/" where they are installed). Of 500 photographs and of 500 fractals 20 copies each are made:
-20,000 pairs. All methods see the same files: these copies, and two of each of 200 strangers, that
-show none of the 500. A match is right if it names the picture that was copied. Tiles of one
-photograph are not counted either way: halves of a symmetrical building are mirror images.
+ROOT is the folder into which Debian's packages of photographs are unpacked (`_copies.py` names
+them; "/" if they are installed). 20 copies are made of each of 500 photographs and 500 fractals:
+20,000 pairs. All methods get the same files: these copies, and two copies each of 200 strangers,
+which show none of the 500. A match is right if it names the picture that was copied. Other pairs of
+tiles of one photograph are not counted: halves of a symmetrical building are mirror images.
 
-Ours runs as the command does, shards and all, with its defaults. Each of the others gets the
-largest threshold at which at most 1 in 1,000 of its matches is wrong, chosen with the answers in
-sight. Lower bounds are Wilson's, of 95 %.
+Ours runs as the command does, on shards, with its defaults. Each of the others gets the largest
+threshold at which at most 1 in 1,000 of its matches is wrong, chosen on this very data. Lower
+bounds are Wilson's, of 95 %.
 
-Then images per core-second from the file to the hash, in turns, and what a search costs. Parts,
-each of which can be had alone: photographs, fractals, speed.
+The benchmark then measures images per core-second from the file to the hash, in turns, and the cost
+of a search. Each part can be run alone: photographs, fractals, speed.
 """
 
 import io
@@ -49,7 +49,7 @@ from nfnets_xla.data.thumbnail import SIDE, thumbnails
 REFERENCES, STRANGERS, ROUNDS = 500, 200, 7
 SPEED_SIZE = (500, 375)  # pixels, of JPEGs of quality 90
 PARTS = ["photographs", "fractals", "speed"]
-NOISE_REFERENCES = 5_000  # to measure the search with
+NOISE_REFERENCES = 5_000  # number of references when the search is measured
 OURS = f"ours, {Settings.most_bits} bits, distance {DISTANCE}"
 
 
@@ -76,22 +76,22 @@ def opened(data: bytes) -> Image.Image:
 
 
 class Made(NamedTuple):
-    """Of one picture: files, and the peers' hashes of each, (files, peers)."""
+    """Files made of one picture, and the peers' hashes of each, (files, peers)."""
 
     files: list[bytes]
     hashes: np.ndarray
 
 
 class Set(NamedTuple):
-    """One kind of pictures; those after the first 500 are strangers."""
+    """Pictures of one kind; those after the first 500 are strangers."""
 
     kind: str
-    of: list[str]  # what each picture is of
+    of: list[str]  # name of the photograph or class of each picture
     originals: list[Made]
     copies: list[Made]
 
     def queries(self) -> tuple[np.ndarray, np.ndarray]:
-        """Picture and number of the copy."""
+        """For each query, the number of its picture and of its transformation."""
         pairs = [(n, k) for n, made in enumerate(self.copies) for k in range(len(made.files))]
         return np.array(pairs).T[0], np.array(pairs).T[1]
 
@@ -100,7 +100,7 @@ class Set(NamedTuple):
 
 
 def make(item: tuple[int, Picture]) -> tuple[Made, Made]:
-    """The original and the copies; every copy for what is searched for, two for strangers."""
+    """The original and its copies: all transformations for the first 500, two for strangers."""
     number, (_, image) = item
     kinds = list(enumerate(COPIES))
     if number >= REFERENCES:
@@ -132,7 +132,7 @@ def of_peer(made: Set, peer: int) -> Scores:
 
 
 def of_ours(made: Set, folder: Path) -> Scores:
-    """By way of shards."""
+    """Scores of `shards dedup`, run on shards."""
     picture_Q, kind_Q = made.queries()
     files = [data for one in made.copies for data in one.files]
     references = [one.files[0] for one in made.originals[:REFERENCES]]
@@ -151,7 +151,7 @@ def of_ours(made: Set, folder: Path) -> Scores:
 
 
 def packed(files: list[bytes], folder: Path) -> ShardIndex:
-    # GIF is not among the formats of shards: its pixels, without loss.
+    # Shards cannot hold GIF: store its pixels without loss.
     files = [as_png(data) if data[:3] == b"GIF" else data for data in files]
     samples = ((f"{n:06d}", data, extension_of(data), 0) for n, data in enumerate(files))
     pack_samples(samples, folder, samples_per_shard=1000)
@@ -171,7 +171,7 @@ def as_jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def counted(made: Set) -> np.ndarray:
-    """Pairs that may be called wrong: not those of one photograph."""
+    """Which pairs count as wrong when matched: all but those of one photograph."""
     picture_Q, _ = made.queries()
     of = np.array(made.of)
     return of[picture_Q][:, None] != of[:REFERENCES]
@@ -261,7 +261,7 @@ def report_speed(report: Report, pictures: list[Picture], folder: Path) -> None:
 
 
 def report_search(report: Report, pictures: list[Picture], folder: Path) -> None:
-    """With references of noise that has the spectrum of photographs."""
+    """Measure the search, with references made of noise that has the spectrum of photographs."""
     rng, of = np.random.default_rng(0), views(Settings.crop)
     noise = np.concatenate([clouds(rng, 500) for _ in range(NOISE_REFERENCES // 500)])
     rows = np.zeros((len(noise), 2), np.int64)
@@ -294,7 +294,7 @@ def report_search(report: Report, pictures: list[Picture], folder: Path) -> None
 
 
 def report_chance(report: Report, pictures: list[Picture]) -> None:
-    """How often hashes of pictures that have nothing in common are near."""
+    """How often the hashes of unrelated pictures are near."""
     chosen = dict(pictures)  # one of each photograph
     small = np.concatenate([thumbnails(as_jpeg(image, 95))[:1] for image in chosen.values()])
     signs_PVK = (
@@ -346,7 +346,7 @@ def main() -> None:
 
 
 def some_photographs(report: Report, root: Path) -> list[Picture]:
-    """Some of the pictures that are cut of them, chosen at random."""
+    """A random choice of the pictures that are cut from all photographs."""
     cut: list[Picture] = []
     packages: dict[str, list[int]] = {}
     for package, photograph in photographs(root):

@@ -4,8 +4,8 @@ For each seed nfnet_mini_f0 is pre-trained on fractals and then fine-tuned on fe
 digits, through the command line, in five ways: with SAM; from scratch; with SGD for as many epochs;
 with SGD for twice as many, which costs what SAM does; with SAM on 4 views of each image in a batch,
 at equal compute. The settings were chosen before the first run; rates and clipping were those of
-the demo then. Reported are mean and every seed, and the differences seed by seed with Student's
-interval; FOLDER keeps the runs, and the script goes on with what is there.
+the demo at the time. The report gives the mean and each seed, and the differences seed by seed with
+Student's interval. FOLDER keeps the runs; the script continues from those that are there.
 """
 
 import json
@@ -99,7 +99,7 @@ def spread(values: list[float], form: str) -> str:
 
 
 def interval(differences: list[float]) -> str:
-    """Of their mean, 95 %, by Student's t."""
+    """Student's 95 % interval for the mean of the differences."""
     found = ttest_1samp(differences, 0.0).confidence_interval(0.95)
     verdict = ": not resolved" if found.low <= 0 <= found.high else ""
     return f"[{found.low:+.1%}, {found.high:+.1%}]{verdict}"

@@ -1,9 +1,9 @@
-"""How often a law through a frontier is believed, by its interval alone and as `scaling` asks:
-python benchmarks/frontier.py
+"""How often a law fitted to a frontier is accepted, by its interval alone and by the rule of
+`scaling`: python benchmarks/frontier.py
 
-Simulated studies of the paper's models and numbers of epochs (arXiv 2310.16764, figures 2 and 3):
-losses that are noise, which a frontier makes fall, and a power law with runs that scatter about it.
-Takes a minute or two of one core.
+Simulates studies with the paper's models and numbers of epochs (arXiv 2310.16764, figures 2 and 3).
+The losses are either noise, whose frontier falls by construction, or a power law with scatter about
+it. Takes a minute or two of one core.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
 """Images per second of F0 beside timm's dm_nfnet_f0: python benchmarks/inference.py [--compile]
 
-Eager PyTorch at 224 px in float32, on a GPU if there is one (where convolutions are then TF32, as
-PyTorch comes): timm as it comes and in channels_last, ours as it comes, and fused. Skip gains are
-set to 0.5, as they are 0 in a new network. Then the peak memory of each, in processes of their own.
-With --compile the same under torch.compile, which takes minutes.
+Eager PyTorch at 224 px in float32, on a GPU if there is one (where convolutions then use TF32,
+PyTorch's default): timm by default and in channels_last, ours by default and fused. Skip gains are
+set to 0.5, as they are 0 in a new network. Then the peak memory of each, in its own process. With
+--compile the same under torch.compile, which takes minutes.
 """
 
 import argparse
@@ -95,13 +95,13 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def peak(name: str) -> None:
-    """Print the highest memory of the GPU, or resident memory (Linux), of a forward pass, in MB."""
+    """Print the peak memory of a forward pass in MB: of the GPU, or resident (Linux)."""
     net, images = MAKERS[name](), inputs(max(RUNS))[name]
     on_gpu = DEVICE == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
     with torch.inference_mode():
         net(images)
     if on_gpu:

@@ -1,10 +1,10 @@
-"""Whether a long run grows: python benchmarks/leaks.py
+"""Whether a long run leaks memory, files or threads: python benchmarks/leaks.py
 
-A run of 2,000 steps on a CPU with all that is done again and again: a loader worker, logged steps,
-curves, sample ids, a ledger, checkpoints, evaluations. Its resident memory, open files and threads
-are read from /proc at every logged step, of the run's process and of its worker. Prints them at
-quarters of the run and their slopes per 1,000 steps (least squares, from step 400 on: by then every
-kind of thing has happened several times), with the standard errors of these.
+Trains for 2,000 steps on a CPU with everything that a run repeats: a loader worker, logged steps,
+curves, sample ids, a ledger, checkpoints, evaluations. At every logged step it reads from /proc the
+resident memory, open files and threads of the run's process and of its worker. It prints them at
+the quarters of the run, and their slopes per 1,000 steps with standard errors (least squares from
+step 400 on, by when everything has happened several times).
 """
 
 import json
@@ -54,7 +54,7 @@ def slopes(thousands: np.ndarray, values: np.ndarray) -> str:
 
 
 def followed(folder: Path) -> np.ndarray:
-    """A row for each logged step: the step, then COLUMNS."""
+    """One row per logged step: the step, then COLUMNS."""
     for name, first in (("train", 0), ("held-out", 100)):
         images = IMAGES if name == "train" else 32
         pack_samples(
@@ -77,7 +77,7 @@ def followed(folder: Path) -> np.ndarray:
                 try:
                     rows.append([step, *of_process(process.pid), *of_process(worker(process.pid))])
                 except (FileNotFoundError, ProcessLookupError, StopIteration):
-                    break  # it is ending
+                    break  # the process is ending
     assert process.returncode == 0
     return np.array(rows)
 
@@ -103,7 +103,7 @@ def cmdline(pid: str) -> bytes:
 
 
 def of_process(pid: int) -> tuple[float, int, int]:
-    """Resident MiB, open files, threads."""
+    """Resident memory in MiB, number of open files, number of threads."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     status = dict(line.split(":", 1) for line in lines)
     files = len(os.listdir(f"/proc/{pid}/fd"))

@@ -1,14 +1,14 @@
 """Training views beside webdataset's pipeline: python benchmarks/loader.py
 
 Both read the same shards, decode, crop at random, flip and stack uint8 views, in one process and on
-one thread. The other one is the usual: webdataset, Pillow, torchvision, timm's RandAugment. Ours
-also draws keyed masks, verifies a checksum per image, and fixes the order. Speeds are medians
-of several rounds, taken in turns, per second of one core (process time), for the machine may have
-other work. DeepMind's crops are smaller than torchvision's, which is part of the difference; the
-row "resize: ours, their crops" is without it.
+one thread. The peer is the usual pipeline: webdataset, Pillow, torchvision, timm's RandAugment.
+Ours also draws keyed masks, verifies a checksum per image, and fixes the order. Speeds are per
+second of processor time, because the machine may have other work, and are medians of several rounds
+taken in turns. DeepMind's crops are smaller than torchvision's, which is part of the difference;
+the row "resize: ours, their crops" excludes it.
 
-Then the share of its time that a step waits for data: a stand-in that sleeps 1.25 times as long as
-one worker took for the batch.
+Then the share of time that a training loop waits for data: in place of a step it sleeps 1.25 times
+as long as the worker took for the batch.
 """
 
 import io
@@ -44,7 +44,8 @@ from nfnets_xla.data.shards import ShardIndex
 IMAGES, BATCH, SIZE, ROUNDS = 512, 64, 224, 7
 WAIT_BATCH = 256  # a worker hands over whole batches, in 5 ms whatever their size
 OPERATIONS, MAGNITUDE = 4, 9
-# timm's with as many operations, always applied, at the same magnitude and with the same constants.
+# timm's RandAugment with as many operations, always applied, at the same magnitude and with the
+# same constants.
 TIMMS = f"rand-m{MAGNITUDE}-n{OPERATIONS}-p1-inc1"
 TIMMS_CONSTANTS = {"translate_const": 100, "img_mean": (128, 128, 128)}
 LIBRARIES = ["numpy", "pillow", "simplejpeg", "torchvision", "webdataset"]
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def contestants(index: ShardIndex) -> dict[str, Callable[[], int]]:
-    """Each shows so many views, and says how many."""
+    """Functions that each make some views and return their number."""
     files = [index.read(0, row) for row in range(64)]
     pixels = [decode(data) for data in files]
     views = [_resized(image, SIZE) for image in pixels]
@@ -108,13 +109,13 @@ def contestants(index: ShardIndex) -> dict[str, Callable[[], int]]:
 
 
 def measured(shown_by: dict[str, Callable[[], int]]) -> dict[str, float]:
-    """Views per core-second: the median of rounds in which each has its turn."""
+    """Views per core-second of each contestant: the median over rounds taken in turns."""
     speeds: dict[str, list[float]] = {name: [] for name in shown_by}
     for round_number in range(ROUNDS + 1):
         for name, show in shown_by.items():
             start = time.process_time()
             views = show()
-            if round_number:  # the first one warms up
+            if round_number:  # the first round warms up
                 speeds[name].append(views / (time.process_time() - start))
     return {name: round(statistics.median(values), 1) for name, values in speeds.items()}
 
@@ -135,7 +136,7 @@ def ratios(speed: dict[str, float]) -> dict[str, float]:
 
 
 def make_shards(folder: Path) -> ShardIndex:
-    """Crops of two photographs, as JPEGs of ImageNet's usual size."""
+    """Shards of JPEGs of ImageNet's usual size, cropped from two photographs."""
     photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     rng = np.random.default_rng(0)
 
@@ -231,7 +232,7 @@ class Timed(TrainBatches):
 
 
 def wait_share(index: ShardIndex, batches: int = 16) -> dict[str, float]:
-    """Of a loop, after its first batch, whose step is 1.25 times as long as the batch took."""
+    """Share of time that a loop waits, after its first batch; see the docstring of this file."""
     dataset = dataset_of(index, repeats=4, magnitude=None, batch=WAIT_BATCH, kind=Timed)
     waited, slept, made = [], [], []
     asked = time.perf_counter()

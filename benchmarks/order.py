@@ -1,12 +1,13 @@
-"""The order and index of JFT-4B's size, simulated: python benchmarks/order.py
+"""The order and index at JFT-4B's size, simulated: python benchmarks/order.py
 
 4e9 samples in 400,000 shards, read by 16 hosts in the recipe's shape (64 streams, windows of 16
-shards, 4,096 rows a step). No image is there: counts, names and digests are made up, and a host
+shards, 4,096 rows a step). There are no images: counts, names and digests are made up. A host
 computes the ids (shard, row) of its rows, from a cold start at several places of the run and then
-step by step. Times are of the CPU; each job is a process of its own, so that its memory is its own.
+step by step. Times are processor time. Each job runs in its own process, so that its memory can be
+measured separately.
 
-Beside it, what plain webdataset keeps and does at that size: the list of its URLs, and nothing
-else, for it has no order that could be asked for a step.
+For comparison, the memory and time of plain webdataset at that size: only a list of its URLs, since
+it has no order from which a step could be computed.
 """
 
 import resource
@@ -19,7 +20,7 @@ import numpy as np
 
 SHARDS, PER_SHARD, NAME = 400_000, 10_000, "jft-{:06d}-of-400000.tar"
 STREAMS, WINDOW, BATCH, EPOCHS = 64, 16, 4096, 4.0
-STEPS = 6_000  # timed in a row: enough to cross two windows
+STEPS = 6_000  # consecutive steps that are timed: enough to cross two windows
 KEY = 16  # bytes of a sample's key
 
 
@@ -34,7 +35,7 @@ def main() -> None:
         ).stdout
         for job in jobs
     ]
-    from _turns import Report  # with torch, which would count in what a job begins with
+    from _turns import Report  # imports torch, which would count in a job's memory
 
     report = Report("order", "python benchmarks/order.py")
     report.say(f"numpy {version('numpy')}, webdataset {version('webdataset')}\n")
@@ -92,7 +93,7 @@ def simulate(hosts: int) -> None:
 
 
 def resident_order(order: object) -> int:
-    """Bytes of the arrays that an order holds."""
+    """Bytes of all arrays that an order holds."""
     import gc
 
     seen: dict[int, np.ndarray] = {}
@@ -125,7 +126,7 @@ def urls(hosts: int) -> None:
 
 
 def memory() -> float:
-    """Of this process at its peak, in MB."""
+    """Peak memory of this process, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 

@@ -1,14 +1,14 @@
-"""Going on after a kill, beside webdataset's own ways: python benchmarks/resume.py
+"""Resuming after a kill, beside webdataset's own ways: python benchmarks/resume.py
 
-Time: a process is started anew and asked for the batch at 1, 50 and 99 % of an epoch; the clock
-starts when its imports are done. Ours loads the index and asks the order; webdataset, which has no
-way to start at a step, iterates over what was shown (its tars are read and grouped, nothing is
-decoded). Both read local files that are in the page cache.
+Time: a new process is asked for the batch at 1, 50 and 99 % of an epoch; the clock starts when its
+imports are done. Ours loads the index and computes the order at that step; webdataset, which cannot
+start at a step, iterates over what was shown (it reads and groups the tars, but decodes nothing).
+Both read local files that are in the page cache.
 
 Exactness: one epoch is shown by a process that is killed with SIGKILL half-way and started again,
-with as many loader workers or with others (1, then 2). Of the samples of the epoch, how many are
-not shown, and how many more than once? webdataset once as its manual has it (`shardshuffle`,
-`shuffle`, and again from the start), once seeded and skipping.
+with the same number of loader workers or with another (1, then 2). How many samples of the epoch
+are not shown, and how many more than once? webdataset is run once as in its manual (`shardshuffle`,
+`shuffle`, and again from the start), and once seeded and skipping.
 """
 
 import os
@@ -43,7 +43,7 @@ def main() -> None:
         job, folder, start, stop, workers = sys.argv[1:]
         show(job, Path(folder), int(start), int(stop), int(workers))
         return
-    from _turns import Report  # with torch, which the processes that are measured do without
+    from _turns import Report  # imports torch, which the measured processes do without
 
     report = Report("resume", "python benchmarks/resume.py")
     report.say(f"numpy {version('numpy')}, webdataset {version('webdataset')}\n")
@@ -84,7 +84,7 @@ def make_shards(folder: Path) -> None:
 
 
 def show(job: str, folder: Path, start: int, stop: int, workers: int) -> None:
-    """Print the keys of batches `start` to `stop`, a batch on a line as soon as it is there."""
+    """Print the keys of batches `start` to `stop`, one line per batch, as soon as it is made."""
     warnings.simplefilter("ignore")
     began = time.perf_counter()
     batches = ours(folder, start, stop) if job == "ours" else theirs(job, folder, start, workers)
@@ -96,7 +96,7 @@ def show(job: str, folder: Path, start: int, stop: int, workers: int) -> None:
 
 
 def ours(folder: Path, start: int, stop: int) -> Iterator[list[str]]:
-    """Workers only say which process makes a batch: here this one makes all."""
+    """Workers only decide which process makes a batch; here this process makes all of them."""
     index = ShardIndex.load(folder)
     order = Order(index.counts, 0, 16, BATCH, 4, 1.0)
     for step in range(start, stop):
@@ -139,7 +139,7 @@ def first_batch(job: str, folder: str, step: int) -> float:
 
 
 def killed(job: str, folder: str, then: int) -> tuple[int, int]:
-    """Samples of the epoch that were not shown, and that were shown more than once."""
+    """Numbers of samples of the epoch that were not shown, and that were shown more than once."""
     steps = SAMPLES // BATCH
     shown: Counter[str] = Counter()
     done = 0
@@ -156,7 +156,7 @@ def killed(job: str, folder: str, then: int) -> tuple[int, int]:
             while done < until:
                 line = process.stdout.readline()
                 if not line:
-                    break  # it ran out of samples before the epoch was over
+                    break  # the process ran out of samples before the epoch was over
                 shown.update(line.split())
                 done += 1
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,8 +1,8 @@
 """What SAM costs: python benchmarks/sam.py
 
-A step of nfnet_f0 (forward, backward, clipping, Nesterov step) with SGD, with SAM whose
-ascent sees the whole batch or a fifth of it (arXiv 2102.06171, A.4), and with the two-pass SAM that
-is mostly used (gradients cloned, a Python loop over parameters), medians taken in turns.
+A step of nfnet_f0 (forward, backward, clipping, Nesterov step) with SGD, with SAM whose ascent uses
+the whole batch or a fifth of it (arXiv 2102.06171, A.4), and with the usual two-pass SAM (which
+clones gradients and loops over parameters in Python); medians of runs taken in turns.
 """
 
 from collections.abc import Callable

@@ -1,36 +1,36 @@
 """The paper in miniature, resumable to the cell: python benchmarks/scaling_study.py [FOLDER]
 
-Every model of MODELS is trained on fractals for every number of EPOCHS at its three RATES, each
-run with a cosine and a warm-up of its own; the best rate of each cell again with two more seeds;
-then ViTs of equal cost, with AdamW; then the best of each cell is fine-tuned with SAM on few
-handwritten digits, at three rates too, and at the best of these from the other two seeds. All of it
-goes through the command line, one run after the other in each of `--jobs` processes of one thread.
-The settings of pre-training were chosen before the first run of the grid.
+Every model of MODELS is trained on fractals for every number of EPOCHS at its three RATES, each run
+with its own cosine and warm-up; the best rate of each cell is repeated with two more seeds. Then
+ViTs of equal cost are trained, with AdamW. Then the best of each cell is fine-tuned with SAM on few
+handwritten digits, at three rates too, and at the best of these from the other two seeds.
+Everything goes through the command line, one run after the other in each of `--jobs` processes of
+one thread. The settings of pre-training were chosen before the first run of the grid.
 
-The records in results/scaling_study/ are the study's memory: what has an end there is finished, on
-any machine. FOLDER keeps shards and weights. Weights that fine-tuning needs and that are not there
-are trained again, which changes no record. At the end of every stage the report is written anew,
-results/scaling_study.txt; `--report` does nothing else.
+The records in results/scaling_study/ are the study's memory: a run whose record has an end is
+finished, on any machine. FOLDER keeps shards and weights. Weights that fine-tuning needs and that
+are missing are trained again, which changes no record. At the end of every stage the report,
+results/scaling_study.txt, is rewritten; `--report` does nothing else.
 
-F0 to F3 are the four smallest of the family: 3.3 times in cost from the first to the last. One
-thread of a nearly idle machine computed 423, 238, 177 and 141 images/s of them, forward and
-backward at a batch of 128, by which the NFNets' pre-training takes 2.4 hours of two cores. F7, at
-71 images/s, would add 1.8. The grid of rates was begun at 0.2, 0.4 and 0.8, after three runs of 94
-steps on the held-out fractals, and moved down by a factor of 2 once 0.4 had learned nothing and 0.8
-had diverged for F0 and F1 at a quarter of an epoch; and from one epoch on to 0.05, 0.1 and 0.2,
-once 0.1 had been the best of 0.1, 0.2 and 0.4 for F0, F1 and F2. Runs outside the grid are kept.
+F0 to F3 are the four smallest of the family; the last costs 3.3 times the first. One thread of a
+nearly idle machine computed 423, 238, 177 and 141 images/s of them, forward and backward at a batch
+of 128; at these speeds the NFNets' pre-training takes 2.4 hours of two cores. F7, at 71 images/s,
+would add 1.8. The grid of rates began at 0.2, 0.4 and 0.8, after three runs of 94 steps on the
+held-out fractals. It moved down by a factor of 2 when, at a quarter of an epoch, 0.4 had learned
+nothing and 0.8 had diverged for F0 and F1; and from one epoch on to 0.05, 0.1 and 0.2, when 0.1 had
+been the best of 0.1, 0.2 and 0.4 for F0, F1 and F2. Runs outside the grid are kept.
 
-Fine-tuning was first done at one rate for all, 0.1 with the NFNets' SGD. Networks of a quarter and
-half an epoch, which have little to lose, reached errors of 9 to 45 % of ten classes, those of one
-epoch 83 to 90 %, which is chance, and the ViTs 74 to 84 % everywhere. Then a few runs at others:
+Fine-tuning first used one rate for all, 0.1 with the NFNets' SGD. Networks of a quarter and half an
+epoch, which have little to lose, reached errors of 9 to 45 % of ten classes; those of one epoch 83
+to 90 %, which is chance; and the ViTs 74 to 84 % everywhere. A few runs at other rates followed:
 from one epoch on 0.03 and 0.01 are better (F0: 16 and 19 %; F2 from two epochs: 14 and 9 %) while
-F3 at a quarter wants 0.1; and of a ViT AdamW's 0.003 did as well as any of SGD (76 %; 0.001, 0.006
-and 0.012 did worse). So each network is fine-tuned at three rates, as it is pre-trained at three.
-The records of the NFNets at 0.1 are kept, those of ViTs with SGD are not.
+F3 at a quarter needs 0.1; and for a ViT AdamW's 0.003 did as well as the best rate of SGD (76 %;
+0.001, 0.006 and 0.012 did worse). So each network is fine-tuned at three rates, as it is
+pre-trained at three. The records of the NFNets at 0.1 are kept, those of ViTs with SGD are not.
 
 From half an epoch on the networks are compiled, which took a quarter of an hour each beside other
-work. `nfnets-xla throughput` gave F0 629 images/s for 332 then; in the records, which were taken
-beside other work, F2 and F3 are hardly faster than before.
+work. `nfnets-xla throughput` then measured 629 images/s for F0, up from 332; in the records, which
+were taken beside other work, F2 and F3 are hardly faster than before.
 """
 
 import math
@@ -66,7 +66,7 @@ ONLY_END = ["trainer.eval_every=null", "trainer.checkpoint_every=null", "trainer
 ONLY_END += ["trainer.keep_every_hours=null", "hydra.mode=RUN"]
 CPU = ["trainer.device=cpu", "model.compute_dtype=float32", "data.workers=0"]
 # A clipping of 0.01 is for batches of 1024 and more (NF section 4.1: small batches take more). With
-# 0.04 and the 94 steps of a quarter of an epoch the skip gains, which begin at 0, hardly open.
+# 0.04 and the 94 steps of a quarter of an epoch, the skip gains hardly move from 0.
 SCHEDULE = ["optim.warmup_steps=null", "optim.warmup_fraction=0.1"]
 CLIPPING = "optim.clipping=0.16"
 PRETRAIN = ["data=demo_fractals", "data.batch_size=128", "data.eval_image_size=32"]
@@ -78,11 +78,11 @@ VIT_FINETUNE += ["optim.weight_decay=0.03", "optim.clipping=null"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. Paths are relative to FOLDER, so that records name no machine's."""
+    """One run. Paths are relative to FOLDER, so that records contain no path of a machine."""
 
-    name: str  # its folder, below runs/
-    words: tuple[str, ...]  # of the command line
-    source: "Cell | None" = None  # whose weights it starts from
+    name: str  # of its folder, below runs/
+    words: tuple[str, ...]  # arguments of the command line
+    source: "Cell | None" = None  # the run whose weights it starts from
 
     def finished(self) -> bool:
         return ended(RECORDS / self.name) is not None
@@ -91,7 +91,7 @@ class Cell:
 def pretrain(model: str, epochs: float, rate: float, seed: int = 0) -> Cell:
     recipe = ["scaling_sweep"]
     own_optim = [*SCHEDULE, CLIPPING]
-    if model in VITS:  # at the NFNets' loss and schedule; an optimizer of their own
+    if model in VITS:  # the NFNets' loss and schedule, but their own optimizer
         recipe = ["vit_baseline", "model.head_bias=0.0", "optim.loss=softmax"]
         own_optim = [*SCHEDULE, "optim.schedule=cosine", "optim.cooldown_steps=0"]
     own = [f"model.name={model}", f"optim.epochs={epochs:g}", f"optim.peak_lr={rate:g}"]
@@ -111,8 +111,8 @@ def data(name: str) -> list[str]:
 
 
 def stages() -> Iterator[list[Cell]]:
-    """What can run at the same time. Complete sub-grids first: small budgets of all models and
-    rates. Which rate is best is only known, and asked, once the stages before are done."""
+    """Lists of runs that can run at the same time. Complete sub-grids first: small budgets of all
+    models and rates. The best rate is looked up only once the earlier stages are done."""
     for models in (MODELS, VITS):
         for epochs in EPOCHS:
             yield [cell for model in models for cell in pretrained_at(model, epochs).values()]
@@ -150,7 +150,7 @@ def tuning_rates_of(model: str, epochs: float) -> tuple[float, ...]:
 
 
 def best(cells: Mapping[float, Cell]) -> float:
-    """The rate of the lowest held-out loss, of the first seed. What diverged has none."""
+    """The rate with the lowest held-out loss at the first seed; diverged runs count as infinite."""
     losses = {}
     for rate, cell in cells.items():
         loss = read_record(RECORDS / cell.name).of_kind("eval")[-1]["loss"]
@@ -171,7 +171,7 @@ def main() -> None:
         given.folder.mkdir(parents=True, exist_ok=True)
         os.chdir(given.folder)
         pack_data(Path("shards"), given.jobs)
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started from here on
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes started from here on
         with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
             for cells in stages():
                 if run_all(cells, pool):
@@ -189,7 +189,7 @@ def report() -> None:
 
 
 def run_all(cells: Sequence[Cell], pool: ProcessPoolExecutor) -> int:
-    """Returns how many there were to run. The first failure ends the study."""
+    """Run the missing cells; returns their number. The first failure ends the study."""
     missing = [cell for cell in cells if not cell.finished()]
     running = {pool.submit(run_cell, cell): cell for cell in missing}
     for done in as_completed(running):
@@ -201,7 +201,7 @@ def run_all(cells: Sequence[Cell], pool: ProcessPoolExecutor) -> int:
 
 
 def run_cell(cell: Cell) -> None:
-    """In a process that goes on living: what is imported is imported once."""
+    """Runs in a long-lived worker process, so that imports happen once."""
     if cell.source is not None and ended(Path("runs") / cell.source.name) is None:
         nfnets_xla(cell.source)
     nfnets_xla(cell)
@@ -211,7 +211,7 @@ def run_cell(cell: Cell) -> None:
 
 
 def nfnets_xla(cell: Cell) -> None:
-    """Anew if it was broken off: a checkpoint would only be at its end."""
+    """Restarts an interrupted run from the beginning: only its end is saved in a checkpoint."""
     from nfnets_xla.cli import main as command_line
 
     folder = Path("runs") / cell.name

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def trained(rho: float | None, seed: int) -> tuple[float, float]:
-    """(largest eigenvalue, training loss) on the same rows for either optimizer."""
+    """(largest eigenvalue, training loss), on the same rows for both optimizers."""
     torch.manual_seed(seed)
     images, labels = fractals()
     net = network()
@@ -70,7 +70,7 @@ def trained(rho: float | None, seed: int) -> tuple[float, float]:
 
 
 def network() -> nn.Module:
-    """As if trained a while: a branch whose gain is 0 has no curvature."""
+    """Skip gains are 0.5, as if trained a while: a branch whose gain is 0 has no curvature."""
     net = create_model("nfnet_mini_f0", num_classes=CLASSES, drop_rate=0.0, drop_path_rate=0.0)
     for parameter_name, parameter in net.named_parameters():
         if parameter_name.endswith("skip_gain"):
@@ -86,7 +86,8 @@ def fractals() -> tuple[Tensor, Tensor]:
 
 
 def largest_eigenvalue(loss: Tensor, parameters: list[nn.Parameter]) -> float:
-    """Of largest magnitude, as the Rayleigh quotient after so many Hessian-vector products."""
+    """The eigenvalue of largest magnitude: the Rayleigh quotient after ITERATIONS Hessian-vector
+    products."""
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     generator = torch.Generator().manual_seed(0)
     vector = [torch.randn(p.shape, generator=generator) for p in parameters]

@@ -3,10 +3,10 @@
 Forward and backward of 128 filters of 3x3x128, float32, eager and under torch.compile, of
 
     ours        models/layers.py, with its own derivative;
-    arithmetic  mean, difference, sum of squares, with autograd's;
-    var_mean    torch.var_mean, with autograd's, which is how timm and others write it.
+    arithmetic  mean, difference and sum of squares, with autograd's derivative;
+    var_mean    torch.var_mean, with autograd's derivative, as timm and others write it.
 
-Processor time of one thread on a CPU, the clock's on a GPU; medians taken in turns.
+Processor time of one thread on a CPU, wall-clock time on a GPU; medians of runs taken in turns.
 """
 
 import time

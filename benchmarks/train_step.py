@@ -2,20 +2,20 @@
 
     python benchmarks/train_step.py --device cuda --compile --models nfnet_f0 nfnet_f1 nfnet_f3
 
-Forward, backward, adaptive clipping, Nesterov step and average of the weights, nothing dropped, of
+Forward, backward, adaptive clipping, Nesterov step and average of the weights, without dropout, of
 
-    ours   NFNet, SGD_AGC and EMA, as a run has them;
+    ours   NFNet, SGD_AGC and EMA, as in a run;
     timm   its dm_nfnet_*, adaptive_clip_grad, torch's SGD and ModelEmaV3, at their defaults; in
            bfloat16 by autocast;
     jax    _jax_nfnet.py, without the average.
 
-Medians taken in turns, channels_last, eager and with --compile also under torch.compile (--mode is
-its mode, for both). On a CPU in processor time, which other work on the machine hardly alters; on a
-GPU with the peak memory of each. MFU counts three forward passes' worth of multiply-accumulates
-against the vendor's peak. The floor is what the step would take at least: these at the rate of the
-best matrix product, or, if that is longer, reading and writing every convolution's input and output
-once in each of three passes, and the update's tensors, at the rate of the best copy. Both rates are
-measured here.
+Medians of runs taken in turns, channels_last, eager and with --compile also under torch.compile
+(--mode is its mode, for both). On a CPU in processor time, which other work on the machine hardly
+affects; on a GPU with the peak memory of each. MFU counts the multiply-accumulates of three forward
+passes against the vendor's peak. The floor is the least time the step could take: these operations
+at the rate of the best matrix product, or, if that is longer, the memory traffic at the rate of the
+best copy: every convolution's input and output read or written once in each of three passes, and
+the update's tensors. Both rates are measured here.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def main() -> None:
         work = Workload(model, given.batch, given.size, dtype, given.device)
         measure(work, given, report, flops, bandwidth)
         report.save()
-        torch._dynamo.reset()  # which would keep the networks of this model for the next
+        torch._dynamo.reset()  # would keep this model's networks in memory during the next
 
 
 def measure(
@@ -200,7 +200,7 @@ def _compiled(function: Any, mode: str | None) -> Any:
 
 
 def jax_seconds(work: Workload, runs: int) -> float:
-    """In a process of its own, which sees the same device."""
+    """Runs in its own process, which sees the same device."""
     net, (images, labels) = work.network(), work.batch()
     variant = VARIANTS[work.model]
     arrays: dict[str, Any] = {n: p.detach().numpy() for n, p in net.named_parameters()}
@@ -218,8 +218,8 @@ def jax_seconds(work: Workload, runs: int) -> float:
 
 
 def with_memory(make: Callable[[], Work], device: str) -> tuple[Work, float | None]:
-    """A step that has been taken twice, and the MiB of the device that it needs at most: what it
-    keeps, and what comes on top while it runs."""
+    """A step that has been run twice, and its peak device memory in MiB: what it keeps, and what it
+    needs while it runs."""
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     step = make()
     step()
@@ -231,7 +231,7 @@ def with_memory(make: Callable[[], Work], device: str) -> tuple[Work, float | No
 
 
 def needs(work: Workload) -> tuple[float, float]:
-    """(floating-point operations, bytes moved) of a step; see the head of this file."""
+    """(floating-point operations, bytes moved) of a step; see the docstring of this file."""
     net = work.network()
     elements = 0
 
@@ -257,7 +257,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def copy_rate(device: str) -> float:
-    """Bytes read and written a second."""
+    """Bytes read and written per second."""
     a = torch.zeros(2**28 if device == "cuda" else 2**26, device=device)
     b = torch.empty_like(a)
     return 2 * a.nbytes / shortest(lambda: b.copy_(a), device)

@@ -6,9 +6,10 @@ eager PyTorch on the CPU or a GPU, of
     ours   SGD_AGC and EMA;
     timm   adaptive_clip_grad, torch's SGD and ModelEmaV3, at their defaults.
 
-Prints medians of several updates taken in turns, the operators called (one of torch's foreach
-counts once, however many kernels it launches), and their ratios; then, where there is torch_xla,
-the nodes of the XLA graph of an update of nfnet_mini_f0, unrolled for both, and stacked for ours.
+Prints medians of several updates taken in turns, the number of operators called (one of torch's
+foreach operators counts once, however many kernels it launches), and their ratios; then, if
+torch_xla is installed, the nodes of the XLA graph of an update of nfnet_mini_f0: unrolled for both,
+and stacked for ours.
 """
 
 import importlib.util
@@ -50,7 +51,7 @@ Update = Callable[[], object]
 
 
 class Count(TorchDispatchMode):
-    """Operators that do something; views do not."""
+    """Counts operators that compute something; views do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ def timms_update(net: nn.Module) -> Update:
 
 
 def nodes(form: str) -> int:
-    """Lines of HLO that an update adds to a graph which has weights and gradients as inputs."""
+    """Lines of HLO that an update adds to a graph whose inputs are weights and gradients."""
     from nfnets_xla import xla
 
     xla.start(virtual_devices=1)

@@ -4,12 +4,12 @@ Forward, backward, adaptive clipping and Nesterov step, float32, on one device, 
 
     ours   NFNet and SGD_AGC;
     timm   its dm_nfnet_f0 (or the same at an eighth of the width), adaptive_clip_grad and torch's
-           SGD, in the loop that torch_xla's documentation has;
-    jax    _jax_nfnet.py, whose losses are compared with ours: the same network and the same update.
+           SGD, in the loop from torch_xla's documentation;
+    jax    _jax_nfnet.py, the same network and update, whose losses are compared with ours.
 
-Each in processes of its own, in turns. All figures are processor seconds, of all threads together,
-which other work on the machine hardly alters; medians over the turns, and ratios to ours.
-`uv` brings JAX, into an environment that is not this project's.
+Each runs in its own process, in turns. All times are processor seconds of all threads, which other
+work on the machine hardly affects: medians over the turns, and ratios to ours. `uv` installs JAX
+into an environment separate from this project's.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from nfnets_xla import NFNet, xla
 from nfnets_xla.models.variants import VARIANTS
 from nfnets_xla.optim import SGD_AGC, parameter_roles
 
-JAX = "jax==0.7.1"  # of the same month as torch_xla 2.9
+JAX = "jax==0.7.1"  # released in the same month as torch_xla 2.9
 HERE = Path(__file__).parent
 WORKLOADS = {"nfnet_mini_f0": (64, 32), "nfnet_f0": (8, 64)}  # rows, pixels
 CLASSES, LR, STEPS, TURNS = 10, 0.01, 4, 3
@@ -89,7 +89,7 @@ def ratio(ours: float | None, other: float | None) -> str:
 def summary(runs: list[dict[str, Any]]) -> dict[str, float | None]:
     """`compile` is what the first step took beyond the others; `step` is tracing and running.
 
-    On a device of its own the next step is traced while this one runs.
+    On real devices the next step is traced while this one runs.
     """
     steps = [statistics.median(run["seconds"][1:]) for run in runs]
     compiles = [run["seconds"][0] - step for run, step in zip(runs, steps, strict=True)]
@@ -117,7 +117,7 @@ def in_a_process(who: str, workload: str, inputs: Path) -> dict[str, Any]:
 
 
 def write_inputs(path: Path, workload: str) -> None:
-    """Weights, images and labels that ours and JAX's run start from."""
+    """Write the weights, images and labels that ours and JAX's run start from."""
     net, images, labels = network(workload), *batch(workload)
     variant = VARIANTS[workload]
     arrays: dict[str, Any] = {n: p.detach().numpy() for n, p in net.named_parameters()}

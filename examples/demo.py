@@ -2,8 +2,8 @@
 
     make demo          (python examples/demo.py FOLDER)
 
-Every stage is the command a person would give, run as a process of its own on XLA:CPU with four
-virtual devices. The table at the end and the figure are read from the records that the runs leave.
+Every stage is a command as a user would give it, run as its own process on XLA:CPU with four
+virtual devices. The final table and the figure are made from the records that the runs leave.
 """
 
 import io
@@ -33,7 +33,7 @@ from matplotlib import pyplot
 SIZE = 40  # pixels of the packed images; training crops are resized to 32
 LETTERS = "ABCDEFGHJKLMNPRT"  # none that looks like a digit
 PER_CLASS, HELD_OUT_PER_CLASS = 96, 16
-KILL_AFTER = 0.4  # of the pre-training, at a random step from there to 0.8
+KILL_AFTER = 0.4  # share of pre-training: the kill comes at a random step between this and twice it
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def say(text: str) -> None:
 
 
 def pack_all(shards: Path) -> None:
-    """Letters and scikit-learn's digits, each with a held-out part of its own."""
+    """Pack letters and scikit-learn's digits, each with its own held-out part."""
     digits = list(digit_samples())
     cut = len(digits) // 5
     for name, samples, per_shard in (
@@ -99,7 +99,7 @@ def pack_all(shards: Path) -> None:
 
 
 def letter_samples(per_class: int, first: int = 0) -> Iterator[Sample]:
-    """Of each letter the drawings from number `first` on; classes mixed."""
+    """`per_class` drawings of each letter, from number `first` on, in random order."""
     mixed = np.random.default_rng(first).permutation(len(LETTERS) * per_class)
     for place in mixed:
         label, number = divmod(int(place), per_class)
@@ -109,7 +109,7 @@ def letter_samples(per_class: int, first: int = 0) -> Iterator[Sample]:
 
 
 def letter(label: int, number: int) -> np.ndarray:
-    """Pillow's own font at any size, weight, slant and blur, light on dark. (SIZE, SIZE, 3)."""
+    """(SIZE, SIZE, 3), a letter of random size, weight, slant and blur, light on dark."""
     rng = np.random.default_rng([label, number])
     mask = Image.new("L", (SIZE, SIZE))
     ImageDraw.Draw(mask).text(
@@ -150,8 +150,8 @@ def digit_samples() -> Iterator[Sample]:
 
 
 def environment(arguments: list[str]) -> dict[str, str]:
-    """XLA:CPU at a low optimisation level, because these runs are short: what a level saves in
-    compiling costs steps. SAM's graph is twice as large, so there the lowest pays off."""
+    """XLA:CPU at a low optimisation level, as these runs are short: it compiles faster, and steps
+    are slower. SAM's graph is twice as large, so there the lowest level pays off."""
     level = 1 if arguments[0] == "pretrain_demo" else 0
     return {"XLA_FLAGS": f"--xla_backend_optimization_level={level}", **os.environ}
 
@@ -166,7 +166,7 @@ def nfnets_xla(arguments: list[str]) -> None:
 
 
 def kill_once(arguments: list[str], run_dir: Path) -> None:
-    """Start a run and SIGKILL it at a random step, as a pre-empted machine would end it."""
+    """Start a run and SIGKILL it at a random step, as when its machine is pre-empted."""
     process = subprocess.Popen(command(arguments), env=environment(arguments))
     steps = None
     while process.poll() is None:
@@ -190,7 +190,7 @@ def kill_once(arguments: list[str], run_dir: Path) -> None:
 
 
 def prove_once_per_epoch(record: RunRecord, index: ShardIndex) -> None:
-    """From the ids that the batches held, over both starts: every sample, once per epoch."""
+    """Check, by the ids in the batches of both starts: every sample was shown once per epoch."""
     epochs = record.headers[0]["config"]["optim"]["epochs"]
     shown: dict[int, list[str]] = {epoch: [] for epoch in range(int(epochs))}
     for row in record.of_kind("samples"):
@@ -238,7 +238,7 @@ def summary(records: dict[str, RunRecord]) -> str:
 
 
 def draw(records: dict[str, RunRecord], path: Path) -> None:
-    """Left: pre-training, with the kill; right: fine-tuning from it and from scratch."""
+    """Left: pre-training, with the kill; right: fine-tuning, pre-trained and from scratch."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     curve(left, records["pretrain"], "pre-training", "tab:blue")
     for header in records["pretrain"].headers[1:]:

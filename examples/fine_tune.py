@@ -1,8 +1,8 @@
-"""A loop of your own: a mini NFNet learns digits with SGD, AGC and SAM, and is exported.
+"""A training loop of your own: a mini NFNet learns digits with SGD, AGC and SAM, and is exported.
 
     python examples/fine_tune.py [STEPS]        (needs torch, timm and scikit-learn; no trainer)
 
-With `pretrained=True` and a name of `nfnets-xla models` it begins from public weights instead.
+To start from public weights instead, use `pretrained=True` and a name of `nfnets-xla models`.
 """
 
 import sys

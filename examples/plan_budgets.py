@@ -2,8 +2,8 @@
 
     python examples/plan_budgets.py [PRICE OF A CHIP-HOUR]        (loads no torch)
 
-Hours are those of one trial on 512 cores.
-The rules are arXiv 2310.16764's; `make_plan(job, read_points(RUNS)[0])` fits your own runs instead.
+The hours printed are those of one trial on 512 cores. The rules are arXiv 2310.16764's;
+`make_plan(job, read_points(RUNS)[0])` fits your own runs instead.
 """
 
 import sys
