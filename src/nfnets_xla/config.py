@@ -32,7 +32,7 @@ class ModelConfig:
     drop_rate: float  # dropout before the classifier
     drop_path_rate: float  # stochastic depth: block i of N is dropped with rate * i / N
     compute_dtype: str  # of the convolutions in training; weights, loss and evaluation are float32
-    stacked: bool | str  # depth as a loop (models/stacked.py): true, false or "auto": if deep
+    stacked: bool | str  # depth as a loop (models/stacked.py): true, false; "auto": if deep
     recompute: bool  # gradient checkpointing of each block: saves memory, costs time
 
 
@@ -42,19 +42,19 @@ class DataConfig:
     eval_shards: str | None  # folder of held-out shards; None: no evaluation
     exclude: str | None  # file of training samples to leave out, one id per line; None: use all
     max_missed: float  # largest share of undecodable samples; beyond it the run stops
-    num_classes: int | None  # None: the larger of the indexes' largest label, plus one
+    num_classes: int | None  # None: the largest label of both sets of shards, plus one
     image_size: int  # pixels, training
     eval_image_size: int  # pixels, evaluation
     eval_margin: int  # evaluation resizes both sides to eval_image_size + margin, then crops
     flip: bool  # mirror half of the training views
-    min_crop_area: float  # smallest part of the image a training crop may show
-    randaugment_magnitude: int | None  # in the paper F0 5, F1 and F2 10, larger 15; None: off
+    min_crop_area: float  # smallest share of the image's area that a training crop may show
+    randaugment_magnitude: int | None  # NFNet paper: F0 5, F1 and F2 10, larger ones 15; None: off
     randaugment_ops: int  # number of operations applied to each view
     mix: str  # "none", or "mixup_cutmix": MixUp on half of the rows and CutMix on the others
     batch_size: int  # rows of a global batch: unique images x repeats
     eval_batch_size: int  # rows of a global batch, evaluation
     repeats: int  # views of each image in a batch (repeated augmentation)
-    num_streams: int  # canonical streams: divides batch_size / repeats; hosts divide it
+    num_streams: int  # streams of samples: must divide batch_size / repeats; hosts must divide it
     window_shards: int  # shards shuffled together within a stream
     cache_dir: str | None  # local folder for copies of remote shards
     cache_bytes: float  # size limit of cache_dir; shared by all processes that use it
@@ -63,11 +63,11 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    epochs: float  # passes over the training set, counted in views: images get epochs / repeats
+    epochs: float  # passes over the training set, in views: an image is read epochs / repeats times
     peak_lr: float  # learning rate for a batch of lr_batch rows
     lr_batch: int | None  # peak_lr is scaled by data.batch_size / lr_batch; None: not scaled
     schedule: str  # after the warm-up: "cosine" to 0, "constant" or "rsqrt"
-    warmup_steps: int | None  # linear from 0; give one of the three warmup_ settings
+    warmup_steps: int | None  # linear warm-up from 0; give one of the three warmup_ settings
     warmup_epochs: float | None  # the warm-up in epochs
     warmup_fraction: float | None  # the warm-up as a share of the run
     rsqrt_timescale: int  # steps after the warm-up in which rsqrt falls to peak / sqrt(2)
@@ -80,11 +80,11 @@ class OptimConfig:
     loss: str  # "softmax", or "sigmoid": binary cross-entropy for each class
     label_smoothing: float  # of the targets, after mixing
     accumulation: int  # gradient accumulation: slices of a batch; saves memory, costs time
-    sam_rho: float | None  # None: no sharpness-aware minimisation
-    sam_ascent_fraction: float  # share of the batch used for the ascent; in the paper 0.2
+    sam_rho: float | None  # radius of sharpness-aware minimisation (SAM); None: off
+    sam_ascent_fraction: float  # share of the batch used for the ascent; NFNet paper: 0.2
     sam_microbatches: int  # m-sharpness: parts of the batch, each with its own ascent
     sam_adaptive: bool  # ASAM: ascent relative to each weight; use a sam_rho about 10 times larger
-    ema_decay: float | None  # None: no moving average
+    ema_decay: float | None  # decay of the weights' moving average; None: no average
     max_skipped: int  # non-finite updates that may be skipped; one more stops the run
 
 
