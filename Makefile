@@ -3,10 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
-# A uv on the PATH is used; else one is installed by pip into its own small environment.
+# Use the uv on the PATH; if there is none, pip installs one into its own small environment.
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 INSTALLED := $(VENV)/.installed
-# A process for each core, and in each one thread: most of a test is one thread's work.
+# One process per core, each with one thread: most test code is single-threaded.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 GATES := $(VENV)/.gates
 NEWEST := .venv-newest
@@ -36,7 +36,7 @@ demo: install  ## Pre-train, kill, resume, fine-tune with SAM, evaluate: 4 to 13
 test: check  ## What CI runs: lint, types, imports, then the tests that are not slow
 	$(PYTEST) -m "not slow"
 
-test-all: check newest  ## The same with the slow tests, and those of the newest torch
+test-all: check newest  ## The same with the slow tests, and the tests on the newest torch
 	$(PYTEST)
 
 chaos: install  ## Kill, starve and damage runs, and compare them with undisturbed ones: 16 to 40 minutes
@@ -48,14 +48,14 @@ check: install  ## Lint, formatting, types, import layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-newest: install  ## Models, data and scaling on the newest torch and Python, in .venv-newest
+newest: install  ## Test models, data and scaling on the newest torch and Python, in .venv-newest
 	$(UV) venv -q --clear --python $(NEWEST_PYTHON) $(NEWEST)
 	$(UV) pip install -q --upgrade --python $(NEWEST)/bin/python -e ".[train,remote,dedup,scaling]" \
 		hypothesis pyarrow pytest pytest-timeout scikit-learn
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(NEWEST)/bin/python -m pytest -m "not slow" \
 		tests/models tests/data tests/scaling
 
-coverage: install  ## Branches and lines that the tests that are not slow run, in every process
+coverage: install  ## Lines and branches covered by the tests that are not slow, in every process
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m "not slow" $(COVERED)
 	$(BIN)/coverage combine -q
@@ -70,27 +70,27 @@ mutants: $(GATES)  ## Break the order, SGD, AdamW, by_role, SAM and laws in smal
 	$(BIN)/mutmut export-cicd-stats
 	@cat mutants/mutmut-cicd-stats.json
 
-dist: $(GATES)  ## Wheel and sdist into dist/, and whether a package index would take them
+dist: $(GATES)  ## Build wheel and sdist into dist/, and check if a package index would accept them
 	rm -rf dist build
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
 
-sbom: $(GATES)  ## What is installed, with licences, as CycloneDX into dist/
+sbom: $(GATES)  ## List what is installed, with licences, as CycloneDX in dist/
 	mkdir -p dist
 	$(BIN)/cyclonedx-py environment $(BIN)/python --output-reproducible -o dist/nfnets_xla.cdx.json
 
-# An audit that could not ask about a package has failed, and says which (--strict).
-audit: $(GATES)  ## Known vulnerabilities of what is locked; asks a service on the network
+# If the service cannot be asked about a package, the audit fails and names it (--strict).
+audit: $(GATES)  ## Look for known vulnerabilities of locked packages; asks a service on the network
 	@for lock in requirements.lock requirements-tpu.lock; do $(BIN)/pip-audit --strict \
 		--disable-pip --require-hashes --progress-spinner off -r $$lock || exit 1; done
 
 docs: install  ## Build the documentation into site/, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# One takes hours and one needs photographs: benchmarks/README.md says how they are run.
+# One takes hours and one needs photographs: benchmarks/README.md says how to run them.
 BENCHMARKS := $(filter-out %/scaling_study.py %/dedup.py,$(wildcard benchmarks/[!_]*.py))
 
-bench: install  ## The benchmarks, each beside its peer
+bench: install  ## Run the benchmarks, each beside its peer
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## Delete what was built, and the runs of the demo and the benchmarks
