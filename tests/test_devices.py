@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.plugins import MixedPrecision
 
 from nfnets_xla import backend, devices, xla
-from nfnets_xla.devices import DEVICES, GIB, find_device, measured_cpu_peak, smallest_fsdp
+from nfnets_xla.devices import GIB, HARDWARE, find_device, measured_cpu_peak, smallest_fsdp
 from nfnets_xla.exits import HostLost
 from nfnets_xla.hosts import Hosts
 from nfnets_xla.strategy import SPMDStrategy, XLAAccelerator
@@ -30,7 +30,7 @@ from tests.data.server import serving
     ],
 )
 def test_hardware_is_found_by_what_the_runtime_calls_it(kind: str, name: str) -> None:
-    assert find_device(kind) is DEVICES[name]
+    assert find_device(kind) is HARDWARE[name]
 
 
 def test_how_many_devices_the_strategy_is_given() -> None:
@@ -118,19 +118,19 @@ def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_v4_core_has_the_peak_that_the_papers_core_hours_are_counted_with() -> None:
-    assert DEVICES["v4"].peak_flops / DEVICES["v4"].cores == 137.5e12
+    assert HARDWARE["v4"].peak_flops / HARDWARE["v4"].cores == 137.5e12
 
 
 def test_half_a_v7_chip_is_a_device() -> None:
     """Of 2307 TFLOP/s and 192 GiB, by Cloud TPU's documentation of TPU7x."""
-    v7 = DEVICES["v7"]
+    v7 = HARDWARE["v7"]
     assert (2 * v7.peak_flops, 2 * v7.memory, v7.cores) == (2307e12, 192 * GIB, 1)
     assert smallest_fsdp(60 * GIB, v7, 2) == 2
 
 
 def test_parameters_are_cut_as_little_as_fits() -> None:
     """In half of 32 GiB; five copies of parameters, for example."""
-    v4 = DEVICES["v4"]
+    v4 = HARDWARE["v4"]
     assert smallest_fsdp(5 * 4 * 829_551_960, v4, 64) == 1  # F7+, 3.1 GiB
     assert smallest_fsdp(int(16.5 * GIB), v4, 64) == 2
     assert smallest_fsdp(int(45 * GIB), v4, 12) == 3

@@ -20,7 +20,7 @@ class Device:
 
 
 # Cloud TPU and NVIDIA documentation, read November 2026 at the latest.
-DEVICES = {
+HARDWARE = {
     "v2": Device(22.5e12, 8 * GIB, 1),
     "v3": Device(61.5e12, 16 * GIB, 1),
     "v4": Device(275e12, 32 * GIB, 2),
@@ -48,8 +48,8 @@ def find_device(kind: str) -> Device | None:
     words = kind.replace("-", " ").replace("_", " ").split()
     for word in words:
         name = _ALSO.get(word.lower(), word)
-        if name in DEVICES:
-            return DEVICES[name]
+        if name in HARDWARE:
+            return HARDWARE[name]
     return None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nfnets_xla.arguments import Parser
-from nfnets_xla.devices import DEVICES
+from nfnets_xla.devices import HARDWARE
 from nfnets_xla.scaling import published
 from nfnets_xla.scaling.law import Extrapolation
 from nfnets_xla.scaling.plan import Job, describe, make_plan
@@ -42,10 +42,10 @@ def parser() -> Parser:
     def add_hardware(command: Any, purpose: str) -> None:
         command.add_argument(
             "--hardware",
-            choices=DEVICES,
+            choices=HARDWARE,
             metavar="NAME",
             default=defaults.hardware,
-            help=f"{purpose}: {', '.join(DEVICES)}",
+            help=f"{purpose}: {', '.join(HARDWARE)}",
         )
 
     defaults = Job()

@@ -11,7 +11,7 @@ footnote 4).
 
 import math
 
-from nfnets_xla.devices import DEVICES, Device
+from nfnets_xla.devices import HARDWARE, Device
 from nfnets_xla.models.variants import STAGE_STRIDES, STEM_STRIDES, VARIANTS, bottleneck
 
 FLOPS_PER_MAC = 2
@@ -78,9 +78,9 @@ def images_drawn(rows: float, repeats: int = 1) -> float:
 
 def device(hardware: str) -> Device:
     """The device by name; ValueError if its peak is not known here."""
-    if hardware not in DEVICES:
-        raise ValueError(f"hardware is {hardware!r}; it must be one of {', '.join(DEVICES)}")
-    return DEVICES[hardware]
+    if hardware not in HARDWARE:
+        raise ValueError(f"hardware is {hardware!r}; it must be one of {', '.join(HARDWARE)}")
+    return HARDWARE[hardware]
 
 
 def core_peak(hardware: str) -> float:
