@@ -9,10 +9,8 @@ from typing import Literal
 import pytest
 from lightning.pytorch.plugins import MixedPrecision
 
-from nfnets_xla import backend, devices, xla
+from nfnets_xla import devices, xla
 from nfnets_xla.devices import GIB, HARDWARE, find_device, measured_cpu_peak, smallest_fsdp
-from nfnets_xla.exits import HostLost
-from nfnets_xla.hosts import Hosts
 from nfnets_xla.strategy import SPMDStrategy, XLAAccelerator
 from tests.data.server import serving
 
@@ -84,28 +82,6 @@ def test_a_tpu_is_called_what_its_machine_calls_it(
     assert xla.device_kind() == "TPU"
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-16")
     assert xla.device_kind() == "v6e-16"
-
-
-def test_a_host_that_is_lost_may_show_where_a_result_is_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What runs on the devices is waited for there: in the average of a logged step, in a save."""
-
-    def gone(_: object) -> None:
-        raise RuntimeError("slice health check failed")
-
-    fakes = {
-        "start": lambda _: None,
-        "multiply_in_float32": lambda: None,
-        "device_kind": lambda: "TPU v4",
-    }
-    fakes |= {"num_devices": lambda: 8, "make_mesh": lambda fsdp: None, "gather": gone}
-    fakes |= {"counters": lambda: None, "open_hosts": lambda: Hosts(1, 2)}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(xla, name, fake)
-    made = backend._xla_backend(None, 1, 0)
-    with pytest.raises(HostLost, match=r"host 1 of 2 lost another one \(slice health check failed"):
-        made.fetch({})
 
 
 def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

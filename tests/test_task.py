@@ -12,15 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nfnets_xla import NFNet, checkpoint
-from nfnets_xla.backend import open_backend
 from nfnets_xla.callbacks.checkpointer import host_copies
-from nfnets_xla.compose import composed, to_run
 from nfnets_xla.data.mix import Layout
 from nfnets_xla.network import restore
 from nfnets_xla.optim import SGD_AGC, parameter_roles
 from nfnets_xla.optim.schedule import Schedule
 from nfnets_xla.task import Batch, _rank, rows_of
-from tests.runs import PLAIN_CPU
 from tests.steps import CLASSES, PLAIN, ROWS, SAM, batch, network, task
 
 # ImageNet's, as dataset.py:34-35 of the reference has them: red, green, blue of bytes.
@@ -191,12 +188,3 @@ def test_a_restored_task_goes_on_to_the_bit(optimizer: str, tmp_path: Path) -> N
     ours, theirs = host_copies(rest)[0], host_copies(whole)[0]
     for form, tensors in theirs.items():
         assert all(torch.equal(ours[form][name], value) for name, value in tensors.items()), form
-
-
-def test_what_is_fetched_is_a_copy() -> None:
-    """A checkpoint is written while the next steps change the weights."""
-    backend = open_backend(to_run(composed("smoke", [*PLAIN_CPU, "run_dir=R"])).trainer)
-    weight = torch.zeros(3)
-    found = backend.fetch({"w": weight})["w"]
-    weight.add_(1)
-    assert found.tolist() == [0, 0, 0]

@@ -45,6 +45,7 @@ class Backend:
     checkpoint: Recompute = recompute  # gradient checkpointing of a block
     compile: Callable[[Any], Any] = inductor.as_it_is  # compiles a function of tensors
     channels_last: bool = False  # memory format of the network's weights
+    pin_memory: bool = False  # of batches, which are then copied while the device computes
 
 
 def open_backend(trainer: TrainerConfig, kept_bytes: int = 0) -> Backend:
@@ -56,14 +57,13 @@ def open_backend(trainer: TrainerConfig, kept_bytes: int = 0) -> Backend:
     name = trainer.device
     if name == "auto":
         name = "xla" if tpu_is_attached() else "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "xla":
-        return _xla_backend(trainer.virtual_devices, trainer.fsdp, kept_bytes)
-    check_uncut(trainer.fsdp, name)
-    xla.stay_out()
-    return _cuda_backend(trainer) if name == "cuda" else _cpu_backend(trainer)
+    if name != "xla":
+        check_uncut(trainer.fsdp, name)
+        xla.stay_out()
+    return BACKENDS[name](trainer, kept_bytes)
 
 
-def _cpu_backend(trainer: TrainerConfig) -> Backend:
+def _cpu_backend(trainer: TrainerConfig, _: int) -> Backend:
     hosts = open_hosts()
     return Backend(
         device_kind="CPU",
@@ -78,7 +78,7 @@ def _cpu_backend(trainer: TrainerConfig) -> Backend:
     )
 
 
-def _cuda_backend(trainer: TrainerConfig) -> Backend:
+def _cuda_backend(trainer: TrainerConfig, _: int) -> Backend:
     """One GPU per process, chosen by the launcher's LOCAL_RANK."""
     device = torch.device("cuda", local_gpu())
     torch.cuda.set_device(device)
@@ -99,6 +99,7 @@ def _cuda_backend(trainer: TrainerConfig) -> Backend:
         add_up=hosts.add,
         peak_memory=torch.cuda.max_memory_allocated,
         channels_last=True,
+        pin_memory=True,
         **_compiling(trainer.compile is not False),
     )
 
@@ -142,8 +143,8 @@ def _fetch(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 
 
-def _xla_backend(virtual_devices: int | None, fsdp: int | str, kept_bytes: int) -> Backend:
-    xla.start(virtual_devices)
+def _xla_backend(trainer: TrainerConfig, kept_bytes: int) -> Backend:
+    xla.start(trainer.virtual_devices)
     xla.multiply_in_float32()  # the head and the evaluation, as on a GPU
     from nfnets_xla.strategy import SPMDStrategy, XLAAccelerator  # after the runtime has started
 
@@ -152,6 +153,7 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, kept_bytes: int) 
     peak_flops = known and count * known.peak_flops
     if kind == "XLA:CPU":
         peak_flops = measured_cpu_peak()  # virtual devices share one CPU
+    fsdp = trainer.fsdp
     parts = fsdp if isinstance(fsdp, int) else smallest_fsdp(kept_bytes, known, count)
     xla.make_mesh(parts)
     strategy = SPMDStrategy(fsdp=parts)
@@ -184,3 +186,11 @@ def _xla_backend(virtual_devices: int | None, fsdp: int | str, kept_bytes: int) 
         scan=xla.scan,
         checkpoint=xla.recompute,
     )
+
+
+# What config.DEVICES names, but for "auto".
+BACKENDS: Mapping[str, Callable[[TrainerConfig, int], Backend]] = {
+    "xla": _xla_backend,
+    "cuda": _cuda_backend,
+    "cpu": _cpu_backend,
+}

@@ -119,7 +119,7 @@ def open_loaders(ready: Ready, open_files: ExitStack) -> tuple[Batches, Batches 
         start_step=ready.past.step,
         stop_step=plan.num_steps,
         workers=run.data.workers,
-        pin_memory=ready.backend.accelerator == "cuda",
+        pin_memory=ready.backend.pin_memory,
     )
     open_files.enter_context(closing(loader))
     if plan.held_out is None:
