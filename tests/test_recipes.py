@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfnets_xla import list_models
+from nfnets_xla import config, list_models
 from nfnets_xla.compose import composed as composed_config
 from nfnets_xla.compose import to_run
 from nfnets_xla.config import Run, differences
@@ -59,6 +59,25 @@ def test_a_recipe_resolves_to_what_it_did(name: str) -> None:
     if os.environ.get("REWRITE_GOLDEN"):
         file.write_text(resolved)
     assert resolved == file.read_text()
+
+
+def test_what_an_optimizer_has_of_its_own_is_given_with_it_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its line in config.py, which is all that a new one needs there."""
+
+    def pretrain(*given: str) -> Run:
+        return to_run(composed_config("pretrain", [*REQUIRED["pretrain"], "run_dir=R", *given]))
+
+    monkeypatch.setitem(config.OPTIMIZERS, "with", {"beta2": 0.99})
+    monkeypatch.setitem(config.OPTIMIZERS, "without", {})
+    assert pretrain("optim.optimizer=with", "optim.beta2=0.5").optim.beta2 == 0.5
+    assert pretrain("optim.optimizer=without").optim.beta2 is None
+    whose = "it is a setting of adamw.* and with"
+    with pytest.raises(ValueError, match=rf"beta2 is None .*=with; {whose}: give 0\.99, for exam"):
+        pretrain("optim.optimizer=with")
+    with pytest.raises(ValueError, match=rf"beta2 is 0\.5 .*=without; {whose}: give null"):
+        pretrain("optim.optimizer=without", "optim.beta2=0.5")
 
 
 @pytest.mark.parametrize("name", REQUIRED)

@@ -7,7 +7,7 @@ because OmegaConf merges into them.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from operator import attrgetter
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 JOBS = ("train", "evaluate", "throughput", "smoke")
 DEVICES = ("auto", "xla", "cuda", "cpu")
 COMPUTE_DTYPES = ("float32", "bfloat16")
-OPTIMIZERS = ("sgd", "adamw")
+# Each with what it has beyond the common settings, and a usual value of that.
+OPTIMIZERS: dict[str, dict[str, float]] = {"sgd": {}, "adamw": {"beta2": 0.999}}
 SCHEDULES = ("cosine", "constant", "rsqrt")
 LOSSES = ("softmax", "sigmoid")
 MIXES = ("none", "mixup_cutmix")
@@ -74,7 +75,7 @@ class OptimConfig:
     cooldown_steps: int  # final steps of constant and rsqrt, in which the rate falls linearly to 0
     optimizer: str  # "sgd", with Nesterov momentum, or "adamw"
     momentum: float  # Nesterov's; AdamW's beta1
-    beta2: float | None  # AdamW's
+    beta2: float | None  # AdamW's; None for an optimizer without
     weight_decay: float  # of weights; gains and biases are not decayed
     clipping: float | None  # AGC's lambda; None: no clipping
     loss: str  # "softmax", or "sigmoid": binary cross-entropy for each class
@@ -204,7 +205,7 @@ def setting_names(of: type[Any] = Run, prefix: str = "") -> list[str]:
     return found
 
 
-_CHOICES = {
+_CHOICES: dict[str, Collection[str]] = {
     "job": JOBS,
     "trainer.device": DEVICES,
     "model.compute_dtype": COMPUTE_DTYPES,
@@ -295,12 +296,16 @@ def _check_form(model: ModelConfig, trainer: TrainerConfig) -> None:
 
 def _check_optim(optim: OptimConfig) -> None:
     """Settings of one optimizer, or of SAM, are given if and only if it is used."""
-    if (optim.optimizer == "adamw") != (optim.beta2 is not None):
-        fix = "give 0.999, for example" if optim.beta2 is None else "give null"
-        raise ValueError(
-            f"optim.beta2 is {optim.beta2} with optim.optimizer={optim.optimizer}; "
-            f"it is AdamW's: {fix}"
-        )
+    own = OPTIMIZERS[optim.optimizer]
+    for name in sorted({name for settings in OPTIMIZERS.values() for name in settings}):
+        value = getattr(optim, name)
+        if (name in own) != (value is not None):
+            owners = [each for each, settings in OPTIMIZERS.items() if name in settings]
+            fix = f"give {own[name]}, for example" if name in own else "give null"
+            raise ValueError(
+                f"optim.{name} is {value} with optim.optimizer={optim.optimizer}; "
+                f"it is a setting of {' and '.join(owners)}: {fix}"
+            )
     if optim.sam_rho is None:
         for name, off in _OF_SAM.items():
             value = getattr(optim, name)
@@ -311,7 +316,7 @@ def _check_optim(optim: OptimConfig) -> None:
                 )
 
 
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(key: str, value: str, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
 

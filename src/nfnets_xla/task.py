@@ -21,7 +21,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.func import functional_call
 
-from nfnets_xla.config import OptimConfig
+from nfnets_xla.config import OPTIMIZERS, OptimConfig
 from nfnets_xla.data.mix import mixed
 from nfnets_xla.inductor import as_it_is
 from nfnets_xla.losses import LOSSES, probabilities, target_of
@@ -144,10 +144,10 @@ class Classification(LightningModule):
             parameter_roles(self.net, classifier=self.net.classifier_name),
             lr=self.optim.peak_lr,
             momentum=self.optim.momentum,
-            beta2=self.optim.beta2,
             weight_decay=self.optim.weight_decay,
             clipping=self.optim.clipping,
             guard=self.guard,
+            **{name: getattr(self.optim, name) for name in OPTIMIZERS[self.optim.optimizer]},
         )
         self.updater = updater
         if self.optim.ema_decay is not None:

@@ -11,7 +11,7 @@ from nfnets_xla.optim.by_role import ByRole
 from nfnets_xla.optim.choice import make_optimizer
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sgd": {"momentum": 0.9, "beta2": None, "weight_decay": 2e-5, "clipping": 0.01},
+    "sgd": {"momentum": 0.9, "weight_decay": 2e-5, "clipping": 0.01},
     "adamw": {"momentum": 0.9, "beta2": 0.99, "weight_decay": 0.03, "clipping": 0.01},
 }
 

@@ -55,8 +55,10 @@ class ByRole(torch.optim.Optimizer):
     After a step `clipped_P` holds, for each parameter in `clipped_names`, the share of its units
     that were clipped: a tensor on the device, not synchronised.
 
-    A new optimizer needs SLOTS, `_update_fused` and `_after`, a line in choice.py and its settings
-    in conf/optim.
+    A new optimizer needs SLOTS, `_update_fused`, `_after` and a constructor that takes `momentum`
+    or, if it has a beta2, `betas`. Recipes can name it after a line in choice.py and one in
+    OPTIMIZERS of config.py, which lists what else it is given; what no optimizer had before is also
+    a field of OptimConfig, and null in conf/optim.
     """
 
     SLOTS: ClassVar[tuple[str, ...]]  # state kept per parameter, in the parameter's shape

@@ -20,14 +20,14 @@ def make_optimizer(
     *,
     lr: float | Tensor,
     momentum: float,
-    beta2: float | None,
     weight_decay: float,
     clipping: float | None,
     guard: Guard | None,
+    **own: float,
 ) -> ByRole:
-    """If `beta2` is given (AdamW), `momentum` is beta1."""
-    own: dict[str, Any] = {"momentum": momentum}
-    if beta2 is not None:
-        own = {"betas": (momentum, beta2)}
+    """`own` is what config.py lists for this optimizer; with a `beta2`, `momentum` is beta1."""
+    options: dict[str, Any] = {"momentum": momentum, **own}
+    if "beta2" in own:
+        options["betas"] = (options.pop("momentum"), options.pop("beta2"))
     common = {"lr": lr, "weight_decay": weight_decay, "clipping": clipping, "guard": guard}
-    return OPTIMIZERS[name](named_parameters.items(), roles, **common, **own)
+    return OPTIMIZERS[name](named_parameters.items(), roles, **common, **options)
