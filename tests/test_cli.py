@@ -202,7 +202,7 @@ def test_a_wrong_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["optim.warmup_epochs=1"], "given as warmup_steps=2, warmup_epochs=1.0; give exactly one"),
         (["optim.cooldown_steps=2"], "cooldown_steps is 2 with the cosine schedule, which ends"),
         (["optim.schedule=step"], "optim.schedule is 'step'; it must be one of cosine, constant"),
-        (["optim.optimizer=lion"], "optim.optimizer is 'lion'; it must be one of sgd, adamw"),
+        (["optim.optimizer=abacus"], "optim.optimizer is 'abacus'; it must be one of sgd, adamw"),
         (["optim.optimizer=adamw"], "beta2 is None with optim.optimizer=adamw; it is a setting of"),
         (["optim.beta2=0.9"], "beta2 is 0.9 with optim.optimizer=sgd; it is a setting of adamw"),
         (["optim.loss=hinge"], "optim.loss is 'hinge'; it must be one of softmax, sigmoid"),

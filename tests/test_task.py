@@ -18,6 +18,7 @@ from nfnets_xla.network import restore
 from nfnets_xla.optim import SGD_AGC, parameter_roles
 from nfnets_xla.optim.schedule import Schedule
 from nfnets_xla.task import Batch, _rank, rows_of
+from tests.optim.network import SETTINGS
 from tests.steps import CLASSES, PLAIN, ROWS, SAM, batch, network, task
 
 # ImageNet's, as dataset.py:34-35 of the reference has them: red, green, blue of bytes.
@@ -168,11 +169,11 @@ def test_microbatches_are_weighed_as_parts_of_the_batch() -> None:
         torch.testing.assert_close(other, parameter, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", SETTINGS)
 def test_a_restored_task_goes_on_to_the_bit(optimizer: str, tmp_path: Path) -> None:
     """AdamW's corrections of its bias count the updates of all starts."""
-    options = {**PLAIN, "optimizer": optimizer, "peak_lr": 0.01, "ema_decay": 0.9}
-    options["beta2"] = None if optimizer == "sgd" else 0.9
+    options = {**PLAIN, "peak_lr": 0.01, "ema_decay": 0.9}
+    options |= {**SETTINGS[optimizer], "optimizer": optimizer}
     whole, begun, rest = task(**options), task(**options), task(**options)
     for step in range(5):
         whole.training_step(batch(step), step)

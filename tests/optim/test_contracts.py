@@ -89,6 +89,12 @@ def test_a_recipe_can_name_every_optimizer() -> None:
     assert choice.OPTIMIZERS.keys() == config.OPTIMIZERS.keys()
 
 
+def test_every_optimizer_is_tested_with_all_its_settings() -> None:
+    common = {"momentum", "weight_decay", "clipping"}
+    given = {name: settings.keys() - common for name, settings in SETTINGS.items()}
+    assert given == {name: own.keys() for name, own in config.OPTIMIZERS.items()}
+
+
 # ---- SGD_AGC ----------------------------------------------------------------------------------
 
 

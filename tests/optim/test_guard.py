@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nfnets_xla.optim import SAM, Guard, parameter_roles
 from nfnets_xla.optim.ema import EMA
-from tests.optim.network import SmallNet, an_optimizer, closure_of, small_net
+from tests.optim.network import SETTINGS, SmallNet, an_optimizer, closure_of, small_net
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a | b)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", SETTINGS)
 @pytest.mark.parametrize("apart", [False, True], ids=["fused", "apart"])
 @pytest.mark.parametrize(
     ("rho", "at"),

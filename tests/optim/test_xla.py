@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.optim.network import SETTINGS
 from tests.runs import UNOPTIMISED
 
 pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
@@ -17,7 +18,7 @@ pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
 TOLERANCE = {"sgd": 1e-5, "adamw": 1e-4}
 
 
-@pytest.mark.parametrize("optimizer", TOLERANCE)
+@pytest.mark.parametrize("optimizer", SETTINGS)
 def test_sam_optimizer_and_ema_compile_one_graph_and_fall_back_nowhere(optimizer: str) -> None:
     """Also where steps are not finite; the weights are a CPU's then, too."""
     environment = {

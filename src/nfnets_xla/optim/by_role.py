@@ -58,7 +58,8 @@ class ByRole(torch.optim.Optimizer):
     A new optimizer needs SLOTS, `_update_fused`, `_after` and a constructor that takes `momentum`
     or, if it has a beta2, `betas`. Recipes can name it after a line in choice.py and one in
     OPTIMIZERS of config.py, which lists what else it is given; what no optimizer had before is also
-    a field of OptimConfig, and null in conf/optim.
+    a field of OptimConfig, and null in conf/optim. A line in SETTINGS of tests/optim/network.py,
+    and one in TOLERANCE of test_xla.py, bring the tests that every optimizer has to pass.
     """
 
     SLOTS: ClassVar[tuple[str, ...]]  # state kept per parameter, in the parameter's shape
