@@ -2,6 +2,7 @@
 every command in them is one that the command line takes."""
 
 import argparse
+import json
 import os
 import re
 import runpy
@@ -20,6 +21,7 @@ from PIL import Image
 from nfnets_xla.arguments import Parser
 from nfnets_xla.cli import COMMANDS, main
 from nfnets_xla.compose import composed, options, to_run
+from nfnets_xla.config import flat, setting_names
 from nfnets_xla.manual import recipes
 
 ROOT = Path(__file__).parents[1]
@@ -170,3 +172,15 @@ def test_the_readmes_first_lines_run(tmp_path: Path) -> None:
 
 def test_there_are_blocks_to_run() -> None:
     assert len([block for page, _, block in BLOCKS if page == "models.md"]) == 3
+
+
+def test_a_setting_that_no_recipe_turns_is_on_a_page() -> None:
+    """That is what an option is for (CONTRIBUTING.md)."""
+    every: dict[str, set[str]] = {name: set() for name in setting_names()}
+    for file in (ROOT / "tests" / "golden" / "recipes").glob("*.json"):
+        for name, value in flat(json.loads(file.read_text())).items():
+            every[name].add(repr(value))
+    pages = "".join(page.read_text() for page in (README, *DOCS.glob("*.md")))
+    same = [name for name, values in every.items() if len(values) == 1]
+    assert len(same) > 15
+    assert [name for name in same if not re.search(rf"\b{re.escape(name)}\b", pages)] == []
