@@ -174,6 +174,7 @@ def test_two_runs_do_not_save_in_one_folder(tmp_path: Path) -> None:
         with pytest.raises(claims.OtherRun, match=r"-00000005 is of another run .*: choose ano"):
             checkpoint.save(tmp_path, step, FORMS, state)
     checkpoint.save(tmp_path, 7, FORMS, {**ours, "begun_with": None})  # of an older release
+    checkpoint.save(tmp_path, 7, FORMS, ours)  # it is left as it is
     assert checkpoint.steps(tmp_path) == [7, 5]
 
 
@@ -264,12 +265,31 @@ def test_a_save_that_fails_leaves_what_another_start_has_begun(
     assert checkpoint.load(tmp_path / "step-00000001").state["start"] == "b"
 
 
+@pytest.mark.parametrize("left", [None, b"", b"[]"], ids=["deleted", "torn", "no state"])
+def test_a_save_whose_claim_is_gone_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bytes | None
+) -> None:
+    """Another start has deleted the state, or is writing its own."""
+    claim, real = tmp_path / "step-00000001" / "state.json", checkpoint.save_file
+
+    def overtaken(tensors: Any, path: Path) -> None:
+        real(tensors, path)
+        claim.unlink() if left is None else claim.write_bytes(left)
+
+    monkeypatch.setattr(checkpoint, "save_file", overtaken)
+    with pytest.raises(claims.OtherStart, match="-00000001 is being saved by another"):
+        checkpoint.save(tmp_path, 1, FORMS, {"start": "a", "resumed_from": 0})
+    assert not claim.with_name("manifest.json").exists()
+
+
 def test_a_damaged_newest_is_of_no_other_run(tmp_path: Path) -> None:
     newest = save(tmp_path, 9)
     state = json.loads((newest / "state.json").read_text())
-    for damaged in (b"[]", b"{", json.dumps({**state, "identity": {"seed": 3}}).encode()):
-        (newest / "state.json").write_bytes(damaged)
-        save(tmp_path, 7)
+    changed = ({"identity": {"seed": 3}}, {"start": 2, "step": "9"})
+    texts = [json.dumps({**state, **change}) for change in changed]
+    for damaged in ("[]", "{", '{"start": 2, "identity": {"seed": 1}}', *texts):
+        (newest / "state.json").write_text(damaged)
+        save(tmp_path, 7, start=1, resumed_from=0)
     (newest / "state.json").unlink()
     (newest / "state.json").symlink_to("/proc/self/mem")
     save(tmp_path, 6)
