@@ -114,11 +114,12 @@ def test_a_norm_that_overflows_and_a_loss_count_and_a_large_gradient_does_not() 
     gradients = [torch.ones(3), torch.full((2, 2), 1e18)]
     assert guard.judge(gradients).tolist() == [0]
     assert guard.judge([*gradients, torch.full((2,), 3e38)]).tolist() == [1]
-    guard.watch(torch.tensor([1.0, math.inf]))
-    guard.watch(torch.tensor([1.0, 2.0]))
-    assert guard.judge(gradients).tolist() == [1]
-    assert guard.judge(gradients).tolist() == [0]  # what was watched was of one update
-    assert guard.numbers_G.tolist() == [2, 0, 0]
+    for loss in (math.inf, -math.inf):
+        guard.watch(torch.tensor([1.0, loss]))
+        guard.watch(torch.tensor([1.0, 2.0]))
+        assert guard.judge(gradients).tolist() == [1]
+        assert guard.judge(gradients).tolist() == [0]  # what was watched was of one update
+    assert guard.numbers_G.tolist() == [3, 0, 0]
 
 
 @pytest.mark.parametrize(("allowed", "memory"), [(-1, 1), (0, 0)])
