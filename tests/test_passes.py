@@ -69,6 +69,7 @@ def test_the_ascent_sees_the_first_images_of_every_stream_with_all_views_and_mas
         ({"ascent_fraction": 0.4}, [(0, 2), (0, 4)]),
         ({"ascent_fraction": 0.1}, [(0, 1), (0, 4)]),
         ({"ascent_fraction": 0.4, "microbatches": 2}, [(0, 1), (0, 2), (2, 3), (2, 4)]),
+        ({"ascent_fraction": 0.75, "accumulation": 2}, [(0, 2), (2, 3), (0, 2), (2, 4)]),
         ({"ascent_fraction": 0.7, "accumulation": 4}, [(n, n + 1) for n in (0, 1, 2, 0, 1, 2, 3)]),
     ]
     for options, wanted in cases:
@@ -104,6 +105,7 @@ def test_the_effective_fraction_is_of_whole_images() -> None:
         ({"microbatches": 3}, "a batch has 4 images of each stream, which 3 parts"),
         ({"microbatches": 2, "accumulation": 4}, "8 parts"),
         ({"accumulation": 0}, "accumulation is 0; it must be 1 or more"),
+        ({"microbatches": 0}, "microbatches is 0; it must be 1 or more"),
         ({"ascent_fraction": 0.0}, r"ascent_fraction is 0\.0; it must be in \(0, 1\]"),
         ({"ascent_fraction": 1.5}, r"ascent_fraction is 1\.5"),
     ],
