@@ -1,4 +1,4 @@
-"""Shards that several of these files read: in every form, of few pictures, behind an address."""
+"""Shards that several of these files use: in every format, of few pictures, behind an address."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pictures that are told apart easily, and copies of them."""
+"""Pictures that are easy to tell apart, and copies of them."""
 
 import io
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""One host of several, as a process of its own: writes what it makes of every global batch.
+"""One of several hosts, in its own process; it writes its part of every global batch.
 
 python -m tests.data.host SHARDS OUT HOST HOSTS FIRST_STEP STEP_TO_WAIT_AT
 """
@@ -40,7 +40,7 @@ def batches(index: ShardIndex, host: int = 0, hosts: int = 1) -> TrainBatches:
 
 
 def rows(dataset: TrainBatches, batch: Batch) -> list[list]:
-    """Of each row: its sample, epoch, weight, and a digest of all that the device would get."""
+    """For each row its sample, epoch and weight, and a digest of all that the device would get."""
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     found = []
     for row, weight in enumerate(batch["weight_B"].tolist()):

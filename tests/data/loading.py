@@ -1,4 +1,4 @@
-"""Few small images in shards, and the batches that the tests of the loader make of them."""
+"""Shards of a few small images, and the batches that the loader's tests make of them."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
-"""The least of Amazon's and of Google's storage protocols, over a folder of buckets, for tests.
+"""A minimum of Amazon's and Google's storage protocols, over a folder of buckets, for tests.
 
-Listing, reading whole and by ranges, writing whole objects and deleting them.
+It lists, reads whole objects and ranges, writes whole objects and deletes them.
 """
 
 import json
@@ -132,7 +132,7 @@ def _multipart(body: bytes) -> tuple[bytes, bytes]:
 
 @contextmanager
 def storing(root: Path, kind: type[Handler]) -> Iterator[str]:
-    """Gives the endpoint's address."""
+    """Yields the endpoint's address."""
     handler = type("Bound", (kind,), {"store": Store(root)})
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     http.daemon_threads = True

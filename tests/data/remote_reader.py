@@ -12,11 +12,11 @@ from nfnets_xla.data.remote import Patience, RemoteFolder
 from nfnets_xla.data.shards import ShardIndex
 
 QUICK = Patience(total=60, first_wait=0.01, timeout=30)
-STALLING = QUICK._replace(timeout=0.5)  # each stall takes as long
+STALLING = QUICK._replace(timeout=0.5)  # each stall takes this long
 
 
 def digest(index: ShardIndex, first: int = 0) -> str:
-    """Of all samples in index order, whichever shard is read first."""
+    """Digest of all samples in index order, whichever shard is read first."""
     found: dict[int, bytes] = {}
     for shard in [*range(first, index.num_shards), *range(first)]:
         rows = [index.read(shard, row) for row in range(int(index.counts[shard]))]

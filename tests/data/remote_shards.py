@@ -1,4 +1,4 @@
-"""Shards behind a server of one's own, and a cache that is watched."""
+"""Shards behind a server of the test's own, and a cache whose size is watched."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ from tests.data.remote_reader import QUICK
 from tests.data.server import Server
 
 PER_SHARD, STREAMS, WINDOW = 5, 2, 2
-LARGE = 10**9  # bytes; of a cache that holds everything
+LARGE = 10**9  # bytes; enough for a cache that holds everything
 
 
 def served(server: Server, cache: Cache | None = None, patience: Patience = QUICK) -> ShardIndex:
@@ -49,18 +49,18 @@ def train(index: ShardIndex, epochs: float = 1.5) -> TrainBatches:
 
 
 def windows(index: ShardIndex) -> int:
-    """Bytes of the smallest cache that `train` may have."""
+    """Size in bytes of the smallest cache that `train` may have."""
     sizes = index.manifest.bytes_S + SIDECAR_SAMPLE * index.manifest.counts_S.astype(np.int64)
     return int(np.sort(sizes)[-2 * STREAMS * WINDOW :].sum())
 
 
 @contextmanager
 def watched(cache: Cache) -> Iterator[list[int]]:
-    """The cache's bytes, again and again until the end."""
+    """The cache's size in bytes, measured repeatedly until the end."""
     seen, done = [0], threading.Event()
 
     def used() -> int:
-        sizes: dict[int, int] = {}  # by inode: a file may be renamed meanwhile
+        sizes: dict[int, int] = {}  # by inode, because a file may be renamed during the measurement
         for path in cache.folder.iterdir():
             with suppress(FileNotFoundError):
                 sizes[path.stat().st_ino] = path.stat().st_size

@@ -1,4 +1,4 @@
-"""A real HTTP server for tests, in a thread: a folder of files, counted, and served with faults."""
+"""A real HTTP server in a thread, for tests: serves a folder, counts requests, injects faults."""
 
 import re
 import threading
@@ -9,21 +9,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
-# What may be wrong with an answer: a status, or a body that is cut, is stated to be shorter than it
-# is, is another length each time, stops half-way until the client gives up, or is whole where a
-# part was asked for.
+# Possible faults of an answer: an error status, or a body that is cut, is stated to be shorter than
+# it is, has another length each time, stops half-way until the client gives up, or is whole where a
+# part was requested.
 Fault = int | str | None
-Faults = Callable[[str, int], Fault]  # of a name, and how many requests there were before
+Faults = Callable[[str, int], Fault]  # arguments: a name, and the number of earlier requests for it
 
 
 def every_other(name: str, number: int) -> Fault:
-    """Half of the answers fail, in six ways; few stall, for each costs the client its timeout."""
+    """Half of the answers fail, in six ways; few stall, since each stall costs the client its
+    timeout."""
     kinds: list[Fault] = [503, "cut", 429, "short", 500, "cut", 503, "stall"]
     return kinds[number // 2 % len(kinds)] if number % 2 == 0 else None
 
 
 class Server:
-    """`url` is of the folder."""
+    """`url` is the address of the folder."""
 
     def __init__(self, folder: Path, faults: Faults) -> None:
         self.folder, self.faults = folder, faults
@@ -31,7 +32,7 @@ class Server:
         self.total = 0
         self.asked: Counter[str] = Counter()  # requests by name
         self.failed: Counter[Fault] = Counter()
-        self.stalled = threading.Event()  # an answer is half-way now
+        self.stalled = threading.Event()  # set while an answer has stopped half-way
         self.closing = threading.Event()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.http.daemon_threads = True

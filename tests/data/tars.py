@@ -1,4 +1,4 @@
-"""Tars for tests, written by `tarfile`, and what it and plain code say of them."""
+"""Tars for tests, written by `tarfile`, and their contents as plain code reads them."""
 
 import io
 import tarfile
@@ -45,7 +45,7 @@ def opened(path: Path, data: bytes) -> OpenFile:
 
 
 def pairs(path: Path) -> dict[str, tuple[bytes, bytes]]:
-    """Image and label text by key, as `tarfile` reads them, as far as it gets."""
+    """Image and label text by key, read by `tarfile`, up to the first fault."""
     images: dict[str, bytes] = {}
     texts: dict[str, bytes] = {}
     with suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
@@ -64,7 +64,7 @@ def pairs(path: Path) -> dict[str, tuple[bytes, bytes]]:
 
 
 def make_folder(folder: Path) -> Path:
-    """Shards in every tar format and of webdataset's writer, with long names and odd labels."""
+    """Shards in every tar format and by webdataset's writer, with long names and odd labels."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     for number, (name, format) in enumerate(FORMATS.items()):

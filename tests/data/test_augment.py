@@ -1,4 +1,4 @@
-"""What the views show, read off images whose pixels are their own coordinates."""
+"""What the views show, read from images whose pixels encode their own coordinates."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def coordinates(width: int, height: int) -> Pixels:
-    """Red grows with x and green with y, so that a view tells which part it shows."""
+    """Red grows with x and green with y, so a view reveals which part it shows."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return np.stack([x, y, x * 0], axis=-1).astype(np.uint8)
 
@@ -39,12 +39,12 @@ def test_boxes_lie_inside_with_the_asked_area_and_aspect(width: int, height: int
         assert 0 <= top < bottom <= height
         columns, rows = right - left, bottom - top
         assert columns * rows >= 0.1 * width * height  # min_object_covered, not 0.08
-        half = 0.5 / rows + 1e-9  # what rounding to whole pixels does to the aspect
+        half = 0.5 / rows + 1e-9  # effect of rounding to whole pixels on the aspect
         assert 3 / 4 - half <= columns / rows <= 4 / 3 + half
 
 
 def test_heights_are_uniform_as_in_the_reference() -> None:
-    """At aspect 1 a crop of a 100 x 100 image has from 32 (a tenth, rounded) to 100 rows."""
+    """At aspect 1, crops of 100 x 100 pixels have 32 (a tenth of the area, rounded) to 100 rows."""
     found = [augment._random_box(100, 100, rng(n), AREA, (1.0, 1.0), 10) for n in range(4000)]
     rows = np.array([box.bottom - box.top for box in found if box is not None])
     assert (rows.min(), rows.max()) == (32, 100)
@@ -79,7 +79,7 @@ def test_half_of_the_views_are_mirrored_and_none_without_flip() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(300, 100), (100, 300)])
 def test_the_padded_centre_is_shown_where_no_crop_fits(width: int, height: int) -> None:
-    """A crop of the whole area has an aspect of 3 or 1/3 here, which is out of range."""
+    """Here a crop of the whole area has an aspect of 3 or 1/3, which is out of range."""
     image = coordinates(width, height)
     view = random_resized_crop_flip(image, rng(0), size=32, area=(1.0, 1.0), flip=False)
     side = 50  # 32 of 32 + 32 pixels of the shorter side
@@ -129,7 +129,7 @@ def shown(image: Pixels, box: Box, side: int) -> Pixels:
 
 @pytest.mark.parametrize(("width", "height", "side"), SIZES)
 def test_resizing_is_antialiased_bicubic(width: int, height: int, side: int) -> None:
-    """On noise, the worst case. torch's weights have 8 bits, which makes 2 levels at most."""
+    """On noise, the worst case. torch's weights have 8 bits, which causes at most 2 levels."""
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     difference = np.abs(augment._resized(noise, side) - resized(noise, side, side))
     assert difference.max() <= 2
@@ -138,8 +138,8 @@ def test_resizing_is_antialiased_bicubic(width: int, height: int, side: int) -> 
 
 @pytest.mark.parametrize(("width", "height", "side"), SIZES)
 def test_resizing_agrees_with_pillow(width: int, height: int, side: int) -> None:
-    """On a smooth image: on noise, where values are clipped between the passes, Pillow's depend on
-    which pass it takes first, and it chooses by the shape."""
+    """On a smooth image. On noise, values are clipped between the two passes, so Pillow's result
+    depends on which pass comes first, and it chooses that by the shape."""
     y, x = np.mgrid[:height, :width]
     waves = 128 + 60 * np.stack([np.sin(x / 9), np.cos(y / 7), np.sin((x + y) / 20)], axis=-1)
     image = waves.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""A bounded cache: one fetches, the oldest go, and nothing that is not whole has a name."""
+"""A bounded cache: one process fetches, the oldest files go, and only complete files get a name."""
 
 import os
 import random
@@ -38,7 +38,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     assert cache.open("a", never).whole() == b"a" * 10
     cache.open("d", giving(b"d" * 10))
     assert names(cache) == {"a", "c", "d"}
-    cache.bring("c", never)  # what is wanted soon counts as used
+    cache.bring("c", never)  # a file that is wanted soon counts as used
     cache.open("e", giving(b"e" * 15))
     assert names(cache) == {"c", "e"}
     cache.open("f", giving(b"f" * 5))
@@ -52,8 +52,8 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
 
 
 def test_what_is_wanted_is_kept_before_anything_is_fetched() -> None:
-    """Or what is fetched first drives out what is wanted and not read yet: by four threads, of
-    which one may be late."""
+    """Otherwise the first fetches evict files that are wanted and not read yet: of four threads,
+    one may be late."""
     calls: list[tuple[str, int]] = []
     fetched = threading.Event()
 
@@ -76,7 +76,7 @@ def test_what_is_wanted_is_kept_before_anything_is_fetched() -> None:
 
 
 def test_what_else_lies_in_the_folder_stays_and_counts_for_nothing(tmp_path: Path) -> None:
-    """As on a mount of its own, which has a folder `lost+found`."""
+    """For example `lost+found`, if the cache is a mount of its own."""
     (tmp_path / "lost+found").mkdir()
     for name in ("results.csv", "x.zip.part", "db.lock"):
         (tmp_path / name).write_bytes(b"mine" * 10)
@@ -89,7 +89,7 @@ def test_what_else_lies_in_the_folder_stays_and_counts_for_nothing(tmp_path: Pat
 
 
 def test_another_users_copies_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who may write a file, but does not own it, may have it say `now`, and no other time."""
+    """A user who may write a file but does not own it may set its time to `now` only."""
     cache, utime = Cache(tmp_path, 10), os.utime
     cache.open("a", giving(b"a" * 10))
 
@@ -126,8 +126,8 @@ def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_threads_fetch_once_and_never_too_much(tmp_path: Path) -> None:
-    """Ten keys of 10 bytes in room for four, so that they push each other out all the time; then in
-    room for all. Threads lock each other out as processes do."""
+    """Ten keys of 10 bytes with room for four, so that they keep evicting each other; then with
+    room for all. Threads exclude each other as processes do."""
     fetched: Counter[str] = Counter()
 
     def fetch(cache: Cache, key: str, room: Room) -> None:
@@ -152,7 +152,7 @@ def test_threads_fetch_once_and_never_too_much(tmp_path: Path) -> None:
             for done in [threads.submit(read, cache, seed) for seed in range(8)]:
                 done.result()
         assert least <= sum(fetched.values()) <= most
-        assert len(names(cache)) == limit // 10  # no locks, no parts
+        assert len(names(cache)) == limit // 10  # no lock or partial files
 
 
 def test_room_that_a_killed_process_reserved_is_taken_back(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_room_that_a_living_one_reserved_is_waited_for(
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(cache.open, "a", slow)
         assert begun.wait(30)
-        cache.bring("a", never)  # does not wait for it
+        cache.bring("a", never)  # does not wait for the other thread
         second = threads.submit(cache.open, "b", giving(b"b" * 10))
         while not waits.wait(0.01):
             assert not second.done()

@@ -1,4 +1,4 @@
-"""Every kind of picture becomes RGB, as Pillow has it; everything else becomes a ValueError."""
+"""Every kind of picture becomes RGB, as with Pillow; anything else raises ValueError."""
 
 import io
 import resource
@@ -39,7 +39,7 @@ def pillows(data: bytes) -> np.ndarray:
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """Neither smooth nor pure noise."""
+    """An image that is neither smooth nor pure noise."""
     coarse = Image.fromarray(COLOURS).resize((width, height), Image.Resampling.BICUBIC)
     grain = np.random.default_rng(1).integers(-20, 21, (height, width, 3))
     return Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
@@ -84,7 +84,7 @@ def test_jpegs_that_keep_rgb_are_pillows_bit_for_bit() -> None:
 
 
 def test_a_jpeg_that_only_pillow_forgives_is_read_by_pillow() -> None:
-    """Stray bytes before a marker, as some files of ImageNet have them."""
+    """Some files of ImageNet have stray bytes before a marker."""
     whole = encoded(photo(60, 50), "JPEG")
     scan = whole.index(b"\xff\xda")
     data = whole[:scan] + b"stray" + whole[scan:]
@@ -106,7 +106,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])
 def test_transparent_pixels_show_white(mode: str) -> None:
-    """A palette's or a colour's transparency is kept outside of the pixels (tRNS)."""
+    """In a palette or in one colour, transparency is stored outside of the pixels (tRNS)."""
     if mode == "P":
         image = Image.new("P", (4, 2))
         image.putpalette([10, 20, 30, 200, 100, 50])
@@ -116,7 +116,7 @@ def test_transparent_pixels_show_white(mode: str) -> None:
         image = Image.new("RGB", (4, 2), (10, 20, 30))
         image.putpixel((1, 0), (200, 100, 50))
         data = encoded(image, "PNG", transparency=(10, 20, 30))
-    elif mode == "I;16":  # the second differs from the colour in its lower byte alone
+    elif mode == "I;16":  # the second pixel differs in its lower byte alone
         grey = np.array([[51_200, 51_201]], dtype=np.uint16)
         data = encoded(Image.fromarray(grey), "PNG", transparency=51_200)
     else:
@@ -175,7 +175,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(side: int) -> None:
 
 @pytest.mark.parametrize("side", [10_000, 60_000])
 def test_a_jpegs_header_that_lies_is_refused(side: int) -> None:
-    """One that claims more pixels than the file has, below and above what is allowed."""
+    """It claims more pixels than the file has, below and above the limit."""
     data = bytearray(encoded(Image.fromarray(COLOURS), "JPEG"))
     size_at = data.index(b"\xff\xc0") + 5  # start of frame: marker, length, precision
     data[size_at : size_at + 4] = side.to_bytes(2, "big") * 2
@@ -193,7 +193,7 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
 
 
 def test_a_lack_of_memory_is_no_fault_of_the_sample(tmp_path: Path) -> None:
-    """Taken for one, a run would go on with other numbers."""
+    """If the sample were blamed, the run would continue with other numbers."""
     image = encoded(Image.new("1", (9000, 9000)), "PNG")
     pack_samples([("big", image, "png", 0)], tmp_path, samples_per_shard=1)
     dataset = EvalBatches(

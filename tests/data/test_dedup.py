@@ -1,4 +1,4 @@
-"""Copies are found however they were altered, other pictures are not, and nothing is done twice."""
+"""Copies are found however altered, other pictures are not, and no work is repeated."""
 
 import resource
 from itertools import product
@@ -34,7 +34,7 @@ def packed(folder: Path, samples: list[Sample], per_shard: int = 8) -> ShardInde
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """10 references; their copies among 12 strangers and a file that does not decode."""
+    """10 references; their copies among 12 unrelated pictures, and a file that does not decode."""
     folder = tmp_path_factory.mktemp("dedup")
     packed(folder / "eval", [(f"e{n}", jpeg(picture(n)), "jpg", 0) for n in range(10)], 4)
     train: list[Sample] = [
@@ -74,7 +74,7 @@ def test_every_copy_is_found_and_nothing_else(matches: Matches) -> None:
 def test_the_same_picture_is_at_distance_0(
     indexes: tuple[ShardIndex, ShardIndex], tmp_path: Path
 ) -> None:
-    """Which `--distance 0` asks for; fitting light and contrast left some 1e-4."""
+    """`--distance 0` selects such pairs; fitting light and contrast left about 1e-4."""
     samples: list[Sample] = [(f"again-{n}", jpeg(picture(n)), "jpg", 0) for n in range(10)]
     again = packed(tmp_path / "again", samples)
     found = lines(find([again], [indexes[1]], tmp_path / "out", Settings()), most=0.0)
@@ -97,7 +97,7 @@ def test_nothing_is_done_twice(
     matches: Matches,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not when the command is given again, nor with another threshold; only new shards are read."""
+    """Not by repeating the command, nor with another threshold; only new shards are read."""
     monkeypatch.setattr(ShardIndex, "read", None)
     again = find([indexes[0]], [indexes[1]], folder / "out", Settings())
     for before, now in zip(matches[2:], again[2:], strict=True):
@@ -135,7 +135,7 @@ def test_within_a_set_the_first_of_each_group_stays(folder: Path, tmp_path: Path
     index = packed(tmp_path / "s", [(key, jpeg(image), "jpg", 0) for key, image in shown], 2)
     found = lines(find([index], [], tmp_path / "out", Settings()))
     assert [(one, other) for one, other, _ in found] == [("c", "a"), ("d", "a"), ("f", "b")]
-    # The same whatever the number of shards is.
+    # The result does not depend on the number of shards.
     whole = packed(tmp_path / "t", [(key, jpeg(image), "jpg", 0) for key, image in shown], 9)
     assert lines(find([whole], [], tmp_path / "out", Settings())) == found
 
@@ -143,7 +143,7 @@ def test_within_a_set_the_first_of_each_group_stays(folder: Path, tmp_path: Path
 def test_a_picture_that_recurs_is_searched_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The placeholder of a web site: each pair of its copies took memory and time."""
+    """A web site's placeholder, say: every pair of its copies used to take memory and time."""
     framed = jpeg(COPIES["framed"](picture(3)))  # two thumbnails of one sample
     shown = [jpeg(picture(n)) for n in (9, 1, 1, 2, 1)] + [framed, framed, jpeg(picture(1))]
     samples: list[Sample] = [(f"{n}", data, "jpg", 0) for n, data in enumerate(shown)]
@@ -206,7 +206,7 @@ def test_groups_never_straddle_the_held_out_split(
     assert straddling > 20
     held = hold_out(index, tmp_path / "held", samples=9, alike=pairs)
     assert set(held) == {index.sample_id(*place) for place in choose(index, 9, alike=pairs)}
-    # A list of other shards would part them, and say nothing.
+    # A list made for other shards would split groups silently.
     command = ["shards", "holdout", str(folder / "train"), str(tmp_path / "new"), "--samples", "9"]
     for stranger in ("other-000000/a", "shard-000000/nobody"):
         (tmp_path / "other.txt").write_text(f"{index.sample_id(0, 0)}\t{stranger}\n")
@@ -235,7 +235,7 @@ def test_a_hash_is_the_signs_of_the_lowest_frequencies() -> None:
             product(range(SIDE), repeat=2), key=lambda at: (at[0] ** 2 + at[1] ** 2, at)
         )
         wanted = np.array([waves[row, column] > 0 for row, column in places[1:129]])
-        assert (wanted != np.unpackbits(codes(given[None]))).sum() <= 1  # of rounding
+        assert (wanted != np.unpackbits(codes(given[None]))).sum() <= 1  # from rounding
 
 
 def test_the_hash_of_a_mirror_image_is_known() -> None:
@@ -245,7 +245,7 @@ def test_the_hash_of_a_mirror_image_is_known() -> None:
 
 
 def test_the_hash_of_a_crop_is_that_of_the_crop_cut_out() -> None:
-    """24 of 48 pixels, each of which is then two."""
+    """The crop is 24 of 48 pixels; the thumbnail enlarges each to two."""
     pictures = some(20)
     cut = np.repeat(np.repeat(pictures[:, 6:30, 12:36], 2, axis=1), 2, axis=2)
     windowed = codes(pictures, [View(6 / 48, 12 / 48, 0.5)])
@@ -293,13 +293,13 @@ def test_multi_index_hashing_finds_what_comparing_with_all_finds(
     assert len(got) >= 0.95 * len(wanted)
     assert {pair: wanted[pair] for pair in got} == got
     assert {(n, n) for n in range(40)} <= set(got)
-    monkeypatch.setattr(references, "SEARCHED", 1000)  # together or in blocks
+    monkeypatch.setattr(references, "SEARCHED", 1000)  # searched together, or in blocks
     for blocks, together in zip(found, known.search(noisy, 32), strict=True):
         np.testing.assert_array_equal(blocks, together)
 
 
 def test_a_full_disk_leaves_no_part_of_an_index(tmp_path: Path) -> None:
-    """faiss' error is no OSError, which the command line would report in one line."""
+    """faiss' error is not an OSError, which the command line would report in one line."""
     pictures, rows = some(60), np.stack([np.zeros(60, int), np.arange(60)], axis=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
@@ -313,7 +313,7 @@ def test_a_full_disk_leaves_no_part_of_an_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".faiss", ".pictures", ".samples.npy"])
 def test_damaged_references_are_called_so(tmp_path: Path, suffix: str) -> None:
-    """In our words: of zeros numpy says that they are a pickle, and how to run it."""
+    """In our words: for zeros, numpy reports a pickle, and how to execute it."""
     rows = np.stack([np.zeros(4, int), np.arange(4)], axis=1)
     build_references(tmp_path / "r.faiss", [(some(4), rows)], 0.7)
     (tmp_path / f"r{suffix}").write_bytes(bytes(100))
@@ -337,16 +337,16 @@ def test_borders_are_seen(name: str) -> None:
 def test_likeness_is_that_of_the_part_shown() -> None:
     whole = some(6)
     cut = np.concatenate([thumbnails(jpeg(COPIES["cropped"](picture(n)), 50)) for n in range(6)])
-    place = View(6 / 180, 25 / 240, 0.83)  # the crop's are 200 of 240 and 150 of 180
+    place = View(6 / 180, 25 / 240, 0.83)  # the crop keeps 200 of 240 and 150 of 180 pixels
     assert likeness(cut, whole, [place] * 6).min() > 0.9
     assert likeness(cut, np.roll(whole, 1, axis=0), [place] * 6).max() < 0.3
     assert likeness(cut[:0], whole[:0], []).shape == (0,)
     flat = np.full((1, SIDE, SIDE), 100, np.uint8)
-    assert likeness(flat, flat, [WHOLE]).max() < 0.1  # nothing to be seen is no likeness
+    assert likeness(flat, flat, [WHOLE]).max() < 0.1  # pictures without contrast are not alike
 
 
 def test_skies_are_told_by_their_light_and_shade() -> None:
-    """In a picture without detail there is nothing else; noise of a JPEG is not mistaken for it."""
+    """A picture without detail has nothing else; noise from JPEG does not count as likeness."""
     rows, columns = np.mgrid[:240, :320] / 240
     skies = [
         90 + 80 * np.sin(a + 2 * rows + b * columns) * np.exp(-c * columns)

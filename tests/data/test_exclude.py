@@ -1,4 +1,4 @@
-"""Excluded samples are in no count, order or batch; the fingerprint says which they are."""
+"""Excluded samples are in no count, order or batch; the fingerprint depends on which they are."""
 
 import resource
 import shutil
@@ -40,7 +40,7 @@ def listed(folder: Path, ids: list[str]) -> Path:
     return path
 
 
-# The whole of the second shard, and some of the others; one twice.
+# The whole second shard, and some samples of the others; one is given twice.
 EXCLUDED = [0, 3, *range(10, 20), 24, 3]
 
 
@@ -63,7 +63,7 @@ def test_the_rest_is_what_it_was(index: ShardIndex, tmp_path: Path, resolved: bo
 
 
 def test_the_order_is_that_of_shards_without_them(index: ShardIndex, tmp_path: Path) -> None:
-    """A shard of which nothing is left is as one that was never there."""
+    """A shard without remaining samples is treated as if it had never existed."""
     before = everything(index)
     left = without(index, listed(tmp_path, [before[number][0] for number in EXCLUDED]))
     rest = (s for number, s in enumerate(samples(25)) if number not in EXCLUDED)
@@ -113,7 +113,7 @@ def test_lists_that_do_not_fit_are_refused(index: ShardIndex, tmp_path: Path) ->
 def test_a_resolved_list_takes_the_place_of_no_index(
     index: ShardIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is refused before a sidecar is read; here one could not be."""
+    """It is refused before any sidecar is read; here reading one would fail."""
     folder, ids = tmp_path / "shards", listed(tmp_path, ["shard-000000/00001"])
     sidecar = folder / "shard-000000.tar.idx.npz"
     sidecar.write_bytes(b"rubbish")
@@ -136,7 +136,7 @@ def test_a_resolved_list_is_written_whole_or_not_at_all(index: ShardIndex, tmp_p
     save_exclusions(path, index, resolve(index, ["shard-000000/00001"]))
     before = path.read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))  # as a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))  # as on a full disk
     try:
         with pytest.raises(OSError, match="File too large"):
             save_exclusions(path, index, resolve(index, ["shard-000000/00002"]))
@@ -164,18 +164,18 @@ def test_the_split_is_the_smallest_hashes_however_it_is_packed(
         by_id = {sample[0]: sample[1:] for sample in everything(one)}
         assert [sample[1:] for sample in held] == [by_id[sample_id] for sample_id in ids]
         with pytest.raises(ValueError, match=r"out. holds held-out-000000.tar already: choose"):
-            hold_out(one, out, samples=6, jobs=-2)  # before there are jobs
+            hold_out(one, out, samples=6, jobs=-2)  # before any job starts
         left = without(one, out / "held_out.txt")
         assert left.num_samples == 19
         assert not {sample[0] for sample in everything(left)} & set(ids)
-        # What is held out of the rest is not what was held out before.
+        # Holding out again chooses none of the samples that were held out before.
         assert not {left.sample_id(*place) for place in choose(left, 6)} & set(ids)
 
 
 def test_the_list_is_there_before_the_shards(
     index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which without it would be trained on."""
+    """Without the list, the held-out samples would be trained on."""
     listed, read = [], ShardIndex.read
 
     def reading(index: ShardIndex, shard: int, row: int) -> bytes:
@@ -188,7 +188,7 @@ def test_the_list_is_there_before_the_shards(
 
 
 def test_an_empty_image_is_held_out_by_the_list_alone(tmp_path: Path) -> None:
-    """Training counts it among those that do not decode; a shard cannot be packed with it."""
+    """Training counts it as undecodable; it cannot be packed into a shard."""
     for number in range(8):
         image = noise_png(number) if number % 2 else b""
         write_tar(tmp_path / f"{number}.tar", sample(f"k{number}", number, image))
@@ -205,7 +205,8 @@ def test_an_empty_image_is_held_out_by_the_list_alone(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_no_list_without_shards(index: ShardIndex, tmp_path: Path) -> None:
-    """With which training would leave out what nobody evaluates. Here no sample can be copied."""
+    """With such a list, training would leave out samples that are never evaluated. Here no sample
+    can be copied."""
     for shard in (tmp_path / "shards").glob("*.tar"):
         shard.write_bytes(bytes(shard.stat().st_size))
     (tmp_path / "own").mkdir()
@@ -217,7 +218,7 @@ def test_a_failure_leaves_no_list_without_shards(index: ShardIndex, tmp_path: Pa
 
 
 def test_the_copies_are_no_shards_of_the_folder_they_come_from(tmp_path: Path) -> None:
-    """An index takes in every shard below its folder: they would be trained on."""
+    """An index includes every shard below its folder, so the copies would be trained on."""
     packed(tmp_path / "all" / "part", 25, 10)
     index, link = build_index(tmp_path / "all"), tmp_path / "link"
     link.symlink_to(tmp_path / "all")
@@ -236,8 +237,8 @@ def test_the_copies_are_no_shards_of_the_folder_they_come_from(tmp_path: Path) -
 
 @pytest.mark.parametrize("how", ["link", "copy"])
 def test_held_out_shards_are_not_trained_on(tmp_path: Path, how: str) -> None:
-    """Below another folder's link or copied into it, where paths do not tell. Excluded they may
-    be there, but not with a sample left."""
+    """Held-out shards linked or copied below another folder, where paths do not reveal it. They may
+    be there if their samples are all excluded."""
     pack_samples(samples(35), tmp_path / "val", samples_per_shard=10, prefix="val")
     packed(tmp_path / "all", 25, 7)
     if how == "link":
@@ -271,7 +272,7 @@ def test_a_split_grows_by_adding_and_is_golden(index: ShardIndex) -> None:
 
 
 def test_a_key_that_is_everywhere_is_refused(tmp_path: Path) -> None:
-    """Its hash is above all that are looked at."""
+    """Its hash is above all hashes that are considered."""
     key = next(key for key in map(str, range(100)) if key_hash(key) > 0.9 * 2**64)
     image = next(iter(samples(1)))[1]
     for number in range(90):
@@ -286,7 +287,7 @@ def test_keys_that_repeat_over_shards_are_refused(tmp_path: Path) -> None:
     for shard in range(30):
         three = [(*sample[:3], shard) for sample in samples(3)]
         pack_samples(three, folder / str(shard), samples_per_shard=3, prefix=str(shard))
-    for wanted in (5, 30):  # of each key there are 30
+    for wanted in (5, 30):  # each key occurs 30 times
         with pytest.raises(ValueError, match=f"that 30 samples with 1 keys .* of {wanted}: pack"):
             hold_out(build_index(folder), tmp_path / "out", samples=wanted)
     for count in (0, 90):

@@ -29,7 +29,7 @@ def test_pictures_have_structure_and_colour() -> None:
 
 
 def test_a_class_is_recognised_by_its_shape() -> None:
-    """Nearest neighbour on edges alone is right three times as often as chance (1 in 8)."""
+    """Nearest neighbours on edges alone are right three times as often as chance (1 in 8)."""
     rng = np.random.default_rng(0)
     assert filled_share(rng.random((20_000, 2))) > 0.9
     features, labels = [], []

@@ -1,6 +1,6 @@
-"""Damaged and hostile bytes: no crash, no hang, and no sample with the image or label of another.
+"""Damaged and hostile bytes: no crash, no hang, and no sample with another sample's image or label.
 
-Mutations are seeded. 1,000 of each kind run by default and 10,000 with the slow tests.
+Mutations are seeded. By default 1,000 of each kind run; the slow tests run 10,000.
 """
 
 from contextlib import suppress
@@ -24,7 +24,8 @@ NUMBERS = [FEW, pytest.param(MANY, marks=pytest.mark.slow)]
 
 
 def mutated(data: bytes, number: int) -> bytes:
-    """Bytes changed, cut out, repeated or moved, by blocks of a tar or singly; or the end lost."""
+    """Bytes changed, deleted, repeated or moved, in blocks of a tar or single bytes; or the end is
+    cut."""
     rng = np.random.default_rng([99, number])
     bytes_ = bytearray(data)
     for _ in range(int(rng.integers(1, 4))):
@@ -53,13 +54,13 @@ def mutated(data: bytes, number: int) -> bytes:
 
 
 def with_sum(header: bytes) -> bytes:
-    """A tar header whose checksum holds, so that what is in it gets believed."""
+    """A tar header with a valid checksum, so that its contents are trusted."""
     counted = header[:148] + b" " * 8 + header[156:]
     return header[:148] + b"%06o\0 " % sum(counted) + header[156:]
 
 
 def repaired(tar: bytes) -> bytes:
-    """Mutated headers made believable."""
+    """Mutated headers with valid checksums."""
     blocks = [tar[at : at + 512] for at in range(0, len(tar), 512)]
     return b"".join(
         with_sum(block) if block[257:262] == b"ustar" and len(block) == 512 else block
@@ -77,7 +78,7 @@ def shard(format: str) -> bytes:
     for row in range(3):
         key = f"{format}{row}"
         name = key if format == "ustar" else f"{'d' * 120}/{key}"
-        # The image says whose it is, as the label does.
+        # The image names its sample, as the label does.
         members += sample(name, LABELS[key], f"image of {key} ".encode() * 20)
     return tar_bytes(members, FORMATS[format])
 
@@ -102,12 +103,12 @@ def test_a_damaged_tar_is_refused_or_read_as_tarfile_reads_it(tmp_path: Path, nu
             )
             for row in range(records.num_samples)
         }
-        # tarfile stops at a date it cannot read: it may have fewer, and no others.
+        # tarfile stops at a date that it cannot read: it may find fewer members, but no others.
         for key, (image, text) in there.items():
             assert ours[key] == (image, labels.parse("cls", text))
         compared += len(there)
         more += len(ours) - len(there)
-    assert compared > number / 50  # else nothing was tested
+    assert compared > number / 50  # otherwise nothing was tested
     assert more < compared / 5
 
 
@@ -117,7 +118,7 @@ def told(index: ShardIndex, row: int) -> tuple[str, bytes, dict[int, float]]:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_what_is_indexed_is_read_as_it_was_or_not_at_all(tmp_path: Path, number: int) -> None:
-    """Damage after indexing, in the shard, the sidecar or the manifest."""
+    """Damages the shard, the sidecar or the manifest after indexing."""
     good = shard("pax")
     (tmp_path / "a.tar").write_bytes(good)
     index = build_index(tmp_path)
@@ -180,7 +181,7 @@ def test_a_damaged_image_is_a_value_error_or_a_picture(number: int) -> None:
     originals = pictures()
     for seed in range(number):
         data = mutated(originals[seed % len(originals)], seed)
-        with suppress(ValueError):  # of one line, as tests/data/test_decode.py has it
+        with suppress(ValueError):  # in one line, which tests/data/test_decode.py checks
             image = decode(data)
             decoded += 1
             assert image.dtype == np.uint8

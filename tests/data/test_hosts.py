@@ -1,4 +1,4 @@
-"""Hosts are processes; killed with SIGKILL and started in another number, they go on."""
+"""Hosts are processes; killed with SIGKILL and restarted in another number, they continue."""
 
 import json
 import signal
@@ -10,11 +10,11 @@ from pathlib import Path
 from tests.data.host import EPOCHS, batches, rows
 from tests.data.images import packed
 
-SAMPLES = 101  # divides by nothing
+SAMPLES = 101  # divisible by none of the shape's numbers
 
 
 def steps_done(out: Path) -> int:
-    """Global batches, from step 0 on, of which every host has written its part."""
+    """Number of global batches, from step 0 on, that all hosts have written their parts of."""
     step = 0
     while any(len(list(out.glob(f"{step:04d}-*-of-{h}.json"))) == h for h in (1, 2, 4)):
         step += 1
@@ -31,7 +31,7 @@ def test_two_hosts_then_one_then_four_make_the_same_global_batches(tmp_path: Pat
         arguments = [sys.executable, "-m", "tests.data.host", str(tmp_path / "shards"), str(out)]
         processes = [
             subprocess.Popen([*arguments, *map(str, (host, hosts, first, until + host))])
-            for host in range(hosts)  # each is killed a step further on than the one before it
+            for host in range(hosts)  # each host is killed one step later than the one before it
         ]
         while steps_done(out) < until:
             assert all(process.poll() in (None, 0) for process in processes)
@@ -39,7 +39,7 @@ def test_two_hosts_then_one_then_four_make_the_same_global_batches(tmp_path: Pat
         for process in processes:
             process.kill()
             killed.append(process.wait() == -signal.SIGKILL)
-    assert all(killed[:3])  # the last four come to the end
+    assert all(killed[:3])  # the last four finish
 
     assert steps_done(out) == len(whole) == 20  # ceil(2.3 * 101 / 12)
     shown: list[tuple[str, int]] = []

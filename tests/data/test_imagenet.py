@@ -20,15 +20,15 @@ from nfnets_xla.data.shards import ShardIndex
 from tests.data.images import noise_png
 from tests.data.tars import tar_bytes, write_tar
 
-SYNSETS = ["n03", "n01", "n02"]  # in ILSVRC's order, whose numbers are 1, 2, 3
-TRUTH = [2, 1, 3, 2, 1]  # of the validation images, by these numbers
+SYNSETS = ["n03", "n01", "n02"]  # in ILSVRC's order, with the numbers 1, 2, 3
+TRUTH = [2, 1, 3, 2, 1]  # of the validation images, as such numbers
 REAL = [[0], [], [1, 2], [0, 1], [2]]
 
 
 def devkit(padding: int = 0, meta: bytes | None = None) -> bytes:
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
     synsets = np.array([(n, name, 0) for n, name in enumerate(SYNSETS, start=1)], fields)
-    matlab: Any = io.BytesIO()  # whose type the stubs of savemat lack
+    matlab: Any = io.BytesIO()  # savemat's stubs lack its type
     savemat(matlab, {"synsets": synsets})
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
@@ -53,7 +53,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         classes.append((f"{synset}.tar", tar_bytes(images)))
     write_tar(folder / imagenet.TRAIN, classes)
     val = [(f"ILSVRC2012_val_{n:08}.JPEG", noise_png(100 + n)) for n in range(1, 6)]
-    write_tar(folder / imagenet.VAL, val[::-1])  # the archive is in no order
+    write_tar(folder / imagenet.VAL, val[::-1])  # the archive is not in order
     (folder / imagenet.DEVKIT).write_bytes(devkit())
     (folder / imagenet.REAL).write_text(json.dumps(REAL))
     for name, value in (("CLASSES", 3), ("TRAIN_IMAGES", 12), ("VAL_IMAGES", 5)):

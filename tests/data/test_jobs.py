@@ -1,4 +1,4 @@
-"""A command that is told to stop leaves no worker behind, and says one line."""
+"""A command that is told to stop leaves no worker behind, and prints one line."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from nfnets_xla.data.jobs import map_jobs
 from nfnets_xla.data.pack import pack_samples
 from tests.data.images import encoded
 
-# Jobs that a shell starts with & ignore SIGINT, and so does all that they start.
+# Jobs that a shell starts with & ignore SIGINT, and so do all their children.
 HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 PROGRAM = f"{HEARS}; from nfnets_xla.cli import main; main()"
 
@@ -28,13 +28,13 @@ def busy(parent: int) -> set[int]:
 def reads_a_shard(pid: str) -> bool:
     try:
         return any(os.readlink(f).endswith(".tar") for f in Path(f"/proc/{pid}/fd").iterdir())
-    except FileNotFoundError:  # a file that was closed meanwhile
+    except FileNotFoundError:  # a file was closed meanwhile
         return False
 
 
 def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text() != ""  # nothing: it has ended
+        return Path(f"/proc/{pid}/cmdline").read_text() != ""  # empty once it has ended
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -49,8 +49,8 @@ def ignores_ctrl_c(pid: int) -> bool:
     ("number", "to_all", "code"), [(signal.SIGTERM, False, 143), (signal.SIGINT, True, 130)]
 )
 def test_workers_end_with_the_command(tmp_path: Path, number: int, to_all: bool, code: int) -> None:
-    """`kill` and systemd tell the command alone, a terminal each of its processes."""
-    image = encoded(Image.new("RGB", (4000, 4000)), "PNG")  # it takes a while to decode
+    """`kill` and systemd signal the command alone, a terminal each of its processes."""
+    image = encoded(Image.new("RGB", (4000, 4000)), "PNG")  # slow to decode
     samples = ((f"{n}", image, "png", 0) for n in range(200))
     pack_samples(samples, tmp_path / "shards", samples_per_shard=100)
     command = [sys.executable, "-c", PROGRAM, "shards", "lint", str(tmp_path / "shards")]
@@ -63,7 +63,7 @@ def test_workers_end_with_the_command(tmp_path: Path, number: int, to_all: bool,
         while len(workers := busy(process.pid)) < 2:
             assert process.poll() is None
             time.sleep(0.05)
-        assert all(ignores_ctrl_c(worker) for worker in workers)  # its traceback comes at times
+        assert all(ignores_ctrl_c(worker) for worker in workers)  # else some print a traceback
         (os.killpg if to_all else os.kill)(process.pid, number)
         assert process.wait() == code
         assert not any(map(is_alive, workers))

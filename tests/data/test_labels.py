@@ -1,4 +1,4 @@
-"""A label is a number or several with weights; what is written comes back, the rest is refused."""
+"""A label is a number, or several with weights; it is read back as written, or refused."""
 
 import pytest
 

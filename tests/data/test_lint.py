@@ -1,4 +1,4 @@
-"""Lint names what indexing and decoding would stop at, all of it; stats say what there is."""
+"""Lint reports everything that indexing and decoding would stop at; stats describe the shards."""
 
 import importlib
 import io
@@ -49,7 +49,7 @@ def test_every_fault_of_every_shard(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_is_there_twice_is_a_fault(tmp_path: Path) -> None:
-    """Also one with faults of its own. What is alike in a part is not the same."""
+    """Also if it has faults of its own. Shards that are equal only in part are no duplicates."""
     good = noise_png(0)
     write_tar(tmp_path / "a.tar", [*sample("x", 1, good), *sample("y", 1, good[:80])])
     write_tar(tmp_path / "b.tar", sample("x", 1, good))
@@ -69,7 +69,7 @@ def test_a_shard_that_is_there_twice_is_a_fault(tmp_path: Path) -> None:
 def test_a_name_that_no_list_can_hold_is_refused_before_anything_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: bytes
 ) -> None:
-    """By latin-1's bytes it could not be written in the index, by a tab or newline in no list."""
+    """The index cannot hold a latin-1 name, and no list can hold a tab or newline in a name."""
     path = tmp_path / os.fsdecode(name)
     path.parent.mkdir(exist_ok=True)
     write_tar(path, sample("x", 1, noise_png(0)))
@@ -97,7 +97,7 @@ def test_an_image_too_large_to_decode_is_a_fault(
 
 
 def test_members_that_are_links_are_faults(tmp_path: Path) -> None:
-    """As GNU tar writes files that are hard-linked: the sample would be missed by nobody."""
+    """GNU tar writes hard-linked files so; otherwise their samples would be missing silently."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, data in sample("a", 1, noise_png(0)):
             info = tarfile.TarInfo(name)
@@ -129,7 +129,7 @@ def test_one_label_far_above_the_others_takes_no_memory(tmp_path: Path) -> None:
 def test_work_that_dies_is_no_reader_that_has_seen_enough(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """`lint` before a training must not end with 0 unless it has looked."""
+    """`lint` before training must end with 0 only if it has read everything."""
     write_tar(tmp_path / "a.tar", sample("x"))
     for die in ("os.kill(os.getpid(), 9)", "raise BrokenPipeError"):
         code = f"import os\ndef die(folder, name):\n    {die}\n"

@@ -1,4 +1,4 @@
-"""A batch is a function of its step: the same from any process, with its views, masks and names."""
+"""A batch is a function of its step: equal from any process, with its views, masks and names."""
 
 import multiprocessing
 import pickle
@@ -32,7 +32,7 @@ from tests.reference.resize import resized
 
 
 def _workers() -> int:
-    """Without those that joblib keeps from other tests of this process."""
+    """Child processes, without those that joblib keeps from other tests in this process."""
     return sum(child.daemon for child in multiprocessing.active_children())
 
 
@@ -45,7 +45,7 @@ def in_this_process(pictures: ShardIndex) -> list[Batch]:
     return [dataset[step] for step in range(len(dataset))]
 
 
-# torch warns of more workers than cores, which is about speed.
+# torch warns about more workers than cores, which only affects speed.
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_change_nothing(
@@ -142,7 +142,7 @@ def test_views_of_an_image_are_neighbours_that_differ(
     for one in range(UNIQUE):
         assert len({tuple(view.tolist()) for view in views[one]}) == REPEATS
     assert len(keeps.unique(dim=1)) > 1
-    # More repeats are more views of the same images: the first ones stay what they were.
+    # More repeats add views of the same images: the first views stay equal.
     more = train(pictures, repeats=5)[0]
     assert torch.equal(more["images_BHWC"].reshape(UNIQUE, 5, -1)[:, :REPEATS], views)
 
@@ -160,7 +160,7 @@ def test_pixels_are_those_of_the_named_sample(pictures: ShardIndex) -> None:
 
 
 def test_masks_are_keyed_by_sample_epoch_and_view(in_this_process: list[Batch]) -> None:
-    for batch in in_this_process[4:6]:  # step 4 holds the end of epoch 0
+    for batch in in_this_process[4:6]:  # step 4 contains the end of epoch 0
         keys = (
             batch["epoch_U"].repeat(REPEATS),
             batch["sample_U"].repeat(REPEATS),
@@ -221,7 +221,7 @@ def test_mixing_adds_what_the_device_needs_and_leaves_the_images(
         assert layout == (STREAMS, UNIQUE // STREAMS, REPEATS)
         partner = partner_rows(layout)
         assert np.array_equal(batch["mix_labels_B"], batch["labels_B"][partner])
-        kept = batch["mix_ratio_B"] == 1  # also where Beta(0.2, 0.2) comes that close
+        kept = batch["mix_ratio_B"] == 1  # or where Beta(0.2, 0.2) is that close to 1
         is_spare = batch["weight_B"][partner] == 0
         assert kept[is_spare].all()
         assert kept[~is_spare].float().mean() < 0.5
@@ -262,7 +262,7 @@ def test_evaluation_shows_everything_once_and_fills_up_with_weight_0(
     images = torch.cat([batch["images_BHWC"] for batch in loaded])
     labels = torch.cat([batch["labels_B"] for batch in loaded])
     for number in range(32):
-        shown = min(number, SAMPLES - 1)  # the last sample fills up
+        shown = min(number, SAMPLES - 1)  # padded with the last sample
         whole = resized(picture(shown), 20, 20)
         assert np.abs(images[number].numpy() - whole[2:18, 2:18]).max() <= 2
         assert labels[number] == shown % CLASSES

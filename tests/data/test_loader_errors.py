@@ -1,4 +1,4 @@
-"""What goes wrong while batches are made is named, refused or counted; workers start and end."""
+"""Faults while batches are made are named, refused or counted; workers start and end."""
 
 import signal
 import subprocess
@@ -134,7 +134,7 @@ def test_steps_outside_the_run_are_refused(pictures: ShardIndex, start: int, sto
 
 
 def test_a_worker_starts_light() -> None:
-    """It imports this module and what that needs: no device runtime, trainer or model zoo."""
+    """It imports this module and its dependencies: no device runtime, trainer or model zoo."""
     heavy = ["torch_xla", "lightning", "timm", "hydra", "torchvision", "webdataset", "torchmetrics"]
     program = f"import sys, nfnets_xla.data.loader; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run(
@@ -178,7 +178,7 @@ def test_workers_hear_no_signal_of_the_group_and_end_when_the_run_is_killed(tmp_
     )
     assert run.stdout is not None
     held, *pids = run.stdout.readline().split()
-    assert held == b"False"  # a fork would have copied it as it was
+    assert held == b"False"  # a fork would have inherited it
     workers = [int(pid) for pid in pids]
     assert len(workers) == 2
     assert all(blocked(pid) == {signal.SIGINT, signal.SIGTERM} for pid in workers)

@@ -1,4 +1,4 @@
-"""Masks depend on the row's key alone, and are as random as they say."""
+"""Masks depend on the row's key alone, and are as random as claimed."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from nfnets_xla.data import masks
 from nfnets_xla.data.masks import AUGMENT, DROPOUT, STOCHASTIC_DEPTH, dropout_bits, keep_masks
 
 ROWS = 4096
-SAMPLE = np.arange(ROWS) + 3_999_000_000  # sample numbers of the true size
+SAMPLE = np.arange(ROWS) + 3_999_000_000  # sample numbers as large as real ones
 EPOCH, VIEW = np.full(ROWS, 5), np.zeros(ROWS, np.int64)
 
 
@@ -54,7 +54,7 @@ def test_neighbouring_samples_are_unrelated() -> None:
 
 
 def test_parts_of_the_key_are_not_added_up() -> None:
-    """(sample 1, view 0) and (sample 0, view 1) are not one key, and so on for any two parts."""
+    """(sample 1, view 0) and (sample 0, view 1) have different keys; so do any two parts."""
     keys = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
     draws = {tuple(masks.row_rng(AUGMENT, *key).random(4)) for key in keys}
     assert len(draws) == 4
@@ -127,7 +127,7 @@ def test_rates_outside_their_range_are_refused(rate: float) -> None:
 
 
 def test_negative_keys_and_no_features_are_refused() -> None:
-    """A negative number would wrap around to a key of some other row."""
+    """A negative number would wrap around to the key of another row."""
     with pytest.raises(ValueError, match="the sample of a row's key is -1"):
         depth(np.array([4, -1]))
     with pytest.raises(ValueError, match="the view of a row's key is -2"):

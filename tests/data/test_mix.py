@@ -1,4 +1,4 @@
-"""Who is mixed with whom, in what shares, and that the device does what the host drew."""
+"""Which rows are mixed, in what shares, and that the device does what the host drew."""
 
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def test_views_of_an_image_meet_different_images_as_far_as_there_are_any() -> No
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_a_part_of_the_streams_is_mixed_as_in_the_whole(hosts: int) -> None:
-    """As several hosts would do it, each for the streams that it holds."""
+    """As several hosts would, each for its own streams."""
     layout = Layout(4, 3, 2)
     whole = drawn(layout)
     sample = np.arange(12).repeat(2)
@@ -94,7 +94,7 @@ def test_rows_of_weight_0_and_the_same_sample_of_another_epoch_are_not_mixed_in(
     sample = np.array([0, 1, 2, 3, 4, 4, 6, 7])
     weight = np.array([1, 1, 1, 0, 1, 1, 1, 1], np.float32)
     mixes = drawn(layout, sample_B=sample, weight_B=weight)
-    alone = [2, 4]  # their partners: row 3, of weight 0, and row 5, the same sample
+    alone = [2, 4]  # their partners are row 3, of weight 0, and row 5, the same sample
     assert (mixes.ratio_B[alone] == 1).all()
     assert (mixes.outside_B[alone] == 1).all()
     others = [0, 1, 3, 5, 6, 7]
@@ -145,7 +145,8 @@ def test_boxes_lie_inside_and_before_cutting_have_uniform_area(size: int) -> Non
     if size == 224:
         uncut = (top > 0) & (left > 0) & (bottom < size) & (right < size)
         assert (bottom - top == right - left)[uncut].all()
-        # A half of the image on average before the edges cut, and about a third then.
+        # A box has half of the image on average before it is clipped at the edges, about a third
+        # after.
         area = (bottom - top) * (right - left) / size**2
         assert 0.31 < area.mean() < 0.36
 
@@ -155,7 +156,7 @@ def test_boxes_lie_inside_and_before_cutting_have_uniform_area(size: int) -> Non
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_device_mixes_what_the_host_drew(layout: Layout) -> None:
-    """Against a plain loop over rows; float32, so to 1e-4 of 255."""
+    """Against a plain loop over rows; in float32, so to 1e-4 of 255."""
     mixes, images = drawn(layout), pictures(layout)
     result = on_device(images, layout, mixes)
     pixels = images.numpy().astype(np.float64)
@@ -165,7 +166,7 @@ def test_the_device_mixes_what_the_host_drew(layout: Layout) -> None:
         share[top:bottom, left:right] = 1
         expected = share * pixels[row] + (1 - share) * pixels[partner]
         np.testing.assert_allclose(result[row], expected, atol=0.03)
-        # The share of pixels that are the row's own is the share of its label.
+        # The row's share of its own pixels is the share of its label.
         assert share.mean() == pytest.approx(float(mixes.ratio_B[row]), abs=1e-6)
 
 

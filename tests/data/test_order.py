@@ -1,6 +1,6 @@
-"""The order as a reference deals it, by brute force over many shapes of data; and its shape.
+"""The order against a brute-force reference, for many shapes of data; and its shape.
 
-That it is once per epoch, whatever the hosts and restarts, is in test_order_properties.py.
+test_order_properties.py tests that every sample comes once per epoch, whatever hosts and restarts.
 """
 
 import doctest
@@ -53,7 +53,7 @@ def all_steps(order: Order) -> list[StepRows]:
 
 
 def shown(order: Order, epoch: int | None = None) -> list[tuple[int, int]]:
-    """(shard, row) of all rows of weight 1, of one epoch or of all, step by step."""
+    """(shard, row) of all rows of weight 1, step by step, of one epoch or of all."""
     return [
         (int(shard), int(row))
         for rows in all_steps(order)
@@ -109,16 +109,16 @@ def test_rows_are_stream_major_and_only_the_last_step_has_some_to_spare(shape: S
     order = make(shape)
     for number, rows in enumerate(all_steps(order)):
         assert rows.stream.tolist() == np.repeat(range(streams), unique // streams).tolist()
-        assert (rows.row < np.array(counts)[rows.shard]).all()  # also those of weight 0
+        assert (rows.row < np.array(counts)[rows.shard]).all()  # including rows of weight 0
         spare = max(0, (number + 1) * unique - order.total_draws)
         assert int((rows.weight == 0).sum()) == spare
-        assert rows.weight.dtype == np.float32  # as the loss is
+        assert rows.weight.dtype == np.float32  # like the loss
         assert spare == 0 or number == order.num_steps - 1
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_shard_is_cut_only_where_a_range_is(shape: Shape) -> None:
-    """C ranges have C - 1 cuts; what is no longer than a range is in two streams at most."""
+    """C ranges have C - 1 cuts; a shard no longer than a range is in at most two streams."""
     counts, streams, *_, epochs = shape
     for epoch in range(int(epochs)):
         owners: dict[int, set[int]] = {shard: set() for shard in range(len(counts))}
@@ -154,7 +154,7 @@ def test_a_window_is_mixed_and_is_all_that_a_stream_reads_from_at_a_time() -> No
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Keys of the permutations that are made."""
+    """Records the keys of the permutations that are made."""
     keys: list[tuple[int, ...]] = []
     permutation = module._permutation
     monkeypatch.setattr(
@@ -172,7 +172,7 @@ def test_going_forward_nothing_is_shuffled_twice(shape: Shape, made: list[tuple[
 
 
 def test_after_the_first_a_step_shuffles_one_window_at_most(made: list[tuple[int, ...]]) -> None:
-    """Though all eight streams change windows at one step, as shards are of one size."""
+    """Although all eight streams change windows at one step, since shards have one size."""
     order = make(([25] * 64, 8, 8, 2, 1.0))
     order.step(0)
     for step in range(1, order.num_steps):
@@ -282,18 +282,18 @@ def test_what_comes_next_is_known_ahead(epochs: float, streams: range | None) ->
         wanted, used = wanted | set(ahead), used | read
         assert read <= set(ahead)
         assert len(ahead) == len(set(ahead)) <= 2 * 2 * num
-        if epochs == 1 and before is not None:  # else windows at an epoch's end may be tiny
+        if epochs == 1 and before is not None:  # otherwise windows at an epoch's end may be tiny
             assert read <= set(before)
-        if not step:  # of each stream, the window in use comes first
+        if not step:  # the current window of each stream comes first
             assert read <= set(ahead[: 2 * num])
         before = ahead
-    assert wanted == used  # nothing of other streams, nor of what lies after the end
+    assert wanted == used  # nothing from other streams, nor from after the end
 
 
 def test_evaluation_knows_the_next_shards() -> None:
     order = SequentialOrder(np.array([4] * 9), unique_per_step=6)
     assert order.shards_ahead(0) == [0, 1, 2, 3, 4, 5]
     assert order.shards_ahead(order.num_steps - 1) == [7, 8]
-    order = SequentialOrder(np.array([4] * 9), unique_per_step=5)  # one sample of another shard:
-    assert order.shards_ahead(0) == [0, 1, 2, 3, 4, 5]  # the last of the step
-    assert order.shards_ahead(3) == [3, 4, 5, 6, 7, 8]  # the first
+    order = SequentialOrder(np.array([4] * 9), unique_per_step=5)  # one sample is in another shard:
+    assert order.shards_ahead(0) == [0, 1, 2, 3, 4, 5]  # the step's last one
+    assert order.shards_ahead(3) == [3, 4, 5, 6, 7, 8]  # the step's first one

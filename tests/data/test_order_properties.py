@@ -1,7 +1,7 @@
-"""The order's promises for any data set, and how near it comes to a full shuffle.
+"""The order's guarantees for any data set, and how close it comes to a full shuffle.
 
-Order.step is the whole of it: what hosts, workers and restarts do is to ask for other parts of it,
-in another sequence, from another process.
+Order.step is all there is: hosts, workers and restarts only ask for different parts of it, in
+another sequence, from another process.
 """
 
 import pickle
@@ -41,7 +41,7 @@ def orders(draw: st.DrawFn) -> Order:
 
 
 def fresh(order: Order) -> Order:
-    """As another process has it."""
+    """A new order, as another process would have it."""
     return pickle.loads(pickle.dumps(order))
 
 
@@ -74,14 +74,14 @@ def test_exactly_once_per_epoch(order: Order) -> None:
 
 @given(orders(), st.data())
 def test_the_union_over_hosts_does_not_know_of_hosts(order: Order, data: st.DataObject) -> None:
-    """Nor of when the number of them changed, nor of workers that take every n-th step."""
+    """Nor on when the number of hosts changed, nor on workers that take every n-th step."""
     whole = run(order)
     divisors = [h for h in range(1, order.num_streams + 1) if order.num_streams % h == 0]
     hosts = data.draw(st.sampled_from(divisors))
     workers = data.draw(st.integers(1, 4))
     started: dict[tuple[int, int, int], Order] = {}
     for step in range(order.num_steps):
-        if data.draw(st.booleans()) and step % 7 == 3:  # killed: all start anew, in other numbers
+        if data.draw(st.booleans()) and step % 7 == 3:  # killed: all start anew, in another number
             hosts = data.draw(st.sampled_from(divisors))
             started.clear()
         parts = []
@@ -112,7 +112,7 @@ def test_streams_run_on_and_never_drift_apart(order: Order) -> None:
 def test_what_is_fetched_ahead_is_read_and_is_no_more_than_two_windows_a_stream(
     order: Order,
 ) -> None:
-    """In one epoch of shards that are no shorter than a step, so that a step meets two at most."""
+    """In one epoch of shards at least as long as a step, so that a step meets at most two."""
     order = replace(order, counts=order.counts + 5, epochs=1.0)
     steps = [order.step(step) for step in range(order.num_steps)]
     for stream in range(order.num_streams):
@@ -130,7 +130,7 @@ SHUFFLED_TOGETHER = STREAMS * WINDOW  # shards
 
 
 def places(shards: int, seed: int, epoch: int) -> Int64:
-    """When each sample, counted in the packing order, is shown in an epoch."""
+    """For each sample, in packing order, its position in an epoch."""
     counts = np.full(shards, PER_SHARD)
     order = Order(counts, seed, STREAMS, UNIQUE, WINDOW, epoch + 1)
     per_epoch = order.num_samples // UNIQUE
@@ -146,13 +146,13 @@ def full(shards: int, seed: int, epoch: int) -> Int64:
 
 
 def correlation(one: Int64, other: Int64) -> float:
-    """Spearman's, of two permutations."""
+    """Spearman's correlation of two permutations."""
     return float(np.corrcoef(one, other)[0, 1])
 
 
 @pytest.mark.parametrize("shards", [128, 512])
 def test_an_epoch_keeps_nothing_of_the_packing_order_or_of_the_epoch_before(shards: int) -> None:
-    """As shards move as wholes, chance has 1 / sqrt(shards) for one standard deviation."""
+    """Shards move as wholes, so one standard deviation of chance is 1 / sqrt(shards)."""
     found = []
     for seed in range(6):
         epochs = [places(shards, seed, epoch) for epoch in (0, 1)]
@@ -164,8 +164,8 @@ def test_an_epoch_keeps_nothing_of_the_packing_order_or_of_the_epoch_before(shar
 
 
 def together(make: Any, shards: int, epochs: int) -> tuple[float, float]:
-    """How often two samples of one shard share a batch: in one epoch, and in two of them running,
-    both over what chance has."""
+    """How often two samples of one shard share a batch, in one epoch and in two consecutive ones;
+    both divided by chance."""
     once = twice = 0.0
     before: NDArray[np.bool_] | None = None
     i, j = np.triu_indices(PER_SHARD, 1)
@@ -181,12 +181,13 @@ def together(make: Any, shards: int, epochs: int) -> tuple[float, float]:
 
 
 def test_shard_mates_meet_as_in_a_full_shuffle_if_all_shards_are_in_windows() -> None:
-    """Elsewhere as often as shards are more than C * window_shards: said in docs/data.md."""
+    """Otherwise they meet more often, by the ratio of shards to C * window_shards: see
+    docs/data.md."""
     shuffled = together(full, SHUFFLED_TOGETHER, 6)
     ours = together(places, SHUFFLED_TOGETHER, 6)
     assert shuffled[0] == pytest.approx(1, abs=0.05)
     assert ours[0] == pytest.approx(1, abs=0.3)
     more = together(places, 4 * SHUFFLED_TOGETHER, 3)
     assert more[0] == pytest.approx(4, rel=0.3)
-    for one, two in (ours, more):  # who met in one epoch are no likelier to meet in the next
+    for one, two in (ours, more):  # having met in one epoch changes nothing in the next
         assert two == pytest.approx(one**2, rel=0.2)

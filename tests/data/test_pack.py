@@ -1,4 +1,4 @@
-"""Packing gives the same bytes twice, webdataset reads them, and a failure leaves nothing."""
+"""Packing twice gives equal bytes, webdataset reads them, and a failure leaves nothing."""
 
 import io
 import json
@@ -81,7 +81,7 @@ def test_digits_come_back_by_index_and_by_webdataset(tmp_path: Path) -> None:
 
 
 def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    for folder in ("a", "50%d"):  # a folder's name is no pattern
+    for folder in ("a", "50%d"):  # the folder's name is not a pattern
         pack_samples(digits(9), tmp_path / folder, samples_per_shard=4)
     assert tree(tmp_path / "a") == tree(tmp_path / "50%d")
     assert len(tree(tmp_path / "a")) == 3
@@ -167,7 +167,7 @@ def images(tmp_path: Path) -> Path:
         (root / name).mkdir(parents=True)
         for number in range(12):
             extension = ("png", "JPG", "jpeg", "webp")[number % 4]
-            data = b"%d-%d" % (label, number)  # copied, not decoded
+            data = b"%d-%d" % (label, number)  # copied without decoding
             (root / name / f"photo.{number}.{extension}").write_bytes(data)
     (root / "README.txt").write_text("beside the classes")
     (root / "ant" / ".DS_Store").write_text("hidden")
@@ -317,7 +317,7 @@ def test_rows_like_those_of_datasets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA"])
 def test_an_image_of_datasets_has_the_pixels_of_its_file(mode: str) -> None:
-    """16 bits become 8, and transparency white, whichever way it comes."""
+    """16 bits become 8, and transparency becomes white, from a file or from datasets."""
     values = np.linspace(0, 65535, 64).reshape(8, 8)
     image = Image.fromarray(values.astype(np.uint16))
     if mode != "I;16":
@@ -330,7 +330,7 @@ def test_an_image_of_datasets_has_the_pixels_of_its_file(mode: str) -> None:
 
 @pytest.mark.parametrize("label", [[3, 3, 5], [[1], [2]], [], ["a"]])
 def test_a_list_that_is_none_of_labels(label: list[Any]) -> None:
-    """Votes are weights, {3: 2, 5: 1}; a list that says a label twice said nothing of them."""
+    """Votes are given as weights, {3: 2, 5: 1}; a list that repeats a label would lose them."""
     rows = [{"image": b"x", "label": label}]
     assert "row 0: " in one_line(lambda: list(dataset_samples(rows)))
     ((*_, found),) = dataset_samples([{"image": b"x", "label": np.array([4, 2])}])
@@ -347,7 +347,7 @@ def test_a_folder_with_a_colon_is_no_address(
 
 
 def test_a_weight_that_was_read_can_be_packed_again(tmp_path: Path) -> None:
-    """It is rounded to float32, and may then be a little less than the least."""
+    """Rounded to float32, a weight may fall just below the smallest allowed one."""
     pack_samples([("a", b"x", "png", {1: 1e-9})], tmp_path / "one", samples_per_shard=1)
     weights = build_index(tmp_path / "one").labels(0, 0)
     pack_samples([("a", b"x", "png", weights)], tmp_path / "two", samples_per_shard=1)

@@ -1,4 +1,4 @@
-"""Packing overwrites nothing and adds to nothing, also what comes while it works."""
+"""Packing overwrites nothing and adds to nothing, also if files appear while it works."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_folder_with_shards_below_is_not_empty(tmp_path: Path) -> None:
-    """An index would list them beside the new ones."""
+    """An index would include them with the new ones."""
     index = packed(tmp_path / "shards", 25, 10)
     (tmp_path / "out" / "old").mkdir(parents=True)
     write_tar(tmp_path / "out" / "old" / "a.tar", sample("x"))
@@ -87,7 +87,7 @@ def test_of_two_at_once_one_at_most_is_there(tmp_path: Path, prefixes: tuple[str
 def test_a_list_of_another_split_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor deleted, when the second gives up: its shards would be trained on."""
+    """Nor deleted when the second one gives up: its samples would be trained on."""
     index, out = packed(tmp_path / "shards", 25, 10), tmp_path / "out"
     read, ids = ShardIndex.read, list[str]()
 

@@ -1,4 +1,4 @@
-"""Every operation is DeepMind's: pixels of its own code, and of plain twins at any size."""
+"""Every operation is DeepMind's: equal to pixels of its code, and to plain twins at any size."""
 
 import re
 from pathlib import Path
@@ -60,8 +60,8 @@ def test_pixels_are_deepminds(key: str) -> None:
 @pytest.mark.parametrize("magnitude", [1, 5, 10, 15, 20])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_agree_with_plain_twins(name: str, magnitude: int) -> None:
-    """Where float64 and float32 may fall on two sides of a whole number, either side is right; of a
-    turned or sheared image, two pixels of a hundred may therefore come from the neighbour."""
+    """Where float64 and float32 may fall on different sides of a whole number, either is right; so
+    two of a hundred pixels of a rotated or sheared image may come from the neighbour."""
     twin = getattr(twins, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     for seed, (height, width) in enumerate([(40, 40), (17, 61), (3, 4), (1, 1), (1, 5)]):
         for image in (noise(seed, height, width), np.full((height, width, 3), 77, np.uint8)):
@@ -89,7 +89,7 @@ def test_black_white_and_the_input_are_kept_whole(name: str) -> None:
 
 
 def test_what_magnitude_10_means_here() -> None:
-    """The threshold of 256 is kept in 8 bits; a view of 256 x 256 is blended with white."""
+    """The threshold of 256 is stored in 8 bits; a view of 256 x 256 is blended with white."""
     assert np.array_equal(applied("Solarize", IMAGE, 10), 255 - IMAGE.astype(int))
     large = noise(0, 256, 256)
     assert applied("Contrast", large, 5).min() == 0  # a factor of 1 keeps the image

@@ -1,4 +1,4 @@
-"""Shards at an address give the bytes of the local ones, whatever the server does on the way."""
+"""Shards at an address give the bytes of the local ones, whatever the server does."""
 
 import pickle
 from collections import Counter
@@ -37,7 +37,7 @@ from tests.data.tars import one_line
 def test_every_batch_is_right_though_half_of_the_answers_fail(
     local: ShardIndex, cache: Cache
 ) -> None:
-    """In a cache that holds the windows in use and the next ones, and not a byte more."""
+    """In a cache that has just enough room for the windows in use and the next ones."""
     small = Cache(cache.folder, windows(local))
     with serving(path_of(local), every_other) as server, watched(small) as seen:
         index = served(server, small, STALLING)
@@ -46,7 +46,7 @@ def test_every_batch_is_right_though_half_of_the_answers_fail(
         for step in range(len(at_home)):
             assert_same(remote[step], at_home[step])
         assert server.failed.keys() == {503, 429, 500, "cut", "short", "stall"}
-        assert max(server.shard_requests.values()) > 1  # shards went, and came again
+        assert max(server.shard_requests.values()) > 1  # shards were evicted and fetched again
     assert 0 < max(seen) <= small.limit < local.manifest.bytes_S.sum()
 
 
@@ -54,8 +54,8 @@ def test_every_batch_is_right_though_half_of_the_answers_fail(
 def test_what_comes_short_under_its_own_length_is_asked_for_again(
     local: ShardIndex, cache: Cache, cached: bool
 ) -> None:
-    """The first three answers for each file are whole by HTTP and half of it: only the digests of
-    the index tell."""
+    """The first three answers for each file are complete by HTTP, but only half of the file: only
+    the index's digests reveal it."""
     came: Counter[str] = Counter()
 
     def three_short(name: str, number: int) -> Fault:
@@ -109,7 +109,7 @@ def test_the_next_window_comes_before_it_is_read(local: ShardIndex, cache: Cache
         names = {index.name(shard) for shard in ahead}
         wait_for(lambda: names <= {path.name for path in copies(cache, index)})
         assert server.shard_requests == dict.fromkeys(names, 1)
-        pickle.loads(pickle.dumps(dataset))  # threads and all
+        pickle.loads(pickle.dumps(dataset))  # including its threads
 
 
 def copies(cache: Cache, index: ShardIndex) -> list[Path]:
@@ -127,7 +127,7 @@ def test_without_a_cache_samples_come_by_ranges(local: ShardIndex) -> None:
 
 
 def test_a_server_without_ranges_is_named_at_once(local: ShardIndex) -> None:
-    """Every answer is a whole shard: asking again for five minutes would not change that."""
+    """Every answer is a whole shard: repeating the request for five minutes would not help."""
     with serving(path_of(local), lambda name, number: "whole") as server:
         said = one_line(lambda: served(server, patience=STALLING).read(0, 0))
     assert "does not answer requests for a part of a file: read through a cache" in said
@@ -149,7 +149,7 @@ def test_indexing_at_an_address(local: ShardIndex, cache: Cache) -> None:
     again = ShardIndex.load(RemoteFolder("memory://bucket/shards", cache))
     assert digest(index) == digest(again) == digest(local)
 
-    # A second time, only what is newer than its sidecar is read.
+    # The second time, only shards newer than their sidecars are read.
     name = local.name(7)
     files.pipe_file(f"memory://bucket/shards/{name}", b"no tar")
     assert f"{name}, offset 0: truncated" in one_line(lambda: build_index(index.folder))
@@ -161,7 +161,7 @@ def test_indexing_at_an_address(local: ShardIndex, cache: Cache) -> None:
 def test_an_object_store_gives_the_local_batches(
     local: ShardIndex, cache: Cache, tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through s3fs and gcsfs, whose endpoint and credentials come from fsspec's configuration."""
+    """Through s3fs and gcsfs, with endpoint and credentials from fsspec's configuration."""
     bucket = tmp_path / "bucket" / "shards"
     bucket.mkdir(parents=True)
     for path in path_of(local).glob("*.tar"):

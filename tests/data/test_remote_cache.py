@@ -1,4 +1,4 @@
-"""A cache of remote shards: shared by processes, never over its limit, and mended when it rots."""
+"""A cache of remote shards: shared by processes, never over its limit, repaired if damaged."""
 
 import pickle
 import signal
@@ -86,11 +86,11 @@ def test_a_shard_that_has_changed_at_its_place_is_refused(
             server.asked.clear()
             said = one_line(lambda: digest(served(server, cache)))
             assert f"/{path.name} has {bytes_} bytes and had {len(data)}: it has changed at" in said
-            assert server.asked[path.name] == 5  # and not for as long as an outage may last
+            assert server.asked[path.name] == 5  # and not retried for as long as an outage may last
 
 
 def test_a_download_that_is_killed_leaves_nothing_to_read(local: ShardIndex, cache: Cache) -> None:
-    """Nor does what it had reserved stay: the cache has room for one shard."""
+    """Nor does its reservation stay: the cache has room for one shard."""
     tight = Cache(cache.folder, int(local.manifest.bytes_S.max() * 1.5))
     wanted = local.name(4)
 
@@ -105,6 +105,6 @@ def test_a_download_that_is_killed_leaves_nothing_to_read(local: ShardIndex, cac
         process.communicate()
         assert not list(tight.folder.glob("*.tar"))
         index = served(server, tight)
-        assert index.read(0, 0) == local.read(0, 0)  # which needs the room
+        assert index.read(0, 0) == local.read(0, 0)  # which needs that room
         assert not list(tight.folder.glob("*.part"))
         assert digest(index) == digest(local)

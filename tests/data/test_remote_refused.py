@@ -1,4 +1,4 @@
-"""What cannot be had from an address is named in one line, after the attempts it is worth."""
+"""If an address does not deliver, one line names it, after a suitable number of attempts."""
 
 import re
 import resource
@@ -62,7 +62,7 @@ def test_a_server_that_does_not_recover_ends_the_run_with_its_last_word(
 def test_waits_double_to_a_minute_and_end_with_the_patience(
     local: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that stands but for the waits."""
+    """With a clock that advances only during waits."""
     now, waits = [0.0], []
 
     def sleep(seconds: float) -> None:
@@ -75,7 +75,7 @@ def test_waits_double_to_a_minute_and_end_with_the_patience(
         monkeypatch.setattr("nfnets_xla.data.remote.time", clock)
         assert "could not be had in 300 s" in one_line(lambda: folder.read("index.npz"))
     assert sum(waits) == pytest.approx(300)
-    wanted = [min(2.0**n, 60) for n in range(len(waits))]  # and up to half less: a jitter
+    wanted = [min(2.0**n, 60) for n in range(len(waits))]  # minus a random jitter of up to half
     assert all(w / 2 <= wait <= w for wait, w in zip(waits[:-1], wanted, strict=False)), waits
     assert len({wait / w for wait, w in zip(waits, wanted, strict=True)}) > 3
     assert server.asked["index.npz"] == len(waits) + 1
@@ -84,15 +84,15 @@ def test_waits_double_to_a_minute_and_end_with_the_patience(
 def test_who_waited_while_another_tried_in_vain_does_not_begin_anew(
     local: ShardIndex, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five threads want the shard at once; one after the other has its lock.
+    """Five threads want the shard at once; one after the other gets its lock.
 
-    By a clock that stands but for the waits between attempts. The first fails when all have asked.
+    The clock advances only during the waits between attempts. The first fails when all have asked.
     """
     looks, waited = count(1), [0.0]
     all_asked = threading.Event()
 
     def monotonic() -> float:
-        if next(looks) == 5:  # each thread's first look
+        if next(looks) == 5:  # once each thread has looked for the first time
             all_asked.set()
         return waited[0]
 
@@ -112,7 +112,7 @@ def test_who_waited_while_another_tried_in_vain_does_not_begin_anew(
             tried = [pool.submit(index.read, 0, 0) for _ in range(5)]
         counts = [int(re.findall(r"of (\d+) attempts", str(each.exception()))[0]) for each in tried]
         *others, first = sorted(counts)
-        assert first > 3  # as each of the others would, if it began anew
+        assert first > 3  # as each of the others would be, if it started anew
         assert others == [1] * 4
 
 
@@ -152,7 +152,7 @@ def test_a_full_disk_is_not_a_damaged_index(local: ShardIndex, tmp_path: Path) -
         message = one_line(lambda: without.download(name, 10240, full))
         assert message.endswith("make room, or set TMPDIR to a folder on another disk")
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as of FAT, or a user's
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as on FAT, or for a user
         try:
             message = one_line(lambda: without.download(name, 10240, tmp_path / "file"))
         finally:
@@ -173,14 +173,14 @@ def test_a_cache_must_hold_two_windows_of_every_stream(local: ShardIndex, cache:
 def test_a_cache_that_processes_share_must_hold_the_windows_of_all(
     local: ShardIndex, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As torchrun starts them, one for each GPU; each reads the shards of its own streams."""
+    """torchrun starts one process per GPU; each reads the shards of its own streams."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
     run: Any = SimpleNamespace(data=SimpleNamespace(cache_dir=str(tmp_path), cache_bytes=1e9))
     with serving(path_of(local)) as server:
         opened = open_index(run, server.url).folder.cache
         assert opened is not None
         assert opened.sharers == 9
-        need = int(np.sort(served(server, cache).manifest.bytes_S).sum())  # of all there are
+        need = int(np.sort(served(server, cache).manifest.bytes_S).sum())  # of all shards
         alone = train(served(server, Cache(cache.folder, need - 1)))
         assert len(alone) > 0
         said = one_line(lambda: train(served(server, Cache(cache.folder, need - 1, sharers=9))))

@@ -1,4 +1,4 @@
-"""Single requests to an address: names, what a failure is taken for, and what is said of it."""
+"""Single requests to an address: names, how failures are classified, and their messages."""
 
 import errno
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.data.server import Fault, serving
 from tests.data.tars import one_line
 
 HASTY = QUICK._replace(first_wait=0.0005)
-ODD = "a b#1%3F+&.bin"  # all that an address would take for something else
+ODD = "a b#1%3F+&.bin"  # all the characters that an address would interpret
 
 
 def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> RemoteFolder:
@@ -52,7 +52,7 @@ def test_a_bucket_is_listed_as_it_is_now(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_is_not_there_is_removed() -> None:
-    """An attempt whose answer was lost has done it."""
+    """An earlier attempt, whose answer was lost, may have removed it."""
     folder = RemoteFolder("memory://requests", patience=HASTY)
     folder.write("one", b"")
     folder.remove("one")
@@ -70,7 +70,7 @@ def test_when_a_file_was_written_is_known_to_less_than_a_second() -> None:
 
 @pytest.mark.parametrize("fault", ["short", "whole"])
 def test_a_range_has_its_length(local: ShardIndex, fault: str) -> None:
-    """An answer that is whole by HTTP, and short, is asked for again; one that has all is final."""
+    """An answer that is complete by HTTP but short is requested again; a complete one is final."""
     faults: list[Fault] = [fault]
     with serving(path_of(local), lambda *_: faults.pop() if faults else None) as server:
         folder = RemoteFolder(server.url, patience=HASTY)
@@ -84,7 +84,8 @@ def test_a_range_has_its_length(local: ShardIndex, fault: str) -> None:
 
 
 def test_a_file_is_another_only_if_answers_agree(local: ShardIndex, tmp_path: Path) -> None:
-    """More wrong lengths than would agree, each another: a network that fails, not a new file."""
+    """More wrong lengths than would have to agree, each different: a failing network, not a new
+    file."""
     name = local.name(0)
     size = (path_of(local) / name).stat().st_size
     with serving(

@@ -1,4 +1,4 @@
-"""An index gives a tar's bytes, changes with them, and refuses what it does not fit."""
+"""An index gives a tar's bytes, changes with them, and refuses shards it does not fit."""
 
 import errno
 import multiprocessing
@@ -24,7 +24,7 @@ from tests.data.tars import PACKED, one_line, sample, write_tar
 
 
 def images_of(path: Path) -> list[bytes]:
-    """What tarfile and nothing else says."""
+    """The images as `tarfile` alone reads them."""
     with tarfile.open(path) as tar:
         files = [(tar.extractfile(member), member) for member in tar if member.isreg()]
         return [f.read() for f, member in files if f and member.name.endswith(("JPEG", "jpg"))]
@@ -102,7 +102,7 @@ def test_a_rerun_scans_only_what_has_changed(folder: Path, monkeypatch: pytest.M
 
 
 def test_a_shard_that_is_replaced_by_an_older_one_is_scanned_again(tmp_path: Path) -> None:
-    """As `rsync -a` and `cp -p` do it, which keep the time of the last change."""
+    """`rsync -a` and `cp -p` do so: they keep the modification time."""
     path = tmp_path / "a.tar"
     write_tar(path, sample("x", 1))
     assert build_index(tmp_path).labels(0, 0) == {1: 1.0}
@@ -127,8 +127,8 @@ def test_shards_may_lie_in_subfolders_but_not_share_a_file_name(tmp_path: Path) 
 def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for lost+found, which is root's. Tests may be root's too, so the system's answer is
-    given here."""
+    """Except lost+found, which is root's. Since tests may run as root, the system's answer is
+    simulated."""
     scandir = os.scandir
 
     def listing(path: Any) -> Any:
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
 
 
 def test_a_link_that_names_another_shard_is_a_change(tmp_path: Path) -> None:
-    """Though that shard is older than the index, and holds the same images."""
+    """Even though that shard is older than the index, and holds the same images."""
     shards = tmp_path / "shards"
     shards.mkdir()
     for label in (1, 2):
@@ -180,7 +180,7 @@ def test_a_link_on_the_way_that_names_another_folder_is_a_change(tmp_path: Path)
 def test_a_shard_that_is_replaced_while_it_is_read_is_indexed_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its sidecar would be newer than the new one, and never be looked at again."""
+    """Otherwise its sidecar would be newer than the new shard, and never be checked again."""
     for label in (1, 2):
         pack_samples(
             [("k", noise_png(0), "png", label)], tmp_path / str(label), samples_per_shard=1
@@ -201,7 +201,7 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_indexed_anew(
 
 
 def test_a_local_folder_is_not_written_as_an_address(tmp_path: Path) -> None:
-    """`file://a/b` and `file:///a/b` are other folders to each who reads them."""
+    """`file://a/b` and `file:///a/b` are different folders to different readers."""
     for where in (f"file://{tmp_path}", "file:/x"):
         assert "give the path alone, /" in one_line(lambda: address(where))  # noqa: B023
 
@@ -212,7 +212,7 @@ def test_links_to_folders_are_followed_and_none_is_read_twice(tmp_path: Path) ->
         path.parent.mkdir(parents=True)
         write_tar(path, sample(key))
     (folder / "disk").symlink_to(elsewhere)
-    (folder / "another").symlink_to(folder / "own")  # which has a name already
+    (folder / "another").symlink_to(folder / "own")  # a shard that already has a name
     (elsewhere / "back").symlink_to(folder)
     (elsewhere / "deep/round").symlink_to(elsewhere)
     index = build_index(folder)
@@ -221,14 +221,14 @@ def test_links_to_folders_are_followed_and_none_is_read_twice(tmp_path: Path) ->
 
 
 def test_a_manifest_is_32_bytes_a_shard_and_its_name(tmp_path: Path) -> None:
-    """And a million samples are open at once, their sidecars unread."""
+    """A million samples are open at once, without reading their sidecars."""
     lines = [Line(f"{n:06d}.tar", 1000, 7, b"d" * 16, 9, 1) for n in range(1000)]
     manifest = make_manifest(lines)
     assert sum(part.nbytes for part in manifest) == 1000 * (32 + 10) + 3 * 8
     (tmp_path / "index.npz").write_bytes(manifest_bytes(manifest))
     for line in lines:
         (tmp_path / line.name).write_bytes(b"7 bytes")
-        (tmp_path / (line.name + ".idx.npz")).touch()  # empty: who reads it fails
+        (tmp_path / (line.name + ".idx.npz")).touch()  # empty: reading it fails
     index = ShardIndex.load(tmp_path)
     assert index.num_samples == 1_000_000
     assert index.name(999) == "000999.tar"
@@ -261,7 +261,7 @@ def test_an_index_is_a_function_of_the_tars_alone(folder: Path, index: ShardInde
 
 
 def test_the_fingerprint_is_golden(tmp_path: Path) -> None:
-    """A resumed run compares fingerprints: they may not change with a release of this library."""
+    """A resumed run compares fingerprints, so no release of this library may change them."""
     write_tar(tmp_path / "a.tar", sample("x", 1) + sample("y", 2))
     assert build_index(tmp_path).fingerprint == (
         "53f046a131ca907a942f9886445b916bc731d88b23f8f7c48b2bf9b0ec8ef24b"
@@ -299,7 +299,7 @@ def test_a_failed_rebuild_leaves_the_manifest_that_was_there(folder: Path) -> No
 
 
 def test_it_pickles_small_and_reads_in_a_spawned_process(index: ShardIndex) -> None:
-    expected = [index.read(shard, 1) for shard in range(4)]  # files are open now
+    expected = [index.read(shard, 1) for shard in range(4)]  # files are now open
     assert len(pickle.dumps(index)) < 2000
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.starmap(index.read, [(shard, 1) for shard in range(4)]) == expected

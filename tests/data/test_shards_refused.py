@@ -1,4 +1,4 @@
-"""Tars that cannot be indexed and indexes that no longer fit their shards are refused by name."""
+"""Tars that cannot be indexed, and indexes that no longer fit their shards, are refused by name."""
 
 import io
 import os
@@ -56,7 +56,7 @@ def test_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
-    """To open it would wait for ever."""
+    """Opening it would wait for ever."""
     os.mkfifo(tmp_path / "a.tar")
     assert one_line(lambda: build_index(tmp_path)) == (
         f"{tmp_path}/a.tar is no regular file: take it out"
@@ -100,7 +100,7 @@ def test_the_folder_must_be_local_and_hold_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("as_link", [False, True])
 def test_a_shard_that_is_there_twice_is_refused(folder: Path, as_link: bool) -> None:
-    """A browser's second download, or a name for the newest: its samples would be shown twice."""
+    """A browser's second download, or a link to the newest: its samples would be shown twice."""
     twin = folder / "gnu (1).tar"
     if as_link:
         twin.symlink_to("gnu.tar")
@@ -204,7 +204,7 @@ def test_stats_and_holdout_take_no_number_from_a_wrong_sidecar(
 def test_a_sidecar_that_cannot_be_read_is_not_called_damaged(
     folder: Path, index: ShardIndex
 ) -> None:
-    """To index again would help against none of the machine's faults."""
+    """Indexing again would not help against a fault of the machine."""
     path = folder / "gnu.tar.idx.npz"
     path.unlink()
     assert "gnu.tar.idx.npz is missing ([Errno 2]" in one_line(lambda: index.read(0, 0))
@@ -214,7 +214,7 @@ def test_a_sidecar_that_cannot_be_read_is_not_called_damaged(
 
 
 class Touches:
-    """When it is unpickled there is a file."""
+    """Unpickling this creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -241,7 +241,7 @@ def test_a_pickle_in_an_index_is_not_run(folder: Path, index: ShardIndex, tmp_pa
 
 
 def test_names_in_an_archive_lead_nowhere(tmp_path: Path) -> None:
-    """Upwards, from the root, and through a link: they are keys, and nothing is unpacked."""
+    """Upwards, from the root, or through a link: names are only keys, and nothing is unpacked."""
     folder = tmp_path / "shards"
     folder.mkdir()
     keys = ["../../escaped", f"{tmp_path}/absolute", "link/through"]

@@ -1,4 +1,4 @@
-"""What is wrong with a table or a data set is said at once, with the file and the row."""
+"""Faults of a table or a data set are reported at once, with the file and the row."""
 
 from collections.abc import Callable
 from decimal import Decimal
@@ -69,7 +69,7 @@ def test_a_label_that_is_no_whole_number_is_refused_with_its_row(folder: Path, l
 
 @pytest.mark.parametrize("kept", [slice(0), slice(-9), slice(40, None)])
 def test_a_damaged_parquet_is_refused_by_its_name(folder: Path, kept: slice) -> None:
-    """Nothing, no footer, and pages that are not where the footer has them."""
+    """An empty file, one without a footer, and pages that are not where the footer says."""
     table = write_parquet(folder, path=["a.png"], label=[1])
     table.write_bytes(table.read_bytes()[kept])
     assert refused(table).startswith(f"{table}, row 1: ")
@@ -77,7 +77,7 @@ def test_a_damaged_parquet_is_refused_by_its_name(folder: Path, kept: slice) -> 
 
 
 def test_other_columns_of_a_parquet_are_not_read(folder: Path) -> None:
-    """They may hold the images. Here they are damaged, and nobody notices."""
+    """They may hold the images. Here they are damaged, which has no effect."""
     table = write_parquet(folder, image=[b"pixels" * 1000], path=["a.png"], label=[1])
     data = table.read_bytes()
     table.write_bytes(data[:4] + bytes(40) + data[44:])  # the header of the first page
@@ -106,7 +106,7 @@ def test_a_label_that_numpy_has_wrapped_is_a_number() -> None:
     ],
 )
 def test_an_image_whose_white_is_unknown_is_refused(values: Any, message: str) -> None:
-    """Those of 0 to 255 and of 0 to 1 were packed as black."""
+    """Images with values from 0 to 255 or from 0 to 1 used to be packed as black."""
     rows = [{"image": Image.fromarray(values.reshape(8, 8)), "label": 0}]
     assert f"row 0: image {message}" in one_line(lambda: list(dataset_samples(rows)))
 

@@ -1,4 +1,4 @@
-"""Every form of tar is read as `tarfile` reads it, and every fault is named at its offset."""
+"""Every form of tar is read as `tarfile` reads it, and every fault is reported with its offset."""
 
 import io
 import tarfile
@@ -29,7 +29,7 @@ def names_and_data(path: Path, data: bytes) -> list[tuple[str, bytes]]:
 @pytest.mark.parametrize("format", FORMATS)
 def test_it_reads_what_tarfile_wrote(tmp_path: Path, format: str) -> None:
     wrote = [("a.png", b"x" * 511), ("b/c.cls", b""), ("d.png", b"y" * 1024)]
-    wrote += [(f"{'p' * 90}/{'n' * 90}.cls", b"3")]  # a ustar header cuts it in two
+    wrote += [(f"{'p' * 90}/{'n' * 90}.cls", b"3")]  # a ustar header splits it in two
     if format != "ustar":
         wrote += [(LONG, b"z" * 513), ("after.png", b"w")]
     assert names_and_data(tmp_path / "a.tar", tar_bytes(wrote, FORMATS[format])) == wrote
@@ -50,7 +50,7 @@ def test_what_is_no_regular_file_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_sparse_files_are_passed_over_whole(tmp_path: Path) -> None:
-    """GNU's old form: the map goes on in a second header block."""
+    """GNU's old format: the map continues in a second header block."""
     header = bytearray(tar_bytes([("s.png", b"d" * 512)], tarfile.GNU_FORMAT)[:512])
     header[156:157], header[482] = b"S", 1
     header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
@@ -60,7 +60,7 @@ def test_sparse_files_are_passed_over_whole(tmp_path: Path) -> None:
 
 
 def test_sizes_beyond_octal_digits(tmp_path: Path) -> None:
-    """GNU's binary numbers; the file ends long before."""
+    """GNU's binary numbers; the file ends long before that size."""
     tar = tarfile.TarInfo("x.png")
     tar.size = 2**40
     header = tar.tobuf(tarfile.GNU_FORMAT)

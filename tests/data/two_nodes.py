@@ -1,9 +1,9 @@
-"""Near-duplicates over Ray: the same on this machine's processes and on two nodes.
+"""Near-duplicates over Ray: equal on this machine's processes and on two nodes.
 
     python -m tests.data.two_nodes FOLDER
 
-Two nodes of one core each, with a raylet and an object store of their own, on this machine. Run by
-commands/test_dedup.py in a process of its own.
+The two nodes run on this machine, with one core, a raylet and an object store each.
+commands/test_dedup.py runs this in its own process.
 """
 
 import os
@@ -51,7 +51,7 @@ def main() -> None:
     ray.init(cluster.address, log_to_driver=False)
     there = find([train], [against], folder / "ray", Settings(), engine="ray", jobs=2)
     worked = set(map_jobs(node, range(8), engine="ray", jobs=2))
-    # Every file that was written is the same, and so is what was made of them.
+    # All written files are equal, and so are the results made from them.
     for path in sorted((folder / "local").rglob("*")):
         other = folder / "ray" / path.relative_to(folder / "local")
         assert path.is_dir() or path.read_bytes() == other.read_bytes(), path
