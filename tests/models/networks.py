@@ -1,4 +1,4 @@
-"""Small networks whose every parameter matters: new ones have zero gains and biases."""
+"""Small networks in which every parameter has an effect: new ones have zero gains and biases."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,12 +8,12 @@ import torch
 from nfnets_xla.models.nfnet import NFNet
 from nfnets_xla.models.variants import VARIANTS
 
-# Only the second stage has a tail, of one block: all kinds of blocks, in little time.
+# Only the second stage has a tail, of one block: every kind of block, yet fast.
 DEPTH = (1, 2, 1, 1)
 
 
 def trained(name: str = "nfnet_mini_f0", *, num_classes: int = 10, **options: Any) -> NFNet:
-    """As if trained: gains, biases and skip gains away from their initial values."""
+    """Move gains, biases and skip gains away from their initial values, as training does."""
     torch.manual_seed(0)
     variant = replace(VARIANTS[name], depth=DEPTH)
     net = NFNet(variant, num_classes=num_classes, **options)

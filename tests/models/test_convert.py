@@ -1,4 +1,4 @@
-"""`nfnets-xla convert`: round trips through everybody's names, and nothing written by mistake."""
+"""`nfnets-xla convert`: round trips through all naming schemes; nothing is written by mistake."""
 
 import resource
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_mistakes_are_one_line_and_write_nothing(
 def test_a_full_disk_leaves_what_there_was(
     net: NFNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where files may not grow safetensors' error is neither OSError nor ValueError."""
+    """If files may not grow, safetensors' error is neither OSError nor ValueError."""
     torch.save(net.state_dict(), tmp_path / "ours.pth")
     target = tmp_path / "weights.safetensors"
     target.write_bytes(b"of another day")

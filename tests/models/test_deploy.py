@@ -1,4 +1,4 @@
-"""The network for inference: the same function, in parts that any tool knows."""
+"""The network for inference: the same function, made of parts that any tool knows."""
 
 import io
 from typing import Any
@@ -63,7 +63,7 @@ def test_a_state_dict_is_the_whole_network() -> None:
 
 @torch.no_grad()
 def test_what_is_pruned_or_parametrised_is_fused_as_it_computes() -> None:
-    """Convolutions and linears alike: their weights are no parameters then."""
+    """Convolutions and linears alike, although their weights are no parameters then."""
     for put in (lambda module: prune.l1_unstructured(module, "weight", 0.5), weight_norm):
         net = trained().eval()
         for module in list(net.modules()):
@@ -75,7 +75,7 @@ def test_what_is_pruned_or_parametrised_is_fused_as_it_computes() -> None:
 
 @torch.no_grad()
 def test_what_is_pruned_is_fused_with_the_weights_it_has_now() -> None:
-    """Pruning multiplies with its mask just before a weight is used."""
+    """Pruning applies its mask just before a weight is used."""
     one, other = (trained().eval() for _ in range(2))
     for net in (one, other):
         prune.l1_unstructured(net.get_submodule("stages.0.0.conv1"), "weight", 0.5)
@@ -96,9 +96,9 @@ def test_a_network_without_its_end_is_refused() -> None:
 
 @torch.no_grad()
 def test_sizes_a_compiler_takes_for_unknown_are_computed_right() -> None:
-    """Even ones, then odd ones, which are padded otherwise: a graph for the first gave wrong logits
-    for the others while gains and rates were bare floats of the modules. In half a minute: with
-    padding whose terms grow from layer to layer it had not ended after 20."""
+    """Even sizes, then odd ones, which are padded differently: a graph for the first gave wrong
+    logits for the second while gains and rates were bare floats of the modules. It takes half a
+    minute; with padding whose terms grew from layer to layer it had not ended after 20."""
     torch.compiler.reset()
     net = trained(drop_rate=0.5).train()
     masks = [torch.rand(2, count) < 0.5 for count in (net.num_blocks, net.num_features)]
@@ -119,7 +119,7 @@ def test_a_block_is_compiled_by_itself() -> None:
 
 
 def test_other_networks_are_refused() -> None:
-    """What has only maps, and a peer; a compiled network is fused as it was before."""
+    """A features-only network, and a peer; a compiled network is fused like its original."""
     for other in (
         create_model("nfnet_mini_f0", features_only=True),
         create_model("timm/test_vit", num_classes=5),
@@ -132,7 +132,7 @@ def test_other_networks_are_refused() -> None:
 
 
 def test_it_is_evaluated_as_the_network_was() -> None:
-    """And so is what has maps alone: timm's transforms of both are the network's."""
+    """And so is a features-only network: timm's transforms for both are the original's."""
     net = create_network("nfnet_mini_f0")
     assert isinstance(net, NFNet)
     maps = create_model("nfnet_mini_f0", features_only=True)
@@ -166,14 +166,14 @@ def test_under_autocast_logits_are_float32_too() -> None:
             logits = one(images)
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, net(images), atol=4e-2, rtol=0.1)
-    assert trained().to("meta")(images.to("meta")).dtype == torch.float32  # which has no autocast
+    assert trained().to("meta")(images.to("meta")).dtype == torch.float32  # meta has no autocast
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.*quantization.* is deprecated")
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")  # 2.15's
 def test_a_fused_network_quantises_dynamically() -> None:
-    """By torch's own class, of which its squeeze-excites' layers are; the head stays as it is."""
+    """With torch's own class, which its squeeze-excites' layers have; the head stays the same."""
     net = trained().eval()
     quantised = torch.ao.quantization.quantize_dynamic(fuse(net), {nn.Linear}, dtype=torch.qint8)
     layers = [layer for block in quantised.blocks for layer in block.squeeze_excite.children()]

@@ -1,4 +1,4 @@
-"""Downloads from a real server that fails, cuts short, forgets ranges and lies."""
+"""Downloads from a real server that fails, truncates, ignores ranges and lies."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ BODY = os.urandom(3_000_000)
 
 
 class Server(BaseHTTPRequestHandler):
-    """`faults` are taken one per request: a status to answer with, or where to cut the body."""
+    """Each request consumes one of `faults`: a status to answer with, or where to cut the body."""
 
     faults: ClassVar[list[str]] = []
     asked: ClassVar[list[str | None]] = []

@@ -1,4 +1,4 @@
-"""Files of weights are told apart by content; hostile ones are refused and run nothing."""
+"""Files of weights are recognised by content; hostile ones are refused without running anything."""
 
 import collections
 import io
@@ -31,7 +31,8 @@ from tests.fixtures import deepmind
 
 
 def two_levels() -> dict[str, dict[str, np.ndarray]]:
-    """The fixture's parameters under Haiku's own names, e.g. `NFNet/~/nf_block/~/conv0`, `w`."""
+    """The fixture's parameters under Haiku's own names, for example `NFNet/~/nf_block/~/conv0`,
+    `w`."""
     nested: dict[str, dict[str, np.ndarray]] = {}
     for flat, array in deepmind.parameters().items():
         *modules, leaf = flat.split(".")
@@ -40,7 +41,7 @@ def two_levels() -> dict[str, dict[str, np.ndarray]]:
 
 
 class FlatMapping(Mapping[str, Any]):
-    """Pickles as Haiku's does: its class by name, and a dict."""
+    """Pickles like Haiku's: its class by name, and a dict."""
 
     def __init__(self, mapping: Mapping[str, Any]) -> None:
         self._mapping = dict(mapping)
@@ -59,7 +60,7 @@ class FlatMapping(Mapping[str, Any]):
 
 
 class DeviceArray:
-    """Pickles as JAX's does: by way of numpy's own parts."""
+    """Pickles like JAX's: through numpy's own parts."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
@@ -102,7 +103,7 @@ def test_deepminds_pickles_are_read(
         nested = {k: {n: DeviceArray(a) for n, a in v.items()} for k, v in nested.items()}
     path = tmp_path / "F0_haiku.npz"
     path.write_bytes(pickle.dumps(nested, protocol))
-    monkeypatch.undo()  # now without those modules
+    monkeypatch.undo()  # from here on without those modules
     assert recognise(path) == PICKLE
     net = deepmind.network()
     for parameter in net.parameters():
@@ -147,7 +148,7 @@ def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_what_torchs_wrappers_put_before_names_is_taken_off(tmp_path: Path) -> None:
-    """DistributedDataParallel and torch.compile, one in the other; not if some names lack it."""
+    """DistributedDataParallel and torch.compile, nested; not if some names lack the prefix."""
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         torch.save({f"{prefix}a.b": torch.zeros(2), f"{prefix}c": torch.ones(1)}, tmp_path / "x")
         assert read_weights(tmp_path / "x").keys() == {"a.b", "c"}
@@ -158,11 +159,11 @@ def test_what_torchs_wrappers_put_before_names_is_taken_off(tmp_path: Path) -> N
 def test_a_state_dict_inside_a_training_scripts_file_is_found(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": {"a": torch.zeros(2)}}, tmp_path / "x.pth")
     assert read_weights(tmp_path / "x.pth").keys() == {"a"}
-    for average in ("state_dict_ema", "model_ema"):  # as timm's own loader prefers it
+    for average in ("state_dict_ema", "model_ema"):  # timm's loader prefers it, too
         both = {"state_dict": {"a": torch.zeros(2)}, average: {"a": torch.ones(2)}}
         torch.save(both, tmp_path / "x.pth")
         assert read_weights(tmp_path / "x.pth")["a"].tolist() == [1, 1]
-    averaged = AveragedModel(nn.Linear(2, 1))  # which counts its updates in its state
+    averaged = AveragedModel(nn.Linear(2, 1))  # counts its updates in its state
     torch.save({"model_ema": averaged.state_dict()}, tmp_path / "x.pth")
     assert read_weights(tmp_path / "x.pth").keys() == {"weight", "bias"}
     torch.save({"epoch": 3, "weights": {"a": torch.zeros(2)}}, tmp_path / "x.pth")
@@ -171,7 +172,7 @@ def test_a_state_dict_inside_a_training_scripts_file_is_found(tmp_path: Path) ->
 
 
 def test_a_checkpoint_of_timms_train_script_is_read(tmp_path: Path) -> None:
-    """Which holds the command's arguments, an argparse.Namespace, beside the weights."""
+    """It holds the command's arguments, an argparse.Namespace, beside the weights."""
     net = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     arguments = Namespace(model="dm_nfnet_f0", opt_betas=(0.9, 0.99), log_dir=None)
@@ -186,7 +187,7 @@ def test_a_checkpoint_of_timms_train_script_is_read(tmp_path: Path) -> None:
 
 
 class RunsOnOpening:
-    """Unpickling this makes the file it names."""
+    """Unpickling this creates the named file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -196,7 +197,7 @@ class RunsOnOpening:
 
 
 class Calls:
-    """Pickles as a call of `function`, and perhaps as an object altered afterwards."""
+    """Pickles as a call of `function`, optionally with changes to the returned object."""
 
     def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
         self.parts = (function, arguments) if state is None else (function, arguments, state)
@@ -206,7 +207,7 @@ class Calls:
 
 
 def one_line(path: Path) -> str:
-    """The refusal. It says one thing, takes little memory, and leaves no sentinel."""
+    """The refusal, which is one line, takes little memory, and leaves no sentinel file."""
     tracemalloc.start()
     with pytest.raises(ValueError, match=r".") as error:
         read_weights(path)
@@ -225,7 +226,7 @@ def test_a_payload_in_a_pickle_does_not_run(tmp_path: Path, protocol: int) -> No
     path.write_bytes(pickle.dumps({"m": {"w": RunsOnOpening(ran)}}, protocol))
     one_line(path)
     assert not ran.exists()
-    pickle.loads(path.read_bytes())  # the test can fail: this does run it
+    pickle.loads(path.read_bytes())  # shows that the test can fail: this runs it
     assert ran.exists()
 
 
@@ -250,7 +251,7 @@ def pickled(thing: Any, protocol: int = 4) -> bytes:
 
 
 RECONSTRUCT, ARGUMENTS, STATE = np.arange(3.0).__reduce__()  # type: ignore[misc]
-HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {  # and what the refusal says
+HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {  # with a part of each refusal
     "eval": (lambda: pickled(Calls(eval, "open('ran', 'w')")), "asks for builtins.eval,"),
     "getattr": (lambda: pickled(Calls(getattr, "", "upper")), "asks for builtins.getattr,"),
     "numpy's own loader": (lambda: pickled(Calls(np.load, "x")), "asks for numpy.load,"),
@@ -319,7 +320,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {  # and what the refusal 
 def test_hostile_pickles_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where those that run anything leave a file
+    monkeypatch.chdir(tmp_path)  # anything that runs would leave a file here
     path = tmp_path / "F0_haiku.npz"
     make, message = HOSTILE[kind]
     path.write_bytes(make())

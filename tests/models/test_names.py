@@ -1,4 +1,4 @@
-"""Names and layouts: ours, DeepMind's and timm's, there and back, with the same logits."""
+"""Names and layouts: between ours, DeepMind's and timm's, both ways, with the same logits."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def test_haiku_names_cover_every_parameter_once_and_number_blocks_through() -> N
 
 
 def test_layouts_are_hwio_and_io() -> None:
-    """In Haiku's layouts the output is the last axis, here the first; written without transpose."""
+    """Outputs are Haiku's last axis and our first; written without transpose."""
     state = from_haiku(deepmind.network(), deepmind.parameters())
     w_HWIO = deepmind.parameters()["NFNet.stem_conv1.w"]
     w_IO = deepmind.parameters()["NFNet.linear.w"]
@@ -100,7 +100,8 @@ def as_timm(net: NFNet) -> NormFreeNet:
 
 
 def pair(**options: str) -> tuple[NFNet, NormFreeNet]:
-    """Of the widths that timm's stem allows: 16, 32, 64 and half of the first stage's."""
+    """A network and timm's, with widths that timm's stem allows: 16, 32, 64 and half of the first
+    stage's."""
     torch.manual_seed(0)
     net = deepmind.network(**options).eval()
     return net, as_timm(net)
@@ -108,7 +109,7 @@ def pair(**options: str) -> tuple[NFNet, NormFreeNet]:
 
 @torch.no_grad()
 def test_timms_numerics_are_had_by_asking() -> None:
-    """With its GELU and its eps the logits are timm's to 1e-5 of the largest; without, to 1.2 %."""
+    """With timm's GELU and eps the logits are timm's to 1e-5 of the largest; otherwise to 1.2 %."""
     images = torch.from_numpy(deepmind.ARRAYS["x_NHWC"]).permute(0, 3, 1, 2)
     net, theirs = pair(gelu="erf", eps_mode="add")
     assert relative(net(images), theirs(images)) < 1e-5

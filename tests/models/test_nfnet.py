@@ -1,4 +1,4 @@
-"""The network against DeepMind's numbers, its published sizes, and the properties it rests on."""
+"""The network against DeepMind's numbers, its published sizes, and its essential properties."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ from nfnets_xla.models.variants import VARIANTS, Variant, betas
 from tests.fixtures import deepmind
 from tests.models.networks import trained
 
-# Parameters with 1000 classes; multiply-accumulates in 1e9 at the variant's train and test size,
-# then at 224, 256, 384 and 480 px. Computed from DeepMind's definition; the parameters and the test
-# sizes of F0-F6 are printed in arXiv 2102.06171, Table 3.
+# Parameters with 1000 classes; then multiply-accumulates in 1e9, at the variant's train and test
+# size and at 224, 256, 384 and 480 px. Computed from DeepMind's definition; arXiv 2102.06171, Table
+# 3, prints the parameters and the test sizes of F0-F6.
 SIZES = {
     "nfnet_f0": (71_489_284, 6.98, 12.38, 9.49, 12.38, 27.83, 43.48),
     "nfnet_f1": (132_634_256, 17.44, 35.54, 17.44, 22.76, 51.16, 79.90),
@@ -62,7 +62,7 @@ def test_the_papers_bottleneck_gives_the_printed_f4_plus() -> None:
     with torch.device("meta"):
         net = NFNet(VARIANTS["nfnet_f4_plus"], plus_bottleneck="paper")
     assert round(count(net) / 1e6, 2) == 527.03  # Table 5 prints 527M
-    assert round(net.macs(512) / 1e9, 2) == 367.41  # and 367B
+    assert round(net.macs(512) / 1e9, 2) == 367.41  # the table prints 367B
     first = net.get_submodule("stages.0.0.conv1")
     assert isinstance(first, WSConv2d)
     assert (first.in_channels, first.groups) == (192, 1)
@@ -80,7 +80,7 @@ def test_macs_of_blocks_are_what_recomputing_adds() -> None:
 
 
 def test_a_forward_on_meta_tensors_touches_no_values() -> None:
-    """Every branch on a tensor's value, and every .item(), raises on meta tensors."""
+    """On meta tensors, every branch on a tensor's value, and every .item(), raises."""
     with torch.device("meta"):
         net = NFNet(VARIANTS["nfnet_mini_f0"]).train()
         keep_BN, keep_BF = torch.ones(2, 12), torch.ones(2, net.num_features)
@@ -93,7 +93,7 @@ PROJECTING = ("conv0", "conv1", "conv1b", "conv2", "conv_shortcut")
 
 
 def test_names_in_the_state_dict_are_these() -> None:
-    """They are in every checkpoint: changing one orphans all of them."""
+    """Every checkpoint has these names: changing one orphans all checkpoints."""
     convolutions = [f"stem.{i}" for i in range(4)] + ["final_conv"]
     linears, skip_gains = ["head"], []
     for stage, depth in enumerate((1, 2, 6, 3)):
@@ -152,12 +152,13 @@ def assert_relative(ours: Tensor, theirs: np.ndarray, tolerance: float) -> None:
 
 
 def test_initial_scales() -> None:
-    """Within 3 %: over 9,000 and more draws the standard error is below 0.8 %."""
+    """Within 3 %: with at least 9,000 draws the standard error is below 0.8 %."""
     torch.manual_seed(0)
     conv = WSConv2d(32, 32, 3)
     assert conv.weight.std().item() == pytest.approx(288**-0.5, rel=0.03)
     gates = SqueezeExcite(256).reduce
-    # A normal cut at two standard deviations and not rescaled has 0.87962566 of its deviation.
+    # A normal distribution truncated at two standard deviations, without rescaling, has a standard
+    # deviation of 0.87962566.
     assert gates.weight.std().item() == pytest.approx(256**-0.5 * 0.8796, rel=0.03)
     assert gates.weight.abs().max() <= 2 * 256**-0.5
     net = NFNet(VARIANTS["nfnet_mini_f0"], num_classes=100)
@@ -205,7 +206,7 @@ def test_a_dropped_rows_branch_gets_no_gradient_and_another_rows_does() -> None:
     x = torch.randn(2, 64, 8, 8, requires_grad=True)
     block(x, torch.tensor([0, 1])).sum().backward()
     assert x.grad is not None
-    assert torch.equal(x.grad[0], torch.ones(64, 8, 8))  # d identity
+    assert torch.equal(x.grad[0], torch.ones(64, 8, 8))  # derivative of the identity
     assert not torch.equal(x.grad[1], torch.ones(64, 8, 8))
     block.zero_grad()
     block(x, torch.tensor([0, 0])).sum().backward()
@@ -214,7 +215,7 @@ def test_a_dropped_rows_branch_gets_no_gradient_and_another_rows_does() -> None:
 
 
 def test_column_n_of_the_masks_is_for_block_n_of_the_network() -> None:
-    """Dropping block n is the same as a skip gain of 0 there; blocks count through the stages."""
+    """Dropping block n equals a skip gain of 0 there; blocks are numbered through all stages."""
     net = mini(drop_path_rate=0.0).eval()
     blocks = [module for module in net.modules() if isinstance(module, NFBlock)]
     for block in blocks:
@@ -223,7 +224,7 @@ def test_column_n_of_the_masks_is_for_block_n_of_the_network() -> None:
     for number in (0, 1, 4, 11):
         keep_BN = torch.ones(2, 12, dtype=torch.uint8)
         keep_BN[:, number] = 0
-        masked = net(images, keep_BN)  # given masks hold in evaluation mode too
+        masked = net(images, keep_BN)  # given masks apply in evaluation mode, too
         torch.nn.init.zeros_(blocks[number].skip_gain)
         assert torch.equal(masked, net(images))
         torch.nn.init.ones_(blocks[number].skip_gain)
@@ -258,7 +259,7 @@ def test_dropout_is_inverted_with_the_models_rate() -> None:
     net = mini(drop_path_rate=0.0, drop_rate=0.5).eval()
     images = torch.randn(2, 3, 32, 32)
     kept = net(images, None, torch.ones(2, net.num_features))
-    torch.testing.assert_close(kept, net(images) * 2, rtol=1e-4, atol=1e-5)  # head bias is 0
+    torch.testing.assert_close(kept, net(images) * 2, rtol=1e-4, atol=1e-5)  # the head's bias is 0
 
 
 def test_compute_dtype_follows_the_images_and_logits_are_float32() -> None:
@@ -291,7 +292,7 @@ def test_a_network_cast_as_a_whole_still_runs(
 
 
 def test_what_is_small_in_bfloat16_is_computed_in_float32() -> None:
-    """Standardised weights of a bfloat16 network, and the mean over the map's pixels."""
+    """The standardised weights of a bfloat16 network, and the mean over the map's pixels."""
     conv = WSConv2d(8, 16, 3)
     conv.weight.data = conv.weight.data.bfloat16()
     exact = WSConv2d(8, 16, 3)
@@ -304,7 +305,7 @@ def test_what_is_small_in_bfloat16_is_computed_in_float32() -> None:
 
 
 def test_blocks_are_dropped_at_their_rates() -> None:
-    """nfnet.py:97: by the share of blocks before each; the first never."""
+    """nfnet.py:97: the rate grows with the share of blocks before; the first is never dropped."""
     net = mini(drop_path_rate=0.6).train()
     torch.manual_seed(0)
     masks = net._stage_masks(torch.empty(20_000, 3, 1, 1), None)
@@ -315,7 +316,7 @@ def test_blocks_are_dropped_at_their_rates() -> None:
 
 
 def test_pooling_shortcut_leaves_the_padding_out_of_the_mean() -> None:
-    """3x3 pixels, 2x2 windows: the last row and column have windows of 2, 2 and 1 pixels."""
+    """3x3 pixels, 2x2 windows: windows in the last row and column have 2, 2 and 1 pixels."""
     block = NFBlock(VARIANTS["nfnet_mini_f0"], 64, 64, stride=2, beta=1.0)
     assert block.conv_shortcut is not None
     seen: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Other networks by the same door: timm's, and the ViTs of the paper with their published sizes."""
+"""Other networks through the same functions: timm's, and the paper's ViTs with published sizes."""
 
 import io
 import pickle
@@ -18,8 +18,8 @@ from nfnets_xla.models.registry import canonical_name, count_parameters, create_
 from nfnets_xla.models.weights import load_into, save_weights
 from nfnets_xla.scaling.account import macs_per_image
 
-# Millions of parameters of the encoder, and GFLOPs (2 per multiply-accumulate) at 224, 384 and 518
-# px: arXiv 2106.04560, Table 2, and arXiv 2305.13035, section 5.
+# Encoder parameters in millions, and GFLOPs (2 per multiply-accumulate) at 224, 384 and 518 px:
+# arXiv 2106.04560, Table 2, and arXiv 2305.13035, section 5.
 PUBLISHED = {
     "vit_giant_14": (1011, 533.1, 1596.4, 3208),
     "vit_gigantic_14": (1843, 965.3, 2859.9, 5668),
@@ -29,7 +29,8 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_papers_vits_have_their_published_sizes(name: str) -> None:
-    """Parameters to the printed million. FLOPs to 1 %: how softmax and norms count is not said."""
+    """Parameters to the printed million. FLOPs to 1 %: the papers do not say how softmax and norms
+    count."""
     million, *gflops = PUBLISHED[name]
     with torch.device("meta"):
         net = create_peer(name, num_classes=0)
@@ -82,7 +83,7 @@ def test_a_timm_model_answers_as_an_nfnet_does(name: str) -> None:
     torch.testing.assert_close(logits, net.net(images))
     ones = torch.ones(2, net.num_features)
     bias = net.get_submodule(net.classifier_name).bias
-    doubled = net(images, None, ones) - bias  # inverted dropout at rate 0.5 that keeps everything
+    doubled = net(images, None, ones) - bias  # inverted dropout of rate 0.5 with nothing dropped
     torch.testing.assert_close(doubled, 2 * (logits - bias), rtol=1e-4, atol=1e-5)
     assert net(images.bfloat16()).dtype == torch.float32
     torch.testing.assert_close(net(images.bfloat16()), logits, atol=0.05, rtol=0.1)
@@ -116,7 +117,7 @@ def test_a_timm_model_runs_in_bfloat16() -> None:
         )
         net(torch.randn(2, 3, 64, 64))
     net(torch.randn(2, 3, 64, 64))
-    assert inside == [torch.bfloat16, torch.float32]  # as the caller's autocast says
+    assert inside == [torch.bfloat16, torch.float32]  # as the caller's autocast sets
     assert logits.isfinite().all()
 
 
@@ -144,7 +145,7 @@ def test_other_classifiers_are_refused(name: str, head: str) -> None:
 
 
 def test_nothing_is_drawn_inside_of_timms_layers() -> None:
-    """FocalNet drops paths at 0.1 unless it is told otherwise."""
+    """FocalNet drops paths at a rate of 0.1 by default."""
     net = create_network("timm/focalnet_tiny_srf", num_classes=5).train()
     images = torch.randn(8, 3, 32, 32)
     assert torch.equal(net(images), net(images))
@@ -169,7 +170,7 @@ def test_unknown_peers_and_absent_weights_are_refused() -> None:
 
 
 def test_a_size_that_only_an_evaluation_would_meet_is_refused_at_once() -> None:
-    """256 px are no multiple of patches of 14 px; a network of convolutions takes any."""
+    """256 px is not a multiple of patches of 14 px; a convolutional network takes any size."""
     with torch.device("meta"):
         assert create_peer("sovit_400m_14", image_size=224, eval_image_size=252).num_classes
         with pytest.raises(ValueError, match=r"of 224 px does not take 256 px .* multiples of its"):
@@ -189,7 +190,8 @@ def test_a_size_that_only_an_evaluation_would_meet_is_refused_at_once() -> None:
     ],
 )
 def test_a_vit_takes_weights_that_were_trained_at_another_size(name: str, patch: int) -> None:
-    """With and without a class token. What it is then is what timm makes of images of that size."""
+    """With and without a class token. The network then equals what timm makes for images of that
+    size."""
     torch.manual_seed(0)
     before = create_peer(name, image_size=8 * patch, num_classes=5).eval()
     torch.nn.init.normal_(before.net.pos_embed)
@@ -200,9 +202,9 @@ def test_a_vit_takes_weights_that_were_trained_at_another_size(name: str, patch:
     images = torch.randn(2, 3, 10 * patch, 10 * patch)
     torch.testing.assert_close(after(images), before(images))
     assert not torch.equal(after(images), before(images + 0.1))
-    assert torch.equal(state["net.pos_embed"], before.net.pos_embed)  # theirs is left alone
+    assert torch.equal(state["net.pos_embed"], before.net.pos_embed)  # theirs is unchanged
 
-    # Images that were not square, and another width, are refused as before.
+    # Embeddings of images that were not square, or of another width, are refused as before.
     for wrong in (state["net.pos_embed"][:, :-3], state["net.pos_embed"][..., :-1]):
         with pytest.raises(ValueError, match=r"of another model: 'net.pos_embed' is"):
             load_into(after, state | {"net.pos_embed": wrong}, source="there")

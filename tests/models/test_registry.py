@@ -84,14 +84,14 @@ def test_nothing_is_allocated_on_the_meta_device() -> None:
 
 
 def test_weights_for_the_meta_device_are_refused(tmp_path: Path) -> None:
-    """Torch copies them to nowhere without a word."""
+    """Torch copies them to nowhere, silently."""
     net = create_network("nfnet_mini_f0", num_classes=3)
     save_weights(net, tmp_path / "net.safetensors", {})
     options = {"num_classes": 3, "checkpoint_path": tmp_path / "net.safetensors"}
     with pytest.raises(ValueError, match="on the meta device"):
         create_model("nfnet_mini_f0", device="meta", **options)
     with torch.device("meta"), pytest.raises(ValueError, match="nfnet_f0 cannot be loaded"):
-        create_model("nfnet_f0", pretrained=True)  # nothing is fetched
+        create_model("nfnet_f0", pretrained=True)  # nothing is downloaded
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_feature_maps_are_those_asked_for_and_the_rest_is_dropped() -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline, with the weights of a small network in the cache as timm's dm_nfnet_f0."""
+    """A Hub that is offline, with weights of a small network cached as timm's dm_nfnet_f0."""
     small = replace(VARIANTS["nfnet_f0"], width=(256, 256, 512, 256), depth=(1, 2, 1, 1))
     monkeypatch.setitem(VARIANTS, "nfnet_f0", small)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -1,7 +1,7 @@
 """A stacked network is the same network: outputs, gradients, names, weights, refusals.
 
-Eager, on the CPU, where both forms call the same kernels and agree bit for bit; XLA's loop is in
-tests/test_xla_stacked.py.
+Eager, on the CPU, where both forms call the same kernels and agree bit for bit;
+tests/test_xla_stacked.py tests XLA's loop.
 """
 
 import copy
@@ -43,7 +43,7 @@ def inputs(net: NFNet, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 
 
 def gradients(net: NFNet, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Of every parameter, under the names of single blocks; and the logits."""
+    """Gradients of all parameters, under the names of single blocks; and the logits."""
     net.zero_grad()
     logits = net(*inputs(net, dtype))
     logits.square().sum().backward()
@@ -69,7 +69,7 @@ def test_outputs_and_gradients_are_the_unrolled_networks_bit_for_bit(
 
 
 def test_recomputation_calls_every_block_of_a_tail() -> None:
-    """As in the unrolled form: one call per block, with its input and nothing of its inside."""
+    """As in the unrolled form: one call per block, which keeps its input but nothing inside."""
     calls = {"unrolled": 0, "stacked": 0}
     for form, net in (("unrolled", network()), ("stacked", stack(network()))):
 
@@ -88,7 +88,7 @@ def test_one_parameter_per_role_and_the_same_counts() -> None:
     net, stacked = network(), stack(network())
     assert stacked.get_parameter("stages.2.tail.conv0.gain").shape == (5, 96)
     assert stacked.get_parameter("stages.2.tail.skip_gain").shape == (5,)
-    assert not isinstance(stacked.stages[1], StackedStage)  # a tail of one block is no loop
+    assert not isinstance(stacked.stages[1], StackedStage)  # a tail of one block is not made a loop
     assert len(list(net.parameters())) - len(list(stacked.parameters())) == (4 + 1) * 17
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in stacked.parameters())
     assert net.macs(32) == stacked.macs(32)
@@ -180,7 +180,7 @@ def test_a_copy_is_a_network_of_its_own() -> None:
 
 
 def test_in_training_mode_it_draws_its_own_masks() -> None:
-    """The same draws in both forms: one mask for the whole network."""
+    """Both forms draw the same: one mask for the whole network."""
     net, stacked = network(), stack(network())
     images, _, dropout = inputs(net)
     results = []
@@ -191,7 +191,7 @@ def test_in_training_mode_it_draws_its_own_masks() -> None:
 
 
 def test_its_gains_outlive_smaller_dtypes_and_the_meta_device() -> None:
-    """They are in no state dict."""
+    """They are not in the state dict."""
     plain, net = network().eval(), stack(network()).eval()
     images = inputs(net)[0]
     state = net.state_dict()
@@ -205,7 +205,7 @@ def test_its_gains_outlive_smaller_dtypes_and_the_meta_device() -> None:
 
 
 def test_its_gains_are_not_rounded_with_its_weights() -> None:
-    """Constants, of which a block by itself has float32's."""
+    """They are constants, which an unstacked block uses in float32."""
     plain, net = network().eval().bfloat16(), stack(network()).eval().bfloat16()
     images = inputs(net)[0]
     assert torch.equal(net(images), plain(images))

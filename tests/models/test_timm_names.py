@@ -1,4 +1,4 @@
-"""timm's door: every model under it, evaluated as DeepMind does, with timm's own tools."""
+"""Our models in timm: all are registered, evaluated as DeepMind does, with timm's own tools."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def test_all_models_are_there() -> None:
     "order", ["timm, nfnets_xla", "nfnets_xla, timm", "timm.models, nfnets_xla"]
 )
 def test_either_may_be_imported_first(order: str) -> None:
-    """And importing ours alone does not load timm, which takes as long as torch."""
+    """And importing only ours does not load timm, which takes as long as torch."""
     code = f"import {order}; import timm; assert timm.is_model('xla_nfnet_f7_plus')"
     subprocess.run([sys.executable, "-c", code], check=True)
     alone = "import nfnets_xla, sys; assert 'timm' not in sys.modules"
@@ -101,7 +101,7 @@ def test_features_only_through_timm() -> None:
 
 
 def test_a_pruned_network_trains() -> None:
-    """With masks of its own for the blocks that are left, or with given ones."""
+    """With its own masks for the remaining blocks, or with given ones."""
     net = create("xla_nfnet_mini_f0").train()
     assert net.prune_intermediate_layers([1, 3]) == [1, 3]
     assert net.num_blocks == len(net.stochastic_depth_rates) == 1 + 2 + 6
@@ -121,7 +121,7 @@ def test_recomputing_blocks_gives_the_same_gradients() -> None:
     for enable in (False, True):
         net.set_grad_checkpointing(enable)
         net.zero_grad()
-        torch.manual_seed(1)  # of stochastic depth and dropout
+        torch.manual_seed(1)  # for stochastic depth and dropout
         kept = 0
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -148,12 +148,12 @@ def test_timms_optimizer_groups_spare_gains_and_see_depth() -> None:
         )
     layered = create_optimizer_v2(net, "sgd", lr=0.1, weight_decay=0.1, layer_decay=0.5)
     scales = {group["lr_scale"] for group in layered.param_groups}
-    assert len(scales) == 14  # stem, 12 blocks, and what follows them
+    assert len(scales) == 14  # stem, 12 blocks, and the layers after them
     stacked = create_optimizer_v2(
         stack(deepcopy(net)), "sgd", lr=0.1, weight_decay=0.1, layer_decay=0.5
     )
     scales = {group["lr_scale"] for group in stacked.param_groups}
-    assert len(scales) == 9  # of each stage its first block and, of three stages, the rest of it
+    assert len(scales) == 9  # the first block of each stage, and of three stages the rest
     assert net.no_weight_decay() == {n for n, p in net.named_parameters() if p.ndim <= 1}
 
 

@@ -1,4 +1,4 @@
-"""Weights into a network: all of them or none, a new classifier only when asked for."""
+"""Loading weights into a network: all of them or none; a new classifier only on request."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_wrapped_networks_give_weights() -> None:
 
 @pytest.mark.parametrize("prefix", ["model.", "net.backbone._orig_mod."])
 def test_a_training_modules_network_is_found(tmp_path: Path, prefix: str) -> None:
-    """Lightning's checkpoints, say. Of two nobody knows which is meant."""
+    """As in Lightning's checkpoints. With two networks it is unclear which is meant."""
     net = mini_f0(7)
     state = {f"{prefix}{name}": value for name, value in net.state_dict().items()}
     state["loss.weight"] = torch.ones(3)

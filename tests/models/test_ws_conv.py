@@ -31,7 +31,7 @@ def test_convolution_equals_its_numpy_twin(
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 1), (1, 5)])
 def test_along_one_pixel_the_gradient_in_bfloat16_is_that_of_float32(size: tuple[int, int]) -> None:
-    """Where torch 2.9 left memory as it found it, on a CPU with AVX-512: here it finds 1e4."""
+    """On a CPU with AVX-512 torch 2.9 left memory uninitialised here; the test fills it: 1e4."""
     torch.manual_seed(0)
     conv = WSConv2d(96, 96, 3, stride=2, groups=6)
     x = torch.randn(16, 96, *size)
@@ -58,7 +58,7 @@ def test_two_numbers_for_two_axes_are_refused() -> None:
 
 
 def test_padding_is_tensorflows() -> None:
-    """Which is written with the size of the output; ours with a remainder, for compilers."""
+    """TensorFlow's formula uses the output's size; ours uses a remainder, for compilers."""
     for size, kernel, stride in product(range(1, 300), range(1, 8), range(1, 6)):
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
         if stride == 1:
@@ -72,7 +72,7 @@ def test_images_that_are_integers_are_refused() -> None:
 
 
 def test_timms_eps_is_added_to_the_variance() -> None:
-    """Its formula, on weights whose variance is that eps: half of what the floor leaves."""
+    """Timm's formula, on weights whose variance equals eps: half of what the floor gives."""
     conv = WSConv2d(8, 6, 3, eps_mode="add").double()
     with torch.no_grad():
         centred = conv.weight - conv.weight.mean(dim=(1, 2, 3), keepdim=True)
@@ -83,7 +83,7 @@ def test_timms_eps_is_added_to_the_variance() -> None:
 
 
 def test_small_variance_meets_a_floor_not_an_addend() -> None:
-    """The twin covers the formula; here variance * fan-in is 1e-6, under the floor of 1e-4."""
+    """The twin covers the formula; here variance * fan-in is 1e-6, below the floor of 1e-4."""
     conv = WSConv2d(8, 6, 3, groups=2).double()
     fan_in = conv.weight[0].numel()
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_small_variance_meets_a_floor_not_an_addend() -> None:
 
 @pytest.mark.parametrize("variance_times_fan_in", [1.0, 1e-6])
 def test_gradients_of_the_convolution_are_right(variance_times_fan_in: float) -> None:
-    """In float64 against finite differences, on either side of the floor."""
+    """In float64, against finite differences, on both sides of the floor."""
     torch.manual_seed(0)
     conv = WSConv2d(4, 6, 3, stride=2, groups=2).double()
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_gradients_of_the_convolution_are_right(variance_times_fan_in: float) ->
         return torch.func.functional_call(conv, named, (x,))
 
     x = torch.randn(1, 4, 4, 5, dtype=torch.float64, requires_grad=True)
-    # The step shrinks with the weights, so that it never carries one across the floor.
+    # The step shrinks with the weights, so that it never crosses the floor.
     eps = 1e-6 * variance_times_fan_in**0.5
     inputs = (x, *values.values())
     assert torch.autograd.gradcheck(convolve, inputs, eps=eps, atol=1e-4, check_forward_ad=True)
@@ -116,7 +116,7 @@ def test_gradients_of_the_convolution_are_right(variance_times_fan_in: float) ->
 
 @pytest.mark.parametrize("eps_mode", ["floor", "add"])
 def test_gradients_per_sample_and_second_derivatives_are_right(eps_mode: EpsMode) -> None:
-    """What a derivative written by hand must not break: torch.func, and being differentiated."""
+    """A hand-written derivative must support torch.func and second derivatives."""
     torch.manual_seed(0)
     conv = WSConv2d(4, 6, 3, eps_mode=eps_mode).double()
     values: dict[str, Tensor] = dict(conv.named_parameters())
@@ -143,7 +143,7 @@ def test_gradients_per_sample_and_second_derivatives_are_right(eps_mode: EpsMode
 def test_forward_over_reverse_reverse_over_forward_and_twice_reverse_agree(
     eps_mode: EpsMode,
 ) -> None:
-    """Products of the Hessian with a vector, by torch.func, of a loss in all of a convolution."""
+    """Hessian-vector products, by torch.func, of a loss in all parameters of a convolution."""
     torch.manual_seed(0)
     conv = WSConv2d(4, 6, 3, eps_mode=eps_mode).double()
     values: dict[str, Tensor] = dict(conv.named_parameters())

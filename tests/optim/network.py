@@ -1,4 +1,4 @@
-"""A network of a few hundred parameters with one of every role, and a loss for it."""
+"""A network of a few hundred parameters with every role, and a loss for it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ class SmallNet(nn.Module):
 
 
 def small_net() -> SmallNet:
-    """Always the same weights."""
+    """Has the same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return SmallNet()
@@ -55,7 +55,7 @@ def images_and_labels() -> tuple[Tensor, Tensor]:
 
 
 def closure_of(net: nn.Module) -> Callable[[], Tensor]:
-    """Zero, forward, backward on `images_and_labels`, on the network's device."""
+    """Zero gradients, forward, backward, with `images_and_labels` on the network's device."""
     device = next(net.parameters()).device
     images, labels = (tensor.to(device) for tensor in images_and_labels())
 

@@ -16,7 +16,7 @@ from nfnets_xla.optim import SAM, Guard, Passes, parameter_roles
 from nfnets_xla.optim.ema import EMA
 from tests.optim.network import an_optimizer, images_and_labels, small_net
 
-# Learning rate, decay, rho: each goes through exactly 0 and exactly 1.
+# Learning rate, decay, rho: each is exactly 0 and exactly 1 at some step.
 HYPERPARAMETERS = [
     (0.0, 0.1, 0.05),
     (0.5, 0.0, 0.05),
@@ -27,11 +27,11 @@ HYPERPARAMETERS = [
     (0.7, 0.9, 0.05),
     (0.7, 0.9, 0.05),
 ]
-BAD = {4: math.nan, 6: math.inf}  # steps and a pixel of theirs: one is left out, the next freezes
+BAD = {4: math.nan, 6: math.inf}  # pixels at these steps: one is skipped, the next freezes
 
 
 def train(name: str, device: torch.device) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """All that has state, and the number of graphs compiled before and after each step."""
+    """All state, and the number of graphs compiled before and after each step."""
     net = small_net().to(device)
     guard = Guard(device, allowed=1, memory=4)
     updater = an_optimizer(name, net, parameter_roles(net, "head"), lr=0.0, guard=guard)

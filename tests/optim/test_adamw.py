@@ -1,4 +1,4 @@
-"""AdamW: torch's after the clipping, in both forms; its count; its state taken up again."""
+"""AdamW: equal to torch's after clipping, in both forms; its count of updates; restored state."""
 
 import io
 from copy import deepcopy
@@ -27,7 +27,7 @@ def adamw(net: nn.Module, **options: Any) -> AdamW_AGC:
 
 @pytest.fixture(params=["fused", "apart"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU or a GPU, and as it is traced on XLA devices."""
+    """The form for CPU and GPU, and the one that is traced on XLA devices."""
     if request.param == "apart":
         monkeypatch.setattr(by_role, "FUSED_ON", ())
 
@@ -64,7 +64,7 @@ def test_it_is_torchs_after_the_clipping(
 
 @pytest.mark.usefixtures("form")
 def test_only_updates_that_were_made_are_counted() -> None:
-    """Else the first after one that was left out would be too small."""
+    """Otherwise the first update after a skipped one would be too small."""
     net, twin = small_net(), small_net()
     guarded, plain = adamw(net, guard=Guard(torch.device("cpu"), allowed=5)), adamw(twin)
     for bad in (True, False, True, True, False):
@@ -75,7 +75,7 @@ def test_only_updates_that_were_made_are_counted() -> None:
         if not bad:
             plain.step(closure_of(twin))
     guarded.zero_grad()
-    guarded.step()  # without gradients: none either
+    guarded.step()  # without gradients there is no update either
     assert guarded.updates_1.tolist() == [2]
     assert_same(net, twin)
 
@@ -134,11 +134,11 @@ def test_a_state_dict_without_the_number_of_updates_is_refused() -> None:
 
 
 def test_torchs_distributed_checkpoints_hold_the_number_of_updates() -> None:
-    """They save what is in the state of a parameter, and no more."""
+    """They save only what is in the state of a parameter."""
     net, other = small_net(), small_net()
     one, two = adamw(net), adamw(other)
     one.step(closure_of(net))
-    saved = deepcopy(get_optimizer_state_dict(net, one))  # else both have the same moments
+    saved = deepcopy(get_optimizer_state_dict(net, one))  # otherwise both share the same moments
     other.load_state_dict(net.state_dict())
     set_optimizer_state_dict(other, two, saved)
     assert two.updates_1.tolist() == [1]

@@ -1,4 +1,4 @@
-"""Clipping of many gradients at once, on its own and in the step: causes, effects, and timm's."""
+"""Clipping many gradients at once, on its own and in the step: causes, effects, and timm's."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ PARTLY: dict[str, Any] = HYPER | {"clipping": 0.16}  # clips some filters of a l
 
 
 def with_gradients(net: Any, scale: float = 1.0) -> Any:
-    """Some units far beyond the bound and some within."""
+    """Some units are far above the bound, others below."""
     generator = torch.Generator().manual_seed(2)
     for parameter in net.parameters():
         size = torch.randn(parameter.shape, generator=generator).abs().square()
@@ -41,7 +41,7 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
 
 
 def test_together_they_become_what_each_becomes_alone() -> None:
-    net = with_gradients(stack(NFNet(VARIANTS["nfnet_mini_f1"])))  # of every role, stacked and not
+    net = with_gradients(stack(NFNet(VARIANTS["nfnet_mini_f1"])))  # every role, stacked and not
     roles = parameter_roles(net, "head")
     before, weights = copy.deepcopy(gradients(net)), dict(net.named_parameters())
     shares = agc_(net.named_parameters(), roles)
@@ -70,7 +70,7 @@ def test_together_they_become_what_each_becomes_alone() -> None:
 def test_the_fused_step_is_the_one_written_out(
     layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 steps of a network of every role; parameters 1e-6 apart, whatever lies how in memory."""
+    """20 steps of a network with every role; parameters within 1e-6, for any memory layout."""
     results = []
     for fused_on in (by_role.FUSED_ON, ()):
         monkeypatch.setattr(by_role, "FUSED_ON", fused_on)
@@ -94,7 +94,7 @@ def test_the_fused_step_is_the_one_written_out(
 
 
 class Calls(TorchDispatchMode):
-    """How often the host calls anything, views too: what a step on a GPU waits for."""
+    """Counts all of the host's calls, views included: on a GPU a step waits for these."""
 
     number = 0
 
@@ -119,15 +119,15 @@ def calls_of_an_update(vectors: int, matrices: int) -> int:
 
 
 def test_vectors_cost_no_calls_of_their_own_and_matrices_three() -> None:
-    """Two norms, and the view of their factors. For torch's foreach the dispatcher is asked once,
-    however many tensors there are."""
+    """Two norms, and the view of their factors. torch's foreach is dispatched once, however many
+    tensors there are."""
     few = calls_of_an_update(3, 3)
     assert calls_of_an_update(40, 3) == few
     assert calls_of_an_update(3, 40) == few + 37 * 3
 
 
 def test_gradients_that_lie_otherwise_than_their_weights() -> None:
-    """A kernel that walked memory would mix them up without a word."""
+    """A kernel that walked through memory would silently mix them up."""
     plain, turned = small_net(), small_net()
     for net, layout in ((plain, torch.contiguous_format), (turned, torch.channels_last)):
         with_gradients(net)
@@ -142,7 +142,7 @@ def test_gradients_that_lie_otherwise_than_their_weights() -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_state_that_lies_otherwise_than_its_weights(name: str) -> None:
-    """Saved from a network in another layout; and the network is brought into another later."""
+    """Saved from a network in another layout; or the network's layout is changed later."""
     net, turned = small_net(), small_net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer, fresh = (
         an_optimizer(name, n, parameter_roles(n, "head"), lr=0.1) for n in (net, turned)
@@ -170,7 +170,7 @@ def test_before_another_optimizer() -> None:
 
 
 def vector(value: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    """With a gradient of ones."""
+    """A vector parameter whose gradient is ones."""
     parameter = nn.Parameter(torch.full((3,), value, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     return parameter
@@ -191,11 +191,11 @@ def test_zeros_are_clipped_as_if_eps_were_their_norm(
 
 
 def test_a_gradient_of_nearly_nothing_counts_as_deepminds_floor() -> None:
-    """1e-6: a bound of 1e-7 is a tenth of it, whatever less the gradient is."""
+    """1e-6: a bound of 1e-7 is a tenth of it, however much smaller the gradient is."""
     factor = clip_factor(torch.tensor(5e-7), torch.tensor(0.0), 1e-4, 1e-3)
     assert float(factor) == pytest.approx(0.1)
     within = clip_factor(torch.tensor(5e-8), torch.tensor(0.0), 1e-4, 1e-3)
-    assert float(within) == 1  # below the floor, and within the bound all the same
+    assert float(within) == 1  # below the floor, but also below the bound
 
 
 def test_parameters_of_two_types_are_each_clipped_in_their_own() -> None:
@@ -205,7 +205,7 @@ def test_parameters_of_two_types_are_each_clipped_in_their_own() -> None:
 
 
 def test_norms_of_float16_do_not_overflow() -> None:
-    """Past 65,504 they were infinite, and the gradient was multiplied with 0."""
+    """Above 65,504 they were infinite, and the gradient was multiplied by 0."""
     weight = torch.randn(64, 512, 3, 3) * 0.02
     grad = torch.randn_like(weight) * 1024
     clipped = {}
@@ -270,11 +270,12 @@ def test_mistakes_are_refused() -> None:
 
 
 def test_what_timm_clips_otherwise() -> None:
-    """Filters alike; a layer's gains one by one where DeepMind has one vector (optim.py:446)."""
+    """Filters are clipped alike; timm clips a layer's gains one by one, where DeepMind has one
+    vector (optim.py:446)."""
     ours = NFNet(VARIANTS["nfnet_mini_f0"])
     ours, timms = with_gradients(ours), with_gradients(copy.deepcopy(ours))
     agc_(ours.named_parameters(), parameter_roles(ours, "head"))
-    with torch.no_grad():  # timm keeps gains as (C, 1, 1, 1): a filter of one number each
+    with torch.no_grad():  # timm's gains are (C, 1, 1, 1), so each is a filter of one number
         for name, parameter in timms.named_parameters():
             if name.endswith("gain") and parameter.ndim == 1:
                 assert parameter.grad is not None

@@ -1,4 +1,4 @@
-"""What the optimizers promise their callers: roles, refusals, shared state, restored weights."""
+"""What the optimizers guarantee: roles, refusals, shared state, restored weights."""
 
 import copy
 import pickle
@@ -70,7 +70,7 @@ def test_parameters_without_names_are_refused() -> None:
 
 
 def test_flattened_weights_have_no_role() -> None:
-    """Each shard of a filter bank would pass for one unit."""
+    """Each shard of a filter bank would count as one unit."""
     net = small_net()
     net.grouped.weight = nn.Parameter(net.grouped.weight.detach().flatten()[:99])
     with pytest.raises(ValueError, match=r"'grouped.weight' of a Conv2d has shape \(99,\)"):
@@ -99,12 +99,12 @@ def test_every_optimizer_is_tested_with_all_its_settings() -> None:
 
 
 def test_clipping_is_invariant_to_a_common_scale() -> None:
-    """By a power of two, so that the only inexact steps scale exactly too."""
+    """By a power of two, so that the only inexact steps scale exactly, too."""
     generator = torch.Generator().manual_seed(0)
     weight, grad = (torch.randn(4, 3, 3, 3, generator=generator) for _ in range(2))
     clipped, _ = clip_adaptively(grad, weight, 0.01, 1e-3)
     assert torch.equal(clip_adaptively(8 * grad, 8 * weight, 0.01, 1e-3)[0], 8 * clipped)
-    # A clipped unit does not depend on its gradient's length at all.
+    # A clipped unit does not depend on the length of its gradient.
     torch.testing.assert_close(clip_adaptively(1000 * grad, weight, 0.01, 1e-3)[0], clipped)
 
 
@@ -171,7 +171,7 @@ def test_state_comes_in_the_parameters_dtype_and_of_these_parameters_only() -> N
     own = optimizer.slots()["momentum"]
     optimizer.load_slots({"momentum": {name: b.double() + 1 for name, b in own.items()}}, updates=0)
     now = optimizer.slots()["momentum"]
-    assert all(torch.equal(now[name], own[name] + 1) for name in own)  # of dtype float32 both
+    assert all(torch.equal(now[name], own[name] + 1) for name in own)  # both of dtype float32
     for given, message in (
         ({**own, "more": own["gain"]}, "that of 'more' has no parameter here"),
         ({name: b for name, b in own.items() if name != "gain"}, "that of 'gain' is missing here"),
@@ -181,7 +181,7 @@ def test_state_comes_in_the_parameters_dtype_and_of_these_parameters_only() -> N
 
 
 def test_a_state_dict_without_names_is_taken() -> None:
-    """Names are for messages; torch before 2.6 had none."""
+    """Names are only used in messages; torch before 2.6 had none."""
     state = sgd(small_net(), lr=0.25).state_dict()
     for group in state["param_groups"]:
         del group["param_names"]
@@ -194,7 +194,7 @@ def test_a_state_dict_without_names_is_taken() -> None:
 
 
 def test_a_scheduler_of_torchs_does_not_make_it_another_optimizer() -> None:
-    """Which adds an initial_lr to the groups, that a state saved without it has not."""
+    """It adds an initial_lr to the groups, which a state saved without it lacks."""
     net = small_net()
     state, optimizer = sgd(net, lr=0.25).state_dict(), sgd(net)
     torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
@@ -208,7 +208,7 @@ def test_a_scheduler_of_torchs_does_not_make_it_another_optimizer() -> None:
 def test_a_copy_goes_on_as_the_original_does(
     name: str, around: Callable[[Any], Any], through: Callable[[Any], Any]
 ) -> None:
-    """Together with its network; by itself it has weights of its own, as torch's have."""
+    """When copied with its network; copied alone it has its own weights, as torch's have."""
     net, guard = small_net(), Guard(torch.device("cpu"), allowed=1)
     optimizer = around(an_optimizer(name, net, parameter_roles(net, "head"), lr=0.1, guard=guard))
     optimizer.step(closure_of(net))
@@ -228,7 +228,7 @@ def test_a_copy_goes_on_as_the_original_does(
 
 @pytest.mark.parametrize("around", [lambda o: o, lambda o: SAM(o, rho=0.1)])
 def test_no_group_can_be_added(around: Callable[..., torch.optim.Optimizer]) -> None:
-    """It would have no role and no slots. A torch.optim.SGD takes one, in SAM too."""
+    """Its parameters would have no role and no slots. torch.optim.SGD allows it, in SAM too."""
     extra = {"params": [("extra", nn.Parameter(torch.zeros(2)))]}
     with pytest.raises(ValueError, match="groups of SGD_AGC follow from its parameters' roles"):
         around(copy.deepcopy(sgd(small_net()))).add_param_group(extra)
@@ -275,7 +275,7 @@ def test_a_state_dict_of_another_optimizer_is_refused() -> None:
 def test_state_of_another_shape_is_refused_and_changes_nothing(
     name: str, theirs: int, ours: int
 ) -> None:
-    """A new head, and the state of the old one: torch's fused kernel writes beside it."""
+    """A new head with the state of the old one: torch's fused kernel would write out of bounds."""
     nets = [small_net() for _ in range(2)]
     for net, classes in zip(nets, (theirs, ours), strict=True):
         net.head = nn.Linear(net.head.in_features, classes)
@@ -292,7 +292,7 @@ def test_state_of_another_shape_is_refused_and_changes_nothing(
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("around", [lambda o: o, lambda o: SAM(o, rho=0.1)])
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of its hooks around a step
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about its hooks around a step
 def test_what_contains_a_step_can_be_compiled(
     name: str, around: Callable[..., torch.optim.Optimizer]
 ) -> None:

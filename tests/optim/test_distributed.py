@@ -1,4 +1,4 @@
-"""Optimizers and what torch.distributed makes of parameters and of their state."""
+"""Optimizers, and what torch.distributed does to parameters and their state."""
 
 import copy
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
 
 
 def test_shards_of_fsdp2_are_refused(mesh: DeviceMesh) -> None:
-    """They show the shape of the whole, so that only their kind tells them."""
+    """They have the shape of the whole parameter, so only their type reveals them."""
     net = small_net()
     whole = parameter_roles(net, "head")
     net.stem.weight = nn.Parameter(distribute_tensor(net.stem.weight.detach(), mesh))
@@ -48,7 +48,7 @@ def test_shards_of_fsdp2_are_refused(mesh: DeviceMesh) -> None:
 def test_sam_around_torchs_sgd_takes_shards_of_fsdp2(
     options: dict[str, Any], mesh: DeviceMesh
 ) -> None:
-    """And its weights are whole again, also after an error: torch has no rule for lists of them."""
+    """And its weights are restored, also after an error: torch has no rule for lists of them."""
     nets = [nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4)) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     images, labels = torch.randn(4, 6), torch.arange(4)
@@ -75,7 +75,7 @@ def test_sam_around_torchs_sgd_takes_shards_of_fsdp2(
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_partly_frozen_network_is_resumed_through_distributed_checkpoints(flat: bool) -> None:
-    """They leave out the state of parameters that are frozen."""
+    """Such checkpoints omit the state of frozen parameters."""
     form = StateDictOptions(flatten_optimizer_state_dict=flat)
     nets = [small_net() for _ in range(2)]
     for net in nets:

@@ -1,4 +1,4 @@
-"""The average's own promises; its numbers are in test_optim and test_deepmind_trajectory."""
+"""What the average guarantees; test_optim and test_deepmind_trajectory test its numbers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -53,16 +53,16 @@ def test_bfloat16_weights_are_averaged_in_float32() -> None:
     assert {shadow.dtype for shadow in ema.shadow.values()} == {torch.float32}
 
 
-# torch_xla, which other tests have imported, turns it off.
+# torch_xla, which other tests have imported, disables it.
 @torch._dynamo.config.patch(automatic_dynamic_shapes=True)  # pyright: ignore[reportPrivateImportUsage]
 def test_a_loop_compiled_by_inductor_has_the_same_rates_and_average() -> None:
-    """Over the warm-up of the decay and past it; more updates than torch.compile makes graphs."""
+    """Over the decay's warm-up and beyond, with more updates than torch.compile allows graphs."""
     torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
     clock, schedule = Clock(), Schedule("cosine", peak=1.6, warmup_steps=3, total_steps=12)
     (plain, plain_rates), (compiled, rates) = (
         averaged(schedule, compile) for compile in (as_it_is, torch.compile)
     )
-    assert clock.graphs <= 4  # two pieces; the number of the update once fixed, then symbolic
+    assert clock.graphs <= 4  # two pieces; the number of updates is first a constant, then symbolic
     assert all(torch.equal(compiled[name], plain[name]) for name in plain)
     torch.testing.assert_close(rates, plain_rates, rtol=1e-6, atol=0)
 
@@ -70,7 +70,7 @@ def test_a_loop_compiled_by_inductor_has_the_same_rates_and_average() -> None:
 def averaged(
     schedule: Schedule, compile: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The average after a loop's updates, and the rates that it saw."""
+    """The average after a loop's updates, and the rates that it used."""
     net = small_net()
     ema = EMA(net.named_parameters(), 0.5)
 

@@ -1,4 +1,4 @@
-"""Updates that are not finite are left out to the bit, wherever in the step the fault lies."""
+"""Updates that are not finite are skipped to the bit, wherever in the step the fault is."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 class Training:
-    """`small_net` with all that has state."""
+    """`small_net` with all its state."""
 
     def __init__(
         self, guard: Guard | None, *, apart: bool, rho: float | None, optimizer: str = "sgd"
@@ -23,13 +23,13 @@ class Training:
         self.net, self.guard, self.rho = small_net(), guard, rho
         roles = parameter_roles(self.net, "head")
         self.updater = an_optimizer(optimizer, self.net, roles, lr=0.3, guard=guard)
-        if apart:  # what is traced on XLA devices
+        if apart:  # as traced on XLA devices
             self.updater._clip_and_update_fused = self.updater._clip_and_update_apart
         self.sam = None if rho is None else SAM(self.updater, rho=rho, microbatches=2)
         self.ema = EMA(self.net.named_parameters(), 0.9)
 
     def step(self, wound: Callable[[SmallNet], None] | None = None, at: int = 0) -> None:
-        """`wound` comes after backward pass number `at`."""
+        """`wound` is called after backward pass number `at`."""
         passes, gradient = [0], closure_of(self.net)
 
         def closure() -> Tensor:
@@ -78,7 +78,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_bad_steps_change_nothing_and_the_others_what_they_always_did(
     value: float, name: str, rho: float | None, at: int, apart: bool, optimizer: str
 ) -> None:
-    """In the first step (no momentum yet), and later; beside a twin that has no guard."""
+    """In the first step (without momentum), and later; compared with a twin without guard."""
     guard = Guard(CPU, allowed=2, memory=3)
     guarded = Training(guard, apart=apart, rho=rho, optimizer=optimizer)
     twin = Training(None, apart=apart, rho=rho, optimizer=optimizer)
@@ -118,7 +118,7 @@ def test_a_norm_that_overflows_and_a_loss_count_and_a_large_gradient_does_not() 
         guard.watch(torch.tensor([1.0, loss]))
         guard.watch(torch.tensor([1.0, 2.0]))
         assert guard.judge(gradients).tolist() == [1]
-        assert guard.judge(gradients).tolist() == [0]  # what was watched was of one update
+        assert guard.judge(gradients).tolist() == [0]  # a watched loss counts for one update
     assert guard.numbers_G.tolist() == [3, 0, 0]
 
 

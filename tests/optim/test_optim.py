@@ -1,4 +1,4 @@
-"""SGD-AGC, SAM and the average against plain-numpy twins, and what each must leave alone."""
+"""SGD-AGC, SAM and the average against plain-numpy twins, and what each must not change."""
 
 import copy
 from collections.abc import Callable
@@ -19,7 +19,7 @@ STEPS = 200
 
 
 class Small(nn.Module):
-    """Every role at least once, in float64 so that twins agree to rounding."""
+    """Every role at least once, in float64, so that twins agree to rounding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Small(nn.Module):
 
 def batches() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    # Small inputs: a twin can agree to rounding only where training is not chaotic.
+    # Inputs are small: a twin agrees to rounding only if training is not chaotic.
     return [
         (
             torch.randn(5, 4, 5, 5, generator=generator, dtype=torch.float64),
@@ -103,7 +103,7 @@ def test_many_steps_equal_the_numpy_twin(rho: float | None) -> None:
         np.testing.assert_allclose(parameter.detach().numpy(), weights[name], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(ema.shadow[name].numpy(), shadow[name], rtol=1e-9, atol=1e-12)
     moved = np.abs(net.skip.detach().numpy())
-    assert moved > 0  # eps lets a zero-initialised scalar move
+    assert moved > 0  # because of eps, a zero-initialised scalar can move
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

@@ -1,4 +1,4 @@
-"""SAM's options against references, and weights that are never seen perturbed from outside."""
+"""SAM's options against references; perturbed weights are never visible from outside."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def sgd(net: nn.Module, **options: Any) -> SGD_AGC:
 
 
 def loss_of(net: nn.Module, rows: slice, step: int = 0) -> Tensor:
-    """Of some rows, as their share of the batch; with a dropout mask that belongs to the rows."""
+    """The loss of some rows, as their share of the batch, with these rows' dropout mask."""
     images, labels = images_and_labels()
     keep = torch.rand(images.shape, generator=torch.Generator().manual_seed(step)) > 0.3
     logits = net((images * keep).double()[rows])
@@ -72,7 +72,7 @@ def test_it_is_the_usual_two_pass_sam(adaptive: bool) -> None:
 
 
 def test_an_adaptive_ascent_is_of_length_rho_relative_to_the_weights() -> None:
-    """|e / |w|| = rho over the weights that are not 0; those that are stay."""
+    """|e / |w|| = rho over the weights that are not 0; zero weights stay zero."""
     net = double_net()
     nn.init.zeros_(net.gate.bias)  # type: ignore[union-attr, arg-type]
     optimizer = SAM(sgd(net), rho=0.7, adaptive=True)
@@ -91,7 +91,7 @@ def test_an_adaptive_ascent_is_of_length_rho_relative_to_the_weights() -> None:
 
 
 def test_each_microbatch_ascends_by_itself() -> None:
-    """m-sharpness, written out: for each part its own e, and the gradients at w + e added."""
+    """m-sharpness, written out: each part has its own e, and the gradients at w + e are added."""
     net, twin = double_net(), double_net()
     ours, theirs = SAM(sgd(net), rho=0.05, microbatches=3), sgd(twin)
     for step in range(STEPS):
@@ -128,7 +128,7 @@ def test_each_microbatch_ascends_by_itself() -> None:
 
 
 def test_gradients_may_live_in_buffers_that_are_written_again() -> None:
-    """As DistributedDataParallel's with gradient_as_bucket_view."""
+    """As in DistributedDataParallel with gradient_as_bucket_view."""
     net, twin = double_net(), double_net()
     buckets = [torch.empty_like(parameter) for parameter in net.parameters()]
     for each in (net, twin):
@@ -199,7 +199,7 @@ def test_a_signal_between_the_passes_saves_the_weights_and_changes_nothing() -> 
 def test_an_ascent_is_of_length_rho_however_small_or_large_the_gradient(
     gradient: float, count: int, dtype: torch.dtype
 ) -> None:
-    """Of half precision the norm, 1e5, is beyond what that type holds."""
+    """In half precision the norm, 1e5, exceeds that type's range."""
     weight = nn.Parameter(torch.zeros(count, dtype=dtype))
     seen: list[Tensor] = []
 
@@ -226,7 +226,7 @@ def test_outside_a_step_it_says_neither_ascent_nor_microbatch() -> None:
 
 
 def test_a_gradient_scaler_is_refused() -> None:
-    """It would unscale the gradient of the ascent alone: weights went to 640 in one step."""
+    """It would unscale only the ascent's gradient: weights went to 640 in one step."""
     net = small_net()
     before = [parameter.detach().clone() for parameter in net.parameters()]
     scaler = GradScaler("cpu", init_scale=65536.0)
@@ -242,7 +242,7 @@ def test_a_gradient_scaler_is_refused() -> None:
 
 
 def test_a_parameter_without_a_gradient_is_left_out_alone() -> None:
-    """Those after it are stepped as if it were not there, also over microbatches."""
+    """The parameters after it are updated as if it did not exist, also with microbatches."""
     for microbatches in (1, 2):
         nets = small_net(), small_net()
         for net in nets:

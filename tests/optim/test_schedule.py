@@ -1,4 +1,4 @@
-"""Learning rates at every boundary, exactly, and big_vision's and DeepMind's written out."""
+"""Exact learning rates at every boundary, and big_vision's and DeepMind's schedules written out."""
 
 import math
 
@@ -77,7 +77,7 @@ def test_a_warm_up_is_given_in_one_of_three_units() -> None:
 
 
 def test_recipes_state_the_scaling_rule_and_epochs_of_warm_up() -> None:
-    """ImageNet: 1.6 at 4096 rows after 5 of 360 epochs, 112,602 and a bit steps; views count."""
+    """ImageNet: 1.6 at 4096 rows after 5 of 360 epochs, about 112,602 steps; epochs count views."""
     run = composed("imagenet")
     order = Order(np.full(1000, 1280), 0, 64, run.data.batch_size, 8, run.optim.epochs)
     schedule = make_schedule(run, order)

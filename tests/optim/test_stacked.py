@@ -1,4 +1,4 @@
-"""Stacked parameters are clipped, decayed and averaged as the blocks that they are made of."""
+"""Stacked parameters are clipped, decayed and averaged like the blocks that they consist of."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -67,7 +67,7 @@ def arrays(named: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def largest_share_clipped(net: NFNet, roles: dict[str, str]) -> dict[str, float]:
-    """By role: how far beyond its bound the largest gradient of a unit is."""
+    """By role: the ratio of the largest unit's gradient to its bound."""
     worst: dict[str, float] = {}
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None
@@ -99,7 +99,7 @@ def test_units_of_a_stack_are_those_of_its_blocks() -> None:
 
 @pytest.mark.parametrize("rho", [None, 0.05])
 def test_many_steps_are_those_of_the_unrolled_network(rho: float | None) -> None:
-    """Weights, momentum and average, with clipping at work on every role it applies to."""
+    """Weights, momentum and average, with clipping active on every role it applies to."""
     net, stacked = network(), stack(network())
     optimizers = [sgd(net), sgd(stacked)]
     averages = [EMA(one.named_parameters(), 0.9) for one in (net, stacked)]
@@ -134,7 +134,7 @@ def test_steps_equal_the_numpy_twin_of_single_blocks() -> None:
     for step in range(STEPS):
         closure_for(net, step)()
         grads = arrays({n: p.grad for n, p in net.named_parameters() if p.grad is not None})
-        optimizer.step()  # which clips them in place
+        optimizer.step()  # clips them in place
         sgd_agc_step(weights, grads, momenta, roles, lr=0.05, **HYPER)
         ema.update(ema.decay_at(step))
         ema_update(shadow, weights, 0.9, step)

@@ -1,4 +1,4 @@
-"""On XLA a whole step is one graph, compiled once, whatever the hyper-parameters become."""
+"""On XLA a whole step is one graph, compiled once, however the hyper-parameters change."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from tests.runs import UNOPTIMISED
 pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
 
 
-# Absolute, float32, other summation orders. AdamW moves weights by the rate, here up to 1, however
-# small the gradient is: rounding of a small one shows.
+# Absolute, for float32 sums in another order. AdamW moves a weight by the rate, here up to 1,
+# however small its gradient is, so rounding errors of a small one show.
 TOLERANCE = {"sgd": 1e-5, "adamw": 1e-4}
 
 
 @pytest.mark.parametrize("optimizer", SETTINGS)
 def test_sam_optimizer_and_ema_compile_one_graph_and_fall_back_nowhere(optimizer: str) -> None:
-    """Also where steps are not finite; the weights are a CPU's then, too."""
+    """Also with steps that are not finite; the weights are then a CPU's, too."""
     environment = {
         **os.environ,
         "XLA_FLAGS": UNOPTIMISED,
