@@ -1,4 +1,4 @@
-"""What a run would cost, against sums done by hand; and what it could not do."""
+"""The cost of a run, against sums by hand; and runs that are impossible."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def lines(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str,
 def test_it_is_the_arithmetic_of_the_run(
     recipe: list[str], shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """100 images, 3 epochs in batches of 16: 18.75, hence 19 steps, the last of them padded."""
+    """100 images for 3 epochs in batches of 16 are 18.75, hence 19 steps, the last one padded."""
     train, held_out = (ShardIndex.load(shards / name) for name in ("train", "held-out"))
     steps = -(-3 * train.num_samples // 16)
     found = lines([*recipe, "--mfu", "0.5", "--price", "2", "trainer.eval_every=10"], capsys)
@@ -50,7 +50,7 @@ def test_it_is_the_arithmetic_of_the_run(
     hours = (training + evaluating) / (0.5 * 275e12 / 2 * 3600)
     assert float(found["core-hours"].split()[0]) == pytest.approx(hours, rel=1e-3)
     assert float(found["wall-clock"].split()[0]) == pytest.approx(hours / 2, rel=1e-3)
-    assert found["cost"] == f"{hours:.2f} at 2 a chip-hour"  # two cores a chip
+    assert found["cost"] == f"{hours:.2f} at 2 a chip-hour"  # two cores per chip
 
 
 def test_what_costs_more_is_counted(recipe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +127,8 @@ def test_what_cannot_be_is_refused_in_one_line(
 
 @pytest.mark.parametrize("repeats", [1, 4])
 def test_rates_know_rows_and_epochs_of_views(repeats: int) -> None:
-    """Of repeated augmentation: a batch is its rows, an epoch as many views as there are images."""
+    """With repeated augmentation a batch counts rows, and an epoch as many views as there are
+    images."""
     given = ["data.shards=S", "run_dir=R", f"data.repeats={repeats}", "data.batch_size=256"]
     given += ["optim.peak_lr=0.1", "optim.lr_batch=128", "optim.warmup_epochs=2"]
     run = to_run(composed("imagenet", [*given, "data.eval_shards=E"]))

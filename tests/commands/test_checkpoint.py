@@ -1,4 +1,4 @@
-"""`nfnets-xla checkpoint`: what it verifies, shows and exports of a real run."""
+"""`nfnets-xla checkpoint`: what it verifies, shows and exports, with a real run."""
 
 import os
 import stat
@@ -30,7 +30,7 @@ def test_the_checkpoint_commands(
     folder, out = tmp_path / "run", tmp_path / "f0.safetensors"
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.2"]
     main([*arguments, "optim.warmup_steps=1", "trainer.checkpoint_every=1", f"run_dir={folder}"])
-    # A machine that stops must not leave a checkpoint without the steps before it.
+    # If a machine stops, a checkpoint must not survive without the steps before it.
     saved = flushed.index(folder / "checkpoints" / "step-00000001")
     assert {folder / "run-1.jsonl", folder / "ledger-1.bin", folder} <= set(flushed[:saved])
     capsys.readouterr()

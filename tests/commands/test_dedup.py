@@ -30,7 +30,7 @@ from tests.data.copied import COPIES, jpeg, picture
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copies of two pictures in two folders of shards, and strangers."""
+    """Copies of two pictures in two folders of shards, and unrelated pictures."""
     folder = tmp_path_factory.mktemp("shards")
     for name, numbers in (("eval", [0, 1, 2]), ("one", [0, 30]), ("two", [1, 40, 41])):
         alter = COPIES["cropped"] if name != "eval" else COPIES["grey"]
@@ -64,10 +64,10 @@ def test_lists_and_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     with Image.open(out / "report.png") as report:
         assert report.format == "PNG"
         assert report.width > 1000
-    # Another threshold, with what is known.
+    # Another threshold, with the matches found before.
     code, said = run(capsys, *shards, "--out", out, "--jobs", 1, "--distance", 0)
     assert (out / "duplicates-1.txt").read_text() == ""
-    # Within: nothing here shows what another one shows.
+    # --within: no two pictures in this folder are alike.
     code, said = run(capsys, folder / "two", "--within", "--out", out, "--jobs", 1)
     assert f"{out}/duplicates.txt: 0 of 3 samples" in said
 
@@ -101,7 +101,7 @@ def test_a_model_may_compare(
 
 @torch.inference_mode()
 def features(net: NFNet, data: bytes) -> torch.Tensor:
-    """Of a picture and its mirror image, as plainly as it can be said."""
+    """Features of a picture and its mirror image, in the plainest code."""
     size = VARIANTS["nfnet_mini_f0"].test_size
     image_HWC = torch.from_numpy(eval_view(decode(data), size=size, margin=0)) / 255
     image_HWC = image_HWC - torch.tensor([0.485, 0.456, 0.406])
@@ -111,7 +111,7 @@ def features(net: NFNet, data: bytes) -> torch.Tensor:
 
 
 def test_a_timm_model_sees_pictures_of_its_own_size(tmp_path: Path) -> None:
-    """160 px for this ViT, which takes no other; and a mistake ends the command before the work."""
+    """This ViT takes 160 px and no other size; a mistake ends the command before any work."""
     net = create_network("timm/test_vit", num_classes=0)
     save_weights(net, tmp_path / "vit.safetensors", {})
     model = load("timm/test_vit", str(tmp_path / "vit.safetensors"))
@@ -120,7 +120,7 @@ def test_a_timm_model_sees_pictures_of_its_own_size(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_run_see_pictures_as_its_evaluations_do(tmp_path: Path) -> None:
-    """A ViT is made for one size, of which its weights do not tell."""
+    """A ViT is made for one size, which its weights do not reveal."""
     made: dict[str, dict[str, Any]] = {
         "nfnet_mini_f0": {},
         "vit_mini_d3_4": {"image_size": 64, "eval_image_size": 48},
@@ -142,7 +142,7 @@ def test_weights_of_a_run_see_pictures_as_its_evaluations_do(tmp_path: Path) -> 
 def test_a_comparison_leaves_no_shard_open(
     folder: Path, saved: tuple[NFNet, Path], tmp_path: Path
 ) -> None:
-    """A data set has more shards than a process may have open files."""
+    """A data set may have more shards than a process may have open files."""
 
     def opened() -> set[str]:
         links = Path("/proc/self/fd").iterdir()
@@ -184,7 +184,7 @@ def test_the_report_shows_both_sides_of_the_threshold() -> None:
     assert len(shown) == 24
     assert (shown <= 0.25).sum() == 12
     assert (np.diff(distance[at_border(distance, 0.25)]) > 0).all()
-    # Where there are few on one side, more of the other; where there are few at all, all.
+    # If one side has few, more come from the other; if both have few, all.
     assert len(at_border(distance[distance > 0.25], 0.25)) == 24
     assert len(at_border(distance[distance < 0.25], 0.25)) == 24
     assert len(at_border(distance[:5], 0.25)) == 5
@@ -196,7 +196,7 @@ def test_the_report_shows_both_sides_of_the_threshold() -> None:
 
 @pytest.mark.slow
 def test_two_nodes_of_ray_find_the_same(tmp_path: Path) -> None:
-    """In a process of its own, which takes the nodes with it when it ends."""
+    """Run in its own process, whose end also ends the nodes."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.data.two_nodes", str(tmp_path)],
         capture_output=True,

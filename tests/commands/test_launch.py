@@ -1,4 +1,4 @@
-"""Launching: the commands themselves, and whole lives of runs against a cloud in a folder."""
+"""Launching: the commands themselves, and whole lives of runs with a cloud in a folder."""
 
 import re
 import shlex
@@ -70,8 +70,8 @@ def test_shipped_settings_start_a_run_that_composes(name: str, overrides: list[s
     chips = int(settings.accelerator_type.partition("-")[2]) // 2  # of two cores each
     hosts = max(1, chips // 4)
     assert f"{chips} chips ({2 * chips} cores), {hosts} host" in file.read_text()
-    # What a run of that shape must fulfil: data/order.py, data/batches.py (of ImageNet's 110 MB a
-    # shard of 1,000), and network.put_on_device.
+    # What a run of that shape must fulfil: data/order.py, data/batches.py (with ImageNet's shards
+    # of 1,000 images, 110 MB each), and network.put_on_device.
     assert run.data.num_streams % hosts == 0
     held = 2 * run.data.num_streams // hosts * run.data.window_shards
     assert 110e6 * held <= run.data.cache_bytes
@@ -150,7 +150,7 @@ def test_what_ends_the_cost_needs_no_wheel(
 def test_what_ends_the_cost_needs_to_know_no_more_than_where(
     overrides: list[str], cloud: Callable[..., Cloud], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On another machine, with the settings as they are shipped."""
+    """Run on another machine, with the settings as they are shipped."""
     for command in ("delete", "stop", "status", "wait", "logs"):
         main(["launch", command, "v4_512", "project=mine", "--dry-run"])
         assert "--project=mine" in capsys.readouterr().out
@@ -198,33 +198,34 @@ def test_step_by_step(
     for command in ("create", "wait", "install", "start"):
         assert launch(command, overrides) == 0
     until(lambda: all((made.home(number) / "waits").exists() for number in (0, 1)))
-    assert launch("start", overrides) == 0  # once more changes nothing
+    assert launch("start", overrides) == 0  # repeating it changes nothing
     assert launch("install", overrides) == 0
     capfd.readouterr()
     assert launch("status", overrides) == 0
     said = capfd.readouterr().out
     assert "nfnet-f3: ACTIVE" in said
     assert "host-0: running\n  host-1: running" in said
-    assert launch("stop", overrides) == 0  # saved, says 75, and is not started again
+    assert launch("stop", overrides) == 0  # the run saves, exits with 75, and is not started again
     until(lambda: all((made.home(n) / "nfnets-xla" / "exit").exists() for n in (0, 1)))
     for number in (0, 1):
         (ran,) = made.runs(number)
         assert ran.startswith("pretrain run_dir=/mnt/share/nfnet-f3 model.name=nfnet_f3 ")
     asked = [shlex.split(call) for call in made.calls() if call.split()[3:4] == ["tpu-vm"]]
-    for call in asked:  # a worker that is gone says nothing
+    for call in asked:  # a worker that is gone prints nothing
         assert f"--{call[4]}-flag=-oServerAliveInterval=15" in call
     mounts = [call for call in made.calls() if call.startswith("sudo mount")]
     assert mounts == ["sudo mount -t nfs 10.0.0.2:/runs /mnt/share"] * 2
     assert "uv pip sync -q --require-hashes --python venv/bin/python lock.txt" in made.calls()
     assert launch("delete", overrides) == 0
     assert not made.home(0).exists()
-    assert launch("delete", overrides) == 1  # there is none
+    assert launch("delete", overrides) == 1  # there is no slice
 
 
 def test_a_run_is_brought_to_its_end_through_an_interruption_and_a_preemption(
     overrides: list[str], cloud: Callable[..., Cloud]
 ) -> None:
-    """It saves and says 75; hangs until the slice is taken away; and finishes on a new one."""
+    """The run saves and exits with 75; hangs until the slice is taken away; and finishes on a new
+    one."""
     made = cloud("75", "hang", "0")
     assert launch("watch", overrides) == 0
     assert [verb for verb in made.verbs() if verb != "tpu-vm ssh"] == [
@@ -236,7 +237,7 @@ def test_a_run_is_brought_to_its_end_through_an_interruption_and_a_preemption(
     ]
     for number in (0, 1):
         assert len(made.runs(number)) == 3
-        assert len(set(made.runs(number))) == 1  # the command is repeated as it is
+        assert len(set(made.runs(number))) == 1  # the command is repeated unchanged
 
 
 def test_a_run_that_fails_is_not_repeated(
@@ -248,7 +249,7 @@ def test_a_run_that_fails_is_not_repeated(
     assert re.search(r"the run ended on [12] of 2 workers \(host-[01]: exit 2\)", said)
     until(lambda: all((made.home(n) / "nfnets-xla" / "exit").exists() for n in (0, 1)))
     assert [len(made.runs(number)) for number in (0, 1)] == [1, 1]
-    assert launch("start", overrides) == 0  # what was wrong is mended
+    assert launch("start", overrides) == 0  # the fault is fixed
     until(lambda: all((made.home(n) / "nfnets-xla" / "exit").exists() for n in (0, 1)))
     assert launch("watch", overrides) == 0
 
@@ -256,7 +257,7 @@ def test_a_run_that_fails_is_not_repeated(
 def test_what_is_interrupted_at_once_is_repeated_ten_times(
     overrides: list[str], cloud: Callable[..., Cloud], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A slice whose TPU never starts would cost until someone looks."""
+    """A slice whose TPU never starts would cost money until someone looks."""
     made = cloud(*["75"] * 12)
     assert launch("watch", overrides) == 1
     assert "the run ended on 2 of 2 workers (host-0: exit 75)" in capsys.readouterr().err
@@ -269,7 +270,7 @@ def test_gcloud_that_hangs_is_asked_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As ssh does to a worker that is gone."""
+    """ssh hangs like this on a worker that is gone."""
     made = cloud("0")
     monkeypatch.setattr("nfnets_xla.commands.launch.ANSWERS_IN", 2)
     (made.folder / "hangs").touch()
@@ -278,7 +279,7 @@ def test_gcloud_that_hangs_is_asked_again(
 
 
 def test_a_killed_loop_is_started_again(overrides: list[str], cloud: Callable[..., Cloud]) -> None:
-    """As after a reboot of a worker: no process, nothing it ended with, and no mount."""
+    """As after a reboot of a worker: no process, no exit code, and no mount."""
     made = cloud("0", "0")
     for command in ("create", "wait", "install"):
         assert launch(command, overrides) == 0
@@ -294,7 +295,8 @@ def test_a_killed_loop_is_started_again(overrides: list[str], cloud: Callable[..
 def test_a_run_that_is_not_alive_can_be_stopped(
     overrides: list[str], cloud: Callable[..., Cloud], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After a reboot `pid` is anyone's. It stays ended, whoever watches, until it is started."""
+    """After a reboot `pid` may be any process. The run stays stopped, whoever watches, until
+    started."""
     made = cloud("0")
     for command in ("create", "wait", "install"):
         assert launch(command, overrides) == 0
@@ -313,7 +315,7 @@ def test_a_run_that_is_not_alive_can_be_stopped(
 def test_a_run_that_is_being_mounted_for_can_be_stopped(
     overrides: list[str], cloud: Callable[..., Cloud]
 ) -> None:
-    """After a reboot, over a slow network: there is nobody to ask yet, and `pid` is anyone's."""
+    """After a reboot, on a slow network, nothing can be signalled yet; `pid` may be any process."""
     made = cloud("0")
     for command in ("create", "wait", "install"):
         assert launch(command, overrides) == 0
@@ -335,7 +337,7 @@ def test_a_run_that_is_being_mounted_for_can_be_stopped(
 
 
 def test_half_an_answer_is_no_end(overrides: list[str], cloud: Callable[..., Cloud]) -> None:
-    """An exit code that a full disk has left empty: one worker's 0 would pass for all."""
+    """A full disk left one worker's exit code empty: the other worker's 0 would pass for both."""
     made = cloud("0", "0")
     assert launch("watch", overrides) == 0
     (made.home(1) / "nfnets-xla" / "exit").write_text("")

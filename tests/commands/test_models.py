@@ -1,4 +1,4 @@
-"""What `nfnets-xla models` says of sizes, cost and published accuracy."""
+"""What `nfnets-xla models` prints about sizes, cost and published accuracy."""
 
 import pytest
 
@@ -66,7 +66,7 @@ def test_a_name_of_no_model_is_refused_with_those_that_are_near() -> None:
 
 
 def test_minis_are_counted_at_the_sizes_of_their_images() -> None:
-    """A small ViT's sizes are its own, not those of the ViTs for photographs."""
+    """A small ViT is counted at its own sizes, not those of the ViTs for photographs."""
     assert "6.87 MMACs at 32 px" in card("nfnet_mini_f1")
     vit = full_card("vit_mini_d3_4")
     assert " MMACs" in vit

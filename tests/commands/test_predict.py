@@ -1,4 +1,4 @@
-"""A model's folder, loaded here and by timm; and what a model says of pictures."""
+"""A model's folder, loaded here and by timm; and predictions for pictures."""
 
 import json
 from pathlib import Path
@@ -63,11 +63,11 @@ def test_a_card_loads_here_and_in_timm(tmp_path: Path) -> None:
 def test_a_card_knows_how_its_network_was_made(
     name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Options that change what weights mean, and the images' channels, which timm asks for."""
+    """Options that change what the weights mean, and the number of channels, which timm needs."""
     net = trained(name, **options)
     write_card(net, name, tmp_path / "card", {"classes": CLASSES}, "a test")
     where, images = f"local-dir:{tmp_path / 'card'}", torch.randn(2, net.in_chans, 64, 64)
-    channels: dict[str, Any] = {"in_chans": net.in_chans}  # as timm asks of all its models
+    channels: dict[str, Any] = {"in_chans": net.in_chans}  # timm passes it to all its models
     theirs = timm.create_model(where, pretrained=True, **channels)
     for other in (nfnets_xla.create_model(where), theirs):
         assert torch.equal(other.eval()(images), net.eval()(images))
@@ -75,12 +75,12 @@ def test_a_card_knows_how_its_network_was_made(
 
 @pytest.mark.slow
 def test_timm_alone_loads_what_it_has(tmp_path: Path) -> None:
-    """In timm's own network, where nothing of this library takes part."""
+    """In timm's own network, without any code of this library."""
     net, images = trained("nfnet_f0"), torch.randn(1, 3, 64, 64)
     write_card(net, "nfnet_f0", tmp_path / "card", {}, "a test")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'card'}", pretrained=True).eval()
     assert type(theirs).__module__ == "timm.models.nfnet", type(theirs)
-    # With timm's GELU and eps ours is theirs; with DeepMind's these weights differ by 3 %.
+    # With timm's GELU and eps our logits are timm's; with DeepMind's these weights differ by 3 %.
     where = f"local-dir:{tmp_path / 'card'}"
     as_timm = nfnets_xla.create_model(where, gelu="erf", eps_mode="add").eval()
     logits, expected = theirs(images), as_timm(images)
@@ -107,7 +107,7 @@ def test_a_card_of_a_run(
     config = json.loads((tmp_path / "card" / "config.json").read_text())
     assert config["architecture"] == "xla_nfnet_mini_f0"
     theirs = timm.create_model(f"local-dir:{tmp_path / 'card'}", pretrained=True)
-    for seen in (loaded, theirs):  # as the run was evaluated, not as its variant is
+    for seen in (loaded, theirs):  # evaluated like the run, not like its variant
         found = resolve_model_data_config(seen, use_test_size=True)
         assert tuple(found["input_size"]) == (3, 64, 64)
         assert int(64 / found["crop_pct"]) == 64 + 8
@@ -125,7 +125,7 @@ def test_a_card_of_a_run(
     assert (sum(share for _, share in shares) == pytest.approx(1)) == (loss == "softmax")
     shown = [f"{share:6.1%}  {label}" for label, share in shares[:5]]
     assert [line.strip() for line in said.splitlines()[1:]] == [line.strip() for line in shown]
-    with pytest.raises(SystemExit):  # never over another
+    with pytest.raises(SystemExit):  # never overwrites another folder
         main(["checkpoint", "card", str(tmp_path / "run"), str(tmp_path / "card")])
     assert "exists" in capsys.readouterr().err
 
@@ -141,7 +141,7 @@ def test_predictions_are_the_models(
     one = capsys.readouterr().out
     main(["predict", f"local-dir:{tmp_path / 'card'}", picture, *size])
     assert capsys.readouterr().out == one
-    torch.save(to_timm(net), tmp_path / "timm.pt")  # in other names, with the classes of `net`
+    torch.save(to_timm(net), tmp_path / "timm.pt")  # in timm's names, with as many classes as `net`
     main(["predict", "nfnet_mini_f0", picture, "--weights", f"{tmp_path}/timm.pt", *size])
     assert capsys.readouterr().out == one
     transform: Any = create_transform(
@@ -163,7 +163,7 @@ def test_predictions_are_the_models(
 def test_a_peer_of_a_run_says_what_it_sees(
     tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At the run's two sizes, of which the first decides its embedding of places."""
+    """At the run's two sizes; the first decides its position embeddings."""
     name = "vit_mini_d3_4"
     net = create_network(name, num_classes=CLASSES, image_size=64, eval_image_size=48).eval()
     identity = {"model": {"name": name}, "num_classes": CLASSES}

@@ -69,7 +69,7 @@ def test_each_is_told_by_its_record(runs: Path) -> None:
 
 
 def test_a_slow_run_is_not_taken_for_one_that_has_stopped(tmp_path: Path) -> None:
-    """Nothing for 150 s; a line every 25 steps."""
+    """No row for 150 s, while a row comes every 25 steps."""
 
     def status(name: str, *kinds: str, seconds_ago: float = 150.0, at: int = 0) -> str:
         with RecordWriter(tmp_path / name, header(resumed_from=at)) as record:
@@ -159,7 +159,7 @@ def test_watching_ends_when_nothing_runs(
 
 
 def test_how_long_a_run_may_be_silent(tmp_path: Path) -> None:
-    """As its newest start is set; and for as long as its evaluations take."""
+    """The limit follows the newest start's settings, and the duration of its evaluations."""
 
     def status(trainer: dict[str, int], *lines: tuple[str, int, float], ago: float) -> str:
         opening = header(epochs=50)  # 1,562 steps
@@ -180,7 +180,7 @@ def test_how_long_a_run_may_be_silent(tmp_path: Path) -> None:
 
     assert status({"log_every": 10}, ("train", 10, 10.0), ago=900) == "stopped 0:15:00 ago"
     assert status({"log_every": 1000}, ("train", 20, 20.0), ago=900) == "running"
-    # Its first evaluation takes nobody knows how long, later ones as long as that; none is due yet.
+    # The duration of the first evaluation is unknown, later ones take as long; none is due yet.
     often = {"log_every": 10, "eval_every": 100}
     assert status(often, ("train", 70, 70.0), ago=900) == "stopped 0:15:00 ago"
     assert status(often, ("train", 80, 80.0), ago=900) == "running"
@@ -197,7 +197,7 @@ def test_how_long_a_run_may_be_silent(tmp_path: Path) -> None:
         (["--watch", "--finished"], "--watch follows runs that are going on"),
         (["--watch", "--list"], "--watch follows runs that are going on"),
         (["--every", "-1"], "--every is -1; it must be in (0, 86,400] seconds"),
-        (["--every", "1e30", "--watch"], "--every is 1e+30"),  # which no timer takes
+        (["--every", "1e30", "--watch"], "--every is 1e+30"),  # too large for any timer
     ],
 )
 def test_mistakes_are_one_line(

@@ -1,4 +1,4 @@
-"""`nfnets-xla scaling` as a person types it: what it prints, what it refuses, and without torch."""
+"""`nfnets-xla scaling` as a user types it: what it prints, what it refuses, and without torch."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def test_a_plan_by_the_papers_rules(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_plan_by_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images, batch and classes are the runs'; a loss far away comes with a warning."""
+    """Images, batch and classes are the runs'; a loss extrapolated far comes with a warning."""
     main(["scaling", "plan", "--core-hours", "1e-4", "--runs", str(runs)])
     out = capsys.readouterr().out
     assert f"of {IMAGES:,} images" in out
@@ -51,11 +51,11 @@ def test_a_plan_by_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["scaling", "plan", "--core-hours", "1", "--runs", str(runs)])
     plan, remarks = capsys.readouterr()
     assert "decades beyond the fitted runs" in remarks
-    assert "warning" not in out + plan  # what may be piped is the answer alone
+    assert "warning" not in out + plan  # stdout, which may be piped, has the answer only
 
 
 def test_a_model_and_its_epochs_have_a_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    """The paper's largest run, by its own utilisation; and the same the other way round."""
+    """The paper's largest run, at its own utilisation; and the same in reverse."""
     main(["scaling", "plan", "--model", "nfnet_f7_plus", "--epochs", "8", "--images", "4e9"])
     out = capsys.readouterr().out
     assert "1.085e+05 core-hours = 5.427e+04 chip-hours of v4" in out
@@ -164,8 +164,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 
 
 def test_torch_is_not_needed(runs: Path) -> None:
-    """A process in which torch and what training needs cannot be imported plans and fits all the
-    same."""
+    """A process that cannot import torch, nor what training needs, still plans and fits."""
     missing = ("torch", "timm", "lightning", "webdataset", "joblib", "fsspec", "PIL", "simplejpeg")
     program = (
         "import sys\n"

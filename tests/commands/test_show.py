@@ -1,4 +1,4 @@
-"""A contact sheet shows the run's own first views, and says whose they are."""
+"""A contact sheet shows the run's own first views, and the samples they come from."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_the_sheet_is_written_and_its_samples_are_named(
 def test_more_rows_than_there_are_images_show_all_of_them(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The recipe's batch is larger than the folder: rows that only fill up are not shown."""
+    """The recipe's batch is larger than the folder: padding rows are not shown."""
     out = tmp_path / "sheet.png"
     options = ["--out", str(out), "--rows", "100", "data.image_size=16", "data.batch_size=256"]
     main(["shards", "show", str(shards / "train"), *options])

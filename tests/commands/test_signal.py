@@ -1,4 +1,4 @@
-"""The theory of the scaling, seen in the measured signal; and the plot of it."""
+"""The theory of the signal's scaling, seen in measurements; and their plot."""
 
 from pathlib import Path
 
@@ -16,24 +16,24 @@ from nfnets_xla.models.weights import save_weights
 
 
 def measured(name: str) -> list[list[BlockSignal]]:
-    """By stage, of a new network with open branches on noise."""
+    """Signal by stage, of a new network with open branches, on noise."""
     torch.manual_seed(0)
     net = NFNet(VARIANTS[name])
     open_branches(net)
     found = signals(net.train(), torch.randn(64, 3, 64, 64))
-    assert net.training  # as it was
+    assert net.training  # unchanged
     return [[s for s in found if s.name.startswith(f"stages.{n}.")] for n in range(4)]
 
 
 def test_variance_grows_by_alpha_squared_of_the_branch_and_begins_again_with_each_stage() -> None:
-    """Within 15 %: branches of finite width are not quite independent of what they are added to."""
+    """Within 15 %: branches of finite width are not quite independent of the shortcut."""
     for name in ("nfnet_mini_f1", "nfnet_mini_f3"):  # whose first stages differ in depth
         stages = measured(name)
         for stage in (stages[1], stages[2]):
             growth = stage[-1].variance - stage[0].variance
             added = ALPHA**2 * sum(block.branch_variance for block in stage[1:])
             assert growth == pytest.approx(added, rel=0.15)
-        again = 1 / 4 + ALPHA**2 * stages[1][0].branch_variance  # a mean of four pixels
+        again = 1 / 4 + ALPHA**2 * stages[1][0].branch_variance  # mean over four pixels
         assert stages[1][0].variance == pytest.approx(again, rel=0.15)
         assert stages[0][0].variance == pytest.approx(1 + ALPHA**2, rel=0.15)
         expected = [block.expected for block in stages[2]]
@@ -72,7 +72,7 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_card_is_measured_with_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As if their file had been given, and not with branches that are open."""
+    """As if its weights' file were given; the branches are not opened."""
     net = NFNet(VARIANTS["nfnet_mini_f0"], num_classes=3)
     for name, parameter in net.named_parameters():
         if name.endswith("skip_gain"):

@@ -1,4 +1,4 @@
-"""Folders of runs as training leaves them, with numbers of our choosing."""
+"""Folders of runs as training leaves them, with chosen numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def header(
 
 
 def write_diverged(folder: Path, **fields: Any) -> None:
-    """A run that the guard ended at step 2: one non-finite update too many."""
+    """A run that the guard ended at step 2, after one non-finite update too many."""
     with RecordWriter(folder, header(**fields)) as record:
         record.write("train", 1, loss=9.0, images_per_second=100.0)
         record.write("nonfinite", 2, count=10, stopped=True, ids=[])

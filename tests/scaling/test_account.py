@@ -1,4 +1,4 @@
-"""Accounts against the numbers that the papers print. Tolerances are those of their rounding."""
+"""Costs against numbers printed in the papers. Tolerances are those of their rounding."""
 
 import pytest
 import torch
@@ -62,8 +62,8 @@ def test_the_smallest_run_of_the_paper() -> None:
     list(zip(published.VITS, (0.55, 0.54, 0.52), (0.43, 0.43, 0.41), strict=True)),
 )
 def test_the_vits_conversions(vit: published.Peer, v3: float, v4: float) -> None:
-    """From the reported v3 to the paper's v4 core-hours a v4 core counts for 1.75 to 1.79, less
-    than the 2.24 of the peaks, since the MFU falls."""
+    """From the reported v3 to the paper's v4 core-hours, a v4 core counts for 1.75 to 1.79 v3
+    cores, less than the peaks' ratio of 2.24, since the MFU falls."""
     assert vit.rows is not None
     flops = account.FORWARDS_PER_STEP * vit.gflops * 1e9 * vit.rows
     on_v3 = account.utilisation(flops, vit.v3_core_hours, "v3")
@@ -77,8 +77,8 @@ def test_the_vits_conversions(vit: published.Peer, v3: float, v4: float) -> None
 
 
 def test_the_unit_trap() -> None:
-    """F7+ and SoViT-400m cost about the same forward, 201 and 221 GFLOPs; read as the NFNet papers
-    print their own, F7+ would seem half as dear, and its MFU half as good."""
+    """F7+ and SoViT-400m cost about the same forward, 201 and 221 GFLOPs. In the unit of the NFNet
+    papers F7+ would seem half as expensive, and its MFU half as good."""
     macs = macs_per_image("nfnet_f7_plus", 224)
     forward = train_flops(macs, 1) / account.FORWARDS_PER_STEP
     assert macs / 1e9 == pytest.approx(100.74, abs=0.01)
@@ -88,8 +88,8 @@ def test_the_unit_trap() -> None:
 
 
 def test_sam_and_views() -> None:
-    """Fine-tuning F7+ for 50 epochs at 384 px in 1.6k core-hours: 14 % MFU counted once, 29 % if
-    SAM doubles it. Four views of an image are as much compute and a quarter of the reading."""
+    """Fine-tuning F7+ for 50 epochs at 384 px in 1.6k core-hours: 14 % MFU, or 29 % if SAM counts
+    twice. Four views of an image cost the same compute and a quarter of the reading."""
     macs = macs_per_image("nfnet_f7_plus", published.FINETUNE_SIZE)
     rows = published.FINETUNE_EPOCHS * 1_281_167
     for fraction, share in ((0.0, 0.143), (0.2, 0.172), (1.0, 0.287)):
@@ -100,7 +100,7 @@ def test_sam_and_views() -> None:
 
 
 def test_chip_hours_and_money() -> None:
-    """A v4 chip has two cores, as a v3 chip and a v7 chip have, and a v5e chip one."""
+    """A v4 chip has two cores, as v3 and v7 chips have; a v5e chip has one."""
     assert account.chip_hours(110e3, "v4") == 55e3
     assert account.chip_hours(210e3, "v3") == 105e3
     assert account.chip_hours(1e3, "v7") == 500

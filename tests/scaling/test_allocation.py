@@ -1,4 +1,4 @@
-"""Three ways to divide compute between size and epochs, on losses whose division is known."""
+"""Three ways to divide compute between size and epochs, on losses with a known optimal division."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from nfnets_xla.scaling.runs import fitted_to, read_points
 
 STUDY = Path(__file__).parents[2] / "benchmarks" / "results" / "scaling_study"
 
-# arXiv 2203.15556, equation 10: published for language models, with parameters in the place of M.
+# arXiv 2203.15556, equation 10: published for language models, with parameters in place of M.
 HOFFMANN = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
-# Balanced: size and rows at the same rate.
+# Balanced: size and rows grow at the same rate.
 EVEN = {"E": 1.2, "A": 3e3, "B": 8e3, "alpha": 0.4, "beta": 0.4}
 
 
@@ -25,7 +25,7 @@ def law(values: dict[str, float]) -> Parametric:
 
 
 def grid(values: dict[str, float], noise: float = 0.0) -> tuple[np.ndarray, ...]:
-    """7 sizes by 8 amounts of data; noise relative, fixed."""
+    """7 sizes by 8 amounts of data, with fixed relative noise."""
     macs, rows = (
         axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 1e10, 7), np.geomspace(1e7, 1e11, 8))
     )
@@ -35,7 +35,7 @@ def grid(values: dict[str, float], noise: float = 0.0) -> tuple[np.ndarray, ...]
 
 @pytest.mark.parametrize("values", [HOFFMANN, EVEN])
 def test_planted_parameters_are_recovered(values: dict[str, float]) -> None:
-    """To one percent from exact losses; inside their intervals from losses with noise of 0.2 %."""
+    """Within one percent from exact losses; inside their intervals with noise of 0.2 %."""
     exact = allocation.parametric(*grid(values), draws=5)
     assert exact.values == pytest.approx(values, rel=0.01)
     found = allocation.parametric(*grid(values, 0.002))
@@ -48,7 +48,7 @@ def test_planted_parameters_are_recovered(values: dict[str, float]) -> None:
 
 
 def test_one_run_gone_wrong_hardly_counts() -> None:
-    """Huber's loss: one of 56 losses 20 % too high moves E by less than half a percent."""
+    """With Huber's loss, one of 56 losses 20 % too high moves E by less than half a percent."""
     macs, rows, loss = grid(EVEN)
     loss[30] *= 1.2
     found = allocation.parametric(macs, rows, loss, draws=5)
@@ -57,7 +57,7 @@ def test_one_run_gone_wrong_hardly_counts() -> None:
 
 @pytest.mark.parametrize("values", [HOFFMANN, EVEN])
 def test_the_optimum_is_that_of_a_search(values: dict[str, float]) -> None:
-    """Of 20,001 sizes at one budget the best is the formula's, to the step of the search."""
+    """The best of 20,001 sizes at one budget is the formula's, within the search's step."""
     fitted = law(values)
     found = fitted.allocation()
     for budget in (1e18, 1e21):
@@ -68,14 +68,14 @@ def test_the_optimum_is_that_of_a_search(values: dict[str, float]) -> None:
 
 
 def test_the_published_exponents() -> None:
-    """Hoffmann et al. print size ~ C^0.46 of constants that they round, and the paper finds 1/2."""
+    """Hoffmann et al. print size ~ C^0.46, from constants that they round; the paper finds 1/2."""
     assert law(HOFFMANN).allocation().exponent == pytest.approx(0.46, abs=0.01)
     assert law(EVEN).allocation().exponent == 0.5
 
 
 @pytest.mark.parametrize(("values", "expected"), [(HOFFMANN, 0.28 / 0.62), (EVEN, 0.5)])
 def test_iso_flop_parabolas_find_the_exponent(values: dict[str, float], expected: float) -> None:
-    """20 sizes at five budgets. A parabola is not the law itself: to 0.02."""
+    """20 sizes at five budgets. A parabola is not the law itself, so within 0.02."""
     fitted, budgets = law(values), np.geomspace(1e17, 1e19, 5)
     sizes = np.geomspace(3e6, 1e10, 20)
     macs, flops = (axis.ravel() for axis in np.meshgrid(sizes, budgets))
@@ -91,7 +91,7 @@ def test_iso_flop_parabolas_find_the_exponent(values: dict[str, float], expected
 
 
 def test_iso_flop_reads_between_the_runs_of_a_size() -> None:
-    """The budgets are its own, and no run was at any of them but by chance."""
+    """The budgets are the method's own, and only by chance was a run at one of them."""
     found = allocation.isoflop(*grid(EVEN))
     assert found.exponent == pytest.approx(0.5, abs=0.08)
     assert found.interval[0] < 0.5 < found.interval[1]
@@ -101,7 +101,7 @@ def test_iso_flop_reads_between_the_runs_of_a_size() -> None:
 
 
 def test_iso_flop_takes_equal_runs_at_their_mean() -> None:
-    """Whatever their order: seeds of one size and length."""
+    """In any order: seeds of one size and length."""
     macs, rows, loss = grid(EVEN)
     twice = [np.concatenate([axis, axis]) for axis in (macs, rows)]
     losses = [np.concatenate([loss * up, loss / up]) for up in (1.03, 1 / 1.03)]
@@ -110,7 +110,7 @@ def test_iso_flop_takes_equal_runs_at_their_mean() -> None:
 
 
 def test_iso_flop_reads_no_more_budgets_than_were_run() -> None:
-    """Sizes twice as large, for half as long: all of them at the same four budgets."""
+    """Each size is twice the one before, trained half as long: all at the same four budgets."""
     macs, budgets = (
         axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 1e9, 5), np.geomspace(1e17, 1e18, 4))
     )
@@ -124,7 +124,7 @@ def test_iso_flop_reads_no_more_budgets_than_were_run() -> None:
 
 def test_iso_flop_needs_three_budgets() -> None:
     macs = np.array([1e7, 1e7, 1e8, 1e8, 1e9, 1e9])
-    rows = np.array([1e10, 1e11, 1e10, 1e9, 1e9, 1e10])  # the sizes share 6e18 FLOPs alone
+    rows = np.array([1e10, 1e11, 1e10, 1e9, 1e9, 1e10])  # only 6e18 FLOPs are shared by the sizes
     with pytest.raises(ValueError, match="1 different points; an isoFLOP line over budgets that"):
         allocation.isoflop(macs, rows, np.full(6, 2.0))
     with pytest.raises(ValueError, match="1 different points; an isoFLOP line over budgets needs"):
@@ -141,7 +141,7 @@ def test_a_hump_has_no_best_size() -> None:
 
 
 def test_the_frontier_is_a_line_in_size_and_compute() -> None:
-    """Which rows would not give; and a run that a cheaper one beats is not on it."""
+    """Not in rows and compute; and a run that a cheaper one beats is not on it."""
     flops = np.geomspace(1e16, 1e20, 5)
     macs = 2 * flops**0.25
     rows = flops / 6 / macs
@@ -160,15 +160,15 @@ def test_the_falls_are_shares_of_the_loss_at_the_middle() -> None:
 
 
 def test_the_frontier_grows_with_the_planted_rate() -> None:
-    """Coarse, as its sizes are the grid's: the interval has to hold the truth."""
+    """Roughly, since its sizes are the grid's: the interval must contain the truth."""
     found = allocation.frontier_sizes(*grid(EVEN))
     assert found.interval[0] < 0.5 < found.interval[1]
     assert found.resolved
 
 
 def test_a_frontier_gives_no_verdict() -> None:
-    """On the paper's own grid it denies a planted 1/2, by exact losses: the optimum runs through F3
-    at one epoch. L(M, D) does not."""
+    """On the paper's own grid it rejects a planted 1/2, given exact losses: the optimum runs
+    through F3 at one epoch. L(M, D) does not reject it."""
     macs, epochs = (
         axis.ravel()
         for axis in np.meshgrid(
@@ -186,7 +186,7 @@ def test_a_frontier_gives_no_verdict() -> None:
 
 
 def test_a_frontier_of_one_length_settles_nothing() -> None:
-    """Its sizes go with compute whatever the truth is."""
+    """Its sizes grow with compute, whatever the truth is."""
     with pytest.raises(ValueError, match="1 different points; a line through the frontier over da"):
         allocation.frontier_sizes([1, 2, 4, 8], [5, 5, 5, 5], [4, 3, 2, 1])
 
@@ -208,7 +208,7 @@ def test_what_is_said_about_the_rate() -> None:
 
 @pytest.mark.parametrize(("dead", "name"), [("A", "size"), ("B", "data")])
 def test_a_loss_that_does_not_go_with_one_of_them_settles_nothing(dead: str, name: str) -> None:
-    """Whatever the interval of the share is."""
+    """Whatever the interval of the exponent is."""
     found = allocation.parametric(*grid({**EVEN, dead: 0.0}, 0.002), draws=20)
     optimum = found.allocation()
     assert not optimum.resolved
@@ -218,8 +218,8 @@ def test_a_loss_that_does_not_go_with_one_of_them_settles_nothing(dead: str, nam
 
 
 def test_a_draw_leaves_a_fit_without_a_term_of_size() -> None:
-    """As it is of the study in miniature: alpha and A are 0, and no gradient leads away. A fifth of
-    the draws stayed there. By a twin, each of whose draws begins at all 25 starts."""
+    """As with the study in miniature: alpha and A are 0, and no gradient leads away. A fifth of the
+    draws got stuck there. Compared with a twin, in which each draw begins from all 25 starts."""
     study = best_of_study(fitted_to(read_points(STUDY)[0]))
     macs, rows, loss = np.array([(p.macs, p.rows, p.loss) for p in study], dtype=float).T
     found = allocation.parametric(macs, rows, loss, draws=20)

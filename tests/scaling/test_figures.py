@@ -1,4 +1,4 @@
-"""The figures: what is drawn is what the runs hold, by the artists and by the table."""
+"""The figures: what is drawn equals what the runs hold, by the artists and by the table."""
 
 import csv
 import re
@@ -38,8 +38,8 @@ MINIS = [name for name in VARIANTS if name.startswith("nfnet_mini_")]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three sizes by three lengths by three rates, the middle one best and with two seeds; the best
-    fine-tuned; and a ViT, whose runs are worse than all."""
+    """Three sizes by three lengths by three rates, the middle rate best and with two seeds; the
+    best fine-tuned; and a ViT, whose runs are worse than all others."""
     root = tmp_path_factory.mktemp("runs")
     for model in MODELS:
         for epochs in EPOCHS:
@@ -76,7 +76,7 @@ def written(points: list[Point], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def drawn(chart: Chart) -> list[tuple[float, float]]:
-    """Data of the marks' artists, in the order of their numbers, which is the chart's."""
+    """Data of the artists that draw marks, in the order of their numbers, which is the chart's."""
     found = {}
     for axes in draw(chart).axes:
         for line in axes.lines:
@@ -102,7 +102,7 @@ def test_the_table_has_every_run(points: list[Point], written: Path) -> None:
     for row, point in zip(rows, points, strict=True):
         assert float(row["held_out_loss"]) == point.loss
         assert float(row["flops"]) == point.flops
-    # A tuned run's cost on the axis is that of what it started from.
+    # On the axis a tuned run has the cost of the run that it started from.
     tuned = next(row for row in rows if row["run"] == "tuned-nfnet_mini_f3-4-2-1")
     assert tuned["source"] == "nfnet_mini_f3-4-2-1"
     steps = 4 * IMAGES // BATCH
@@ -113,7 +113,7 @@ def test_the_table_has_every_run(points: list[Point], written: Path) -> None:
 
 
 def test_figure_1_draws_every_fine_tuned_run(points: list[Point], written: Path) -> None:
-    """In a panel of their own, since their error is not of ImageNet."""
+    """In their own panel, since their error is not on ImageNet."""
     chart = finetuned_errors(points, compute_axis(points))
     ours, others = chart.panels
     tuned = [row for row in rows_of(written) if row["run"].startswith("tuned")]
@@ -129,8 +129,8 @@ def test_figure_1_draws_every_fine_tuned_run(points: list[Point], written: Path)
 
 
 def test_figure_2_draws_the_best_of_every_cell(points: list[Point], written: Path) -> None:
-    """The mean of its seeds. Curves of peers beside those of NFNets; the law is of the NFNets'
-    frontier alone."""
+    """Its value is the mean over seeds. Peers' curves are drawn beside the NFNets'; the law is
+    fitted to the NFNets' frontier alone."""
     chart = losses(points, compute_axis(points))
     rows = [row for row in rows_of(written) if row["best_rate"] == "1"]
     assert {row["peak_lr"] for row in rows} == {"2.0"}
@@ -157,7 +157,7 @@ def test_figure_2_draws_the_best_of_every_cell(points: list[Point], written: Pat
 
 
 def test_figure_2_leaves_out_another_loss(points: list[Point]) -> None:
-    """A sigmoid's loss is a sum over classes, and compares with no softmax's."""
+    """A sigmoid loss is a sum over classes, not comparable with a softmax loss."""
     mixed = [
         replace(p, objective="sigmoid") if p.model == VIT and not p.is_finetuned else p
         for p in [*points, replace(points[-1], run="tuned", model=VIT, init_from="x")]
@@ -168,7 +168,7 @@ def test_figure_2_leaves_out_another_loss(points: list[Point]) -> None:
 
 
 def test_the_frontier_is_that_of_the_axis(points: list[Point]) -> None:
-    """A run that is cheaper in core-hours than in FLOPs beats others there only."""
+    """A run that is cheaper in core-hours than in FLOPs beats others only on that axis."""
     best = best_of_study([point for point in points if point.model in MODELS])
     counted = on_frontier(best, compute_axis(points).of)
     slow = Compute(
@@ -195,7 +195,7 @@ def test_what_a_logarithm_cannot_show_is_left_out_and_said(points: list[Point]) 
 
 
 def test_figure_3_draws_the_best_rates(points: list[Point], written: Path) -> None:
-    """Against a count of the table by hand. Peers have another optimizer, and other rates."""
+    """Checked by counting in the table by hand. Peers have another optimizer, and other rates."""
     peers = [point for point in points if point.model == VIT]
     chart = learning_rates([*points, *(replace(p, run=f"{p.run}-4", peak_lr=4) for p in peers)])
     assert chart.notes[-1].startswith(f"left out: {VIT}, whose")
@@ -216,7 +216,7 @@ def test_figure_3_draws_the_best_rates(points: list[Point], written: Path) -> No
 
 
 def test_imagenet_runs_share_a_panel_with_the_published(folder: Path, tmp_path: Path) -> None:
-    """In core-hours: the runs' own ones, by their speed on a v4."""
+    """In core-hours, which are the runs' own, by their speed on a v4."""
     for name, classes, source in (("a", 18_000, None), ("b", 1000, "runs/a")):
         fields = {"num_classes": classes, "init_from": source, "device_kind": "TPU v4"}
         write_run(tmp_path / name, loss=1, top1=0.9, model="nfnet_f0", num_devices=16, **fields)
@@ -225,7 +225,7 @@ def test_imagenet_runs_share_a_panel_with_the_published(folder: Path, tmp_path: 
     )
     (panel,) = chart.panels
     assert panel.x_label == "pre-training compute (TPU-v4 core-hours)"
-    hours = IMAGES / 100.0 * 32 / 3600  # at 100 images/s, on 16 chips of two cores
+    hours = IMAGES / 100.0 * 32 / 3600  # at 100 images/s, on 16 chips with two cores
     assert (panel.curves[0].marks[0].x, panel.curves[0].marks[0].y) == pytest.approx((hours, 0.1))
     assert [curve.marks[0].x for curve in panel.curves[1:]] == [120e3, 280e3, 130e3, 110e3, 110e3]
 
@@ -273,7 +273,7 @@ def test_the_same_runs_give_the_same_bytes(
 
 @pytest.mark.parametrize("name", ["figure1", "figure2", "figure3"])
 def test_nothing_lies_on_anything_else(points: list[Point], name: str) -> None:
-    """Tick labels of an axis, and the legend, the title and the notes beside the panels."""
+    """Neither an axis' tick labels, nor the legend, the title and the notes beside the panels."""
     compute = compute_axis(points)
     charts = [finetuned_errors(points, compute), losses(points, compute), learning_rates(points)]
     figure = draw(next(chart for chart in charts if chart.name == name))
@@ -290,7 +290,7 @@ def test_nothing_lies_on_anything_else(points: list[Point], name: str) -> None:
 
 
 def test_marks_are_drawn_apart_and_in_view(points: list[Point], folder: Path) -> None:
-    """Of all sixteen models at as many numbers of epochs as in the paper, and at two."""
+    """With all sixteen models at as many numbers of epochs as in the paper, and at two."""
     some = [point for point in points if point.model in MODELS and not point.is_finetuned]
     for lengths in ((0.25, 0.5, 1, 2, 4, 8), (1, 2)):
         many = [

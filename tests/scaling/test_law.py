@@ -1,4 +1,4 @@
-"""Laws recover what was planted, agree with scipy's own fits, and their intervals hold."""
+"""Laws recover what was planted, agree with scipy's own fits, and their intervals are valid."""
 
 import warnings
 from contextlib import suppress
@@ -27,7 +27,7 @@ def planted(form: str, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("form", law.FORMS)
 def test_planted_parameters_are_recovered(form: str) -> None:
-    """Exactly from exact data; inside narrow intervals from data with half a percent of noise."""
+    """Exactly from exact data; inside narrow intervals with half a percent of noise."""
     y = planted(form, COMPUTE)
     exact = law.fit(form, COMPUTE, y, draws=20)
     assert exact.values == pytest.approx(PLANTED[form], rel=1e-3)
@@ -57,7 +57,7 @@ def test_a_power_law_is_scipys_regression_with_its_interval() -> None:
 
 
 def test_a_floor_is_scipys_curve_fit() -> None:
-    """From the planted values, which ours is not told."""
+    """scipy starts from the planted values, which ours does not know."""
     noise = np.exp(0.01 * np.random.default_rng(1).standard_normal(len(COMPUTE)))
     y = planted("floor", COMPUTE) * noise
     found = law.fit("floor", COMPUTE, y, draws=20).values
@@ -73,7 +73,7 @@ def test_a_floor_is_scipys_curve_fit() -> None:
 
 @pytest.mark.parametrize("points", [4, 8])
 def test_intervals_hold_the_truth_as_often_as_they_say(points: int) -> None:
-    """95 %, within 3 standard deviations of 300 tries, at as few as 4 points."""
+    """95 %, within 3 standard deviations over 300 tries, with as few as 4 points."""
     x = np.geomspace(1e15, 1e18, points)
     rng = np.random.default_rng(7)
     inside = inside_next = 0
@@ -99,7 +99,7 @@ def test_noise_without_a_slope_is_not_resolved() -> None:
 
 
 def test_a_floor_that_is_not_there_is_not_resolved() -> None:
-    """Fitted as a logarithm, it comes out small, with an interval of positive numbers."""
+    """Fitted to a logarithm, the floor is small, with an interval of positive numbers."""
     bare = law.fit("floor", COMPUTE, planted("power", COMPUTE))
     assert bare.says("c").startswith("c not resolved [")
     assert law.fit("floor", COMPUTE, planted("floor", COMPUTE)).says("c") == "c = 1.4 [1.4, 1.4]"
@@ -124,7 +124,8 @@ def noisy_power(seed: int, draws: int) -> tuple[np.ndarray, law.Law]:
 
 
 def test_the_curve_and_the_next_run_have_students_intervals() -> None:
-    """The textbook's, of a regression on logarithms, to a tenth of their widths; within, beyond."""
+    """A regression's on logarithms, from the textbook, to a tenth of their widths; inside the runs
+    and beyond."""
     y, found = noisy_power(0, 4000)
     log_x, freedom = np.log(COMPUTE), len(y) - 2
     twin: Any = stats.linregress(log_x, np.log(y))
@@ -165,7 +166,7 @@ def test_decades_are_counted_on_both_sides_of_the_runs() -> None:
 
 
 def test_a_law_of_compute_in_other_units_is_the_same_law() -> None:
-    """Of whole numbers, too, and of compute below 1."""
+    """Also for integers, and for compute below 1."""
     y, found = noisy_power(6, 30)
     small = law.fit("power", COMPUTE / 1e19, y, draws=30)
     for ours, theirs in zip(
@@ -177,15 +178,15 @@ def test_a_law_of_compute_in_other_units_is_the_same_law() -> None:
 
 
 def test_a_frontier_of_noise_is_no_law() -> None:
-    """It falls by its making. Of 200 studies of 36 runs whose losses are noise its interval
-    excludes 0 in a third and more; at most 5 % count as resolved. All do of 1 % noise about a
-    law."""
+    """It falls by construction. Of 200 studies of 36 runs whose losses are noise, the interval
+    excludes 0 in more than a third, but at most 5 % count as resolved. With a law and 1 % noise,
+    all do."""
     rng = np.random.default_rng(0)
     compute = np.geomspace(1e19, 1e22, 36)
     excluded, resolved, real, fitted = 0, 0, 0, 0
     for _ in range(200):
         noise = np.exp(0.05 * rng.standard_normal(36))
-        with suppress(ValueError):  # fewer than three runs on it
+        with suppress(ValueError):  # fewer than three runs on the frontier
             found = law.fit_frontier("power", compute, noise)
             fitted += 1
             excluded += found.intervals["b"][0] > 0
@@ -202,7 +203,7 @@ def test_a_frontier_of_noise_is_no_law() -> None:
 
 
 def test_three_runs_of_which_one_blew_up_give_ends_and_no_warning() -> None:
-    """Warnings are errors here: of exp that overflows, and of quantiles between infinities."""
+    """Warnings are errors here: of overflow in exp, and of quantiles between infinities."""
     found = law.fit_frontier("power", [1, 2, 4], [11416.0, 5.3, 4.9])
     assert not found.resolved("b")
     low, high = found.curve([1.0, 4.0])[1:]
@@ -213,7 +214,7 @@ def test_three_runs_of_which_one_blew_up_give_ends_and_no_warning() -> None:
 
 
 def test_an_end_among_infinities_is_one() -> None:
-    """Between two of them numpy's interpolation finds no number, and warns."""
+    """Between two infinities numpy's interpolation gives no number, and warns."""
     drawn = np.array([[number, 1.0] for number in [2.0] * 90 + [np.inf] * 10])
     assert law.intervals(drawn) == [(2.0, np.inf), (1.0, 1.0)]
 
@@ -254,7 +255,7 @@ def test_a_loss_without_a_logarithm_is_refused() -> None:
 
 
 def test_what_is_resolved_is_so_against_the_ends_of_the_runs() -> None:
-    """A floor against the lowest loss, a flattening against the smallest compute."""
+    """A floor is compared with the lowest loss, a flattening with the smallest compute."""
     flat = law.fit("saturating", COMPUTE, planted("saturating", COMPUTE), draws=20)
     assert flat.resolved("d")
     low = 100 * (COMPUTE / 1e15) ** -0.5 + 0.01
@@ -265,7 +266,7 @@ def test_what_is_resolved_is_so_against_the_ends_of_the_runs() -> None:
     assert not bare.resolved("d")
     for form, name, there in (("floor", "c", True), ("power", "c", False)):
         small = law.fit("floor", COMPUTE, 1e-4 * planted(form, COMPUTE), draws=20)
-        assert small.resolved(name) is there  # in losses of any unit
+        assert small.resolved(name) is there  # for losses in any unit
 
 
 # ---- its parts ----------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ def test_residuals_are_drawn_with_signs_of_their_own() -> None:
 
 def test_the_ends_of_what_is_taken() -> None:
     _, found = noisy_power(8, 20)
-    assert found.predict(1e20).decades_beyond == 1  # and no warning
+    assert found.predict(1e20).decades_beyond == 1  # and gives no warning
     with pytest.raises(ValueError, match="compute has a value of 0; it must be one row"):
         law.fit("power", [0, 1, 2], [3, 2, 1])
     with pytest.raises(ValueError, match=r"loss has shape \(1, 3\); it must be one row"):

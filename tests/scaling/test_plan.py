@@ -1,4 +1,4 @@
-"""Plans: the paper's own runs come out of its rules; with runs, what was planted comes out."""
+"""Plans: the rules give the paper's own runs; with runs, plans recover what was planted."""
 
 import math
 import re
@@ -69,7 +69,7 @@ def mini_job(core_hours: float) -> Job:
 
 @pytest.mark.parametrize(("run", "mfu"), [(published.RUNS[0], 0.29), (published.RUNS[1], 0.355)])
 def test_the_papers_own_runs_come_out(run: published.Run, mfu: float) -> None:
-    """F0 for 0.25 epochs of 400 core-hours and F7+ for 8 of 110k, given what each reached."""
+    """F0 for 0.25 epochs at 400 core-hours and F7+ for 8 at 110k, given the utilisation of each."""
     plan = make_plan(Job(run.v4_core_hours, mfu=mfu))
     assert plan.model == run.model
     assert plan.epochs == pytest.approx(run.epochs, rel=0.02)
@@ -92,7 +92,7 @@ def test_one_epoch_at_five_thousand_core_hours() -> None:
 
 
 def test_rates_are_said_as_a_recipe_takes_them() -> None:
-    """Of optim.lr_batch rows, with the rate of the whole batch beside it."""
+    """For optim.lr_batch rows, with the rate of the whole batch beside it."""
     optim = yaml.safe_load((CONF / "optim" / "pretrain.yaml").read_text())
     job = Job(5000, batch_size=1024)
     (line,) = [line for line in describe(make_plan(job)).splitlines() if "peak_lr" in line]
@@ -108,7 +108,7 @@ def test_senseless_epochs_are_said() -> None:
 
 
 def test_size_and_epochs_grow_at_the_same_rate() -> None:
-    """100 times the compute between sizes that the family has: ten times each, to half a model."""
+    """100 times the compute between sizes in the family: ten times each, within half a model."""
     small, large = make_plan(Job(600)), make_plan(Job(60_000))
     assert large.macs / small.macs == pytest.approx(10, rel=0.3)
     assert large.epochs / small.epochs == pytest.approx(10, rel=0.3)
@@ -132,7 +132,7 @@ def test_only_models_of_the_runs_family_are_proposed(monkeypatch: pytest.MonkeyP
 
 
 def test_a_planted_study_is_planned_by_its_own_fit(study: list[Point]) -> None:
-    """The model chosen has, of all, the lowest planted loss at that compute, to 1 %."""
+    """The chosen model has the lowest planted loss of all at that compute, within 1 %."""
     job = mini_job(3e-4)
     plan = make_plan(job, study)
     losses = {}
@@ -159,7 +159,7 @@ def test_a_loss_far_from_the_runs_warns(study: list[Point]) -> None:
 
 
 def test_rates_follow_the_runs(study: list[Point]) -> None:
-    """Where 0.05 was better for the smallest, larger runs go on from there, and not from 0.1."""
+    """If 0.05 was better for the smallest, larger runs continue from there, not from 0.1."""
     assert make_plan(mini_job(3e-4), study).trials.rates == (0.1, 0.05)
     better = made_point(MODELS[0], 0.5, 0.05, loss=1.0)
     others = [point for point in study if point.epochs > 0.5 or point.model != MODELS[0]]
@@ -168,7 +168,7 @@ def test_rates_follow_the_runs(study: list[Point]) -> None:
 
 
 def test_every_rate_counts_that_was_tried(study: list[Point]) -> None:
-    """One cell's best rate is an outlier, by little; the other rate of that cell says so."""
+    """One cell's best rate is an outlier, by a small margin; the cell's other rate shows it."""
     halves = [replace(p, run=p.run + "-half", peak_lr=0.05, loss=p.loss * 1.02) for p in study]
     first = halves[0]
     halves[0] = replace(first, loss=first.loss / 1.02 * 0.999)
@@ -176,7 +176,7 @@ def test_every_rate_counts_that_was_tried(study: list[Point]) -> None:
 
 
 def test_rates_of_runs_go_with_the_batch(study: list[Point]) -> None:
-    """As the paper's do with its own."""
+    """As the paper's rates scale with its batch."""
     same, four = (
         make_plan(replace(mini_job(3e-4), batch_size=batch), study).trials
         for batch in (study[0].batch_size, 4 * study[0].batch_size)
@@ -195,14 +195,14 @@ def test_a_plan_far_from_its_runs_says_so(study: list[Point]) -> None:
 def test_runs_whose_loss_does_not_go_with_size_leave_the_division_to_the_paper(
     study: list[Point],
 ) -> None:
-    """The fit's best size would be 0: the exponent is 1, with a narrow interval."""
+    """The fit's best size would be 0: its exponent is 1, with a narrow interval."""
     flat = [replace(p, loss=1.5 + 1e2 * p.rows**-0.4) for p in study]
     plan = make_plan(mini_job(3e-4), flat)
     assert plan.because["model"].startswith("paper's same rate")
 
 
 def test_a_smaller_run_than_all_begins_above_their_rates(study: list[Point]) -> None:
-    """Rates do not rise: 0.1 was best for the smallest and shortest, so this one's is no lower."""
+    """Rates do not rise: 0.1 was best for the smallest and shortest, so this rate is no lower."""
     plan = make_plan(mini_job(2e-6), study)
     assert plan.model == "nfnet_mini_f0"
     assert plan.epochs < 0.5
@@ -211,7 +211,7 @@ def test_a_smaller_run_than_all_begins_above_their_rates(study: list[Point]) -> 
 
 
 def test_passes_of_sam_are_paid_for(study: list[Point]) -> None:
-    """The same compute buys half the rows, and the same division of what one pass costs."""
+    """The same compute pays for half the rows, divided as if each cost one pass."""
     sam = [replace(point, flops=2 * point.flops) for point in study]
     plain, twice = make_plan(mini_job(2e-4), study), make_plan(mini_job(4e-4), sam)
     assert (twice.model, twice.steps) == (plain.model, plain.steps)
@@ -226,7 +226,8 @@ def asdict_less(job: Job, name: str) -> dict[str, Any]:
 
 
 def test_models_are_those_of_the_runs_kind(study: list[Point]) -> None:
-    """+ models are wider, and no law of the others is of them; others than were run are said."""
+    """+ models are wider, and the others' law does not cover them; models that were not run are
+    named."""
     found = {make_plan(mini_job(hours), study).model for hours in np.geomspace(1e-4, 1e-3, 4)}
     assert not [name for name in found if name.endswith("_plus")]
     between = next(
@@ -238,7 +239,8 @@ def test_models_are_those_of_the_runs_kind(study: list[Point]) -> None:
 
 
 def test_runs_on_other_held_out_images_are_refused(study: list[Point]) -> None:
-    """Of other models, too: their losses are not of the same images, or not of the same size."""
+    """Also if other models were run on them: losses on other images, or at another size, do not
+    compare."""
     for name, values in ((HELD_OUT, ("a" * 12, "b" * 12)), ("data.eval_image_size", (32, 48))):
         pair = [replace(study[n], settings={name: values[n]}) for n in (0, 1)]
         other = replace(pair[1], model=MODELS[4])
@@ -267,7 +269,7 @@ def test_runs_of_two_studies_are_refused(study: list[Point]) -> None:
     with pytest.raises(ValueError, match=r"f0-0.5-0.1 and .* differ in optim.weight_decay \(0, 1"):
         best_of_study([decayed[0], replace(decayed[1], epochs=0.5)])
     assert len(best_of_study(decayed)) == 2  # of two cells
-    assert best_of_study([decayed[0], replace(study[0], seed=1)])  # an older record does not say
+    assert best_of_study([decayed[0], replace(study[0], seed=1)])  # an older record lacks it
     peer = replace(study[0], model="vit_mini_d3_4", optimizer="adamw")
     assert best_of_study([peer, study[1]])
     with pytest.raises(ValueError, match="all of the pre-training runs diverged"):
@@ -288,7 +290,7 @@ def test_a_loss_that_the_runs_do_not_resolve_is_not_promised(study: list[Point])
 
 
 def test_cells_that_diverged_everywhere_are_named(study: list[Point]) -> None:
-    """And their rates are not offered again, to a run that is longer."""
+    """Their rates are not proposed again for a longer run."""
     longest = max(point.epochs for point in study)
     cell = [p for p in study if (p.model, p.epochs) == (MODELS[0], longest)]
     others = [point for point in study if point not in cell]
@@ -304,7 +306,7 @@ def test_cells_that_diverged_everywhere_are_named(study: list[Point]) -> None:
 
 
 def test_other_runs_of_a_study_count_for_nothing(study: list[Point]) -> None:
-    """A folder also holds fine-tuned runs and peers, whose rates and losses are others."""
+    """A folder may also hold fine-tuned runs and peers, which have other rates and losses."""
     few = study[:4]
     tuned = [replace(p, run="t" + p.run, peak_lr=0.01, init_from=p.run) for p in few]
     peers = [replace(p, model="vit_mini_d3_4", peak_lr=1e-3, optimizer="adamw") for p in few]
@@ -317,7 +319,7 @@ def test_other_runs_of_a_study_count_for_nothing(study: list[Point]) -> None:
 
 
 def test_a_job_is_for_the_images_of_the_runs(study: list[Point]) -> None:
-    """All that is not said is theirs; other images are refused."""
+    """Settings that are not given are the runs'; other images are refused."""
     plan = make_plan(Job(3e-4, mfu=0.3), study)
     assert replace(plan, job=mini_job(3e-4)) == make_plan(mini_job(3e-4), study)
     assert (plan.study.images, plan.study.batch_size) == (IMAGES, 64)

@@ -1,4 +1,4 @@
-"""The best learning rate that never rises, against a search over all choices; the two trials."""
+"""The best learning rates that never rise, against a search over all choices; the two trials."""
 
 import math
 from dataclasses import replace
@@ -37,7 +37,7 @@ def searched(cells: list[Cell]) -> float:
 
 
 def test_a_falling_optimum_is_recovered() -> None:
-    """Figure 3's shape: 1.6 for the smallest throughout, falling for the larger."""
+    """The shape of Figure 3: 1.6 throughout for the smallest, falling for the larger ones."""
     best = {(1, 1): 1.6, (1, 4): 1.6, (2, 1): 1.6, (2, 4): 0.8, (4, 1): 0.8, (4, 4): 0.4}
     rule = fit_rule([planted(*key, rate) for key, rate in best.items()])
     assert rule.rates == list(best.values())
@@ -48,7 +48,7 @@ def test_a_falling_optimum_is_recovered() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_choice_is_better(seed: int) -> None:
-    """Losses that are mostly noise, so that the best rates rise here and there."""
+    """The losses are mostly noise, so best rates rise here and there."""
     cells = [
         planted(size, epochs, 0.8, 0.1, seed) for size, epochs in product((1, 2, 3), (0.5, 1, 2))
     ]
@@ -60,7 +60,7 @@ def test_no_choice_is_better(seed: int) -> None:
 
 @pytest.mark.parametrize("exponent", [4, 9, 13, 18, 30])
 def test_a_finite_loss_however_large_is_only_hopeless(exponent: int) -> None:
-    """Of grids that need not be full; costs of 1e13 beside 3 leave a linear program unsolved."""
+    """For grids that need not be full; costs of 1e13 beside 3 leave a linear program unsolved."""
     for seed in range(8):
         cells = [planted(m, e, 0.8, 0.1, seed) for m, e in product((1, 2, 3), (0.5, 1, 2))]
         cells.pop(seed)
@@ -83,7 +83,7 @@ def test_a_rise_is_told_with_what_it_costs() -> None:
 
 
 def test_a_rate_that_was_best_nowhere_is_not_said_to_be() -> None:
-    """0.05 is best of the middle one, by little; rates that never rise are 0.2, 0.1, 0.1."""
+    """0.05 is best for the middle run, by little; rates that never rise are 0.2, 0.1, 0.1."""
     cells = [
         Cell("a", 1, 1, {0.1: 3.0, 0.2: 2.0}),
         Cell("a", 1, 2, {0.05: 1.999, 0.1: 2.0, 0.2: 3.0}),
@@ -112,7 +112,7 @@ def test_a_rate_that_diverged_bounds_the_best_and_is_never_chosen(tmp_path: Path
     for rate in (0.8, 1.6):
         write_run(tmp_path / f"{rate}", loss=2 + 0.1 / rate, rate=rate)
     write_diverged(tmp_path / "3.2", rate=3.2)
-    write_diverged(tmp_path / "longer", rate=1.6, epochs=2)  # nothing else was tried there
+    write_diverged(tmp_path / "longer", rate=1.6, epochs=2)  # no other rate was tried there
     cell, longer = cells_of(read_points(tmp_path)[0])
     assert (cell.ended, longer.ended) == (True, False)
     assert (cell.best, cell.bracketed) == (1.6, True)
@@ -130,7 +130,7 @@ def test_a_best_rate_at_the_edge_is_not_bracketed() -> None:
 
 
 def test_the_papers_two_trials() -> None:
-    """1.6 where nothing is known, in proportion to the batch; then the best so far and half."""
+    """1.6 if nothing is known, in proportion to the batch; then the best so far, and half of it."""
     assert two_trials(1e10, 0.25).rates == (1.6, 0.8)
     assert two_trials(1e10, 0.25, batch_size=1024).rates == (0.4, 0.2)
     assert two_trials(1e10, 1).because == "best at few epochs in the paper"
@@ -151,13 +151,14 @@ def test_rates_that_all_diverged_are_not_tried_again_in_a_longer_run() -> None:
     assert found.rates == (0.4, 0.2)
     assert found.because == "0.8 diverged for of 1 at 0.5 epochs, like all that was tried there"
     assert two_trials(1, 0.25, cells=[best, lost]).rates == (1.6, 0.8)  # it bounds no shorter run
-    assert two_trials(1, 2, cells=[lost]).rates == (0.4, 0.2)  # the paper's rates neither
+    assert two_trials(1, 2, cells=[lost]).rates == (0.4, 0.2)  # not the paper's rates
     lower = Cell("of 1", 1, 1, {0.2: 2.0})
     assert two_trials(1, 2, cells=[best, lost, lower]).rates == (0.2, 0.1)
 
 
 def test_two_trials_walk_down_a_falling_optimum() -> None:
-    """From 0.25 to 8 epochs, doubling: the two trials hold the best rate at every budget."""
+    """From 0.25 to 8 epochs, doubling each time: the two trials include the best rate at each
+    budget."""
     tried: list[Cell] = []
     truth = {0.25: 1.6, 0.5: 1.6, 1.0: 0.8, 2.0: 0.8, 4.0: 0.4, 8.0: 0.4}
     for epochs, best in truth.items():

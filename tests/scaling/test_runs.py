@@ -1,4 +1,4 @@
-"""Points from records: costs by typical speed and all in, restarts, what is left out."""
+"""Points from records: typical and all-in costs, restarts, and what is left out."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from tests.scaling.made_runs import BATCH, header, write_diverged, write_run
 
 
 def test_a_run_is_counted_by_its_median_speed(tmp_path: Path) -> None:
-    """One slow interval, as a compilation makes it, does not count."""
+    """One slow interval, as a compilation causes, does not count."""
     first = write_run(tmp_path / "a", loss=2.5, top1=0.4, speeds=(5.0, 100.0, 90.0, 110.0, 100.0))
     (point,), left_out = runs.read_points(tmp_path)
     assert not left_out
@@ -48,7 +48,7 @@ def test_restarts_cost_all_in_but_not_typically(tmp_path: Path) -> None:
 
 
 def test_a_run_that_went_on_on_other_devices_counts_as_all_on_the_last(tmp_path: Path) -> None:
-    """The first start's chips at the second's speed would be a sixteenth of it."""
+    """The first start's chips with the second's speed would give a sixteenth."""
     v4 = {"device_kind": "TPU v4", "num_devices": 4, "macs_per_image": 10**9}
     write_run(tmp_path / "a", loss=2, speeds=(100.0,) * 5, **v4)
     rows = [json.loads(x) for x in (tmp_path / "a" / "run-1.jsonl").read_text().splitlines()]
@@ -76,7 +76,7 @@ def test_a_copy_of_a_run_is_no_other_seed(tmp_path: Path) -> None:
 
 
 def test_core_hours_are_measured_on_the_hardware_or_assumed(tmp_path: Path) -> None:
-    """40,000 rows at 100 a second are 400 s, on 32 cores 3.56 core-hours."""
+    """40,000 rows at 100 per second are 400 s, on 32 cores 3.56 core-hours."""
     write_run(tmp_path / "tpu", loss=2, device_kind="TPU v4", num_devices=16, macs_per_image=10**11)
     write_run(tmp_path / "cpu", loss=2)
     (cpu, tpu), _ = runs.read_points(tmp_path)
@@ -86,7 +86,7 @@ def test_core_hours_are_measured_on_the_hardware_or_assumed(tmp_path: Path) -> N
     assert cpu.core_hours("v4", mfu=0.4) == pytest.approx(cpu.flops / (0.4 * 137.5e12 * 3600))
     with pytest.raises(ValueError, match="cpu ran on CPU, not on v4: give the MFU"):
         cpu.core_hours("v4")
-    assert tpu.cores("v4") == 32  # two to a chip, which PyTorch sees as one device
+    assert tpu.cores("v4") == 32  # two per chip, which PyTorch sees as one device
     assert tpu.cores("v3") is None
     with pytest.raises(ValueError, match="hardware is 'v9'"):
         tpu.cores("v9")
@@ -108,7 +108,7 @@ def test_unfinished_runs_and_evaluations_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverged_is_a_point_of_infinite_loss(tmp_path: Path) -> None:
-    """Ended by the guard, or by itself with a loss that is not finite."""
+    """It was ended by the guard, or ended with a loss that is not finite."""
     write_diverged(tmp_path / "0.4", rate=0.4)
     write_run(tmp_path / "0.8", loss=float("nan"), rate=0.8)
     with pytest.raises(ValueError, match=r"no finished training run \(0\.4 diverged\)"):
@@ -133,7 +133,7 @@ def test_a_rate_at_which_one_seed_diverged_is_not_the_best(tmp_path: Path) -> No
 def test_rates_and_seeds_of_a_cell_differ_in_nothing_else(tmp_path: Path) -> None:
     write_run(tmp_path / "a", loss=1.0, optim={"weight_decay": 2e-5})
     write_run(tmp_path / "b", loss=1.1, optim={"weight_decay": 2e-5}, rate=0.2, seed=1)
-    write_run(tmp_path / "0", loss=1.2)  # of a release that did not say
+    write_run(tmp_path / "0", loss=1.2)  # from a release that did not record it
     runs.check_cells(runs.read_points(tmp_path)[0])
     write_run(tmp_path / "d", loss=0.9, optim={"weight_decay": 0.0}, epochs=2)
     runs.check_cells(runs.read_points(tmp_path)[0])
@@ -157,7 +157,7 @@ def test_a_run_that_goes_on_past_the_guard_has_not_diverged(tmp_path: Path) -> N
 
 
 def test_a_source_may_be_named_from_further_down(tmp_path: Path) -> None:
-    """As it was given where the run was started; not if two runs could be meant."""
+    """The path is relative to where the run was started; an error if two runs could be meant."""
     write_run(tmp_path / "project" / "runs" / "f0", loss=2)
     write_run(tmp_path / "tuned", loss=1, init_from="runs/f0")
     points, _ = runs.read_points(tmp_path)
@@ -189,7 +189,7 @@ def test_fine_tuned_runs_name_their_source(tmp_path: Path) -> None:
 
 
 def test_sam_costs_the_share_that_was_computed(tmp_path: Path) -> None:
-    """A fifth of 2 images of a stream is one of them; the header has it, older ones do not."""
+    """A fifth of a stream's 2 images is one of them; the header records it, older ones do not."""
     optim = {"sam_rho": 0.05, "sam_ascent_fraction": 0.2}
     write_run(tmp_path / "new", loss=1, optim=optim, ascent_share=0.5)
     write_run(tmp_path / "old", loss=1, optim=optim)
@@ -200,8 +200,8 @@ def test_sam_costs_the_share_that_was_computed(tmp_path: Path) -> None:
 
 
 def test_the_best_rate_of_a_cell_is_that_of_the_lowest_mean_loss(tmp_path: Path) -> None:
-    """0.2 has the luckiest seed, and 0.1 the lower mean, which is the loss of the cell; the rest is
-    of the run nearest to it."""
+    """0.2 has the luckiest seed, and 0.1 the lower mean, which is the cell's loss; the other
+    numbers are of the run nearest to it."""
     losses = {(0.1, 0): 2.00, (0.1, 1): 2.06, (0.1, 2): 2.02, (0.2, 0): 1.98, (0.2, 1): 2.20}
     for (rate, seed), loss in losses.items():
         write_run(tmp_path / f"{rate}-{seed}", loss=loss, rate=rate, seed=seed)
