@@ -1,8 +1,8 @@
-"""The command line, in a process that says when it has come to a window and then stays there a
-while: python -m tests.announced WINDOW FILE SECONDS ARGUMENTS...
+"""The command line, in a process that announces when it reaches a window of a run and then stays
+there for a while: python -m tests.announced WINDOW FILE SECONDS ARGUMENTS...
 
-The code of the window is the real one; a moment before it (the loader's, within it) the file
-appears and the process sleeps, so that a signal hits just there.
+The code of the window is the real one. Just before it (for the loader's, within it) the process
+creates FILE and sleeps, so that a signal arrives exactly there.
 """
 
 import sys
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def before(owner: Any, name: str, announce: Callable[[], None], skip: int = 0) -> None:
-    """Announce when `owner.name` is called, for the `skip`-th time after the first."""
+    """Announce the `skip`-th call of `owner.name` after the first."""
     inner, calls = getattr(owner, name), [0]
 
     def outer(*arguments: Any, **options: Any) -> Any:
@@ -56,7 +56,7 @@ def first_batch(announce: Callable[[], None]) -> None:
 
 
 def compile_(announce: Callable[[], None]) -> None:
-    """The step has been traced; with no sleep, the next thing is to compile it, for long."""
+    """The step has been traced; unless it sleeps here, the long compilation comes next."""
     from nfnets_xla.task import Classification
 
     traced = Classification.training_step
@@ -75,7 +75,7 @@ def training(announce: Callable[[], None]) -> None:
 
 
 def ascent(announce: Callable[[], None]) -> None:
-    """Between SAM's two passes: the weights are elsewhere."""
+    """Between SAM's two passes, when the weights are perturbed."""
     from nfnets_xla.optim.sgd_agc import SGD_AGC
 
     before(SGD_AGC, "step", announce, skip=2)
@@ -94,7 +94,7 @@ def validation(announce: Callable[[], None]) -> None:
 
 
 def saving(announce: Callable[[], None]) -> None:
-    """In the thread: the training goes on meanwhile."""
+    """In the saving thread, while training continues."""
     from nfnets_xla import checkpoint
 
     before(checkpoint, "save_file", announce)

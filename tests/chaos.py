@@ -1,11 +1,11 @@
-"""Runs are killed, starved and lied to, and must end as the run that was left alone.
+"""Runs are killed, starved and given wrong data, and must end like the undisturbed run.
 
     python -m tests.chaos [--short] [--seed N] [--only NAME] [--write docs/reliability.md]
 
-Every start is a process of its own, forked from this one, which has done the imports; it runs the
-command line. After each scenario three things are asked: has the run finished, does
-its ledger prove every sample exactly once, and are weights, momentum and average those of the
-undisturbed run, to the bit (across device counts: the first 50 losses, to 1e-3).
+Every start runs the command line in its own process, forked from this one, which has done the
+imports. After each scenario we check three things: the run has finished; its ledger proves that
+every sample was shown exactly once; and weights, momentum and average are those of the undisturbed
+run, to the bit (across device counts: the first 50 losses, to 1e-3).
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tests.data.server import Fault, serving
 from tests.runs import UNOPTIMISED, xla
 from tests.shallow import SHALLOW, register_shallow
 
-CAP_DAC_OVERRIDE = 1 << 1  # linux/capability.h: root may write where the mode forbids it
+CAP_DAC_OVERRIDE = 1 << 1  # linux/capability.h: lets root write where the mode forbids it
 
 
 # ---- scenarios --------------------------------------------------------------------------------
@@ -66,8 +66,8 @@ def kills_while_starting(suite: Suite, count: int) -> None:
 
 
 def two_machines(suite: Suite, count: int) -> None:
-    """Train one run beside each other in its one folder, and each begins again when it was
-    overtaken, until both have seen the end. Now and then one stands still."""
+    """Train one run in its one folder from two machines; each starts again when it was overtaken,
+    until both have seen the end. Now and then one of them is stopped for a while."""
 
     def elsewhere() -> None:
         record._machine = lambda: "elsewhere"
@@ -131,7 +131,7 @@ def requests_to_stop(suite: Suite, count: int) -> None:
 
 
 def remote_reads(suite: Suite) -> None:
-    """Half of all answers: refused, cut or too short. And one that stops half-way for a minute."""
+    """Half of all answers are refused, cut or too short, and one stops half-way for a minute."""
     kinds: list[Fault] = [503, "cut", 429, "short", 500]
     for name, faults, note in (
         ("half of all remote reads fail", lambda _, n: kinds[n // 2 % 5] if n % 2 else None, ""),
@@ -148,7 +148,7 @@ def remote_reads(suite: Suite) -> None:
 
 
 def damage(suite: Suite) -> None:
-    """The newest checkpoint, after a kill; the run goes on from the one before."""
+    """Damages the newest checkpoint after a kill; the run resumes from the one before."""
     arguments = suite.arguments(3)
 
     def flip(path: Path) -> None:
@@ -178,7 +178,7 @@ def damage(suite: Suite) -> None:
 
 
 def full_disk(suite: Suite) -> None:
-    """Every other checkpoint meets a full disk in the middle of a file."""
+    """The disk is full in the middle of a file at every other checkpoint."""
     arguments, run_dir = suite.arguments(3), suite.folder / "full"
 
     def wound() -> None:
@@ -202,8 +202,8 @@ def full_disk(suite: Suite) -> None:
 
 
 def read_only(suite: Suite) -> None:
-    """For a process without root's right to write anyway: it cannot save its end. From its first
-    step on, for before that it would be refused."""
+    """Without root's right to write anyway, the process cannot save its end. The folder is
+    read-only from the first step on: before it the run would be refused."""
     arguments, run_dir = suite.arguments(3), suite.folder / "read-only"
     root = run_dir / "checkpoints"
     kill(suite.started(arguments, run_dir))
@@ -219,7 +219,7 @@ def read_only(suite: Suite) -> None:
 
 
 def without_override() -> None:
-    """capset(2): drop CAP_DAC_OVERRIDE, if there is any."""
+    """capset(2): drop CAP_DAC_OVERRIDE, if the process has it."""
     libc = ctypes.CDLL(None, use_errno=True)
     head, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     if libc.capget(head, data) == 0:
@@ -228,7 +228,7 @@ def without_override() -> None:
 
 
 def clock(suite: Suite) -> None:
-    """It runs backwards, an hour for each second."""
+    """The clock runs backwards, an hour per second."""
     arguments, run_dir = suite.arguments(3, "trainer.keep_every_hours=1"), suite.folder / "clock"
 
     def wound() -> None:
@@ -241,7 +241,7 @@ def clock(suite: Suite) -> None:
 
 
 def worker(suite: Suite) -> None:
-    """The run ends with an error, and goes on when the command is repeated."""
+    """The run ends with an error, and resumes when the command is repeated."""
     arguments, run_dir = suite.arguments(3, "data.workers=1"), suite.folder / "worker"
     pid = suite.started(arguments, run_dir)
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
@@ -291,7 +291,7 @@ def main() -> None:
         for name in scenarios:
             if name in given.only:
                 scenarios[name](suite)
-                if given.write:  # at once: what is found stays, whatever comes after
+                if given.write:  # at once, so that results are kept whatever happens later
                     write(given.write, suite.results)
     print("\n".join([*HEAD, *rows(suite.results)]))
     sys.exit(0 if all(result.good for result in suite.results) else 1)

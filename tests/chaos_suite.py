@@ -1,4 +1,4 @@
-"""What the scenarios of chaos.py are made of: processes, verdicts, the table."""
+"""Parts of chaos.py's scenarios: processes, verdicts, the table."""
 
 import os
 import random
@@ -30,7 +30,7 @@ Wound = Callable[[], object]  # done in the child, before the command line runs
 @dataclass
 class Result:
     name: str
-    disturbed: int  # how often
+    disturbed: int  # number of disturbances
     finished: bool
     exactly_once: bool
     equal: str
@@ -47,7 +47,7 @@ class Result:
 class Suite:
     folder: Path
     rng: random.Random
-    settings: list[str] = field(default_factory=list)  # of every run, beside the suite's own
+    settings: list[str] = field(default_factory=list)  # of every run, besides the suite's own
     results: list[Result] = field(default_factory=list)
     references: dict[tuple[str, ...], Path] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Suite:
     # ---- processes ----------------------------------------------------------------------------
 
     def start(self, arguments: list[str], run_dir: Path, wound: Wound | None = None) -> int:
-        """The process's id."""
+        """Returns the process's id."""
         sys.stdout.flush()
         pid = os.fork()
         if pid:
@@ -75,8 +75,9 @@ class Suite:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.setsid()
-            # The pool of threads that this process has compared weights with is made again at its
-            # first use after a fork, and aborts if autograd's threads are the first, two at once.
+            # After a fork this process's thread pool, with which it has compared weights, is
+            # rebuilt at its first use, and aborts if two of autograd's threads are the first to use
+            # it.
             torch.set_num_threads(1)
             if wound is not None:
                 wound()
@@ -94,7 +95,7 @@ class Suite:
         return ended(self.start(arguments, run_dir, wound))
 
     def started(self, arguments: list[str], run_dir: Path, wound: Wound | None = None) -> int:
-        """A process whose first step is done; or all of it, if only the end was still to do."""
+        """A process whose first step is done, or that has ended since only the end was left."""
         before = set(run_dir.glob("ledger-*.bin"))
         pid = self.start(arguments, run_dir, wound)
         while not any(has_steps(path) for path in set(run_dir.glob("ledger-*.bin")) - before):
@@ -107,7 +108,7 @@ class Suite:
     # ---- what came of it ----------------------------------------------------------------------
 
     def reference(self, arguments: list[str]) -> Path:
-        """The same run, left alone."""
+        """The same run, undisturbed."""
         if tuple(arguments) not in self.references:
             run_dir = self.folder / f"reference-{len(self.references)}"
             assert self.run(arguments, run_dir) == 0, self.log.read_text()[-3000:]
@@ -132,7 +133,7 @@ class Suite:
             finished,
             finished and not any(found.faults for found in audits),
             "no" if not finished else self._equal(runs, reference, bits),
-            sum(found.again for found in audits),  # the record's last rows are an interval late
+            sum(found.again for found in audits),  # the record's last rows are one interval late
             sum(record.seconds_lost for record in records),
             note,
         )
@@ -171,7 +172,7 @@ def has_steps(ledger: Path) -> bool:
 
 
 def kill(pid: int) -> bool:
-    """Whether it was still there to be killed."""
+    """Returns whether it was still running."""
     os.kill(pid, signal.SIGKILL)
     return ended(pid) == -signal.SIGKILL
 
@@ -201,7 +202,7 @@ BEGIN, END = "<!-- written by make chaos -->", "<!-- end -->"
 
 
 def write(page: Path, results: list[Result]) -> None:
-    """Put the table between the page's marks; rows of scenarios that were not run stay."""
+    """Put the table between the page's marks; the rows of scenarios that were not run stay."""
     before, rest = page.read_text().split(BEGIN)
     old, after = rest.split(END)
     lines = [line for line in old.strip().splitlines() if line not in HEAD]

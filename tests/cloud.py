@@ -1,9 +1,9 @@
 """A cloud in a folder, for tests of `nfnets-xla launch`: queued resources, workers, and `gcloud`.
 
-`Cloud(folder)` puts a `gcloud` on the PATH that keeps its books in the folder. A worker is a home
-directory; what gcloud would run there over ssh really runs there, with `sudo`, `python3`, `uv` and
-the library itself replaced by small scripts. A slice of two workers goes through STATES, one a
-question; it is pre-empted when all its runs hang.
+`Cloud(folder)` puts a `gcloud` on the PATH that keeps its state in the folder. A worker is a home
+directory. What gcloud would run there over ssh really runs there, with `sudo`, `python3`, `uv` and
+the library itself replaced by small scripts. A slice of two workers advances through STATES, one
+per query; it is pre-empted when all its runs hang.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 STATES = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
 WORKERS = 2
 
-# What each start of the library does on a worker: the lines of `plan`, one after the other.
+# What each start of the library does on a worker: one line of `plan` per start, in order.
 LIBRARY = r"""#!/bin/bash
 [ -e "$HOME/mounted" ] || exit 2  # there is no run_dir
 echo "$*" >> "$CLOUD/runs-$WORKER"
@@ -51,7 +51,7 @@ ON_A_WORKER = {
 
 
 class Cloud:
-    """The test's side."""
+    """The test's view of the cloud."""
 
     def __init__(self, folder: Path, plan: list[str]) -> None:
         self.folder = folder
@@ -71,7 +71,7 @@ class Cloud:
         return (self.folder / "calls").read_text().splitlines()
 
     def verbs(self) -> list[str]:
-        """Of gcloud, without its questions."""
+        """The verbs of gcloud that were called, without queries."""
         verbs = [call.split()[3:5] for call in self.calls() if call.startswith("gcloud ")]
         return [" ".join(verb) for verb in verbs if verb[1] != "describe"]
 

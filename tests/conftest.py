@@ -7,15 +7,15 @@ import pytest
 
 from tests.data.images import packed
 
-# Else gcsfs, which looks when it is imported, asks what kind of bucket it has by gRPC, and that
-# knows no endpoint but Google's.
+# Otherwise gcsfs, which reads this on import, asks by gRPC what kind of bucket it has, and only at
+# Google's endpoint.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 IMAGES, CLASSES = 100, 5
 LONGEST = ("test_xla_runs", "test_xla_stacked", "test_each_recipe", "test_chaos", "test_hosts")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: begun last, they would be waited for by all processes but one."""
+    """The longest first: if they started last, all processes but one would wait for them."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 

@@ -1,9 +1,9 @@
-"""Every recipe that trains, on a shallow network and small shards: whole, and killed and resumed.
+"""Every recipe that trains, with a shallow network and small shards: whole, and killed and resumed.
 
     python -m tests.each_recipe cpu|xla RECIPE ...
 
-As in chaos.py, each start is a process forked from this one. A recipe keeps all that its header is
-about (rates, decay, SAM, views, mixing, precision); what is replaced are sizes and lengths.
+As in chaos.py, each start is a process forked from this one. A recipe keeps everything that its
+header is about (rates, decay, SAM, views, mixing, precision); only sizes and lengths are replaced.
 """
 
 import os
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def kill_and_go_on(suite: Suite, arguments: list[str]) -> None:
-    """Killed as soon as it has a checkpoint of its own; once more if it was through by then."""
+    """Kill the run as soon as it has its own checkpoint; repeat once if it had finished by then."""
     name = arguments[0]
     run_dir = suite.folder
     for attempt in range(ATTEMPTS):

@@ -24,7 +24,7 @@ from nfnets_xla.strategy import SPMDStrategy  # the import registers accelerator
 
 
 class Module(LightningModule):
-    """Our convolution before a timm network; knows nothing of XLA."""
+    """Our convolution before a timm network; it knows nothing about XLA."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,8 +65,8 @@ class Mistaken(Module):
 
 
 class OfTwoHosts(Module):
-    """On one of two hosts, as it believes; after a step the other is gone. What asks for the
-    devices next is to say so: the next batch, or the next step."""
+    """Believes that it runs on one of two hosts; after a step the other is gone. Whatever uses the
+    devices next must report it: the next batch, or the next step."""
 
     def __init__(self, fails: str) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class OfTwoHosts(Module):
 
 
 def lose_a_host(fsdp: int, folder: Path, loader: Any) -> None:
-    """What is on the devices is left there: it may wait for a step of all hosts."""
+    """State on the devices stays there: reading it may wait for a step of all hosts."""
     before = xla.sync, xla.upload_rows, xla.gather, xla.open_hosts
     for fails in ("sync", "upload_rows"):
         module = OfTwoHosts(fails)

@@ -1,4 +1,4 @@
-"""The command line, which gives an address up after two seconds: python -m tests.impatient ..."""
+"""The command line, but giving up on an address after two seconds: python -m tests.impatient ..."""
 
 from nfnets_xla.cli import main
 from nfnets_xla.data.remote import Patience, RemoteFolder

@@ -1,9 +1,9 @@
-"""Runs of which some steps are not finite, and the plain twin: runs without these updates.
+"""Runs in which some steps are not finite, and their plain twin: runs without these updates.
 
     python -m tests.poisoned poison|without STEPS ARGUMENTS...
 
-A row's weight is made NaN or infinite in the loader, so that the program on the device is the same
-as ever. `STEPS` are counted from 0, as 0,5.
+A row's weight is made NaN or infinite in the loader, so the device's program is unchanged. `STEPS`
+are counted from 0, for example 0,5.
 """
 
 import math
@@ -21,12 +21,12 @@ Set = Callable[[Any, str, Any], None]  # setattr, or a monkeypatch's
 
 
 def poison(steps: Collection[int], set_: Set = setattr) -> None:
-    """By turns with NaN and with infinity."""
+    """Alternately with NaN and infinity."""
     whole = TrainBatches.of_streams
 
     def of_streams(self: TrainBatches, step: int, streams: range) -> dict[str, Any]:
         batch = whole(self, step, streams)
-        if step in steps and streams.start == 0:  # of several hosts' rows, the first's
+        if step in steps and streams.start == 0:  # with several hosts, a row of the first
             batch["weight_B"][0] = math.inf if step % 2 else math.nan
         return batch
 
@@ -34,7 +34,7 @@ def poison(steps: Collection[int], set_: Set = setattr) -> None:
 
 
 def without(steps: Collection[int], set_: Set = setattr) -> None:
-    """Nothing is poisoned: weights, momentum and average are just not touched in these steps."""
+    """Poisons nothing; these steps leave weights, momentum and average unchanged."""
     step = Classification.training_step
     fused, apart = SGD_AGC._clip_and_update_fused, SGD_AGC._clip_and_update_apart
     average, left_out = EMA.update, [False]

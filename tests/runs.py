@@ -1,4 +1,4 @@
-"""Runs of the command line in processes of their own, on real shards, and what they left."""
+"""Runs of the command line in their own processes, on real shards, and what they leave."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from nfnets_xla import checkpoint
 from nfnets_xla.record import read_record
 from tests.warm import Warm
 
-# 100 images: 16 rows a step and 4 streams divide neither that nor 1.5 or 0.25 times it.
+# 100 images: neither 16 rows per step nor 4 streams divide 1, 1.5 or 0.25 times that.
 SMALL = [
     "data.image_size=16",
     "data.eval_image_size=16",
@@ -31,12 +31,12 @@ SMALL = [
     "trainer.eval_every=7",
     "trainer.checkpoint_every=5",
 ]
-# Everything that draws: dropout, stochastic depth, crops, flips, RandAugment, MixUp and CutMix; and
+# Everything random: dropout, stochastic depth, crops, flips, RandAugment, MixUp and CutMix; and
 # every kind of state.
 RECIPE = ["finetune_sam_demo", "model.init_from=null", "model.drop_path_rate=0.2", "data.flip=true"]
-RECIPE += ["optim.peak_lr=0.1", "optim.clipping=0.04"]  # what tests compare was chosen at these
+RECIPE += ["optim.peak_lr=0.1", "optim.clipping=0.04"]  # tests' tolerances were chosen at these
 RECIPE += ["data.randaugment_magnitude=5", "data.mix=mixup_cutmix", "optim.label_smoothing=0.1"]
-UNOPTIMISED = "--xla_backend_optimization_level=0"  # small runs end sooner
+UNOPTIMISED = "--xla_backend_optimization_level=0"  # compiles faster: small runs end sooner
 PLAIN_CPU = ["trainer.device=cpu", "trainer.virtual_devices=null"]
 
 
@@ -55,8 +55,8 @@ def start(arguments: list[str], log: Path, module: str = "nfnets_xla", **variabl
 
 
 def as_hosts(count: int) -> list[dict[str, str]]:
-    """What a launcher tells each host. The port is one that no process is given without asking for
-    it: nobody takes it before the hosts do."""
+    """The environment that a launcher gives each host. The port is one that is never assigned
+    automatically, so nobody takes it before the hosts do."""
     while True:
         port = random.randint(20_000, 30_000)
         with socket.socket() as free, suppress(OSError):
@@ -78,8 +78,8 @@ def run(arguments: list[str], log: Path, **variables: str) -> None:
 def run_killed_at(
     arguments: list[str], run_dir: Path, step: int, log: Path, kind: str = "samples"
 ) -> None:
-    """SIGKILL the run as soon as this start's record shows such a row at `step` or later."""
-    print(f"to be killed: {kind} {step} of {run_dir}")  # which may have been drawn
+    """SIGKILL the run as soon as this start's record has such a row at `step` or later."""
+    print(f"to be killed: {kind} {step} of {run_dir}")  # `step` may be random
     (process,) = reach(lambda: [start(arguments, log)], run_dir, step, log, kind)
     process.kill()
     process.wait()
@@ -88,13 +88,13 @@ def run_killed_at(
 def reach(
     begin: Callable[[], list[Warm]], run_dir: Path, step: int, log: Path, kind: str
 ) -> list[Warm]:
-    """Processes whose own record shows a row of this kind at `step` or later, or that they have
-    gone on from there; what earlier starts have left does not count."""
+    """Wait until each process's own record has a row of this kind at `step` or later, or says that
+    it resumed from there; earlier starts' records do not count."""
     before = set(run_dir.glob("run-*.jsonl"))
     processes = begin()
     while True:
         for path in set(run_dir.glob("run-*.jsonl")) - before:
-            lines = path.read_text().split("\n")[:-1]  # the last is torn, or nothing
+            lines = path.read_text().split("\n")[:-1]  # the last line is torn or empty
             rows = [row for row in map(json.loads, lines) if row["kind"] in ("header", kind)]
             if any(row["step"] >= step for row in rows):
                 return processes

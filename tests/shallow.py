@@ -1,6 +1,6 @@
-"""The smallest NFNet with every kind of block: five of them, where the mini F0 has twelve.
+"""The smallest NFNet with every kind of block: five blocks, where the mini F0 has twelve.
 
-Runs on XLA take most of their time to compile, and what they are compared with is as shallow.
+Runs on XLA spend most of their time compiling; the runs they are compared with are as shallow.
 """
 
 from dataclasses import replace
@@ -12,5 +12,5 @@ SHALLOW = ["model.name=nfnet_shallow"]
 
 
 def register_shallow() -> None:
-    """In the process that runs it only: tests of the registry see what users see."""
+    """Register it in the calling process only: tests of the registry see what users see."""
     VARIANTS["nfnet_shallow"] = replace(VARIANTS["nfnet_mini_f0"], depth=DEPTH)

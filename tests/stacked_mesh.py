@@ -4,8 +4,8 @@
 
 Each FORM is "stacked" or "unrolled" and trains for three steps from where the one before stopped:
 weights, momentum and average pass through the host under the names of single blocks. The mesh is
-DEVICES / FSDP by FSDP, and every matrix is cut over "fsdp" where that divides it.
-Run by test_xla_stacked.py in a process of its own: the runtime reads its settings once.
+DEVICES / FSDP by FSDP, and every matrix that "fsdp" divides is sharded over it. test_xla_stacked.py
+runs this in its own process: the runtime reads its settings once.
 """
 
 import json
@@ -24,7 +24,7 @@ from nfnets_xla.optim import SGD_AGC, parameter_roles
 from nfnets_xla.optim.ema import EMA
 from nfnets_xla.strategy import gather_weights
 
-DEPTH = (1, 1, 3, 1)  # a tail of two blocks, which is what is stacked
+DEPTH = (1, 1, 3, 1)  # one tail of two blocks, which is stacked
 STEPS_PER_FORM = 3
 ROWS = 8
 SIZE = 32
@@ -32,7 +32,7 @@ State = dict[str, dict[str, Tensor]]
 
 
 class Training:
-    """A network on the mesh with all that belongs to it."""
+    """A network on the mesh with all its state."""
 
     def __init__(self, form: str, dtype: torch.dtype, state: State | None) -> None:
         net = network()
@@ -72,7 +72,7 @@ class Training:
         return sum(of_one_device(tensors) for tensors in forms)
 
     def state(self) -> State:
-        """On the host, under the names of single blocks."""
+        """A copy on the host, under the names of single blocks."""
         forms = {
             "model": dict(self.net.named_parameters()),
             "momentum": self.sgd.slots()["momentum"],
@@ -135,7 +135,7 @@ def of_one_device(tensors: Mapping[str, Tensor]) -> int:
 
 
 def sharding(net: NFNet, form: str) -> str:
-    """Of one weight, as XLA writes it, after the last step."""
+    """Sharding of one weight after the last step, in XLA's notation."""
     from torch_xla import _XLAC  # pyright: ignore[reportPrivateImportUsage]
 
     place = "tail" if form == "stacked" else "1"

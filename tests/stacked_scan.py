@@ -1,7 +1,7 @@
-"""Gradients of both forms on XLA:CPU, with and without recomputation, and what they keep; JSON.
+"""Gradients of both forms on XLA:CPU, with and without recomputation, and what they save; JSON.
 
-The stem is frozen, so that the first block's input takes no gradient, which torch_xla's own
-checkpoint does not survive. Run by test_xla_stacked.py in a process of its own.
+The stem is frozen, so that the first block's input requires no gradient, which torch_xla's own
+checkpoint does not handle. test_xla_stacked.py runs this in its own process.
 """
 
 import json
@@ -16,7 +16,7 @@ from nfnets_xla import NFNet, xla
 from nfnets_xla.models.stacked import per_block, stack
 from tests.stacked_mesh import batch, network
 
-ROWS = 3  # like the channels or the blocks of nothing behind the stem
+ROWS = 3  # unlike any number of channels or blocks after the stem
 
 
 def frozen_stem(form: str) -> NFNet:
@@ -30,7 +30,7 @@ def frozen_stem(form: str) -> NFNet:
 
 
 def backward(net: NFNet) -> dict[str, Tensor]:
-    """Gradients of a sum over the logits, where the parameters are."""
+    """Gradients of the sum of all logits, on the parameters' device."""
     device = next(net.parameters()).device
     images, keep, dropout, _ = (x[:ROWS].to(device) for x in batch(net, 0))
     net(images, keep, dropout).square().sum().backward()
@@ -39,7 +39,8 @@ def backward(net: NFNet) -> dict[str, Tensor]:
 
 @contextmanager
 def count_stacks_of_maps(depth: int) -> Iterator[list[Tensor]]:
-    """Tensors of this many blocks' feature maps (or gates) that are kept for the backward pass."""
+    """Number of tensors with the feature maps (or gates) of this many blocks that are saved for the
+    backward pass."""
     found: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -72,7 +73,8 @@ def main() -> None:
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Of each gradient's largest element; of the scalars' together, each a sum that cancels."""
+    """Relative to each gradient's largest element; scalars, each a sum that cancels, are compared
+    together."""
     scalars = [name for name, value in theirs.items() if value.ndim == 0]
     pairs = [(ours[name], theirs[name]) for name in theirs if name not in scalars]
     ours_S, theirs_S = (torch.stack([of[name] for name in scalars]) for of in (ours, theirs))

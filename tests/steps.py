@@ -1,4 +1,4 @@
-"""A tiny NFNet's training task, whose steps are taken without a Trainer, and batches for it."""
+"""The training task of a tiny NFNet, stepped without a Trainer, and batches for it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +57,7 @@ def batch(step: int, *, mix: bool = False, weights: Tensor | None = None) -> Bat
 
 
 def network() -> NFNet:
-    """As if trained a while: a branch whose gain is 0 has no gradient."""
+    """Skip gains as if trained a while: a branch whose gain is 0 gets no gradient."""
     torch.manual_seed(0)
     net = NFNet(TINY, num_classes=CLASSES)
     for name, parameter in net.named_parameters():
@@ -80,7 +80,7 @@ def task(
     microbatches: int = 1,
     **optim: Any,
 ) -> Classification:
-    """Ready to step without a Trainer; `form` changes the network before anything is made of it."""
+    """A task ready to step without a Trainer; `form` first changes the network."""
     config = OptimConfig(
         **{
             "epochs": 1,

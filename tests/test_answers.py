@@ -1,4 +1,4 @@
-"""What an evaluation says of classes and images, beside torchmetrics on the same predictions."""
+"""An evaluation's report on classes and images, against torchmetrics on the predictions."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ SIZES = [f"data.eval_image_size={SIZE}", "data.eval_margin=4", "data.eval_batch_
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """29 images, which batches of 8 do not divide, of which one is broken."""
+    """29 images, which is no multiple of the batch of 8; one of them is broken."""
     folder = tmp_path_factory.mktemp("held-out")
     made = list(samples(29))
     key, _, kind, label = made[11]
@@ -58,7 +58,7 @@ def command(weights: Path, held_out: Path, run_dir: Path) -> list[str]:
 
 
 def predicted(weights: Path, held_out: Path) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Logits and labels of what can be decoded, and the samples' numbers."""
+    """Logits, labels and numbers of the samples that can be decoded."""
     net = NFNet(VARIANTS["nfnet_mini_f0"], num_classes=CLASSES).eval()
     net.load_state_dict(load_file(weights))
     index = ShardIndex.load(held_out)
@@ -103,7 +103,7 @@ def test_classes_and_confusions_are_torchmetrics(
 def test_a_loss_that_is_not_finite_is_json_still(
     weights: Path, held_out: Path, tmp_path: Path
 ) -> None:
-    """Strict readers know no NaN."""
+    """Strict JSON readers do not accept NaN."""
     state = load_file(weights)
     state["head.weight"] = torch.full_like(state["head.weight"], 3e38)
     save_file(state, tmp_path / "net.safetensors")
@@ -154,7 +154,7 @@ def test_the_surest_errors_come_first() -> None:
 def test_a_peers_classes_are_those_of_its_weights(
     held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As many as it was trained with, of which the held-out labels may lack the last."""
+    """As many as its weights were trained with; the held-out labels may lack the last."""
     name = "vit_mini_d3_4"
     net = create_network(name, num_classes=CLASSES + 5, image_size=SIZE)
     save_file(net.state_dict(), tmp_path / "net.safetensors")

@@ -1,4 +1,4 @@
-"""How far something is: the time left is by what was done since it began, here."""
+"""Progress: the time left is estimated from what this process has done."""
 
 import pytest
 
@@ -16,8 +16,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     ("reports", "left"),
     [
         ([(0, 0), (60, 25)], "3.0"),  # (seconds, done of 100)
-        ([(0, 75), (60, 80)], "4.0"),  # goes on where an earlier process broke off
-        ([(0, 75), (1, 80), (60, 0), (120, 50)], "1.0"),  # and then from the start again
+        ([(0, 75), (60, 80)], "4.0"),  # resumed where an earlier process stopped
+        ([(0, 75), (1, 80), (60, 0), (120, 50)], "1.0"),  # and later restarted from the beginning
     ],
 )
 def test_the_time_left(

@@ -71,7 +71,7 @@ def changed_state(folder: Path) -> None:
 
 
 def unreadable_manifest(folder: Path) -> None:
-    """At its start, where nothing is mapped, the kernel cannot read a process's memory: EIO."""
+    """At address 0 nothing is mapped, so reading the process's memory fails with EIO."""
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").symlink_to("/proc/self/mem")
 
@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_does_not_exist(
 
 
 def test_every_flipped_bit_of_a_manifest_is_a_fault(tmp_path: Path) -> None:
-    """Or of no consequence: then the checkpoint is the same."""
+    """Or it has no effect: then the checkpoint is the same."""
     folder = save(tmp_path, 1)
     whole, state = (folder / "manifest.json").read_bytes(), checkpoint.load(folder).state
     faults = 0
@@ -124,7 +124,7 @@ def test_every_flipped_bit_of_a_manifest_is_a_fault(tmp_path: Path) -> None:
 
 
 def test_a_failure_that_may_pass_names_its_file(tmp_path: Path) -> None:
-    """It is no damage: nobody goes past it."""
+    """It is not damage: no run may skip that checkpoint."""
     folder = save(tmp_path, 1)
     no_manifest(folder)
     (folder / "manifest.json").mkdir()
@@ -149,7 +149,7 @@ def test_a_newer_format_is_not_misread(tmp_path: Path, monkeypatch: pytest.Monke
     save(tmp_path, 1)
     attempts: list[Callable[[], object]] = [
         lambda: checkpoint.load(folder),
-        lambda: checkpoint.latest(tmp_path),  # a run would go on from an earlier one
+        lambda: checkpoint.latest(tmp_path),  # otherwise a run would continue from an earlier one
         lambda: save(tmp_path, 2),
     ]
     for attempt in attempts:
@@ -166,7 +166,7 @@ def test_a_complete_one_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_save_in_one_folder(tmp_path: Path) -> None:
-    """Whichever step the other has saved; by other weights to begin with, too."""
+    """Whichever step the other run has saved; also if only the initial weights differ."""
     ours: dict[str, Any] = {"identity": {"seed": 1}, "begun_with": {"given": {}, "which": "a"}}
     checkpoint.save(tmp_path, 5, FORMS, ours)
     others = [{**ours, "identity": {"seed": 0}}, {**ours, "begun_with": {"which": "b"}}]
@@ -179,7 +179,7 @@ def test_two_runs_do_not_save_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_two_starts_of_a_run_do_not_save_in_turns(tmp_path: Path) -> None:
-    """The one that another has overtaken ends; what was there when it began is no other's."""
+    """The start that another has overtaken ends; what was there when it began does not count."""
     identity: dict[str, Any] = {"identity": {"seed": 1}}
     first = {**identity, "start": "a", "resumed_from": 0}
     second = {**identity, "start": "b", "resumed_from": 5}
@@ -192,9 +192,9 @@ def test_two_starts_of_a_run_do_not_save_in_turns(tmp_path: Path) -> None:
             checkpoint.save(tmp_path, step, FORMS, first)
     assert checkpoint.steps(tmp_path) == [7, 5]
     checkpoint.save(tmp_path, 8, FORMS, second)
-    checkpoint.save(tmp_path, 9, FORMS, identity)  # of an older release, which had no names
+    checkpoint.save(tmp_path, 9, FORMS, identity)  # from an older release, without names
     checkpoint.save(tmp_path, 10, FORMS, second)
-    (tmp_path / "step-00000010" / "model.safetensors").unlink()  # it hides none that is whole
+    (tmp_path / "step-00000010" / "model.safetensors").unlink()  # it hides no whole checkpoint
     with pytest.raises(claims.OtherStart, match="-00000008 was saved by another"):
         checkpoint.save(tmp_path, 9, FORMS, first)
     third = {**identity, "start": "c", "resumed_from": 8}
@@ -205,7 +205,7 @@ def test_two_starts_of_a_run_do_not_save_in_turns(tmp_path: Path) -> None:
 def test_two_starts_do_not_mix_one_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second begins while the first is at it, whose file then comes between, and which ends."""
+    """The second saves while the first does, whose late file comes between; the first ends."""
     first: dict[str, Any] = {"start": "a", "resumed_from": 0}
     second = {**first, "start": "b"}
     others = {"model": {"w": torch.full((6,), 3.0)}, "ema": FORMS["model"]}
@@ -234,7 +234,7 @@ def test_two_starts_do_not_mix_one_checkpoint(
     late.wait()
     checked = checkpoint.verify_one
 
-    def once(where: str) -> Any:  # after its manifest the second looks whether all is its own
+    def once(where: str) -> Any:  # after its manifest the second checks its files
         done.set()
         thread.join()
         monkeypatch.setattr(checkpoint, "verify_one", checked)
@@ -306,7 +306,7 @@ def test_a_manifest_without_the_state_is_none(tmp_path: Path) -> None:
 
 
 def test_files_are_the_users_own(tmp_path: Path) -> None:
-    """No bit beyond what the user's own umask gives."""
+    """Files have exactly the permissions that the user's umask gives."""
     old = os.umask(0o077)
     try:
         folder = save(tmp_path / "checkpoints", 1)
@@ -360,7 +360,7 @@ def test_a_complete_one_at_an_address_with_a_slash_is_left_as_it_is(
 
 
 def test_copies_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of what does not verify at once, the others when they are read or dropped."""
+    """Copies of damaged checkpoints go at once, the others when they are read or dropped."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     url = "memory://copies/run"
     for step in (1, 2):

@@ -1,4 +1,4 @@
-"""Mistakes at the command line: one line that names the thing and the fix, exit code 2."""
+"""Mistakes at the command line: one line that names the fault and the fix, exit code 2."""
 
 import configparser
 import re
@@ -35,7 +35,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int 
 
 
 def levels(command: list[str], capsys: pytest.CaptureFixture[str]) -> int:
-    """Asks for help here and at every level below; returns how many there are."""
+    """Asks for help at this level and all below; returns the number of levels."""
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
     printed = capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_examples_in_help_keep_their_lines(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_help_and_version_are_there_without_torch_or_extras() -> None:
-    """What `pip install nfnets_xla` brings lists models; other commands name what they need."""
+    """After `pip install nfnets_xla` models can be listed; other commands name what they need."""
     program = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({[*EXTRAS]!r}))\n"
@@ -106,7 +106,7 @@ def test_every_package_of_the_extras_is_named_by_its_extra() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_is_one_line_and_nothing_stays(tmp_path: Path, number: int, code: int) -> None:
     words = ["shards", "pack", "fractals", str(tmp_path / "out"), "--per-class=100000"]
-    # Jobs that a shell starts with & ignore SIGINT, and so does all that they start.
+    # Jobs that a shell starts with & ignore SIGINT, and so do all their children.
     hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     program = f"{hears}; from nfnets_xla.cli import main; main()"
     command = [sys.executable, "-c", program, *words]
@@ -244,7 +244,7 @@ def test_a_value_that_cannot_work_is_refused_before_anything_is_written(
 def test_weights_that_know_fewer_classes_than_the_shards_are_refused(
     more: list[str], tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In words of the command line, whatever is set."""
+    """With the command line's settings in the message, however they are set."""
     file = tmp_path / "weights.safetensors"
     save_file(create_model("nfnet_mini_f0", num_classes=4).state_dict(), file)
     small = [option for option in SMALL if option.startswith("data.")]
@@ -312,7 +312,7 @@ def test_faulty_shards_stop_a_run_with_one_line(
     make(tmp_path / "shards")
     arguments = [*RECIPE, *SMALL, *PLAIN_CPU, f"data.shards={tmp_path / 'shards'}"]
     arguments += [f"run_dir={tmp_path / 'run'}", "optim.epochs=1", "optim.warmup_steps=1"]
-    code = 1 if make is undecodable else 2  # found in the midst of the run
+    code = 1 if make is undecodable else 2  # found during the run
     assert message in refused([*arguments, "data.workers=0"], capsys, code)
 
 

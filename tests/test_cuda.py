@@ -1,7 +1,7 @@
-"""On a GPU, if there is one: the numbers of the CPU, no waiting in a step, two graphs, resuming.
+"""On a GPU, if there is one: the CPU's numbers, no waiting in a step, two graphs, resuming.
 
-float32 is float32 there (no TF32): metrics of steps are equal to the CPU's within 1e-4 of them,
-losses of whole runs within 1e-3. Skipped without a GPU; compiling takes minutes.
+float32 is real float32 here (no TF32): metrics of steps equal the CPU's within 1e-4 of them, losses
+of whole runs within 1e-3. Skipped without a GPU; compiling takes minutes.
 """
 
 import random
@@ -38,7 +38,7 @@ from tests.steps import SAM, batch, channels_last, on, task
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
-    pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning"),  # Inductor advises it
+    pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning"),  # Inductor recommends it
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
 ]
 CUDA = ["trainer.device=cuda", "trainer.virtual_devices=null"]
@@ -47,7 +47,7 @@ EAGER = [*CUDA, "trainer.compile=false"]
 
 @pytest.fixture(autouse=True)
 def _as_in_a_run() -> Iterator[None]:
-    """An operator without a deterministic kernel warns, which fails here."""
+    """An operator without a deterministic kernel warns, and so fails here."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     choose_by_rule()
@@ -76,7 +76,8 @@ def test_steps_have_the_numbers_of_the_cpu(compile: Compile) -> None:
 @pytest.mark.parametrize("compile", [as_it_is, compiled])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_waits_for_nothing_on_the_device(compile: Compile, dtype: torch.dtype) -> None:
-    """SAM, clipping, momentum, average, mixing. The first steps compile, and upload constants."""
+    """With SAM, clipping, momentum, average and mixing. The first steps compile, and upload
+    constants."""
     torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
     options: dict[str, Any] = {"form": channels_last, "compile": compile, "compute_dtype": dtype}
     of = task(**SAM, ema_decay=0.9, device="cuda", **options)
@@ -94,7 +95,7 @@ def test_a_step_waits_for_nothing_on_the_device(compile: Compile, dtype: torch.d
 
 
 def test_maps_lie_channels_last_from_end_to_end() -> None:
-    """Where one did not, cuDNN would be handed a copy, and the weights' layout be for nothing."""
+    """If one did not, cuDNN would get a copy, and the weights' layout would be in vain."""
     of = task(device="cuda", form=channels_last, compute_dtype=torch.bfloat16, sam_rho=None)
     seen: list[bool] = []
 
@@ -143,7 +144,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 
 
 def test_a_run_goes_on_from_the_gpu_to_the_cpu_and_to_xla(tmp_path: Path, data: list[str]) -> None:
-    """Back to the GPU where torch_xla, which wants one release of torch, is not installed."""
+    """Back to the GPU if torch_xla, which needs one release of torch, is not installed."""
     last = xla(2) if find_spec("torch_xla") else EAGER
     arguments = [*RECIPE, *data, *SMALL, "optim.epochs=2", "trainer.checkpoint_every=2"]
     whole, moved, log = tmp_path / "whole", tmp_path / "moved", tmp_path / "log.txt"
@@ -159,7 +160,7 @@ def test_a_run_goes_on_from_the_gpu_to_the_cpu_and_to_xla(tmp_path: Path, data: 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than 2 GPUs")
 def test_two_gpus_train_what_one_does(tmp_path: Path, data: list[str]) -> None:
-    """One process each, their gradients summed from device to device."""
+    """One process per GPU; gradients are summed from device to device."""
     arguments = [*RECIPE, *data, *SMALL, *EAGER, "optim.epochs=1.5"]
     log = tmp_path / "log.txt"
     run([*arguments, f"run_dir={tmp_path / 'one'}"], log)

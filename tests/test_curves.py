@@ -1,4 +1,4 @@
-"""Curves beside the record: every attempt's CSV, and what TensorBoard shows of a resumed run."""
+"""Curves beside the record: each attempt's CSV, and what TensorBoard shows for a resumed run."""
 
 import csv
 import sys

@@ -1,9 +1,9 @@
 """Six training steps equal DeepMind's: schedule, losses, gradients, weights, average.
 
 Label smoothing 0.1, SGD-AGC (Nesterov 0.9, weight decay 2e-5, clipping 0.01), warm-up of 2 steps to
-0.05, EMA 0.99999, stochastic depth and dropout off; float32 on both sides, so the tolerances are
-those of two summation orders: 1e-4 relative on losses and norms. In six steps this decay does less
-than that: it is seen by tests/optim/test_optim.py.
+0.05, EMA 0.99999, no stochastic depth or dropout; float32 on both sides, so tolerances are those of
+two summation orders: 1e-4 relative on losses and norms. In six steps this decay has a smaller
+effect than that; tests/optim/test_optim.py tests it.
 """
 
 import numpy as np
@@ -49,7 +49,7 @@ def test_six_steps_equal_deepminds() -> None:
     np.testing.assert_allclose(losses, arrays["losses"], rtol=1e-4)
     final = [named[ours[name]].detach() for name in deepmind.NAMES]
     np.testing.assert_allclose([_norm(p) for p in final], arrays["final_norm"], rtol=1e-4)
-    # A sum over signs cancels: its error is relative to the norm times sqrt(count).
+    # Sums over both signs cancel: the error is relative to the norm times sqrt(count).
     sums = np.array([float(p.double().sum()) for p in final])
     scale = np.array([_norm(p) * p.numel() ** 0.5 for p in final])
     assert (np.abs(sums - arrays["final_sum"]) <= 1e-5 * scale + 1e-6).all()

@@ -1,4 +1,4 @@
-"""What is installed: under licences that allow it, pinned by hash, and nothing of it at import."""
+"""Installed packages: under permitted licences, pinned by hash, and not imported needlessly."""
 
 import configparser
 import importlib.metadata
@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 LOCKS = ("requirements.lock", "requirements-tpu.lock", "requirements-gates.lock")
 PIN = re.compile(r"^([a-z0-9][a-z0-9.-]*)==([^ ]+) ", re.MULTILINE)
 
-# As packages name them: SPDX, classifiers, or words of their own. None asks anything of who imports
-# the package: MPL-2.0 binds only who changes its own files.
+# As packages name them: SPDX, classifiers, or their own words. None obliges those who import the
+# package: MPL-2.0 binds only those who change its own files.
 ALLOWED = {
     *("Apache-2.0", "Apache 2.0", "Apache Software License", "MIT", "MIT License", "MIT-0"),
     *("MIT-CMU", "BSD", "BSD License", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "ISC", "Zlib"),
@@ -25,7 +25,7 @@ ALLOWED = {
 # CUDA's libraries, which torch's wheels for Linux bring; NVIDIA's terms allow their use.
 PROPRIETARY = "nvidia-"
 
-# Modules that a program which only wants a network, or only a plan, must not pay for.
+# Modules that a program must not load if it only needs a network, or only a plan.
 HEAVY = ("torch_xla", "lightning", "hydra", "omegaconf", "webdataset", "timm", "ray", "matplotlib")
 
 

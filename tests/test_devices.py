@@ -1,4 +1,4 @@
-"""The table of hardware, and how far parameters are cut to fit into it."""
+"""The table of hardware, and over how many devices parameters are sharded to fit."""
 
 import re
 from itertools import count
@@ -64,7 +64,8 @@ def test_a_network_card_of_google_is_no_tpu(
 def test_a_tpu_is_called_what_its_machine_calls_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A VM by its metadata server, GKE by the environment; without either it is still a TPU."""
+    """On a VM the metadata server's name, on GKE the environment's; without either it is still a
+    TPU."""
     tpu = pytest.importorskip("torch_xla._internal.tpu", exc_type=ModuleNotFoundError)
     monkeypatch.setenv("PJRT_DEVICE", "TPU")
     for name in ("TPU_ACCELERATOR_TYPE", "TPU_SKIP_MDS_QUERY"):
@@ -85,7 +86,7 @@ def test_a_tpu_is_called_what_its_machine_calls_it(
 
 
 def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the fastest product, which here takes a second; the others 5, 9, ..."""
+    """By the fastest product, which takes a second here; the others take 5, 9, ..."""
     assert find_device("AMD EPYC") is None
     squares = (float(n * n) for n in count())
     clock = SimpleNamespace(perf_counter=lambda: next(squares))
@@ -98,14 +99,14 @@ def test_a_v4_core_has_the_peak_that_the_papers_core_hours_are_counted_with() ->
 
 
 def test_half_a_v7_chip_is_a_device() -> None:
-    """Of 2307 TFLOP/s and 192 GiB, by Cloud TPU's documentation of TPU7x."""
+    """Of 2307 TFLOP/s and 192 GiB, according to Cloud TPU's documentation of TPU7x."""
     v7 = HARDWARE["v7"]
     assert (2 * v7.peak_flops, 2 * v7.memory, v7.cores) == (2307e12, 192 * GIB, 1)
     assert smallest_fsdp(60 * GIB, v7, 2) == 2
 
 
 def test_parameters_are_cut_as_little_as_fits() -> None:
-    """In half of 32 GiB; five copies of parameters, for example."""
+    """They must fit in half of 32 GiB; here five copies of the parameters."""
     v4 = HARDWARE["v4"]
     assert smallest_fsdp(5 * 4 * 829_551_960, v4, 64) == 1  # F7+, 3.1 GiB
     assert smallest_fsdp(int(16.5 * GIB), v4, 64) == 2

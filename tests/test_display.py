@@ -1,4 +1,4 @@
-"""What a person sees: plain lines in a pipe; in a terminal a bar that leaves it as it was."""
+"""What a user sees: plain lines in a pipe; in a terminal a bar that leaves it unchanged."""
 
 import io
 import os

@@ -1,5 +1,5 @@
-"""The code in the docs runs, with a small random network where it asks for pretrained ones, and
-every command in them is one that the command line takes."""
+"""The code in the docs runs, with a small random network in place of pretrained ones, and the
+command line accepts every command in them."""
 
 import argparse
 import json
@@ -49,7 +49,8 @@ def test_python_blocks_run(page: str, number: int, block: str, tmp_path: Path) -
 
 
 def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
-    """Every warning is an error: broken links and anchors, pages in no menu, names without code."""
+    """Every warning is an error: broken links and anchors, pages missing from the menu, unknown
+    names."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(
@@ -61,7 +62,7 @@ def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.stem)
 def test_links_between_files_lead_somewhere(page: Path) -> None:
-    """Of the pages that are not of the site, whose links mkdocs looks at."""
+    """The pages outside of the site; mkdocs checks those inside."""
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text())
     assert [link for link in links if not (ROOT / link).exists()] == []
 
@@ -72,7 +73,7 @@ def test_the_picture_is_that_of_the_code() -> None:
 
 
 class Understood(BaseException):
-    """The words were parsed; nothing is to be done."""
+    """The arguments were parsed; nothing needs to run."""
 
 
 WHOLE = re.compile(r"^(?:    |#   )(?:torchrun \S+ -m nfnets_xla|nfnets-xla) +(.*)$", re.MULTILINE)
@@ -80,7 +81,7 @@ NAMED = re.compile(r"`nfnets-xla ([a-z]\w*)(?: ([a-z]+)\b)?")
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each indented command, with the "..." that stand for more."""
+    """The words of each indented command, including "..." for omitted ones."""
     text = re.sub(r" *\\\n#? *", " ", page.read_text())
     for line in WHOLE.findall(text):
         line = re.split(r" {3,}| (?:does|prints|print) | > ", line.partition(" #")[0])[0]
@@ -90,7 +91,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def understand(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raises ValueError for a command that would be refused as it is written."""
+    """Raises ValueError if the command line would refuse the command as written."""
     name, rest = words[0], [word for word in words[1:] if word != "..."]
     shortened = len(rest) + 1 < len(words)
     if name in recipes():
@@ -99,12 +100,12 @@ def understand(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
             return
         swept = composed(name).hydra.sweeper.params or {}
         given = [f"{key}={values}" for key, values in swept.items()] + rest
-        # Of several values, which sweeps take, the first.
+        # Of several values, as sweeps have, only the first.
         given = [re.sub(r"^([\w.]+=[^\[,]+),.*", r"\1", word) for word in given]
         try:
             to_run(composed(name, given))
         except ValueError as error:
-            # "..." stands for what a page does not speak of, and its RUN is no folder.
+            # "..." stands for settings that a page omits, and its RUN is not a real folder.
             forgiven = ["it must hold a record", *[" not set: give "] * shortened]
             if not any(part in str(error) for part in forgiven):
                 raise
@@ -122,7 +123,7 @@ def understand(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(argparse.ArgumentParser, method, only_parse)
         with pytest.raises(Understood):
             main([name, *rest])
-    if name == "check":  # composes what it checks
+    if name == "check":  # check also composes the recipe
         settings = [word for word in rest[1:] if "=" in word and not word.startswith("-")]
         understand([rest[0], "run_dir=null", *settings, *["..."] * shortened], monkeypatch)
 

@@ -1,6 +1,6 @@
-"""Every recipe that trains runs and resumes, in its own precision; the sweeps are in test_sweep.py.
+"""Every recipe that trains runs and resumes, in its own precision; test_sweep.py tests the sweeps.
 
-On XLA the demo's form of finetune_sam is killed on four devices in test_xla_runs.py.
+On XLA, test_xla_runs.py kills the demo's form of finetune_sam on four devices.
 """
 
 import subprocess
@@ -12,7 +12,7 @@ from nfnets_xla.compose import composed
 from nfnets_xla.manual import recipes
 from tests.each_recipe import OPTIONS
 
-LIKE = {  # those that differ from one below in sizes, or in what they sweep, alone
+LIKE = {  # recipes that differ from one below only in sizes, or in what they sweep
     "pretrain_demo",
     "finetune_sam_demo",
     "lr_sweep",
@@ -36,7 +36,7 @@ def test_on_the_cpu() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_on_xla() -> None:
-    """A compilation of minutes for each start."""
+    """Each start compiles for minutes."""
     pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
     ran("xla", *OPTIONS)
 

@@ -1,4 +1,4 @@
-"""Each example runs: the small ones whole, the demo's commands as far as they are composed."""
+"""Each example runs: the small ones whole, the demo's commands only up to composing."""
 
 import runpy
 import subprocess
@@ -31,7 +31,7 @@ def test_a_loop_of_ones_own_trains_and_exports() -> None:
 
 
 def test_budgets_are_those_of_the_paper() -> None:
-    """Its ends: F0 for a quarter of an epoch, F7+ for eight."""
+    """The paper's smallest and largest runs: F0 for a quarter of an epoch, F7+ for eight."""
     head, *rows = run("plan_budgets.py", "3").splitlines()
     assert head.split()[0] == "core-hours"
     assert rows[0].split()[:3] == ["400", "nfnet_f0", "0.31"]
@@ -42,14 +42,15 @@ def test_budgets_are_those_of_the_paper() -> None:
 def test_the_demo_packs_and_gives_commands_that_are_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`make demo` is minutes of both cores: here its runs are composed, and the rest is done."""
+    """`make demo` takes minutes on both cores: here its runs are only composed, and the rest is
+    done."""
     demo: Any = runpy.run_path(str(EXAMPLES / "demo.py"))
     scope = demo["main"].__globals__
     given: list[list[str]] = []
     scope.update(LETTERS="AB", PER_CLASS=6, HELD_OUT_PER_CLASS=2)
     scope.update(nfnets_xla=given.append, kill_once=lambda words, _: given.append(words))
     monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path / "demo")])
-    with pytest.raises(FileNotFoundError):  # of the runs
+    with pytest.raises(FileNotFoundError):  # there are no runs
         demo["main"]()
     for words in given:
         to_run(composed(words[0], words[1:]))

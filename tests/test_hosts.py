@@ -1,4 +1,4 @@
-"""Processes that are hosts of one run: what they tell each other, and what they train together."""
+"""Processes that are hosts of one run: what they exchange, and what they train together."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from tests.runs import (
 )
 from tests.warm import Warm
 
-# Sums of the same numbers in another grouping, over 10 steps: float32 rounding, as between devices.
+# Sums of the same numbers in another grouping, over 10 steps: float32 rounding, as across devices.
 TOLERANCE = 1e-4
 
 TALK = """
@@ -138,7 +138,7 @@ def test_one_host_says_nothing() -> None:
     assert ones.tolist() == [1, 1]
     assert (alone.total(3), alone.gather({1}), alone.writes) == (3, [{1}], True)
     assert alone.by_writer(lambda: 4) == 4
-    with pytest.raises(RuntimeError, match="its own"):  # nobody is there to be lost
+    with pytest.raises(RuntimeError, match="its own"):  # there is no host to lose
         alone.heard(fail_by_itself)
     with pytest.raises(HostLost, match=r"host 0 of 4 lost another one \(its own"):
         Hosts(0, 4).heard(fail_by_itself)
@@ -156,7 +156,7 @@ def test_a_launcher_that_forgot_something(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_hosts_that_do_not_find_each_other_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Host 0 cannot be where the others look for it: another process has its port."""
+    """Host 0 cannot listen where the others look for it: another process has its port."""
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -168,8 +168,9 @@ def test_hosts_that_do_not_find_each_other_start_again(monkeypatch: pytest.Monke
 
 
 def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data: list[str]) -> None:
-    """SAM, EMA, mixing, dropout, stochastic depth. One of two is asked to stop, and both save the
-    same step; the one is killed; one of four is killed, and the others end."""
+    """With SAM, EMA, mixing, dropout and stochastic depth. One of two hosts is told to stop, and
+    both save the same step; the single host is killed; one of four is killed, and the others end.
+    """
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=1.5"]
     arguments += ["trainer.checkpoint_every=1"]
     whole, hosts, log = tmp_path / "whole", tmp_path / "hosts", tmp_path / "log.txt"
@@ -198,7 +199,7 @@ def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data:
 
     record = read_record(hosts)
     assert [header["hosts"] for header in record.headers] == [2, 1, 4, 2]
-    assert len(list(hosts.glob("run-*.jsonl"))) == 4  # host 0 alone writes
+    assert len(list(hosts.glob("run-*.jsonl"))) == 4  # only host 0 writes
     assert samples(hosts) == samples(whole)
     assert audit(hosts).report()[-1] == "every sample exactly once"
     assert len(losses(whole)) == 10
@@ -215,12 +216,12 @@ def test_two_hosts_then_one_then_four_train_what_one_would(tmp_path: Path, data:
 
 
 def test_hosts_that_see_different_checkpoints(tmp_path: Path, data: list[str]) -> None:
-    """One has looked before the newest was whole: they start again. Or it sees another folder."""
+    """One looked before the newest was complete: they start again. Or it sees another folder."""
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.25", "optim.warmup_steps=1"]
     arguments += ["trainer.checkpoint_every=1", f"run_dir={tmp_path / 'r'}"]
     log, there = tmp_path / "log.txt", tmp_path / "there"
     run(arguments, log)
-    (tmp_path / "r" / "run-1.jsonl").unlink()  # it has not said that it has finished
+    (tmp_path / "r" / "run-1.jsonl").unlink()  # its record must not say that it has finished
     shutil.copytree(tmp_path / "r" / "checkpoints", there)
     elsewhere = [*arguments, f"trainer.checkpoint_dir={there}"]
     (there / "step-00000002" / "manifest.json").unlink()
@@ -268,5 +269,5 @@ def test_hosts_that_do_not_belong_together(tmp_path: Path, data: list[str]) -> N
 
 
 def started(arguments: list[str], run_dir: Path, log: Path, count: int, step: int) -> list[Warm]:
-    """Hosts that have saved `step`, or gone on from it."""
+    """Hosts that have saved `step`, or resumed from it."""
     return reach(lambda: start_hosts(arguments, log, count), run_dir, step, log, "checkpoint")

@@ -1,8 +1,8 @@
-"""Compiled steps: one graph for training, one for evaluation, and the numbers of the eager ones.
+"""Compiled steps: one graph for training, one for evaluation, and the numbers of eager steps.
 
-`make test` traces, which is where graphs break and where they are made again; the slow tests have
-Inductor write the code, which takes minutes. Its sums are in another order: metrics are equal
-within 1e-5 of themselves after four steps, as in test_passes.py, and losses of a run within 1e-4.
+`make test` only traces, which shows graph breaks and recompilation; the slow tests let Inductor
+generate code, which takes minutes. It sums in another order: metrics are equal within 1e-5 relative
+after four steps, as in test_passes.py, and a run's losses within 1e-4.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ Steps = tuple[Tensor, list[float]]
 
 
 def four_steps(**options: Any) -> Steps:
-    """Metrics of four steps with mixing, the rate of the first 0, and both evaluations."""
+    """Metrics of four steps with mixing, the first at rate 0, and of both evaluations."""
     of = task(**SAM, **EMA, **options)
     of.learning_rate = lambda step: 0.0 if step == 0 else 0.3 / step  # type: ignore[method-assign]
     metrics = []
@@ -77,8 +77,8 @@ def test_channels_last_changes_no_number() -> None:
 
 @pytest.mark.parametrize("form", [lambda net: net, stacked_and_recomputing])
 def test_two_graphs_whatever_changes_between_steps(form: Form) -> None:
-    """Both passes of SAM, rates of 0 and more, mixing, two sets of weights; nothing breaks a graph,
-    which would be an error. Traced only."""
+    """Both passes of SAM, rates of 0 and more, mixing, two sets of weights; a graph break would be
+    an error. Traced only."""
     torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
     clock = Clock()
     assert_same(four_steps(form=form, compile=traced), four_steps())
@@ -91,7 +91,7 @@ def traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)  # its C++ is compiled
+@pytest.mark.timeout(3600)  # compiles C++
 def test_compiled_steps_have_the_eager_numbers() -> None:
     torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
     clock = Clock()
@@ -104,7 +104,8 @@ def test_compiled_steps_have_the_eager_numbers() -> None:
 def test_a_compiled_run_says_so_and_ends_as_if_it_had_not_been_killed(
     tmp_path: Path, data: list[str]
 ) -> None:
-    """Its programs are kept in its folder for the restart. A ViT: it has fewer kernels to write."""
+    """Its programs are kept in its folder for the restart. It is a ViT, which has fewer kernels to
+    compile."""
     vit = ["model.name=timm/test_vit", "model.drop_path_rate=0", "data.image_size=32"]
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, *vit, "data.eval_image_size=32"]
     arguments += ["optim.epochs=1.5", "trainer.compile_cache=true"]

@@ -1,4 +1,4 @@
-"""What a run leaves behind, through every kind of end: in which order, for how long, and whose."""
+"""What a run leaves behind, however it ends: in which order, for how long, and whose."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ from tests.test_watch import made_ready
 
 
 def test_what_is_to_stay_stays_from_save_to_save(tmp_path: Path) -> None:
-    """The newest two, and one of every two hours; a checkpoint every 40 minutes of the run."""
+    """The newest two, and one of every two hours, with a checkpoint every 40 minutes of the run."""
     with Saves(str(tmp_path), keep=2, every_hours=2) as saves:
         for step in range(1, 10):
             saves.save(lambda: (step, FORMS, {"seconds": 2400.0 * step}))  # noqa: B023
@@ -49,7 +49,7 @@ def test_what_is_to_stay_stays_from_save_to_save(tmp_path: Path) -> None:
 def test_what_was_written_of_an_unfinished_checkpoint_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full at the second file, of which safetensors says so in a class of its own."""
+    """The disk is full at the second file; safetensors has its own class of error for that."""
     save, saved = checkpoint.save_file, []
 
     def full(tensors: Any, path: Path) -> None:
@@ -70,7 +70,7 @@ def test_what_was_written_of_an_unfinished_checkpoint_goes(
 def test_an_address_that_does_not_answer_is_waited_for_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And not again to delete there what has come of the checkpoint: the next save does that."""
+    """Not a second time to delete the parts that arrived: the next save deletes them."""
     down, asked = threading.Event(), Counter[str]()
 
     def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ def test_an_address_that_does_not_answer_is_waited_for_once(
 
         return answer
 
-    # fsspec's own address for tests, which goes away between two files of one checkpoint.
+    # fsspec's own address for tests, which disappears between two files of one checkpoint.
     for name in ("put_file", "find", "pipe_file", "rm_file", "cat_file"):
         monkeypatch.setattr(Memory, name, watched(name, getattr(Memory, name)))
     patience = Patience(total=0.5, first_wait=0.1, timeout=10)
@@ -92,7 +92,7 @@ def test_an_address_that_does_not_answer_is_waited_for_once(
     forms = {"model": FORMS["model"], "momentum": FORMS["model"]}
     with pytest.raises(Unreachable, match=r"could not be had in 0\.5 s"):
         checkpoint.save("memory://kept", 5, forms, {})
-    assert (asked["find"], asked["rm_file"]) == (2, 0)  # what is there, and what of this step
+    assert (asked["find"], asked["rm_file"]) == (2, 0)  # what is there; this step's files
     down.clear()
     checkpoint.save("memory://kept", 5, forms, {})
     assert checkpoint.steps("memory://kept") == [5]
@@ -101,8 +101,8 @@ def test_an_address_that_does_not_answer_is_waited_for_once(
 def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that stops must not leave a manifest of files that are not there; nor a manifest's
-    name for a file that is not."""
+    """If a machine stops, it must not leave a manifest whose files are missing; nor a manifest's
+    name without its file."""
     flushed: list[str] = []
     fsync, replace = os.fsync, Path.replace
 
@@ -129,7 +129,8 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest(
 def test_what_a_checkpoint_builds_on_is_brought_to_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of it when a start begins, then what that start writes; and the folder with the names."""
+    """At the beginning all that a start builds on, then what it writes; and the folder with the
+    names."""
     names = ["ledger-1.bin", "ledger-2.bin", "missed-2.jsonl", "run-1.jsonl", "run-2.jsonl"]
     for name in (*names, "curves.txt"):
         (tmp_path / name).touch()
@@ -161,7 +162,8 @@ def test_a_start_that_went_on_from_a_step_tells_of_it(tmp_path: Path) -> None:
 def test_a_history_that_was_half_taken_is_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at any time: what is there is whole, and the next start takes the rest."""
+    """It may be killed at any time: files that are there are whole, and the next start takes the
+    rest."""
     source, copy = tmp_path / "source", shutil.copyfile
     checkpoint.save(source / "checkpoints", 2, FORMS, {})
     (start,) = checkpoint.verify(source / "checkpoints")
@@ -188,7 +190,7 @@ def test_a_history_that_was_half_taken_is_taken_again(
         assert [path.name for path in there(branch)] == names
         assert all(path.read_text() == f"all of {path.name}" for path in there(branch))
     branch = tmp_path / "branch-0"
-    (source / "run-2.jsonl").write_text("it has gone on")  # no business of this one any more
+    (source / "run-2.jsonl").write_text("it has gone on")  # this run must ignore it
     take_history(start, branch)
     assert (branch / "run-2.jsonl").read_text() == "all of run-2.jsonl"
 
@@ -227,7 +229,7 @@ def test_what_is_looked_at_first_is_looked_at_with_the_folder_locked(tmp_path: P
 def test_a_header_that_does_not_fit_leaves_the_folder_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a full disk; of the file a later start makes nothing."""
+    """The disk is full; a later start ignores the partial file."""
 
     def full(*_: object, **fields: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -242,7 +244,7 @@ def test_a_header_that_does_not_fit_leaves_the_folder_free(
 
 
 class Two(Hosts):
-    """Host 0 of two, beside one that has shown the other half of each batch."""
+    """Host 0 of two; the other host has shown the other half of each batch."""
 
     other: list[list[int]]
 
@@ -276,7 +278,7 @@ def test_what_is_saved_goes_on_from_what_was(tmp_path: Path, data: list[str]) ->
         assert state["seconds"] >= 100
         assert state["begun_with"] == begun_with
         assert (saves.keep, saves.every_hours, saves.start) == (4, 6, 3)
-        # What a checkpoint builds on comes before it.
+        # What a checkpoint builds on is written before it.
         assert [type(each) for each in watch.callbacks] == [Ledger, Monitor, Missed, Checkpointer]
 
 

@@ -1,4 +1,4 @@
-"""The ledger of a run that was killed proves it; and what is wrong in one is found."""
+"""The ledger of a killed run proves each sample shown once; faults in a ledger are found."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,7 +78,7 @@ def test_what_is_missed_or_repeated_is_shown(
 
 
 def test_an_epoch_that_comes_back_is_a_fault(tmp_path: Path) -> None:
-    """Step 15 shows samples of epoch 0, which was over: how often is not known any more."""
+    """Step 15 shows samples of epoch 0, which was over: their counts are no longer known."""
     back = {**batch(14), "epoch_U": np.zeros_like(batch(14)["epoch_U"])}
     start(tmp_path, 1, 0, ORDER.num_steps, s14=back)
     found = audit(tmp_path)
@@ -94,7 +94,7 @@ def test_an_unfinished_run_has_no_sample_twice(tmp_path: Path) -> None:
 
 
 def test_steps_whose_effect_is_not_known_prove_nothing(tmp_path: Path) -> None:
-    """Killed after the last step and before its checkpoint, whose numbers tell of a freeze."""
+    """Killed after the last step and before its checkpoint, whose numbers would reveal a freeze."""
     start(tmp_path, 1, 0, ORDER.num_steps)
     record(tmp_path, checkpoint=10)
     assert audit(tmp_path).report()[-1].startswith("no sample twice; certain up to step 10, ")
@@ -121,7 +121,7 @@ def test_damage_is_not_a_torn_end(tmp_path: Path) -> None:
 
 
 def test_what_a_machine_that_stopped_leaves_is_a_torn_end(tmp_path: Path) -> None:
-    """Zeros where blocks had not come to the disk: after the last frame, or in it."""
+    """Zeros where blocks had not reached the disk: after the last frame, or inside it."""
     path = start(tmp_path, 1, 0, 8)
     data = path.read_bytes()
     place, size = read_ledger(path)[1][8]
@@ -134,7 +134,7 @@ def test_what_a_machine_that_stopped_leaves_is_a_torn_end(tmp_path: Path) -> Non
     ):
         path.write_bytes(left)
         assert (audit(tmp_path).reached, audit(tmp_path).faults) == (reached, [])
-    start(tmp_path, 2, 5, ORDER.num_steps)  # and it is computed again
+    start(tmp_path, 2, 5, ORDER.num_steps)  # the step is computed again
     record(tmp_path, end=ORDER.num_steps)
     assert audit(tmp_path).report()[-1] == "every sample exactly once"
     assert audit(tmp_path).again == 2
@@ -143,7 +143,7 @@ def test_what_a_machine_that_stopped_leaves_is_a_torn_end(tmp_path: Path) -> Non
 def test_saved_steps_without_frames_are_a_fault(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The record has the end of the run, and its ledger has lost its own."""
+    """The record contains the end of the run, but its ledger's end is lost."""
     path = start(tmp_path, 1, 0, ORDER.num_steps)
     record(tmp_path, checkpoint=15, end=ORDER.num_steps)
     assert audit(tmp_path).faults == []
@@ -156,7 +156,7 @@ def test_saved_steps_without_frames_are_a_fault(
 
 
 def test_a_start_without_a_step_replaces_nothing(tmp_path: Path) -> None:
-    """As when the same command is given again in the folder of a run that lives, and killed."""
+    """For example when the command is repeated in the folder of a live run, and killed."""
     start(tmp_path, 1, 0, ORDER.num_steps)
     record(tmp_path, end=ORDER.num_steps)
     start(tmp_path, 2, 0, 0)
@@ -168,7 +168,7 @@ def test_a_start_without_a_step_replaces_nothing(tmp_path: Path) -> None:
 
 
 def test_a_start_with_steps_replaces_also_what_its_record_has_none_of(tmp_path: Path) -> None:
-    """The checkpoint of step 10 was damaged; killed before the line of its first logged step."""
+    """The checkpoint of step 10 was damaged; the start was killed before its first logged step."""
     start(tmp_path, 1, 0, 12)
     record(tmp_path, checkpoint=10)
     start(tmp_path, 2, 5, 7)

@@ -1,4 +1,4 @@
-"""Losses of targets that are never written out, against targets written out in float64."""
+"""Losses without dense targets, against dense targets in float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ def rows(*, several: bool, mixes: bool) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Tensor] = {}
     for whose in ("", "mix_"):
-        # Distinct in a row, but for the last, which fills up with the heaviest at weight 0.
+        # Distinct within a row, except the last, which repeats the heaviest with weight 0.
         order_BK = torch.rand(ROWS, CLASSES, generator=generator).argsort(dim=1)
         found[f"{whose}labels_B"] = order_BK[:, 0]
         if several:
@@ -77,7 +77,7 @@ def test_losses_and_gradients_are_those_of_the_target_written_out(
 
 
 class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation returns."""
+    """The size in bytes of the largest tensor that any operation returns."""
 
     bytes = 0
 
@@ -98,7 +98,7 @@ def test_30_000_classes_need_nothing_larger_than_the_logits(loss: str) -> None:
     with Largest() as largest:
         LOSSES[loss](logits_BK, *target_of(given, loss), 0.1).mean().backward()
     assert largest.bytes == logits_BK.numel() * 4
-    with Largest() as dense:  # what the count would show of a dense target in float64
+    with Largest() as dense:  # what a dense target in float64 would count
         F.one_hot(given["labels_B"], 30_000)
     assert dense.bytes == 2 * largest.bytes
 
@@ -115,7 +115,8 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_a_bias_of_minus_10_starts_the_sigmoid_loss_near_its_labels_alone() -> None:
-    """30,000 classes at p = 4.5e-5: 10 of the one label and 1.4 of all others; at 0: 20,794."""
+    """30,000 classes at p = 4.5e-5: 10 from the one label and 1.4 from all others; at bias 0:
+    20,794."""
     labels_B1, shares_B1 = torch.tensor([[7]]), torch.ones(1, 1)
     biased = LOSSES["sigmoid"](torch.full((1, 30_000), -10.0), labels_B1, shares_B1, 0.0)
     plain = LOSSES["sigmoid"](torch.zeros(1, 30_000), labels_B1, shares_B1, 0.0)

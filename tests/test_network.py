@@ -1,4 +1,4 @@
-"""Which networks a run trains, and what of them is new."""
+"""Which networks a run trains, and which of their weights are new."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_a_bias_is_given_to_a_new_classifier_alone(
 
 
 def test_an_evaluation_asks_the_devices_for_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parameters once, and its own batch: 18 rows do not fit on 4 devices, 8 do."""
+    """The parameters once, and its own batch: its 8 rows fit on 4 devices; training's 18 do not."""
     asked: list[int] = []
 
     def four(trainer: TrainerConfig, kept_bytes: int) -> Backend:

@@ -1,4 +1,4 @@
-"""Where there is no network, not even a loopback: everything but fetching public weights works."""
+"""Without any network, not even loopback, everything works except downloading public weights."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ MAY = (
     and not subprocess.run([*WITHOUT_NETWORK, "true"], capture_output=True, check=False).returncode
 )
 
-# Where all is to be tested (CI=true), they fail.
+# In CI (CI=true), where all must be tested, they fail instead.
 pytestmark = pytest.mark.skipif(
     not MAY and os.environ.get("CI") != "true",
     reason="unshare may not make a network namespace here",
@@ -39,7 +39,7 @@ def of(shards: Path) -> list[str]:
 
 
 def test_a_run_needs_no_network(shards: Path, tmp_path: Path) -> None:
-    """Its loader has a worker, which talks to it by a socket in a file."""
+    """Its loader has a worker, with which it communicates through a socket in a file."""
     own = ["data.workers=1", "optim.epochs=1", f"run_dir={tmp_path}"]
     done = alone(*RECIPE, *of(shards), *SMALL, *PLAIN_CPU, *own)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,7 +47,7 @@ def test_a_run_needs_no_network(shards: Path, tmp_path: Path) -> None:
 
 
 def test_public_weights_are_missed_in_one_line(shards: Path, tmp_path: Path) -> None:
-    """With HF_HUB_OFFLINE, as docs/models.md has it; else the Hub's client tries again for a while,
+    """With HF_HUB_OFFLINE, as in docs/models.md; otherwise the Hub's client retries for a while,
     and says so."""
     folder, hub = tmp_path / "run", str(tmp_path / "hub")
     public = ["model.name=nfnet_f0", "model.pretrained=dm_in1k", f"run_dir={folder}"]

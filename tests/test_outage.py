@@ -1,4 +1,4 @@
-"""A storage that stops to answer in the midst of a run: what was done is saved, and it goes on."""
+"""A storage stops answering during a run: the run's steps are saved, and it resumes."""
 
 import threading
 from pathlib import Path
@@ -32,7 +32,7 @@ ONE += ["trainer.checkpoint_every=null", "trainer.eval_every=null"]
 
 
 class Storage:
-    """Shards behind a server that answers for those of the first three steps until it is `up`."""
+    """Shards behind a server that serves only those of the first three steps until it is `up`."""
 
     def __init__(self, shards: Path) -> None:
         self.up = threading.Event()
@@ -40,7 +40,7 @@ class Storage:
         plan = make_plan(to_run(composed(ONE[0], given)))
         steps = [{*plan.order.step(step).shard.tolist()} for step in range(plan.num_steps)]
         self.known = set.union(*steps[:3])
-        # The trainer fetches a batch ahead: the last that came is not trained on.
+        # The trainer prefetches one batch: the last one fetched is not trained on.
         first = next(step for step, used in enumerate(steps) if used - self.known)
         self.step = first - 1
 
@@ -103,8 +103,8 @@ def test_all_hosts_save_the_same_step(shards: Path, tmp_path: Path) -> None:
 
 
 def test_an_outage_of_the_last_evaluation_on_xla(shards: Path, tmp_path: Path) -> None:
-    """Where `eval_every` does not divide the steps, it comes after fit, which has taken the
-    optimizer's state off the devices; the last step is saved by then."""
+    """If `eval_every` does not divide the steps, the evaluation comes after fit, which has taken
+    the optimizer's state off the devices; the last step is saved by then."""
     pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
     log, folder, up = tmp_path / "log.txt", tmp_path / "run", threading.Event()
 

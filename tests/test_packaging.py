@@ -62,7 +62,7 @@ def test_the_wheel_holds_every_configuration(wheel: Path) -> None:
 
 
 def test_a_recipe_runs_from_the_installed_wheel(wheel: Path, tmp_path: Path, shards: Path) -> None:
-    """In an environment of its own that only borrows the heavy packages."""
+    """In its own environment, which borrows only the heavy packages."""
     venv = tmp_path / "venv"
     call(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
     site = venv / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"

@@ -1,7 +1,7 @@
-"""A step in parts equals the step in one: accumulation, SAM's share of a batch, its microbatches.
+"""A step in parts equals the whole step: accumulation, SAM's share of a batch, its microbatches.
 
-In float32: the parts of a sum are added in another order, so equal means within 1e-5 of the size of
-a tensor's update after three steps, and what the rounding of the tensor itself allows.
+In float32 the parts of a sum are added in another order, so equal means within 1e-5 of the size of
+a tensor's update after three steps, plus the rounding of the tensor itself.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from tests.test_recipes import composed
 
 
 def stepped(*, mix: bool = False, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Metrics and weights of three steps; the last has rows of weight 0, at the end of streams."""
+    """Metrics and weights of three steps; in the last, streams end with rows of weight 0."""
     of = task(**options)
     metrics = []
     for step in range(3):
@@ -52,19 +52,19 @@ def test_accumulation_equals_the_large_batch(sam: dict[str, Any], mix: bool) -> 
 
 
 def test_accumulation_within_microbatches_changes_nothing_microbatches_do() -> None:
-    """A microbatch all of weight 0 (the end of a run) is no NaN."""
+    """A microbatch whose rows all have weight 0 (at the end of a run) gives no NaN."""
     _, one = stepped(**SAM)
     _, two = stepped(**SAM, microbatches=2)
     _, sliced = stepped(**SAM, microbatches=2, accumulation=2)
     assert_equal_updates(sliced, two)
     with pytest.raises(AssertionError, match=r"weight|gain|bias"):
         assert_equal_updates(one, two)
-    _, four = stepped(**SAM, microbatches=4)  # in step 2 the last one weighs nothing
+    _, four = stepped(**SAM, microbatches=4)  # in step 2 the last microbatch has weight 0
     assert all(bool(value.isfinite().all()) for value in four.values())
 
 
 def test_the_ascent_sees_the_first_images_of_every_stream_with_all_views_and_masks() -> None:
-    """A fraction of 0.4 of 4 images is 2 whole ones; in two microbatches one of 2 in each."""
+    """A fraction of 0.4 of 4 images is 2 whole images; with two microbatches, one of 2 in each."""
     cases: list[tuple[dict[str, Any], list[tuple[int, int]]]] = [
         ({"ascent_fraction": 0.4}, [(0, 2), (0, 4)]),
         ({"ascent_fraction": 0.1}, [(0, 1), (0, 4)]),

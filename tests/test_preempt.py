@@ -1,4 +1,4 @@
-"""Real signals to real processes, in every window of a run: 75, and nothing lost that was new."""
+"""Real signals to real processes, in every window of a run: exit code 75, and nothing new lost."""
 
 import os
 import re
@@ -27,7 +27,7 @@ ONE = [*RECIPE, *SMALL, "optim.epochs=1", "trainer.checkpoint_every=null"]
 
 
 class Process:
-    """A run that has come to a window."""
+    """A run that has reached a window."""
 
     def __init__(
         self, window: str, arguments: list[str], folder: Path, seconds: float = 0.5
@@ -49,7 +49,7 @@ class Process:
             time.sleep(0.01)
 
     def signalled(self, *signals: signal.Signals, pause: float = 0.2) -> None:
-        """Send them, one after another, and see the process end with 75."""
+        """Send the signals one after another, and check that the process ends with 75."""
         for place, each in enumerate(signals):
             time.sleep(pause if place else 0.1)
             self.process.send_signal(each)
@@ -91,10 +91,10 @@ def test_before_the_first_step_is_done_there_is_nothing_to_save(
 def test_what_is_new_is_saved_and_the_run_goes_on(
     tmp_path: Path, data: list[str], window: str, step: int
 ) -> None:
-    """To the bits of a run that nobody stopped."""
+    """It ends with the bits of a run that nobody stopped."""
     arguments = [*ONE, *data, *PLAIN_CPU, "trainer.eval_every=4"]
     if window == "saving":
-        arguments += ["trainer.checkpoint_every=2"]  # a step is done during the half second
+        arguments += ["trainer.checkpoint_every=2"]  # a step finishes during the half second
     process = Process(window, arguments, tmp_path)
     process.signalled(signal.SIGTERM)
     assert process.saved[0] >= step
@@ -115,7 +115,7 @@ def test_what_is_new_is_saved_and_the_run_goes_on(
 
 
 def test_a_step_is_new_until_it_is_known_to_be_written() -> None:
-    """Whoever asks just after a checkpoint need not wait for another one."""
+    """Whoever asks just after a checkpoint need not wait for another."""
     asked = Preemption()
     keeper: Any = SimpleNamespace(durable_at=5)
     stop: Any = Stop(asked, keeper, Hosts())
@@ -125,7 +125,7 @@ def test_a_step_is_new_until_it_is_known_to_be_written() -> None:
 
 
 def test_what_cannot_be_saved_is_interrupted_too(tmp_path: Path, data: list[str]) -> None:
-    """By a disk that is full, or away for a while: the same command goes on as soon as it may."""
+    """The disk is full, or unreachable for a while: the same command resumes as soon as it can."""
     arguments = [*ONE, *data, *PLAIN_CPU]
     root = tmp_path / "run" / "checkpoints"
     root.mkdir(parents=True)
@@ -146,7 +146,7 @@ def test_what_cannot_be_saved_is_interrupted_too(tmp_path: Path, data: list[str]
 
 @slow
 def test_at_the_very_end(tmp_path: Path, data: list[str]) -> None:
-    """All is saved: 75 at once, and the next start says that the run has finished."""
+    """All is saved: 75 at once, and the next start reports that the run has finished."""
     arguments = [*ONE, *data, *PLAIN_CPU]
     process = Process("teardown", arguments, tmp_path, seconds=20)
     process.signalled(signal.SIGINT)
@@ -155,7 +155,8 @@ def test_at_the_very_end(tmp_path: Path, data: list[str]) -> None:
 
 
 def test_a_second_signal_and_the_end_of_patience(tmp_path: Path, data: list[str]) -> None:
-    """A step hangs for a minute. The first signal waits `grace` seconds, the second does not."""
+    """A step hangs for a minute. After the first signal the run waits `grace` seconds, after the
+    second it does not."""
     arguments = [*ONE, *data, *PLAIN_CPU]
     (tmp_path / "a").mkdir()
     twice = Process("training", arguments, tmp_path / "a", seconds=60)
@@ -169,7 +170,8 @@ def test_a_second_signal_and_the_end_of_patience(tmp_path: Path, data: list[str]
 
 
 def test_only_a_second_signal_ends_what_is_being_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine says that it will go, and then sends a signal: one reason to save, not two."""
+    """A machine announces its shutdown, and then sends a signal: that is one reason to save, not
+    two."""
     ended: list[tuple[str, int]] = []
     preemption = Preemption()
     preemption.unsaved = True
@@ -183,7 +185,7 @@ def test_only_a_second_signal_ends_what_is_being_saved(monkeypatch: pytest.Monke
 
 
 def test_what_does_not_go_on_ends_as_any_command() -> None:
-    """By its signal; and a terminal has its cursor again, which a live display hides."""
+    """By the signal; and the terminal's cursor, which a live display hides, is restored."""
     from_there = "from nfnets_xla.preempt import Preemption; p = Preemption(); p.resumes = False; "
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         terminal, other_end = os.openpty()
@@ -204,7 +206,7 @@ def test_what_does_not_go_on_ends_as_any_command() -> None:
 
 @slow
 def test_workers_leave_signals_to_the_run(tmp_path: Path, data: list[str]) -> None:
-    """Sent to the whole group, as a terminal and a job's manager do."""
+    """The signal goes to the whole process group, as from a terminal or a job manager."""
     process = Process("training", [*ONE, *data, *PLAIN_CPU, "data.workers=2"], tmp_path)
     group = Path(f"/proc/{process.process.pid}/task/{process.process.pid}/children")
     children = [int(pid) for pid in group.read_text().split()]
@@ -225,7 +227,7 @@ def test_a_machine_that_announces_its_end(tmp_path: Path, data: list[str]) -> No
     process.signalled()
     assert process.saved == [3]
     assert read_record(process.run_dir).of_kind("stopped")[0]["reason"].endswith("maintenance")
-    run([*arguments, f"run_dir={process.run_dir}"], process.log)  # it is there still: not new
+    run([*arguments, f"run_dir={process.run_dir}"], process.log)  # it is still there, so not new
 
 
 def test_what_announces_maintenance(tmp_path: Path) -> None:

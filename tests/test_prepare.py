@@ -1,4 +1,4 @@
-"""What a start finds: held-out samples that were changed in mid-run, hosts that see otherwise."""
+"""What a start finds: held-out samples that changed during the run, hosts with different views."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,17 +29,17 @@ def test_the_best_is_of_one_set_of_held_out_samples(tmp_path: Path, data: list[s
     run([*arguments, f"data.eval_shards={other}"], log)
     said = "data.eval_shards holds other samples than up to step 2: held-out losses before and"
     assert log.read_text().count(said) == 1
-    # Written before the evaluation after it: none of the new samples.
+    # It was written before the evaluation after it, so it has none of the new samples.
     assert checkpoint.load(folder / "checkpoints" / "step-00000004").state["best"] is None
 
 
 def test_where_another_set_of_held_out_samples_was_used_last() -> None:
-    """Of the steps that no later start replaced; older records do not say."""
+    """At the steps that no later start replaced; older records lack it."""
     first: dict[str, Any] = {"resumed_from": 0, "held_out": "a"}
     second, third = {"resumed_from": 4, "held_out": "b"}, {"resumed_from": 8, "held_out": "b"}
     assert other_held_out([first], 4, "a") == 0
     assert other_held_out([first], 4, "b") == 4
-    assert other_held_out([first, second], 4, "b") == 4  # whose start got nowhere
+    assert other_held_out([first, second], 4, "b") == 4  # that start made no progress
     assert other_held_out([first, second], 4, "a") == 0
     assert other_held_out([first, second, third], 10, "b") == 4
     assert other_held_out([first, second, third], 10, "a") == 10
@@ -49,7 +49,7 @@ def test_where_another_set_of_held_out_samples_was_used_last() -> None:
 @pytest.mark.parametrize(
     ("theirs", "ends"),
     [
-        # A share's listing of a minute ago, on a host that came to look earlier.
+        # A share's listing of a minute ago, on a host that looked earlier.
         ([40, 30], pytest.raises(Interrupted, match=r"from different steps \(50, 40\)")),
         ([], pytest.raises(ValueError, match=r"hosts differ in the checkpoints .*\[50, 40\]")),
         ([45], pytest.raises(ValueError, match="hosts differ in the checkpoints")),
@@ -58,12 +58,12 @@ def test_where_another_set_of_held_out_samples_was_used_last() -> None:
 def test_hosts_that_see_other_checkpoints(
     tmp_path: Path, theirs: list[int], ends: AbstractContextManager[Any]
 ) -> None:
-    """Of one folder they will see alike; of one each they never will."""
+    """In one folder they will agree later; with a folder each they never will."""
     for step in (40, 50):
         checkpoint.save(tmp_path, step, {"model": {"a": torch.ones(1)}}, {})
 
     class Two(Hosts):
-        """Host 0 of two. The other says what this one does, but of its own folder."""
+        """Host 0 of two. The other reports what this one does, but for its own folder."""
 
         def gather(self, value: Any) -> list[Any]:
             if value == 50:

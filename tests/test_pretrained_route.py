@@ -1,4 +1,4 @@
-"""The only route without JFT: public ImageNet weights, a new head, SAM; from a local cache."""
+"""The only way without JFT: public ImageNet weights, a new head, SAM; from a local cache."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from tests.runs import SMALL, run
 
 
 def as_downloaded(home: Path) -> None:
-    """An nfnet_f0 in timm's names, where huggingface_hub keeps what it has fetched."""
+    """An nfnet_f0 in timm's names, in huggingface_hub's cache."""
     torch.manual_seed(0)
     net = NFNet(VARIANTS["nfnet_f0"])
     commit = "0" * 40

@@ -1,4 +1,4 @@
-"""Every recipe composes to a typed run; what it resolves to is pinned, so a change shows in a diff.
+"""Every recipe composes to a typed run; the resolved values are pinned, so changes show in a diff.
 
 To accept a change: REWRITE_GOLDEN=1 python -m pytest tests/test_recipes.py
 """
@@ -84,7 +84,7 @@ def test_what_an_optimizer_has_of_its_own_is_given_with_it_alone(
 def test_a_recipe_opens_with_its_header(name: str) -> None:
     text = (Path(__file__).parents[1] / "recipes" / f"{name}.yaml").read_text()
     header = "".join(line for line in text.splitlines(True) if line.startswith("#"))
-    hardware = [] if name == "evaluate" else ["Hardware:"]  # whatever the weights fit on
+    hardware = [] if name == "evaluate" else ["Hardware:"]  # any hardware that the weights fit on
     for part in (f"nfnets-xla {name}", *hardware, "Expect", "Last measured:"):
         assert part in header
 
@@ -96,7 +96,7 @@ SMALL_SET = np.full(48, 32)  # of the demo
 
 
 def derived(name: str) -> dict[str, Any] | None:
-    """What a recipe comes to on the data it is meant for; of an evaluation, nothing."""
+    """Derived quantities of a recipe on the data it is meant for; nothing for an evaluation."""
     run = composed(name)
     if run.job != "train":
         return None
@@ -141,7 +141,7 @@ def test_what_they_come_to_by_hand() -> None:
     assert tuned["steps"] == math.ceil(50 * 1_281_167 / 2048) == 31_279
     assert (tuned["peak_lr"], tuned["warmup_steps"]) == (0.1, 5000)
     assert tuned["flops"] == pytest.approx(2 * 6 * 27.86e9 * 50 * 1_281_167, rel=2e-3)
-    # CM, footnote 4: with 4 views a quarter of the images, for the same compute.
+    # CM, footnote 4: 4 views need a quarter of the images, for the same compute.
     assert repeated["images_read"] == pytest.approx(12.5 * 1_281_167, rel=1e-4)
     assert repeated["flops"] == pytest.approx(tuned["flops"], rel=1e-4)
 
@@ -164,7 +164,7 @@ def test_the_papers_numbers() -> None:
 
 
 def test_one_dial_sets_what_table_1_has_by_variant() -> None:
-    """arXiv 2102.06171, table 1 and A.3, of F3 and F5; an override holds all the same."""
+    """arXiv 2102.06171, table 1 and A.3, for F3 and F5; overrides still apply."""
     for model, expected in (
         ("nfnet_f3", (320, 416, 0.4, 15)),
         ("F5+", (416, 544, 0.5, 15)),
@@ -176,7 +176,7 @@ def test_one_dial_sets_what_table_1_has_by_variant() -> None:
         assert run.model.drop_path_rate == 0.25
         larger = to_run(composed_config("imagenet", [*given, "data.eval_image_size=600"]))
         assert (larger.data.image_size, larger.data.eval_image_size) == (expected[0], 600)
-    for recipe in ("pretrain", "finetune_sam"):  # these keep one setting for every size
+    for recipe in ("pretrain", "finetune_sam"):  # these have one setting for all sizes
         small, large = (
             asdict(
                 to_run(
@@ -212,8 +212,8 @@ def test_public_weights_stand_in_for_a_run() -> None:
 
 
 def test_repeated_augmentation_costs_the_same() -> None:
-    """arXiv 2310.16764, footnote 4: the passes fall as the views rise. The arithmetic of ImageNet's
-    1,281,167 images, by hand: 50 passes in batches of 2048 are 31,278.5 steps."""
+    """arXiv 2310.16764, footnote 4: with more views there are fewer passes. The arithmetic for
+    ImageNet's 1,281,167 images, by hand: 50 passes in batches of 2048 are 31,278.5 steps."""
     plain, repeated = composed("finetune_sam"), composed("finetune_repeat_aug")
     assert (plain.optim.epochs, repeated.optim.epochs, repeated.data.repeats) == (50, 50, 4)
     changed = {line.split(":")[0] for line in differences(asdict(plain), asdict(repeated))}
@@ -247,5 +247,5 @@ def test_steps_on_jft(epochs: float, steps: int) -> None:
     assert (schedule.peak, schedule.warmup_steps) == (pytest.approx(1.6), 5000)
     assert schedule(5000) == pytest.approx(1.6)
     assert schedule(0) == 0
-    # Half of the cosine is over when half of the steps after the warm-up are.
+    # The cosine is half-way when half of the steps after the warm-up are done.
     assert schedule(5000 + (steps - 5000) // 2) == pytest.approx(0.8, rel=1e-4)

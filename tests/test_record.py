@@ -1,4 +1,5 @@
-"""The record: complete lines, attempts joined into one history, damage told from a torn end."""
+"""The record: complete lines, attempts joined into one history, damage distinguished from a torn
+end."""
 
 import json
 from collections import Counter
@@ -85,7 +86,7 @@ def test_seconds_that_a_restart_threw_away(tmp_path: Path) -> None:
     """The first start dies 9 s after the checkpoint of step 5, the second before its own next."""
     clocks = [(0, [(5, 20.0), (6, 25.0), (7, 29.0)]), (5, [(6, 11.0)]), (5, [(6, 12.0)])]
     for number, (resumed_from, rows) in enumerate(clocks, start=1):
-        if number == 3:  # what it is going to replace is known before it has written anything
+        if number == 3:  # what it replaces is known before it has written anything
             assert read_record(tmp_path).seconds_lost == 9
             assert read_record(tmp_path, {"resumed_from": 5}).seconds_lost == 9 + 11
         lines = [{"kind": "header", "step": resumed_from, "seconds": 0.0}]
@@ -99,8 +100,8 @@ def test_seconds_that_a_restart_threw_away(tmp_path: Path) -> None:
 
 
 def test_what_another_folder_tells_is_not_made_up_for(tmp_path: Path) -> None:
-    """Of two run_dirs that share their checkpoints: this one was at 10 when the other, which had
-    gone on from its 5, saved 10, from which it goes on."""
+    """Two run_dirs share their checkpoints: this one was at 10 when the other, which had continued
+    from this one's step 5, saved 10, from which this one then resumes."""
     attempt(tmp_path, 0, range(1, 11))
     header = {"resumed_from": 10, "continues": "elsewhere", "since": 5}
     with RecordWriter(tmp_path, header) as writer:
@@ -111,7 +112,7 @@ def test_what_another_folder_tells_is_not_made_up_for(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_that_was_made_up_for_appears_once(tmp_path: Path) -> None:
-    """By the next start; and the first was not dead. A third was killed before the average."""
+    """The next start repeats it; the first still lives. A third was killed before the average."""
     both = ("raw", "ema")
     for number, resumed_from, evaluated in ((1, 0, both), (2, 3, both), (3, 3, ("raw",))):
         with RecordWriter(tmp_path, {"resumed_from": resumed_from}) as writer:
@@ -122,7 +123,7 @@ def test_an_evaluation_that_was_made_up_for_appears_once(tmp_path: Path) -> None
 
 
 def test_a_number_that_another_machine_has_taken_is_left_to_it(tmp_path: Path) -> None:
-    """As a share may show it: after the folder was listed."""
+    """A share may show it only after the folder was listed."""
     attempt(tmp_path, 0, range(1, 3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nfnets_xla.record._attempts", lambda _: [])
@@ -131,7 +132,7 @@ def test_a_number_that_another_machine_has_taken_is_left_to_it(tmp_path: Path) -
 
 
 def test_a_history_is_read_in_one_look_at_each_row(tmp_path: Path) -> None:
-    """Not in one for each start: of 1,000 of them that took minutes."""
+    """Looking once per start took minutes with 1,000 starts."""
     looks = Counter[str]()
 
     class Counted(dict[str, Any]):
@@ -152,7 +153,7 @@ def test_a_history_is_read_in_one_look_at_each_row(tmp_path: Path) -> None:
 
 
 def test_a_training_that_has_computed_nothing_replaces_nothing(tmp_path: Path) -> None:
-    """A second start in the folder of a run that lives was killed before its first step."""
+    """A second start in the folder of a live run was killed before its first step."""
     attempt(tmp_path, 0, range(1, 8), end=True)
     with RecordWriter(tmp_path, {"resumed_from": 5, "num_steps": 9}):
         pass
@@ -168,7 +169,7 @@ def test_a_training_that_has_computed_nothing_replaces_nothing(tmp_path: Path) -
 
 
 def test_what_a_run_is_says_the_start_that_it_began_with(tmp_path: Path) -> None:
-    """Of one that was ended before its first checkpoint nothing is left, be it of another model."""
+    """A run that ended before its first checkpoint leaves nothing, not even its model."""
     for model, resumed_from, steps in (("a", 0, 2), ("b", 0, 4), ("b", 4, 2), ("c", 0, 0)):
         opening = {"resumed_from": resumed_from, "num_steps": 9, "model": model}
         with RecordWriter(tmp_path, opening) as writer:
@@ -180,7 +181,7 @@ def test_what_a_run_is_says_the_start_that_it_began_with(tmp_path: Path) -> None
 
 
 def test_an_evaluation_begins_anew_with_its_header(tmp_path: Path) -> None:
-    """Of other weights: that it was killed does not make the last one's end its own."""
+    """With other weights: being killed, it does not inherit the end of the evaluation before it."""
     for kinds in (["eval", "end"], []):
         with RecordWriter(tmp_path, {"resumed_from": 0}) as writer:
             for kind in kinds:

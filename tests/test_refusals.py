@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf refuse is one line of ours, which names the way out."""
+"""What Hydra and OmegaConf refuse becomes one line of ours, which names the fix."""
 
 import shlex
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_a_run_has_a_folder_and_no_address(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Only checkpoints may lie at one. The second is what Path makes of gs://b/r."""
+    """Only checkpoints may be at an address. The second value is what Path makes of gs://b/r."""
     monkeypatch.chdir(tmp_path)
     given = ["data.shards=S", "data.eval_shards=E", "model.name=nfnet_f0", "optim.epochs=1"]
     given += [f"run_dir={address}"] + ["model.init_from=W"] * (recipe == "evaluate")

@@ -1,4 +1,4 @@
-"""The rules by which a run goes on from a checkpoint, begins anew, or is refused."""
+"""The rules by which a run resumes from a checkpoint, begins anew, or is refused."""
 
 import shutil
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_when_a_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_where_another_run_saves_is_what_is_named(tmp_path: Path) -> None:
-    """Not a run_dir that there may not be yet."""
+    """The message must not name a run_dir that may not exist yet."""
     root, run_dir = str(tmp_path / "shared"), tmp_path / "run"
     checkpoint.save(root, 1, FORMS, RunState(IDENTITY, ORDER, {}, 0.0).at(1))
     other = {**IDENTITY, "seed": 2}, RANDOM, ORDER, {}
@@ -90,7 +90,7 @@ def test_where_another_run_saves_is_what_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_ends_where_another_one_saves(tmp_path: Path, data: list[str]) -> None:
-    """Which came while it trained: both had found the folder empty."""
+    """The other came while this one trained: both had found the folder empty."""
     log, shared, folder = tmp_path / "log.txt", tmp_path / "shared", tmp_path / "run"
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=50", f"run_dir={folder}"]
     arguments += [f"trainer.checkpoint_dir={shared}"]
@@ -119,7 +119,7 @@ def checkpoint_at(root: Path | str, step: int) -> Path:
 
 
 def test_an_earlier_checkpoint_of_its_own_is_refused_by_whatever_path(tmp_path: Path) -> None:
-    """What came after it would be replaced; the newest is where it goes on anyway."""
+    """Its later steps would be replaced; the run resumes from the newest anyway."""
     root, known = tmp_path / "run" / "checkpoints", (IDENTITY, RANDOM, ORDER, {})
     earlier, newest = (str(checkpoint_at(root, step)) for step in (1, 2))
     (tmp_path / "link").symlink_to(tmp_path / "run")
@@ -135,8 +135,8 @@ def test_an_earlier_checkpoint_of_its_own_is_refused_by_whatever_path(tmp_path: 
 
 
 def test_a_start_that_was_killed_before_its_first_step_begins_again(tmp_path: Path) -> None:
-    """From a checkpoint without a record beside it, and from a copy of the run as it was before:
-    what the folder has is of the same run."""
+    """From a checkpoint without a record beside it, and from an earlier copy of the run: what the
+    folder has belongs to the same run."""
     run_dir, known = tmp_path / "run", (IDENTITY, RANDOM, ORDER, {})
     given = str(checkpoint_at(tmp_path / "lone", 2))
     with RecordWriter(run_dir, {"resumed_from": 2}) as record:
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_is_taken_along_is_one_when_all_of_it_is_there(
 
 
 def test_a_run_that_was_saved_does_not_begin_anew(tmp_path: Path) -> None:
-    """Where its checkpoints are not mounted, or all damaged; one that never was saved does."""
+    """Its checkpoints are not mounted, or damaged; a run that was never saved does begin anew."""
     root, known = str(tmp_path / "checkpoints"), (IDENTITY, RANDOM, ORDER, {"torch": "1"})
     with RecordWriter(tmp_path, {"resumed_from": 0}) as record:
         record.write("train", 1, loss=1.0)
@@ -192,14 +192,14 @@ def test_a_run_that_was_saved_does_not_begin_anew(tmp_path: Path) -> None:
 
 
 def test_checkpoints_that_lie_elsewhere_are_not_forgotten(tmp_path: Path) -> None:
-    """Of a start that was killed before it could record its first one."""
+    """They belong to a start that was killed before it could record the first one."""
     root, elsewhere = str(tmp_path / "run" / "checkpoints"), str(tmp_path / "elsewhere")
     config = {"trainer": {"checkpoint_dir": elsewhere}}
     with RecordWriter(tmp_path / "run", {"resumed_from": 0, "config": config}) as record:
         record.write("train", 1, loss=1.0)
     known = (IDENTITY, RANDOM, ORDER, {"torch": "1"})
     assert find_resume("auto", root, tmp_path / "run", *known, print) is None
-    no_manifest(checkpoint_at(elsewhere, 1))  # killed while it wrote it: there it begins anew
+    no_manifest(checkpoint_at(elsewhere, 1))  # killed while writing it: there the run begins anew
     assert find_resume("auto", elsewhere, tmp_path / "run", *known, print) is None
     checkpoint.save(elsewhere, 2, FORMS, RunState(IDENTITY, ORDER, {"torch": "1"}, 0.0).at(2))
     with pytest.raises(ValueError, match=f"saved up to step 2, and {root} lacks it"):
@@ -209,7 +209,7 @@ def test_checkpoints_that_lie_elsewhere_are_not_forgotten(tmp_path: Path) -> Non
 
 
 def test_whose_record_lacks_what_another_run_dir_has(tmp_path: Path) -> None:
-    """Two that share their checkpoints, one after the other."""
+    """Two run_dirs that share their checkpoints, one after the other."""
     root, known, said = str(tmp_path / "kept"), (IDENTITY, RANDOM, ORDER, {}), list[str]()
     checkpoint.save(root, 2, FORMS, RunState(IDENTITY, ORDER, {}, 0.0, start="a").at(2))
     for folder, name in (("one", "a"), ("two", "b")):
@@ -223,7 +223,7 @@ def test_whose_record_lacks_what_another_run_dir_has(tmp_path: Path) -> None:
 
 
 def test_half_a_history_is_no_beginning(tmp_path: Path) -> None:
-    """Of a copy that was interrupted, and is not asked for any more."""
+    """It was copied by a start that was interrupted, and that is not repeated."""
     refuse_half_a_history(tmp_path)
     for name in ("ledger-1.bin", "run-2.jsonl", "other.txt"):
         (tmp_path / name).touch()
@@ -236,7 +236,7 @@ def test_half_a_history_is_no_beginning(tmp_path: Path) -> None:
 
 
 def test_where_a_run_that_began_from_another_goes_on(tmp_path: Path) -> None:
-    """From its own checkpoints once it has some; before that, where its history is told."""
+    """From its own checkpoints once it has some; before that, from where its history says."""
     source, branch = tmp_path / "source", tmp_path / "branch"
     root, known = str(branch / "checkpoints"), (IDENTITY, RANDOM, ORDER, {"torch": "1"})
     state, given = RunState(IDENTITY, ORDER, {"torch": "1"}, 0.0), str(source)
@@ -266,10 +266,10 @@ def test_where_a_run_that_began_from_another_goes_on(tmp_path: Path) -> None:
     assert step() == 2
     checkpoint.save(root, 3, FORMS, state.at(3))
     assert step() == 3
-    # The other run has gone on since; it is where this one was begun, and no longer its business.
+    # The other run has continued since; this one began there, but no longer depends on it.
     checkpoint.save(source / "checkpoints", 5, FORMS, state.at(5))
     assert step() == 3
-    given = f"{source}/checkpoints/step-00000005"  # but this asks for more than there is
+    given = f"{source}/checkpoints/step-00000005"  # this asks for more steps than exist
     with pytest.raises(ValueError, match="run_dir already holds"):
         step()
     given = str(source)
@@ -293,4 +293,4 @@ def test_a_run_is_known_by_what_it_begins_from_wherever_that_lies(
     assert difference.startswith("initial_weights: ")
     assert not beginning(one / "checkpoints/step-00000001/model.safetensors").differs_from(first)
     assert not beginning(one.rename(tmp_path / "moved")).differs_from(first)
-    assert not beginning(one).differs_from(first)  # under its name, where nothing is any more
+    assert not beginning(one).differs_from(first)  # by its name, where nothing exists any more

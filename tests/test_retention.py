@@ -30,7 +30,7 @@ def test_what_is_left_of_old_ones_goes_where_there_are_just_enough(tmp_path: Pat
 
 
 def test_what_a_kill_left_of_a_file_goes_with_its_checkpoint(tmp_path: Path) -> None:
-    """But not what is another's, as the .nfs files of a file that is open elsewhere."""
+    """But not other programs' files, such as .nfs files of a file that is open elsewhere."""
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "step-00000001" / f".manifest.json.{'0a' * 16}").touch()
@@ -44,7 +44,7 @@ def test_what_a_kill_left_of_a_file_goes_with_its_checkpoint(tmp_path: Path) -> 
 
 
 def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However a deletion is interrupted, no half of a checkpoint looks like a whole one."""
+    """However a deletion is interrupted, half a checkpoint never looks whole."""
     gone, remove = [], Folder.remove
 
     def noted(folder: Folder, name: str) -> None:
@@ -60,7 +60,7 @@ def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_best_and_one_of_every_few_hours_stay(tmp_path: Path) -> None:
-    """A checkpoint every 40 minutes of the run's time; one of every two hours is to stay."""
+    """A checkpoint every 40 minutes of the run's time; one of every two hours is kept."""
     for step in range(1, 10):
         save(tmp_path, step, seconds=2400.0 * step)
     prune(tmp_path, start=8, written=[9], keep=2, every_hours=2, best=[5, None])
@@ -70,14 +70,14 @@ def test_the_best_and_one_of_every_few_hours_stay(tmp_path: Path) -> None:
 
 
 def test_a_state_that_cannot_be_read_now_costs_no_checkpoint(tmp_path: Path) -> None:
-    """A folder in its place is an OSError, as a failing disk is."""
+    """Here a folder in its place gives an OSError, as a failing disk does."""
     for step in range(1, 7):
         save(tmp_path, step, seconds=3600.0 * step)
     (tmp_path / "step-00000005" / "state.json").unlink()  # it is no checkpoint
     state = (tmp_path / "step-00000002" / "state.json").rename(tmp_path / "aside")
     (tmp_path / "step-00000002" / "state.json").mkdir()
     prune(tmp_path, start=5, written=[6], keep=1, every_hours=2)
-    assert checkpoint.steps(tmp_path) == [6, 4, 3, 2]  # 3 in the place of 2
+    assert checkpoint.steps(tmp_path) == [6, 4, 3, 2]  # 3 in place of 2
     (tmp_path / "step-00000002" / "state.json").rmdir()
     state.rename(tmp_path / "step-00000002" / "state.json")
     prune(tmp_path, start=5, written=[6], keep=1, every_hours=2)
@@ -85,7 +85,7 @@ def test_a_state_that_cannot_be_read_now_costs_no_checkpoint(tmp_path: Path) -> 
 
 
 def test_what_does_not_verify_takes_nobodys_place(tmp_path: Path) -> None:
-    """A start went on from step 4, because 9 was damaged; the one before has a torn state, too."""
+    """A start resumed from step 4, because 9 was damaged; the one before has a torn state, too."""
     for step in (1, 2, 3, 4, 9):
         save(tmp_path, step, seconds=3600.0 * step)
     flipped_bit(tmp_path / "step-00000009")
@@ -96,6 +96,6 @@ def test_what_does_not_verify_takes_nobodys_place(tmp_path: Path) -> None:
     found, skipped = checkpoint.latest(tmp_path)
     assert found is not None
     assert (found.step, len(skipped)) == (6, 1)
-    save(tmp_path, 10)  # past the damaged one, which is still no checkpoint
+    save(tmp_path, 10)  # past the damaged one, which is still not a checkpoint
     prune(tmp_path, start=4, written=[6, 10], keep=2)
     assert checkpoint.steps(tmp_path) == [10, 6]

@@ -1,4 +1,4 @@
-"""Checkpoints in the background, and what of earlier starts a later one makes use of."""
+"""Checkpoints in the background, and which earlier ones a later start uses."""
 
 import math
 import resource
@@ -20,7 +20,7 @@ FORMS = {"model": {"w": torch.arange(6.0)}}
 
 
 def test_the_step_waits_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the next copy for the checkpoint before, so that one is in memory, not two."""
+    """The next copy waits for the previous checkpoint, so that memory holds one copy, not two."""
     go_on, write = {1: threading.Event(), 2: threading.Event()}, checkpoint.save
 
     def held(root: str, step: int, *others: Any) -> int:
@@ -44,7 +44,7 @@ def test_the_step_waits_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_best_stays_until_a_better_one_is_written(tmp_path: Path) -> None:
-    """A file lies where the folder of step 2 should be."""
+    """A file is where the folder of step 2 should be, so step 2 cannot be written."""
     (tmp_path / "step-00000002").write_text("in the way")
     left = []
     with Saves(str(tmp_path), keep=1, every_hours=None) as saves:
@@ -57,7 +57,7 @@ def test_the_best_stays_until_a_better_one_is_written(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_earlier_starts_count_until_newer_ones_are_there(tmp_path: Path) -> None:
-    """And a host that does not write has the copy made, which takes all hosts, and no more."""
+    """A host that does not write only takes part in the copy, which needs all hosts."""
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, FORMS, {})
     for step, writes, left in ((4, True, [4, 3]), (5, False, [4, 3]), (6, True, [6, 4])):
@@ -86,7 +86,7 @@ def test_a_prune_that_fails_is_no_lost_checkpoint(
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
-    """A file lies where the second one's folder should be."""
+    """A file is where the second one's folder should be."""
     (tmp_path / "step-00000002").write_text("in the way")
     with Saves(str(tmp_path), keep=2, every_hours=None) as saves:
         for step in (1, 2, 3):
@@ -100,7 +100,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_is_no_checkpoint(tmp_path: Path) -> None:
-    """Where files may not grow, safetensors raises neither OSError nor ValueError."""
+    """If files may not grow, safetensors raises neither OSError nor ValueError."""
     large = {"model": {"w": torch.zeros(100_000)}}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Saves(str(tmp_path), keep=2, every_hours=None) as saves:
@@ -115,7 +115,7 @@ def test_a_full_disk_is_no_checkpoint(tmp_path: Path) -> None:
         one, two = saves.written()
     assert "SafetensorError" in str(one.fault)
     assert two.fault is None
-    assert checkpoint.steps(tmp_path) == [2]  # what there was of the first is gone
+    assert checkpoint.steps(tmp_path) == [2]  # the rest of the first is deleted
 
 
 def test_a_record_that_cannot_be_kept_costs_no_checkpoint(tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_a_record_that_cannot_be_kept_costs_no_checkpoint(tmp_path: Path) -> Non
 
 
 def test_what_the_last_start_had_no_time_for_is_done(tmp_path: Path, data: list[str]) -> None:
-    """Killed when its last step was saved, before the evaluation after it: that is made up for,
-    the best checkpoint is kept, and a run that is finished stays so."""
+    """It was killed when its last step was saved, before the evaluation after it: the next start
+    evaluates, the best checkpoint is kept, and a finished run stays finished."""
     log, folder = tmp_path / "log.txt", tmp_path / "run"
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.5"]
     arguments += ["trainer.checkpoint_every=null", "trainer.eval_every=2", f"run_dir={folder}"]
@@ -174,11 +174,11 @@ def test_an_evaluation_that_was_not_finite_is_worse_than_any(tmp_path: Path) -> 
         record.write("eval", 6, weights="ema", loss=0.25, top1=0.1, images=3)
     record = read_record(tmp_path)
     evaluated = evaluations(record, "raw")
-    assert evaluations(record, "ema") == {6: 0.25}  # a kill may have come between the two
+    assert evaluations(record, "ema") == {6: 0.25}  # the run may be killed between the two
     assert evaluated == {2: math.inf, 4: 0.5, 6: math.inf}
     assert "not finite, on 3 images" in held_out(tmp_path, 2, "raw")["held out"]
     start = checkpoint.load(save_at(tmp_path, 6, {}))
-    assert best_of(start, evaluated, [2, 4, 6]) == (4, 0.5)  # of an older release
+    assert best_of(start, evaluated, [2, 4, 6]) == (4, 0.5)  # from an older release
     assert best_of(start, {2: math.inf}, [2, 6]) is None
     assert best_of(start, {}, [6]) is None
 
@@ -189,14 +189,14 @@ def save_at(root: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def test_a_checkpoint_says_which_is_the_best(tmp_path: Path) -> None:
-    """Not one that could not be written (4); and wherever the record is (nowhere, the last)."""
+    """It is never one that could not be written (4); it needs no record (the third case)."""
     start = checkpoint.load(save_at(tmp_path, 6, {"best": {"step": 2, "loss": 0.7}}))
     assert best_of(start, {2: 0.7, 4: 0.5}, [2, 6]) == (2, 0.7)
     assert best_of(start, {2: 0.7, 6: 0.6}, [2, 6]) == (6, 0.6)
     assert best_of(start, {}, [2, 6]) == (2, 0.7)
     none = checkpoint.load(save_at(tmp_path, 3, {"best": None}))
     assert best_of(none, {2: 0.7}, [2, 3]) is None
-    # Of another folder, from which this one was begun, or written before anyone kept the best.
+    # From another folder, where this run began, or written before the best was kept.
     assert best_of(start, {2: 0.7, 6: 0.9}, [6]) == (6, 0.9)
     assert best_of(start, {}, [6]) is None
     older = checkpoint.load(save_at(tmp_path, 7, {}))
@@ -204,7 +204,7 @@ def test_a_checkpoint_says_which_is_the_best(tmp_path: Path) -> None:
 
 
 def test_a_start_goes_on_with_the_accounts_of_its_checkpoint(tmp_path: Path) -> None:
-    """An older release did not count in it what could not be decoded: then its record's count."""
+    """An older release did not count undecodable samples in it: then the record's count applies."""
     with RecordWriter(tmp_path, {"resumed_from": 0}) as writer:
         for split, count in (("train", 3), ("eval", 5)):
             writer.write("missed", 2, split=split, count=count)

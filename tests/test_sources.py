@@ -1,4 +1,4 @@
-"""Where weights are found: in a file, a checkpoint, a folder of them, a run."""
+"""Where weights are found: in a file, a checkpoint, a folder of checkpoints, a run."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_weights_are_found_from_a_file_a_checkpoint_or_a_run(tmp_path: Path) -> 
 def test_a_damaged_newest_is_not_passed_over_without_a_word(
     tmp_path: Path, data: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever asks; and in a run's own process, where Hydra has a say, on its stderr."""
+    """For every caller; in a run's own process, where Hydra configures logging, on its stderr."""
     net = create_network("nfnet_mini_f0", num_classes=5)
     identity = {"model": {"name": "nfnet_mini_f0"}, "num_classes": 5, "seed": 0, "shards": "f"}
     for step in (1, 2):
@@ -51,7 +51,7 @@ def test_a_damaged_newest_is_not_passed_over_without_a_word(
 def test_a_run_that_keeps_its_checkpoints_elsewhere_is_a_run(
     tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For every command; and its record goes along to where it is resumed."""
+    """For every command; and where it resumes, its record comes along."""
     log, folder, kept = tmp_path / "log.txt", tmp_path / "run", tmp_path / "kept"
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.5", "optim.warmup_steps=1"]
     arguments += ["trainer.checkpoint_every=1", "trainer.ledger=true"]
@@ -85,7 +85,7 @@ def test_what_a_record_says_of_checkpoints_is_held_against_them(tmp_path: Path) 
     (folder / "run-10.jsonl").write_text('{"kind": "header", "conf')  # killed
     with pytest.raises(ValueError, match=f"keeps its checkpoints in {kept}, and there are none"):
         sources.find(folder)
-    save(folder / "checkpoints", 1)  # a copy: the folder is of another machine
+    save(folder / "checkpoints", 1)  # a copy: the folder is another machine's
     assert str(sources.find(folder)) == str(folder / "checkpoints" / "step-00000001")
     save(kept, 2)
     assert str(sources.find(folder)) == str(kept / "step-00000002")
@@ -110,8 +110,8 @@ def test_an_older_checkpoint_does_not_stand_for_one_on_a_disk_that_is_not_there(
     head = {"resumed_from": 1, "num_steps": 9, "config": {"trainer": {"checkpoint_dir": str(kept)}}}
     with RecordWriter(folder, head) as record:
         record.write("checkpoint", 9)
-    save(folder / "checkpoints", 1)  # of before it moved
+    save(folder / "checkpoints", 1)  # from before it moved
     with pytest.raises(ValueError, match=f"saved step 9 in {kept}, where there is none now, and"):
         sources.find(folder)
-    save(folder / "checkpoints", 9)  # a copy of the whole
+    save(folder / "checkpoints", 9)  # a copy of everything
     assert str(sources.find(folder)) == str(folder / "checkpoints" / "step-00000009")

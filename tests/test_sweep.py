@@ -1,4 +1,4 @@
-"""Sweeps: real runs in real processes, of which some fail, are killed, or were finished before."""
+"""Sweeps: real runs in real processes, of which some fail, are killed, or had finished before."""
 
 import signal
 import subprocess
@@ -36,7 +36,7 @@ def sweep(shards: Path, tmp_path: Path) -> list[str]:
 
 
 def headers(folder: Path) -> dict[str, int]:
-    """{cell: starts}."""
+    """{cell: number of starts}."""
     return {
         file.parent.name: len(read_record(file.parent).headers)
         for file in folder.glob("*/run-1.jsonl")
@@ -52,10 +52,10 @@ def test_a_cell_is_named_after_what_is_swept() -> None:
     assert Cell(run, ["model.init_from"], "pretrain", []).folder == Path("R/nfnet_f0-epochs_1")
     assert "=" not in str(cell.folder)
     assert "," not in str(cell.folder)
-    run.optim.peak_lr = 0.1234567  # which another, 0.1234568, is not to share a folder with
+    run.optim.peak_lr = 0.1234567  # must not share a folder with 0.1234568
     assert Cell(run, ["optim.peak_lr"], "pretrain", []).folder == Path("R/peak_lr_0.1234567")
     chosen = Cell(run, ["optim", "optim.epochs"], "pretrain", ["seed=0", "optim=vit"])
-    assert chosen.folder == Path("R/optim_vit-epochs_0.25")  # a group, not the values in it
+    assert chosen.folder == Path("R/optim_vit-epochs_0.25")  # the group's name, not its values
 
 
 @pytest.mark.parametrize("name", ["my runs (1), again", 'my "runs"', "my\\"])
@@ -76,7 +76,7 @@ def test_cells_have_folders_of_checkpoints_of_their_own(given: str) -> None:
 
 
 def test_a_cell_that_has_begun_saves_where_it_did(tmp_path: Path) -> None:
-    """As one that was told apart from the others by what its folder of checkpoints was called."""
+    """For example a cell whose checkpoint_dir once told it apart from the others."""
     words = ["data.shards=S", "optim.epochs=1", f"run_dir={tmp_path}", "trainer.checkpoint_dir=new"]
     cell = Cell(to_run(composed("pretrain", words)), ["seed"], "pretrain", words)
     config = {"trainer": {"checkpoint_dir": "old/place"}}
@@ -89,7 +89,7 @@ def test_a_cell_that_has_begun_saves_where_it_did(tmp_path: Path) -> None:
 def test_a_sweep_whose_shards_do_not_answer_is_interrupted(
     command: list[str], tmp_path: Path
 ) -> None:
-    """Once it has begun: launchers then repeat it. It opens them to see what is finished."""
+    """Only after it has begun: launchers then repeat it. It opens them to see what is finished."""
     given = ["data.shards=http://127.0.0.1:1/x", "optim.epochs=1", "model.name=nfnet_f0"]
     given += [f"run_dir={tmp_path / 'runs'}", f"data.cache_dir={tmp_path}", "data.cache_bytes=1e6"]
     run = to_run(composed("lr_sweep", [*given, "optim.peak_lr=0.1", "seed=0"]))
@@ -148,8 +148,8 @@ def test_a_sweep_of_what_trains_nothing_skips_what_is_done(
 def test_a_failed_cell_does_not_lose_the_sweep(
     sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The cell in the middle has a folder that holds another run; the same command is then given
-    with that out of the way, and nothing is computed twice."""
+    """The middle cell's folder holds another run; after that is moved away, the command is
+    repeated, and nothing is computed twice."""
     runs = tmp_path / "runs"
     swept = ["model.name=nfnet_mini_f0", "optim.epochs=0.25", "optim.peak_lr=0.2,0.4,0.8"]
     blocked = runs / "nfnet_mini_f0-epochs_0.25-peak_lr_0.4-seed_0"
@@ -174,7 +174,7 @@ def test_a_failed_cell_does_not_lose_the_sweep(
     assert sorted(point.peak_lr for point in points) == [
         pytest.approx(rate * 16 / 256) for rate in (0.2, 0.4, 0.8)
     ]
-    # A fine-tuning sweep over two of them knows the model of each.
+    # A fine-tuning sweep over two of these runs uses each one's model.
     cells = ",".join(str(runs / name) for name in sorted(headers(runs))[:2])
     assert model_of(cells.split(",")[0]) == "nfnet_mini_f0"
     tuned = [f"run_dir={tmp_path / 'tuned'}", "optim.epochs=0.25", "data.repeats=2"]
@@ -201,7 +201,7 @@ def test_a_sweep_that_is_asked_to_stop_goes_on_later(sweep: list[str], tmp_path:
     assert again.wait() == 0, log.read_text()
     assert sorted(headers(runs).values()) == [1, 2]
     (stopped,) = (name for name, starts in headers(runs).items() if starts == 2)
-    assert read_record(runs / stopped).steps_lost == 0  # it was saved
+    assert read_record(runs / stopped).steps_lost == 0  # its state was saved
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ def test_two_trials_start_from_the_best_before(
     points, _ = read_points(tmp_path / "runs")
     assert len(points) == 8
     assert {point.seed for point in points} == {1, 2}
-    # The paper's 1.6 of 4096 rows is optim.peak_lr=0.1 of 256, and so the first pair.
+    # The paper's 1.6 for 4096 rows is optim.peak_lr=0.1 for 256, and so is the first pair.
     assert lines[0].startswith("nfnet_mini_f0 at 0.25 epochs: 0.1 and 0.05; 1.6 for a batch")
     first = [point for point in points if point.epochs == 0.25]
     best = min(first, key=lambda point: point.loss).peak_lr * 16
@@ -238,7 +238,7 @@ def test_two_trials_start_from_the_best_before(
 
 
 def test_a_pair_is_the_same_when_the_sweep_is_given_again(sweep: list[str], tmp_path: Path) -> None:
-    """From runs as they are left behind: unfinished and diverged ones, its own, another's."""
+    """With runs as they may be left behind: unfinished and diverged ones, its own, another's."""
     words = [*sweep, "optim.epochs=0.5", "optim.peak_lr=0.1", "model.name=nfnet_mini_f0"]
     run = to_run(composed("pretrain", words))
     run.run_dir = str(tmp_path / "runs")
@@ -254,7 +254,7 @@ def test_a_pair_is_the_same_when_the_sweep_is_given_again(sweep: list[str], tmp_
     with RecordWriter(runs / "unfinished", header(epochs=0.25, **fields)) as record:
         record.write("train", 1, loss=1.0, images_per_second=1.0)
     write_diverged(runs / "diverged", epochs=0.25, rate=0.05, **fields)
-    assert next_pair(run) == paper  # nothing has come to an end
+    assert next_pair(run) == paper  # no run has finished
     write_run(runs / "own", loss=1.0, epochs=0.5, rate=0.003, **fields)
     adamw = {"optim": {"optimizer": "adamw"}}
     write_run(runs / "vit", loss=1.0, epochs=0.25, rate=0.001, **adamw, **fields)
@@ -286,7 +286,7 @@ def test_what_two_trials_refuses(sweep: list[str], capsys: pytest.CaptureFixture
 
 
 def test_the_launcher_of_a_plugin_gets_what_it_can_send(tmp_path: Path) -> None:
-    """What Hydra's plugins pickle to run a job elsewhere."""
+    """It gets only what Hydra's plugins can pickle to run a job elsewhere."""
     import pickle
 
     from nfnets_xla.exits import CellFailed

@@ -1,4 +1,4 @@
-"""A whole step written out, top-k of samples with several labels, and rows of several hosts."""
+"""A whole step written out, top-k for samples with several labels, and rows of several hosts."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ from nfnets_xla.task import Batch, _rank, rows_of
 from tests.optim.network import SETTINGS
 from tests.steps import CLASSES, PLAIN, ROWS, SAM, batch, network, task
 
-# ImageNet's, as dataset.py:34-35 of the reference has them: red, green, blue of bytes.
+# ImageNet's, from dataset.py:34-35 of the reference: red, green, blue of bytes.
 MEAN, STDDEV = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 BATCH = {
@@ -39,7 +39,7 @@ def test_the_best_ranked_of_the_labels_counts() -> None:
 
 
 def test_rows_of_all_hosts_are_mixed_as_each_hosts_own() -> None:
-    """On XLA a batch is global once it is on the devices, and its layout is still a host's."""
+    """On XLA a batch on the devices is global, but its layout is still each host's."""
     generator = torch.Generator().manual_seed(0)
 
     def of_host() -> Batch:
@@ -62,7 +62,7 @@ def normalised(images_BHWC: Tensor) -> Tensor:
 
 
 def logits_and_losses(net: NFNet, rows: Batch) -> tuple[Tensor, Tensor]:
-    """From bytes to the smoothed loss of each row, with the masks that came with them."""
+    """From bytes to the smoothed loss of each row, with the given masks."""
     bits = np.unpackbits(rows["dropout_bits_BP"].numpy(), axis=1, bitorder="little")
     keep_BF = torch.from_numpy(bits[:, : net.num_features])
     images_BCHW = normalised(rows_of(rows)["images_BHWC"])
@@ -75,8 +75,9 @@ def logits_and_losses(net: NFNet, rows: Batch) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("form", [PLAIN, SAM], ids=["sgd", "sam"])
 def test_steps_are_what_is_written_out_here(form: dict[str, Any]) -> None:
-    """Normalised, masked, mixed, smoothed, weighed; each step's rate; SAM's two passes; the average
-    and its rising decay; metrics of the weights before the step. Three steps, 1e-5 of each."""
+    """Normalised, masked, mixed, smoothed, weighted; each step's rate; SAM's two passes; the
+    average and its rising decay; metrics of the weights before the step. Three steps, within 1e-5
+    relative."""
     rates = Schedule("cosine", 0.3, 2, 5)
     of = task(**form, ema_decay=0.9)
     of.schedule = rates
@@ -119,7 +120,7 @@ def test_steps_are_what_is_written_out_here(form: dict[str, Any]) -> None:
                     parameter.copy_(before)
         sgd.set_lr(torch.tensor([rates(step)]))
         sgd.step()
-        decay = (1 + step) / (10 + step)  # still under 0.9
+        decay = (1 + step) / (10 + step)  # still below 0.9
         for name, parameter in net.named_parameters():
             average[name] = decay * average[name] + (1 - decay) * parameter.detach()
 
@@ -158,7 +159,7 @@ def test_a_held_out_loss_is_not_smoothed_and_in_float32(loss: str, dtype: torch.
 
 
 def test_microbatches_are_weighed_as_parts_of_the_batch() -> None:
-    """Where the ascent is nothing, all that is left of SAM is the sum over its microbatches."""
+    """With a negligible ascent, SAM reduces to the sum over its microbatches."""
     whole, parts = task(**PLAIN), task(sam_rho=1e-9, microbatches=4)
     weight = torch.ones(ROWS).reshape(2, -1)
     weight[:, 5:] = 0  # the third microbatch weighs half, the last nothing
@@ -171,7 +172,7 @@ def test_microbatches_are_weighed_as_parts_of_the_batch() -> None:
 
 @pytest.mark.parametrize("optimizer", SETTINGS)
 def test_a_restored_task_goes_on_to_the_bit(optimizer: str, tmp_path: Path) -> None:
-    """AdamW's corrections of its bias count the updates of all starts."""
+    """AdamW's bias correction counts the updates of all starts."""
     options = {**PLAIN, "peak_lr": 0.01, "ema_decay": 0.9}
     options |= {**SETTINGS[optimizer], "optimizer": optimizer}
     whole, begun, rest = task(**options), task(**options), task(**options)

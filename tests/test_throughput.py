@@ -1,4 +1,4 @@
-"""The step without its data, and the check of a machine: what they write and what they refuse."""
+"""The step without data loading, and the check of a machine: what they write and refuse."""
 
 import time
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def test_a_step_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_repeats_are_steps_of_the_same_rows(tmp_path: Path) -> None:
-    """Four views of a quarter of the images: a batch, and the passes, stay as they are."""
+    """With four views of a quarter of the images, the batch and the passes stay the same."""
     words = ["data.repeats=4", "trainer.device=cpu", f"run_dir={tmp_path}"]
     main(["throughput", *SMALL, *STEPS, *words])
     assert read_record(tmp_path).of_kind("end")[0]["step"] == 8
@@ -59,7 +59,7 @@ def test_the_record_of_a_training_is_left_alone(
     run = to_run(composed(job, [*SMALL[:1], *given, "trainer.device=cpu", f"run_dir={tmp_path}"]))
     with pytest.raises(ValueError, match="choose another run_dir"):
         execute(run, preemption)
-    assert not preemption.resumes  # there is nothing to go on from: Ctrl-C is 130, not 75
+    assert not preemption.resumes  # nothing can be resumed: Ctrl-C gives 130, not 75
 
 
 @pytest.mark.slow
@@ -78,12 +78,12 @@ def test_any_recipe_and_any_device(tmp_path: Path) -> None:
 def test_smoke(device: list[str], tmp_path: Path) -> None:
     run(["smoke", *device, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")
     assert "the loss came back" in (tmp_path / "log").read_text()
-    run(["smoke", *device, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")  # and once more
+    run(["smoke", *device, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")  # repeated
     assert len(list((tmp_path / "run").glob("run-*.jsonl"))) == 1
 
 
 def test_smoke_on_two_hosts_is_one_run(tmp_path: Path) -> None:
-    """Both begin in a folder that nobody has packed into yet, and load what the first has saved."""
+    """Both begin in a folder without data, and load what the first has saved."""
     folder, log = tmp_path / "run", tmp_path / "log"
     hosts = start_hosts(["smoke", *PLAIN_CPU, f"run_dir={folder}"], log, 2)
     assert all_end(hosts) == [0, 0], log.read_text()
@@ -93,7 +93,7 @@ def test_smoke_on_two_hosts_is_one_run(tmp_path: Path) -> None:
 
 
 def all_end(hosts: list[Warm]) -> list[int]:
-    """Their exit codes. What has lost a host would wait for it: it is ended, too."""
+    """Their exit codes. Processes that lost a host would wait for it, so they are ended, too."""
     while None in (codes := [host.poll() for host in hosts]):
         if any(codes):
             for host in hosts:
@@ -107,7 +107,7 @@ def test_smoke_that_was_stopped_while_it_packed_packs_anew(
 ) -> None:
     def stopped(*args: Any, **options: Any) -> Iterator[Sample]:
         samples = fractal_samples(*args, **options)
-        yield from islice(samples, 40)  # a shard, and some of the next
+        yield from islice(samples, 40)  # a shard, and part of the next
         raise KeyboardInterrupt
 
     with monkeypatch.context() as first:

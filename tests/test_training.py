@@ -1,4 +1,4 @@
-"""Whole runs on plain CPU: killed and resumed, every sample once, evaluation that adds up."""
+"""Whole runs on plain CPU: killed and resumed, every sample once, consistent evaluations."""
 
 import json
 import os
@@ -43,14 +43,14 @@ from tests.runs import (
 def test_a_killed_run_ends_as_if_it_had_not_been(
     tmp_path: Path, data: list[str], epochs: float, steps: int, dtype: str
 ) -> None:
-    """SAM, EMA, dropout, stochastic depth, augmentation: all on. 100 images, 16 rows a step.
+    """With SAM, EMA, dropout, stochastic depth and augmentation. 100 images, 16 rows a step.
 
-    Killed twice: in the midst of a step, and right after a checkpoint, whose step is not
-    computed again and must have left its numbers by then.
+    It is killed twice: during a step, and right after a checkpoint, whose step is not computed
+    again and so must have written its numbers by then.
     """
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, f"optim.epochs={epochs}"]
     arguments += ["optim.warmup_steps=1", "trainer.checkpoint_every=1", "trainer.eval_every=3"]
-    # The short one with a worker, which has to end with its run.
+    # The short one has a worker, which has to end with its run.
     arguments += [f"model.compute_dtype={dtype}", f"data.workers={int(epochs < 1)}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     log = tmp_path / "log.txt"
@@ -76,18 +76,18 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 def test_a_run_begins_from_an_earlier_checkpoint_in_a_folder_of_its_own(
     tmp_path: Path, data: list[str]
 ) -> None:
-    """What lies before it comes along: the audit and the record are of the whole run."""
+    """The steps before it come along: the audit and the record cover the whole run."""
     whole, branch, log = tmp_path / "whole", tmp_path / "branch", tmp_path / "log.txt"
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.6"]
     arguments += ["trainer.checkpoint_every=1", "trainer.keep_checkpoints=9"]
     run([*arguments, f"run_dir={whole}"], log)
     before = sorted(path.stat().st_mtime_ns for path in whole.rglob("*"))
     third = whole / "checkpoints" / "step-00000003"
-    for _ in range(2):  # given again, it goes on with its own, here to say that it has finished
+    for _ in range(2):  # repeated, it resumes from its own; here it reports that it has finished
         run([*arguments, f"run_dir={branch}", f"resume={third}"], log)
     assert before == sorted(path.stat().st_mtime_ns for path in whole.rglob("*"))
     assert [header["resumed_from"] for header in read_record(branch).headers] == [0, 3]
-    assert checkpoint.steps(branch / "checkpoints")[-1] == 3  # its own from the first
+    assert checkpoint.steps(branch / "checkpoints")[-1] == 3  # the first is its own already
     assert samples(branch) == samples(whole)
     assert losses(branch) == losses(whole)
     assert_bit_equal(final_state(branch), final_state(whole))
@@ -98,7 +98,7 @@ def test_a_run_begins_from_an_earlier_checkpoint_in_a_folder_of_its_own(
         process = start([*arguments, f"run_dir={whole}", f"resume={name}"], log)
         assert process.wait() == 2
         assert "already holds" in log.read_text().splitlines()[-1]
-    # Of a run that has finished nothing is left to be computed, and all of it to be kept.
+    # A finished run leaves nothing to compute, but all of it must be kept.
     copy = [*arguments, f"run_dir={tmp_path / 'copy'}", f"resume={whole}"]
     run(copy, log)
     whole.rename(tmp_path / "gone")
@@ -110,7 +110,7 @@ def test_a_run_begins_from_an_earlier_checkpoint_in_a_folder_of_its_own(
 def test_workers_have_no_effect_and_repeats_divide_the_epochs(
     tmp_path: Path, data: list[str]
 ) -> None:
-    """Two views of each image, in this process and by two workers: the same run, twice."""
+    """Two views of each image, by this process and by two workers: the same run both times."""
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=1", "data.repeats=2"]
     for workers in (0, 2):
         folder = tmp_path / str(workers)
@@ -142,7 +142,7 @@ def test_evaluating_a_runs_weights_gives_its_last_evaluation(
 def test_a_run_killed_before_it_says_that_it_has_ended_is_not_evaluated_twice(
     tmp_path: Path, data: list[str]
 ) -> None:
-    """Its last evaluation is after the last step, of which `eval_every` is no divisor."""
+    """Its last evaluation follows the last step, which is no multiple of `eval_every`."""
     arguments = [*RECIPE, *data, *SMALL, *PLAIN_CPU, "optim.epochs=0.5", f"run_dir={tmp_path}"]
     run(arguments, tmp_path / "log.txt")
     evaluated = read_record(tmp_path).of_kind("eval")
@@ -157,7 +157,7 @@ def test_a_run_killed_before_it_says_that_it_has_ended_is_not_evaluated_twice(
 
 
 def test_fine_tuning_starts_from_the_pre_trained_body(tmp_path: Path, data: list[str]) -> None:
-    """A learning rate of (almost) nothing leaves the body where the first run left it."""
+    """A learning rate of almost 0 leaves the body where the first run left it."""
     first, second = tmp_path / "first", tmp_path / "second"
     common = [*data, *SMALL, *PLAIN_CPU, "optim.epochs=0.5"]
     run([*RECIPE, *common, f"run_dir={first}"], tmp_path / "log.txt")
@@ -174,7 +174,7 @@ def test_fine_tuning_starts_from_the_pre_trained_body(tmp_path: Path, data: list
 def test_a_timm_model_trains_and_is_evaluated_as_an_nfnet_is(
     tmp_path: Path, data: list[str]
 ) -> None:
-    """SAM, clipping, averaging and keyed dropout for a ViT; the same run twice is the same. It is
+    """SAM, clipping, averaging and keyed dropout for a ViT; running it twice gives the same. It is
     evaluated at another size than it was made for."""
     sizes = ["data.image_size=32", "data.eval_image_size=48", "optim.epochs=0.5"]
     peer = ["model.name=timm/test_vit", "model.drop_path_rate=0", *sizes]
@@ -198,7 +198,7 @@ def test_a_timm_model_trains_and_is_evaluated_as_an_nfnet_is(
 
 
 def test_all_that_a_run_writes_is_the_users_own(tmp_path: Path, data: list[str]) -> None:
-    """No bit beyond what the user's own umask gives: record, ledger, curves, checkpoints."""
+    """Record, ledger, curves and checkpoints have exactly the permissions of the user's umask."""
     old = os.umask(0o077)
     try:
         run_dir = tmp_path / "run"
@@ -213,7 +213,7 @@ def test_all_that_a_run_writes_is_the_users_own(tmp_path: Path, data: list[str])
 
 
 def test_undecodable_samples_are_listed_and_counted_over_a_kill(tmp_path: Path) -> None:
-    """Five of 100 images and a held-out one; the run stops where the ceiling says, not before."""
+    """Five of 100 images and one held-out image; the run stops exactly at the ceiling."""
     for name, count in (("train", IMAGES), ("held-out", 21)):
         torn = (
             (name[0] + key, image[:60] if number % 20 == 3 else image, extension, label)
@@ -245,7 +245,7 @@ def test_undecodable_samples_are_listed_and_counted_over_a_kill(tmp_path: Path) 
     assert names == {f"shard-00000{n // 15}/t{n:05d}" for n in (3, 23, 43, 63, 83)}
     assert all("60 bytes do not decode" in sample["reason"] for sample in listed)
 
-    # From checkpoints alone, without the record that names them.
+    # With checkpoints alone, without the record that names them.
     kept, oldest = tmp_path / "kept", min((run_dir / "checkpoints").iterdir())
     shutil.copytree(oldest, kept / oldest.name)
     other = [*arguments, "data.max_missed=0.1", f"run_dir={tmp_path / 'other'}"]

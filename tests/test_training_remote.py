@@ -1,4 +1,4 @@
-"""A run whose shards are at an address is the run of the local ones."""
+"""A run whose shards are at an address equals the run on the local ones."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ SHORT = [*RECIPE, *SMALL, *PLAIN_CPU, "optim.epochs=0.5"]
 
 
 def some(name: str, number: int) -> Fault:
-    """A few answers fail; the waits of a real run between attempts are a second and more."""
+    """A few answers fail; a real run waits a second or more between attempts."""
     return {5: 503, 12: "cut", 20: 429}.get(number)
 
 
@@ -55,7 +55,7 @@ def test_the_shards_commands_take_addresses(
         assert capsys.readouterr().out == local
         main(["shards", "show", url, "--out", str(tmp_path / "a.png"), "--rows", "2", *SMALL[:1]])
         assert (tmp_path / "a.png").stat().st_size > 0
-        assert set(server.shard_requests.values()) != {1}  # samples, by ranges
+        assert set(server.shard_requests.values()) != {1}  # samples are read by ranges
         cached = [f"data.cache_dir={tmp_path / 'cache'}", "data.cache_bytes=9e4"]
         plan = ["check", "pretrain_demo", *SMALL, f"data.shards={url}", "data.eval_shards=null"]
         with pytest.raises(SystemExit, match="2"):  # as the run would be, on the slice
@@ -70,7 +70,7 @@ def test_the_shards_commands_take_addresses(
 
 
 class Forbidding(S3):
-    """Answers one kind of request with 403."""
+    """Answers requests of one kind with 403."""
 
     verb = ""
 
@@ -86,7 +86,7 @@ def test_where_no_checkpoint_can_be_written_no_step_is_done(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Below a file, and in a bucket that is only to be read."""
+    """Below a file, and in a read-only bucket."""
     (tmp_path / "file").touch()
     with storing(tmp_path, type("ReadOnly", (Forbidding,), {"verb": "PUT"})) as endpoint:
         monkeypatch.setitem(conf, "s3", {"endpoint_url": endpoint, "anon": True})

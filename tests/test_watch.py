@@ -1,5 +1,5 @@
 """Two starts in one folder: the second is refused while the first lives, however that ends; and a
-start that looked before another wrote does not go on from what it saw."""
+start that looked before another wrote does not continue from what it saw."""
 
 import errno
 import fcntl
@@ -32,7 +32,7 @@ def test_a_second_start_is_refused_and_leaves_the_first_alone(
     run_dir, log, other = tmp_path / "run", tmp_path / "log", tmp_path / "other"
     arguments = [*ONE, *data, "optim.epochs=0.5", "trainer.ledger=true", f"run_dir={run_dir}"]
     (first,) = reach(lambda: [start(arguments, log)], run_dir, 1, log, "samples")
-    first.send_signal(signal.SIGSTOP)  # it must not end before
+    first.send_signal(signal.SIGSTOP)  # so that it cannot end first
     second = start(arguments, other)
     assert second.wait() == 2
     first.send_signal(signal.SIGCONT)
@@ -49,8 +49,8 @@ def test_a_second_start_is_refused_and_leaves_the_first_alone(
 def test_of_two_machines_that_train_a_run_the_one_ahead_goes_on(
     tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str], ahead: str
 ) -> None:
-    """The other ends when it comes to save, and no sample of the run that is left was shown twice.
-    The one behind is no part of it, also if it began last and nothing was started after it.
+    """The other ends when it comes to save, and no sample of the remaining run was shown twice. The
+    one behind leaves no trace, even if it began last and nothing was started after it.
     """
     run_dir, logs = tmp_path / "run", {"first": tmp_path / "1", "second": tmp_path / "2"}
     arguments = [*ONE, *data, "optim.epochs=2", "trainer.ledger=true", f"run_dir={run_dir}"]
@@ -89,7 +89,7 @@ def test_of_two_machines_that_train_a_run_the_one_ahead_goes_on(
 def test_a_killed_run_leaves_no_lock_though_its_workers_live(
     tmp_path: Path, data: list[str]
 ) -> None:
-    """The kernel gives it back with the last descriptor; only the run itself may have one."""
+    """The kernel releases it with the last descriptor, and only the run itself may have one."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     arguments = [*ONE, *data, "data.workers=2", "optim.epochs=0.5", f"run_dir={run_dir}"]
     (first,) = reach(lambda: [start(arguments, log)], run_dir, 1, log, "samples")
@@ -116,8 +116,8 @@ def made_ready(run_dir: Path, data: list[str]) -> Ready:
 def test_nobody_goes_on_from_a_checkpoint_that_is_being_deleted(
     tmp_path: Path, data: list[str]
 ) -> None:
-    """By another machine, which makes room while this one reads, and the manifest goes first.
-    Without its momentum it could be gone on from, to other weights."""
+    """By another machine, which makes room while this one reads; it deletes the manifest first.
+    Without momentum, the rest could still be resumed, but to other weights."""
     options = [*ONE, *data, "optim.epochs=0.25", "optim.warmup_steps=1"]
     run([*options, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")
     deleted: list[str] = []
@@ -137,7 +137,7 @@ def test_nobody_goes_on_from_a_checkpoint_that_is_being_deleted(
 def test_what_another_start_wrote_meanwhile_is_not_replaced(
     tmp_path: Path, data: list[str]
 ) -> None:
-    """It has ended by the time that this one has the folder, which would begin anew."""
+    """The other has ended when this one gets the folder; otherwise this one would begin anew."""
     ready = made_ready(tmp_path, data)
     with RecordWriter(tmp_path, {"resumed_from": 0, "num_steps": 9}) as record:
         record._opened -= 1  # a step takes some time

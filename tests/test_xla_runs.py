@@ -1,4 +1,4 @@
-"""The TPU's program on virtual devices: two graphs in all, and the same run on 1 and 4 devices."""
+"""The TPU's program on virtual devices: two graphs in all, and equal runs on 1 and 4 devices."""
 
 import os
 import random
@@ -32,7 +32,7 @@ pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
 
 BEFORE = "*before_optimizations.txt"
 EXACT = "operand_precision={highest,highest}"
-EPOCHS = 4.75  # 475 images in 30 steps, the last with rows to spare
+EPOCHS = 4.75  # 475 images in 30 steps, the last with spare rows
 MESHES = {"one": (1, 1), "2 x 2": (4, 2), "1 x 4": (4, 4), "2 x 4": (8, 4), "8": (8, 1)}
 
 
@@ -49,7 +49,7 @@ def dumping_to(folder: Path) -> str:
 
 
 def step_program(folder: Path) -> str:
-    """The largest of the programs that XLA was given."""
+    """The largest of the programs that XLA compiled."""
     texts = [path.read_text() for path in folder.glob(BEFORE)]
     return max(texts, key=len)
 
@@ -60,7 +60,8 @@ def arguments(shards: Path) -> list[str]:
 
 
 def test_one_compilation_for_training_one_for_evaluation_and_no_fallback(on_four: Path) -> None:
-    """SAM, EMA, a learning rate that is 0 at first, evaluations, checkpoints: two graphs in all."""
+    """With SAM, EMA, a learning rate that is first 0, evaluations and checkpoints: two graphs in
+    all."""
     record = read_record(on_four)
     (end,) = record.of_kind("end")
     assert record.headers[0]["num_devices"] == 4
@@ -72,8 +73,8 @@ def test_one_compilation_for_training_one_for_evaluation_and_no_fallback(on_four
 
 
 def test_float32_is_float32(on_four: Path) -> None:
-    """A TPU would round the factors of products to bfloat16. In the evaluation, and in the heads;
-    torch_xla 2.9 does not pass it on for the gradient by a convolution's input."""
+    """By default a TPU rounds the factors of products to bfloat16. In the evaluation, and in the
+    heads; torch_xla 2.9 does not pass the setting on for a convolution's gradient by its input."""
     programs = [path.read_text() for path in (on_four.parent / "programs").glob(BEFORE)]
     step, evaluation, *_ = sorted(programs, key=len, reverse=True)
     heads = re.findall(r" = (\w+)\[.* dot\(.*", step)
@@ -90,10 +91,10 @@ def test_float32_is_float32(on_four: Path) -> None:
 def test_the_device_is_not_part_of_the_run(
     shards: Path, on_four: Path, tmp_path: Path, device: str
 ) -> None:
-    """The same ids in every batch; losses equal to 1e-4 over 30 steps in float32.
+    """Equal ids in every batch; losses equal to 1e-4 over 30 steps in float32.
 
-    With dropout, stochastic depth, SAM and an average, on any mesh: "2 x 4" is eight devices of
-    which four share a copy of the parameters.
+    With dropout, stochastic depth, SAM and an average, on any mesh: "2 x 4" is eight devices, of
+    which groups of four share a copy of the parameters.
     """
     folder = tmp_path / "run"
     options, fsdp = PLAIN_CPU, 1
@@ -114,10 +115,10 @@ def test_the_device_is_not_part_of_the_run(
 def test_bfloat16_convolves_in_bfloat16_and_keeps_float32(
     shards: Path, on_four: Path, tmp_path: Path
 ) -> None:
-    """In the program that XLA is given for a step; and 30 losses differ by less than 1e-3 of them.
+    """In a step's program as given to XLA; and 30 losses differ by less than 1e-3 relative.
 
-    Parameters, momentum and average come in and go out in float32. On the way to a convolution a
-    weight is standardised in float32 and then rounded.
+    Parameters, momentum and average enter and leave in float32. Before a convolution a weight is
+    standardised in float32 and then rounded.
     """
     programs = tmp_path / "programs"
     folder = tmp_path / "run"
@@ -140,9 +141,9 @@ def test_bfloat16_convolves_in_bfloat16_and_keeps_float32(
 
 @pytest.mark.slow
 def test_nothing_that_changes_in_50_steps_compiles_again(shards: Path, tmp_path: Path) -> None:
-    """The rate passes through exactly 0, 0.5 and 1; in bfloat16; SAM, mixing, an average swapped in
-    for evaluation, checkpoints, a logged step each time. Each logged interval reads one tensor, and
-    three for a checkpoint in it: weights, momentum, average."""
+    """The rate passes through exactly 0, 0.5 and 1; in bfloat16; with SAM, mixing, an average
+    swapped in for evaluation, checkpoints, and a logged step each time. Each logged interval reads
+    one tensor, plus three per checkpoint: weights, momentum, average."""
     options = ["optim.epochs=8", "optim.peak_lr=1", "optim.warmup_steps=4", "trainer.fsdp=2"]
     options += ["model.compute_dtype=bfloat16", "trainer.log_every=3"]
     folder = tmp_path / "run"
@@ -184,7 +185,7 @@ def test_parts_of_a_batch_are_one_graph_and_the_same_on_any_device(
 def test_a_killed_run_on_four_devices_ends_as_if_it_had_not_been(
     shards: Path, on_four: Path, tmp_path: Path
 ) -> None:
-    """And by the program that it began with: where programs are cached, no restart compiles."""
+    """And with the program that it began with: where programs are cached, no restart compiles."""
     folder = tmp_path / "killed"
     command = [*arguments(shards), *xla(4), f"run_dir={folder}"]
     run_killed_at(command, folder, random.randint(2, 28), tmp_path / "log.txt")
@@ -213,7 +214,7 @@ def test_a_killed_run_in_bfloat16_ends_as_if_it_had_not_been(shards: Path, tmp_p
 
 
 def test_pretrain_goes_on_from_the_cpu_to_xla_and_back(shards: Path, tmp_path: Path) -> None:
-    """Killed on each; checkpoints know no device. Tolerance as for whole runs."""
+    """Killed on each; checkpoints do not depend on devices. The tolerance is that of whole runs."""
     whole, folder, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log.txt"
     command = ["pretrain", "model.compute_dtype=float32"]
     command += [*arguments(shards)[len(RECIPE) :], "optim.lr_batch=null"]

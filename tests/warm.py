@@ -1,11 +1,11 @@
-"""Processes that need not import anything: forked from one that has imported it all.
+"""Processes that need no imports: they are forked from one that has imported everything.
 
-Importing torch and Lightning costs nine seconds of a core, and the tests start some hundred
-processes. Each is a process like any other (its own memory, signals, exit and death), only its
-modules are there already. Nothing but imports has happened before the fork. Where an import has
-started a thread, of which a fork has no copy, the process imports everything itself.
+Importing torch and Lightning takes nine seconds of a core, and the tests start some hundred
+processes. Each is a normal process (own memory, signals, exit and death), except that its modules
+are already loaded. Nothing but imports has happened before the fork. If an import has started a
+thread, which a fork does not copy, the process imports everything itself.
 
-What is about starting itself, as tests/test_preempt.py is, uses `python -m nfnets_xla`.
+Tests of starting itself, such as tests/test_preempt.py, use `python -m nfnets_xla`.
 """
 
 import json
@@ -24,7 +24,7 @@ POLL_SECONDS = 0.02
 
 
 class Warm:
-    """As much of subprocess.Popen as tests ask for."""
+    """The part of subprocess.Popen that tests need."""
 
     def __init__(self, module: str, arguments: list[str], environment: dict[str, str], log: Path):
         self._source = _source("trainer.device=xla" in arguments)
@@ -58,8 +58,8 @@ class Warm:
 
 @cache
 def _source(xla: bool) -> subprocess.Popen[str]:
-    """Ends when this process does: its input is closed then. One for runs that start torch_xla,
-    with settings of their own, and one for those where Lightning only asks it for devices."""
+    """Ends with this process, because its input is then closed. One for runs that start torch_xla,
+    with their own settings, and one for those where Lightning only asks it for devices."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.warm", *(() if xla else ("torch_xla",))],
         stdin=subprocess.PIPE,
@@ -81,7 +81,7 @@ def _ask(source: subprocess.Popen[str], **request: Any) -> Any:
 
 
 def serve() -> dict[str, Any] | None:
-    """Answers until its input ends. In a child it returns what the child is to run."""
+    """Answers until its input ends. In a child process it returns what the child is to run."""
     while line := os.read(0, 2**16):  # a request is one line, and the next waits for its answer
         while not line.endswith(b"\n"):
             line += os.read(0, 2**16)
@@ -98,7 +98,7 @@ def serve() -> dict[str, Any] | None:
 
 
 def become(request: dict[str, Any], has_all: bool) -> None:
-    """`has_all` says that a fork has all there was: threads are not copied."""
+    """`has_all` says whether a fork has everything: threads are not copied."""
     log = os.open(request["log"], os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for mine, theirs in ((0, nothing), (1, log), (2, log)):

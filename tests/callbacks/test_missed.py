@@ -1,4 +1,4 @@
-"""When undecodable samples are too many, and what hosts tell each other of them."""
+"""When undecodable samples are too many, and what hosts tell each other about them."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +34,7 @@ def batch(step: int, count: int) -> dict[str, Any]:
 
 
 def test_the_ceiling_is_a_share_of_what_was_shown() -> None:
-    """As many as that are allowed, and one more is too many; of few, the share of AT_LEAST."""
+    """Exactly that many are allowed, not one more; of few samples, it is the share of AT_LEAST."""
     for step, shown in ((1, AT_LEAST), (1_000, 1_000 * PER_STEP)):
         missed = made(before=round(CEILING * shown) - 1)
         missed.on_train_batch_start(TRAINER, MODULE, batch(step, 1), 0)
@@ -50,7 +50,7 @@ def test_of_a_short_run_no_more_is_allowed_than_its_share() -> None:
 
 
 def test_an_evaluation_counts_its_own() -> None:
-    """Over its batches, and anew in the next one."""
+    """The count covers its batches, and starts anew in the next evaluation."""
     missed = made()
     for _ in range(2):
         missed.on_validation_start(TRAINER, MODULE)
@@ -60,7 +60,7 @@ def test_an_evaluation_counts_its_own() -> None:
 
 
 def test_a_host_that_was_told_says_nothing_more() -> None:
-    """The one without a batch says so in place of a number, once; the others end by that."""
+    """A host without a batch reports the end once, in place of a number; the others then end."""
     said: list[int] = []
 
     class Two(Hosts):

@@ -1,4 +1,4 @@
-"""Rates of an interval, from clocks and counts that the test sets."""
+"""Rates over an interval, computed from clocks and counts that the test sets."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +42,7 @@ def test_rates_are_of_the_interval_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         "hfu": 0.2,
         "data_wait_share": 0.25,
         "executions": 4,
-        "execute_ms": 500.0,  # a step
+        "execute_ms": 500.0,  # per step
     }
 
 
@@ -50,7 +50,7 @@ def test_waiting_for_data_is_not_what_other_callbacks_take(monkeypatch: pytest.M
     now = 0.0
 
     class Others(Callback):
-        """Hosts that talk about a batch, and checkpoints."""
+        """Stands for hosts that decide about a batch, and for checkpoints."""
 
         def on_train_batch_start(self, *_: Any, **__: Any) -> None:
             nonlocal now
@@ -72,7 +72,7 @@ def test_waiting_for_data_is_not_what_other_callbacks_take(monkeypatch: pytest.M
     for callback in callbacks:
         callback.on_train_start(trainer, task)
     for step in range(4):
-        now += 1  # for the data
+        now += 1  # waiting for data
         for callback in callbacks:
             callback.on_train_batch_start(trainer, task, {}, step)
         now += 9
@@ -119,7 +119,7 @@ def test_clipping_is_told_by_block_and_weighed_by_units() -> None:
 
 
 def test_an_evaluation_is_no_time_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two steps of a second each, between which a minute goes into an evaluation."""
+    """An evaluation of a minute lies between two steps of a second each."""
     now = 0.0
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: now)
     rows: list[dict[str, Any]] = []

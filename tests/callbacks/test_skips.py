@@ -1,4 +1,4 @@
-"""A step that is not finite is left out, or ends the run with the state before it saved."""
+"""A step that is not finite is skipped, or ends the run with the state before it saved."""
 
 import math
 from pathlib import Path
@@ -33,8 +33,8 @@ SKIPPING = ["optim.max_skipped=2", "trainer.log_every=4", "trainer.checkpoint_ev
 
 
 def test_samples_that_cannot_be_named_cost_nothing_else(tmp_path: Path) -> None:
-    """Their shards may be another host's, at an address that does not answer just now: the step is
-    counted once, and what is being saved is."""
+    """Their shards may be on another host, or at an address that does not answer at the moment: the
+    step is still counted once, and the save in progress completes."""
 
     def gone(_: int) -> list[str]:
         raise Unreachable("s3://b/shard-3.ids could not be had in 300 s")
@@ -45,7 +45,7 @@ def test_samples_that_cannot_be_named_cost_nothing_else(tmp_path: Path) -> None:
         skips = Skips(record, ids=gone, **one)
         for _ in range(2):
             skips.read(3, [0.0, 0.0, 0.0, 1.0, 0.0])
-        other = Skips(Discard(), ids=None, **one)  # of a host that writes nothing down
+        other = Skips(Discard(), ids=None, **one)  # of a host that writes no record
         other.read(3, [0.0, 0.0, 0.0, 1.0, 0.0])
     assert (skips.count, other.count) == (1, 1)
     (row,) = read_record(tmp_path).of_kind("nonfinite")
@@ -55,7 +55,8 @@ def test_samples_that_cannot_be_named_cost_nothing_else(tmp_path: Path) -> None:
 
 
 def test_what_comes_after_the_freeze_is_not_counted() -> None:
-    """The device goes on until the host reads, and its steps may be bad, too; each is told once."""
+    """The device continues until the host reads; its later steps may be bad, too. Each is reported
+    once."""
     said: list[str] = []
     skips = Skips(Discard(), ceiling=1, before=0, start_step=0, ids=lambda _: [], say=said.append)
     skips.read(2, [1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
@@ -81,7 +82,7 @@ def state_of(run_dir: Path, step: int) -> dict:
 
 @pytest.fixture(scope="module")
 def skipping(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven steps on a CPU, the first and the fourth bad."""
+    """A run of seven steps on a CPU, of which the first and the fourth are bad."""
     run_dir = tmp_path_factory.mktemp("skipping") / "run"
     data = [f"data.shards={shards / 'train'}", f"data.eval_shards={shards / 'held-out'}"]
     with pytest.MonkeyPatch.context() as patch:
@@ -93,7 +94,7 @@ def skipping(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_bad_step_is_as_if_its_update_had_been_left_out(
     skipping: Path, tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, momentum and average to the bit; SAM, dropout, mixing: all on."""
+    """Weights, momentum and average are equal to the bit, with SAM, dropout and mixing on."""
     without(BAD, monkeypatch.setattr)
     main([*ONE, *data, *PLAIN_CPU, *SKIPPING, f"run_dir={tmp_path}"])
     assert_bit_equal(final_state(skipping), final_state(tmp_path))
@@ -120,7 +121,7 @@ def test_what_was_left_out_is_on_record_with_its_samples(
     assert "steps 1, 4 were left out (loss or gradient not finite): 32 of the samples changed" in (
         "\n".join(found.report())
     )
-    # And they can be looked at.
+    # The recorded samples can be shown.
     of_run = [option for option in ONE if option.startswith(("data.", "optim.epochs"))]
     sheet = ["--recipe", RECIPE[0], "--out", str(tmp_path / "4.png"), "--step", "4", "--rows", "2"]
     main(["shards", "show", str(shards / "train"), *sheet, *of_run])
@@ -132,9 +133,9 @@ def test_what_was_left_out_is_on_record_with_its_samples(
 @pytest.mark.parametrize(
     ("often", "reached"),
     [
-        # Logged at 4; read when 6 is logged.
+        # Logged at step 4; read when step 6 is logged.
         (["trainer.log_every=2", "trainer.checkpoint_every=null"], 6),
-        # Nothing is logged before the end; the save at 5 is of 3.
+        # Nothing is logged before the end; the save at step 5 is of step 3.
         (["trainer.log_every=100", "trainer.checkpoint_every=5"], 5),
     ],
     ids=["an interval late", "with a checkpoint"],
@@ -148,7 +149,7 @@ def test_one_too_many_ends_the_run_with_the_state_before_it(
     often: list[str],
     reached: int,
 ) -> None:
-    """And does so again; and goes on where one more is allowed, to the same end."""
+    """Repeated, it ends so again; where one more is allowed it continues, to the same end."""
     poison(BAD, monkeypatch.setattr)
     command = [*ONE, *data, *PLAIN_CPU, *often, f"run_dir={tmp_path}"]
     for attempt in (1, 2):
@@ -175,7 +176,7 @@ def test_one_too_many_ends_the_run_with_the_state_before_it(
 def test_a_run_whose_very_first_step_is_bad(
     skipping: Path, tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is saved is step 0: the initial weights, from which a start goes on."""
+    """Step 0, the initial weights, is saved, and a new start continues from it."""
     poison(BAD, monkeypatch.setattr)
     command = [*ONE, *data, *PLAIN_CPU, f"run_dir={tmp_path}"]
     with pytest.raises(SystemExit) as ended:
@@ -196,7 +197,7 @@ def run(what: str, arguments: list[str], folder: Path, code: int = 0) -> Path:
 
 
 def known(run_dir: Path) -> list[float]:
-    """Losses of logged steps; that of a step left out is null."""
+    """Losses of logged steps; null for a skipped step."""
     return [math.nan if loss is None else loss for loss in losses(run_dir)]
 
 
@@ -204,7 +205,7 @@ def known(run_dir: Path) -> list[float]:
 def test_on_devices_it_costs_no_graph_and_no_read(
     skipping: Path, tmp_path: Path, data: list[str]
 ) -> None:
-    """Of a mesh that cuts parameters; the losses of the steps between are those of a CPU."""
+    """On a mesh that shards the parameters; the losses of the other steps are those of a CPU."""
     pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
     devices = [*ONE, *data, *xla(2), "trainer.fsdp=2", *SKIPPING]
     folder = run("poison", devices, tmp_path / "run")
@@ -218,7 +219,7 @@ def test_on_devices_it_costs_no_graph_and_no_read(
 
 @pytest.mark.slow
 def test_hosts_decide_alike(skipping: Path, tmp_path: Path, data: list[str]) -> None:
-    """The bad row is one host's; both leave the step out, and both end past the ceiling."""
+    """Only one host has the bad row; both skip the step, and both end above the ceiling."""
     for ceiling, code in ((2, 0), (1, 1)):
         folder, log = tmp_path / str(ceiling), tmp_path / "log.txt"
         command = [*ONE, *data, *PLAIN_CPU, *SKIPPING, f"optim.max_skipped={ceiling}"]
@@ -232,7 +233,7 @@ def test_hosts_decide_alike(skipping: Path, tmp_path: Path, data: list[str]) -> 
 
 @pytest.mark.slow
 def test_on_devices_it_is_as_on_a_cpu(tmp_path: Path, data: list[str]) -> None:
-    """Bit-equal to the twin; and the state before the step is saved. Stacked, accumulating."""
+    """Bit-equal to the twin, and the state before the step is saved; stacked, with accumulation."""
     pytest.importorskip("torch_xla", exc_type=ModuleNotFoundError)
     form = ["model.stacked=true", "optim.accumulation=2", *xla(2)]
     skipped = run("poison", [*ONE, *data, *form, *SKIPPING], tmp_path / "skipped")

@@ -1,6 +1,6 @@
-"""The sample order, dealt card by card into lists: what `data.order` must equal.
+"""The sample order, dealt card by card into lists: `data.order` must equal it.
 
-Written from the words of that module's head; it shares no code with it, and keeps everything.
+Written from that module's docstring; it shares no code with it, and keeps everything in memory.
 """
 
 import numpy as np
@@ -48,7 +48,7 @@ def deal(
 
 
 def shuffled(items: list, *key: int) -> list:
-    """Sorted by one random word each, less as many low bits as the number of items has."""
+    """Sorted by one random word per item, without as many low bits as the number of items has."""
     words = np.random.Philox(np.random.SeedSequence(key)).random_raw(len(items)).tolist()
     low_bits = len(items).bit_length()
     return [items[i] for i in sorted(range(len(items)), key=lambda i: (words[i] >> low_bits, i))]

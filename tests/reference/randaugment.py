@@ -1,4 +1,4 @@
-"""RandAugment's operations, each as its definition says, in plain numpy and float64.
+"""RandAugment's operations by their definitions, in plain numpy and float64.
 
 Where deepmind-research/nfnets/autoaugment.py (f5de0ed) departs from a definition, so does this.
 """
@@ -20,7 +20,7 @@ def auto_contrast(image: Pixels) -> NDArray:
 
 
 def equalize(image: Pixels) -> NDArray:
-    """Of each channel, a pixel becomes the number of darker ones in units of a step."""
+    """In each channel, a pixel becomes the number of darker pixels, in units of a step."""
     result = image.astype(int)
     for channel in range(3):
         values = image[..., channel]
@@ -38,7 +38,7 @@ def invert(image: Pixels) -> NDArray:
 
 
 def posterize(image: Pixels, magnitude: int) -> NDArray:
-    """Keeps this many of the highest bits, and one at least."""
+    """Keeps this many of the highest bits, but at least one."""
     bits = max(int(magnitude / 10 * 4), 1)
     return image // 2 ** (8 - bits) * 2 ** (8 - bits)
 
@@ -122,7 +122,7 @@ def cutout(image: Pixels, magnitude: int, row: int, column: int) -> NDArray:
 
 
 def _moved(image: Pixels, source: Source) -> NDArray:
-    """Nearest neighbours, a half rounded away from 0; 128 from outside."""
+    """Nearest neighbours, halves rounded away from 0; 128 outside of the image."""
     height, width, _ = image.shape
     moved = np.full(image.shape, 128)
     for y in range(height):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class TwoPassSAM:
-    """Perturb in place, remember the weights, put them back, step with the second gradient."""
+    """Perturbs in place, remembers the weights, restores them, steps with the second gradient."""
 
     def __init__(self, base: torch.optim.Optimizer, rho: float, adaptive: bool) -> None:
         self.base, self.rho, self.adaptive = base, rho, adaptive
