@@ -99,7 +99,7 @@ def test_a_rate_that_was_best_nowhere_is_not_said_to_be() -> None:
 def test_rates_that_were_never_tried_are_not_chosen() -> None:
     low, high = Cell("a", 1, 1, {0.4: 2.0}), Cell("b", 1, 2, {0.8: 2.0})
     with pytest.raises(
-        ValueError, match=r"has to rise with epochs or size somewhere: try 0\.4 for b"
+        ValueError, match=r"must rise with epochs or size somewhere: try 0\.4 for b"
     ):
         fit_rule([low, high])
     assert two_trials(2, 4, cells=[low, high]).rates == (0.4, 0.2)
