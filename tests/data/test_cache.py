@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from nfnets_xla.data.ahead import ReadAhead
 from nfnets_xla.data.cache import Cache, Fetch, Room, open_cache
 from tests.data.tars import one_line
 
@@ -49,30 +48,6 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     cache.drop("c")
     cache.drop("c")
     assert cache.open("c", giving(b"another")).whole() == b"another"
-
-
-def test_what_is_wanted_is_kept_before_anything_is_fetched() -> None:
-    """Otherwise the first fetches evict files that are wanted and not read yet: of four threads,
-    one may be late."""
-    calls: list[tuple[str, int]] = []
-    fetched = threading.Event()
-
-    def bring(shard: int) -> None:
-        calls.append(("bring", shard))
-        if len(calls) % 6 == 0:
-            fetched.set()
-
-    ahead = ReadAhead(bring, lambda shard: calls.append(("keep", shard)))
-    for first in (0, 1):
-        shards = [first, first + 1, first + 2]
-        ahead.want(first, lambda _, shards=shards: shards)
-        assert fetched.wait(10)
-        fetched.clear()
-        now = calls[-6:]
-        assert now[:3] == [("keep", shard) for shard in shards]
-        assert sorted(now[3:]) == [("bring", shard) for shard in shards]
-    ahead.want(2, lambda _: [1, 2, 3])  # the same: nothing to do
-    assert len(calls) == 12
 
 
 def test_what_else_lies_in_the_folder_stays_and_counts_for_nothing(tmp_path: Path) -> None:
