@@ -63,7 +63,7 @@ def test_what_comes_after_the_freeze_is_not_counted() -> None:
     for step, frozen, bad in ((6, 3, [0.0, 1.0, 0.0, 1.0]), (8, 5, [0.0, 1.0, 1.0, 1.0])):
         skips.read(step, [1.0, frozen, *bad])
         assert (skips.frozen_at, skips.count, len(said)) == (4, 1, 1)
-    assert "Saved is step 3, from" in skips.why()
+    assert "Step 3 is saved; the same command" in skips.why()
     assert "--step 4, with" in skips.why()
 
 
