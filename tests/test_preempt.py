@@ -184,6 +184,18 @@ def test_only_a_second_signal_ends_what_is_being_saved(monkeypatch: pytest.Monke
     assert ended == [("SIGINT after a notice", 75)]
 
 
+def test_a_request_that_is_passed_on_ends_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep ends after its run, which saves; and says why, however often it is asked."""
+    done: list[str] = []
+    sweep = Preemption()
+    monkeypatch.setattr(sweep, "_end", lambda why, code=75: done.append("ended"))
+    sweep.pass_on = lambda: done.append("passed on")
+    for reason in ("SIGINT", "SIGTERM"):
+        sweep.ask(reason, signal.Signals[reason])
+        assert sweep.reason == reason
+    assert done == ["passed on", "passed on"]
+
+
 def test_what_does_not_go_on_ends_as_any_command() -> None:
     """By the signal; and the terminal's cursor, which a live display hides, is restored."""
     from_there = "from nfnets_xla.preempt import Preemption; p = Preemption(); p.resumes = False; "
@@ -252,9 +264,13 @@ def test_a_question_that_fails_makes_no_new_notice(
     asked: list[str] = []
     preemption = Preemption(25)
     monkeypatch.setattr(preemption, "ask", asked.append)
-    monkeypatch.setattr(preemption, "_write", os.open(os.devnull, os.O_WRONLY), raising=False)
+    woken, write = os.pipe()
+    monkeypatch.setattr(preemption, "_write", write, raising=False)
     with pytest.raises(StopIteration):
         preemption._poll("http://metadata/event")
+    os.close(write)
+    with os.fdopen(woken, "rb") as pipe:  # or the other thread would not see the deadline
+        assert pipe.read() == b"\0"
     assert asked == ["http://metadata/event announces maintenance"]
     assert list(answers) == []
 
