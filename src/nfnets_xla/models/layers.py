@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from nfnets_xla.models.variants import EpsMode, Gelu
 
@@ -143,7 +144,6 @@ class Standardise(torch.autograd.Function):
         weight_OIHW, gain_O, *ctx.floor_and_addend = inputs
         _, mean_O111, squares_O111 = output
         ctx.save_for_backward(weight_OIHW, gain_O, mean_O111, squares_O111)
-        ctx.save_for_forward(weight_OIHW, gain_O)
         ctx.mark_non_differentiable(mean_O111, squares_O111)
 
     @staticmethod
@@ -166,27 +166,9 @@ class Standardise(torch.autograd.Function):
         return grad_weight, (along_O111 * scale_O111).flatten(), None, None
 
 
-class StandardiseEager(Standardise):
-    """The same with forward mode (torch.func.jvp). torch.compile takes no function that has it."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
-        """With v = dw - mean dw, c and s as there: gain (s v - s^3 c sum(v c)) + dgain s c."""
-        weight_OIHW, gain_O = ctx.saved_tensors
-        floor, addend = ctx.floor_and_addend
-        # Anew, for this may be differentiated again.
-        _, mean_O111, squares_O111 = Standardise.forward(weight_OIHW, gain_O, floor, addend)
-        centred = weight_OIHW - mean_O111
-        scale_O111 = torch.rsqrt(squares_O111.clamp(min=floor) + addend)
-        result = torch.zeros_like(weight_OIHW)
-        if (tangent := tangents[0]) is not None:
-            moved = tangent - tangent.mean(dim=(1, 2, 3), keepdim=True)
-            along_O111 = (moved * centred).sum(dim=(1, 2, 3), keepdim=True)
-            shrink_O111 = scale_O111.square() * along_O111 * (squares_O111 > floor)
-            result = gain_O[:, None, None, None] * scale_O111 * (moved - centred * shrink_O111)
-        if (tangent := tangents[1]) is not None:
-            result = result + tangent[:, None, None, None] * scale_O111 * centred
-        return result, None, None
+def in_forward_mode() -> bool:
+    """Whether torch.func.jvp, or anything built on it, is differentiating this."""
+    return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 
 
 class WSConv2d(nn.Conv2d):
@@ -237,9 +219,10 @@ class WSConv2d(nn.Conv2d):
         floor, addend = (
             (WS_FLOOR, 0.0) if self.eps_mode == "floor" else (0.0, WS_ADDEND * self.fan_in)
         )
-        if torch.is_grad_enabled():
-            function = Standardise if torch.compiler.is_compiling() else StandardiseEager
-            results = function.apply(weight, gain, floor, addend)  # pyright: ignore[reportUnknownVariableType]
+        # Not in forward mode: torch takes a function's own jvp for a constant if it is to be
+        # differentiated in forward mode again, as jacfwd(jacfwd(...)) does.
+        if torch.is_grad_enabled() and not in_forward_mode():
+            results = Standardise.apply(weight, gain, floor, addend)  # pyright: ignore[reportUnknownVariableType]
             return results[0]  # pyright: ignore[reportUnknownVariableType, reportOptionalSubscript]
         return Standardise.forward(weight, gain, floor, addend)[0]  # traceable
 
