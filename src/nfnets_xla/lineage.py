@@ -42,7 +42,8 @@ class Start:
 
 
 def rivals(starts: Sequence[Start]) -> frozenset[int]:
-    """Numbers of the starts off the line that leads to the newest save; the newest may be one."""
+    """Numbers of the starts off the line that the record follows (see above); the newest start may
+    be one."""
     place = {start.header.get("start"): at for at, start in enumerate(starts)}
     found: set[int] = set()
 

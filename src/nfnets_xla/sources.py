@@ -57,7 +57,8 @@ def find(given: str | Path) -> Checkpoint | None:
 
 def checkpoints_of(run_dir: Path) -> str:
     """The first folder that holds checkpoints: where the newest start of the run keeps them, where
-    earlier starts did (the run may have moved), or `run_dir` itself."""
+    earlier starts did (the run may have moved), `run_dir/checkpoints`, or `run_dir` itself. If none
+    has any, where the newest start should have them."""
     kept = [_checkpoint_dir(config) for config in configs_of(run_dir)]
     inside = str(run_dir / CHECKPOINTS)
     for root in (*(where or inside for where in kept), inside, run_dir):

@@ -80,7 +80,7 @@ def training(tmp_path: Path) -> Iterator[Training]:
 
 
 def test_an_evaluation_is_saved_if_it_is_better_than_the_best(training: Training) -> None:
-    """By the average's loss, if there is one; a loss that is not finite, or equal, is not better."""
+    """By the average's loss, if there is one; one that is not finite, or equal, is not better."""
     saved = []
     for loss in (math.inf, math.nan, 0.5, 0.5, 0.7, 0.2):
         training.step()

@@ -176,7 +176,7 @@ def _curves_of_sizes(macs: Floats, rows: Floats, loss: Floats) -> list[_Curve]:
 
 
 def _shared_budgets(curves: Sequence[_Curve]) -> list[float]:
-    """Budgets, in FLOPs, in the range where three sizes overlap; no more than there are runs."""
+    """Budgets, in FLOPs, in the range where three sizes overlap; as many as the runs have there."""
     first = sorted(float(curve.flops[0]) for curve in curves)[2]
     last = sorted(float(curve.flops[-1]) for curve in curves)[-3]
     of_runs: Floats = np.unique(np.concatenate([curve.flops for curve in curves]).round(6))
