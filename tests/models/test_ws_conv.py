@@ -94,6 +94,11 @@ def test_small_variance_meets_a_floor_not_an_addend() -> None:
     torch.testing.assert_close(conv.standardised_weight(), expected, atol=1e-9, rtol=1e-9)
 
 
+# Newer releases of torch script their own forward mode, which they call deprecated.
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+
+
+@FORWARD_MODE
 @pytest.mark.parametrize("variance_times_fan_in", [1.0, 1e-6])
 def test_gradients_of_the_convolution_are_right(variance_times_fan_in: float) -> None:
     """In float64, against finite differences, on both sides of the floor."""
@@ -114,6 +119,7 @@ def test_gradients_of_the_convolution_are_right(variance_times_fan_in: float) ->
     assert torch.autograd.gradcheck(convolve, inputs, eps=eps, atol=1e-4, check_forward_ad=True)
 
 
+@FORWARD_MODE
 @pytest.mark.parametrize("eps_mode", ["floor", "add"])
 def test_gradients_per_sample_and_second_derivatives_are_right(eps_mode: EpsMode) -> None:
     """A hand-written derivative must support torch.func and second derivatives."""
@@ -139,6 +145,7 @@ def test_gradients_per_sample_and_second_derivatives_are_right(eps_mode: EpsMode
     assert torch.autograd.gradgradcheck(convolve, parameters, check_fwd_over_rev=True)
 
 
+@FORWARD_MODE
 @pytest.mark.parametrize("eps_mode", ["floor", "add"])
 def test_second_derivatives_in_forward_and_reverse_mode_agree_in_any_order(
     eps_mode: EpsMode,
