@@ -37,9 +37,9 @@ def test_help_says_what_a_recipe_is_and_all_of_its_settings(
     main([name, "--help"])
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: nfnets-xla {name} [key=value ...]\n\n{recipes()[name][:30]}")
-    assert re.findall(r"^  ([a-z0-9_.]+)=", printed.partition("settings, as")[2], re.MULTILINE) == (
-        setting_names()
-    )
+    assert re.findall(
+        r"^  ([a-z0-9_.]+)=", printed.partition("settings, with")[2], re.MULTILINE
+    ) == (setting_names())
     assert "Hydra" not in printed
     assert max(map(len, printed.splitlines())) <= 80
 

@@ -41,9 +41,9 @@ class Parser(argparse.ArgumentParser):
     def add_settings(self) -> None:
         """Adds overrides of a recipe's settings, and the folder of the user's own recipes."""
         self.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="settings of the recipe"
+            "overrides", nargs="*", metavar="key=value", help="override a setting of the recipe"
         )
-        self.add_argument("--config-dir", metavar="DIR", help="folder of recipes of your own")
+        self.add_argument("--config-dir", metavar="DIR", help="folder of your own recipes")
 
 
 def quoted(text: str) -> str:

@@ -35,23 +35,23 @@ from nfnets_xla.preempt import Preemption
 from nfnets_xla.version import __version__
 
 USAGE = """usage: nfnets-xla RECIPE [key=value ...]    run a recipe
-       nfnets-xla RECIPE --help             what it is, and all that can be set
-       nfnets-xla RECIPE --cfg job          print what would run; start nothing
-       nfnets-xla COMMAND ...               one of these; --help says more
+       nfnets-xla RECIPE --help             describe it and all of its settings
+       nfnets-xla RECIPE --cfg job          print the final settings and exit
+       nfnets-xla COMMAND ...               run a command; see COMMAND --help
        nfnets-xla --version"""
 COMMANDS = {  # each is a module of commands/
-    "check": "what a recipe would do and cost; starts nothing",
+    "check": "check a run and estimate its cost without starting it",
     "shards": "pack, index, lint, stats, show, dedup, holdout, exclude",
     "checkpoint": "verify, show, export, card",
-    "runs": "how far the runs below a folder are, and what came out",
+    "runs": "list the runs below a folder, with progress and results",
     "audit": "prove that every sample was shown exactly once",
     "two_trials": "sweep the learning rate by the paper's rule",
-    "scaling": "plan, fit, figures: what to train, and what runs follow",
+    "scaling": "plan, fit, figures: plan runs, and fit scaling laws",
     "launch": "run on Cloud TPU: example, watch, status, stop ...",
-    "models": "list the models, or all about one",
-    "predict": "what a model says of pictures",
-    "signal": "how a signal goes through a network, block by block",
-    "convert": "rewrite weights: a file of any form, or an address",
+    "models": "list the models, or describe one",
+    "predict": "classify images with a model",
+    "signal": "plot a signal's statistics after each block",
+    "convert": "convert weights, a file or a URL, to .safetensors",
 }
 HELP, VERSION = ("-h", "--help", "help"), ("-V", "--version")
 
@@ -183,7 +183,9 @@ def no_such(name: str) -> str:
     known = [*COMMANDS, *recipes()]
     near = difflib.get_close_matches(name, known, 3, 0.5)
     meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-    return f"there is no recipe and no command {name!r}; {meant} (your own needs --config-dir DIR)"
+    return (
+        f"there is no recipe or command {name!r}; {meant} (your own recipe needs --config-dir DIR)"
+    )
 
 
 def usage() -> str:

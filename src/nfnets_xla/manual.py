@@ -20,9 +20,9 @@ FIELD = re.compile(r"^    (\w+): [^#]+?(?:  # (.*))?$", re.MULTILINE)
 COLUMN = 36  # where the description of a setting begins
 
 OPTIONS = """options:
-  --cfg job           print the recipe with what is set of it; start nothing
-  --multirun          one run for each of several values: optim.epochs=1,2
-  --config-dir DIR    a folder of recipes of your own, extending these"""
+  --cfg job           print the final settings and exit
+  --multirun          run once for each value: optim.epochs=1,2
+  --config-dir DIR    folder of your own recipes, which may extend these"""
 
 
 def recipes() -> dict[str, str]:
@@ -37,7 +37,7 @@ def known(name: str) -> None:
     if name not in recipes():
         raise ValueError(
             f"there is no recipe {name!r}; there are {', '.join(recipes())} "
-            "(your own needs --config-dir FOLDER)"
+            "(your own needs --config-dir DIR)"
         )
 
 
@@ -57,11 +57,11 @@ def manual(name: str, header: str, values: Mapping[str, Any], swept: Mapping[str
         lines.append((" \\\n" if line.startswith("  nfnets-xla") else "\n").join(broken))
     lines += ["", OPTIONS, ""]
     groups = ", ".join(f"{group}={'|'.join(parts(group))}" for group in config.GROUPS)
-    lines += [*textwrap.wrap(f"parts to choose from: {groups}", width, subsequent_indent="  "), ""]
+    lines += [*textwrap.wrap(f"choices of groups: {groups}", width, subsequent_indent="  "), ""]
     if swept:
         lines += ["one run for each of:", *(f"  {key}={value}" for key, value in swept.items())]
         lines.append("")
-    lines.append("settings, as this recipe has them; ??? has to be given:")
+    lines.append("settings, with this recipe's values; ??? must be given:")
     said = comments()
     for key, value in values.items():
         setting = f"  {key}={written(value)}"
