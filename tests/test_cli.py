@@ -335,7 +335,7 @@ def test_packing_and_indexing_from_the_command_line(
         for key, image, suffix, _ in samples(3):
             (tmp_path / "images" / name / f"{key}.{suffix}").write_bytes(image)
     main(["shards", "pack", "folder", str(tmp_path / "images"), str(tmp_path / "shards")])
-    assert "6 samples in 1 shards, 2 classes" in capsys.readouterr().out
+    assert "6 samples in 1 shard, 2 classes" in capsys.readouterr().out
 
 
 def test_lint_stats_holdout_and_exclude_from_the_command_line(

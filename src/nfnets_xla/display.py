@@ -155,6 +155,11 @@ def summary(row: Numbers) -> list[str]:
     return lines
 
 
+def plural(number: int, noun: str) -> str:
+    """The number with its noun: "1 shard", "1,024 shards"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def clock(seconds: float) -> str:
     """Hours, minutes and seconds: "0:01:40"."""
     minutes, rest = divmod(round(seconds), 60)

@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 
 from nfnets_xla.data.order import Order
+from nfnets_xla.display import plural
 from nfnets_xla.hosts import ALONE, Hosts
 from nfnets_xla.record import RunRecord, has_record, read_record
 
@@ -140,14 +141,14 @@ class Audit:
 
     def report(self) -> list[str]:
         lines = [
-            f"{self.starts} starts; steps 1 to {self.reached} of {self.steps}; {self.again} steps "
-            "were computed again after a restart, and count once"
+            f"{plural(self.starts, 'start')}; steps 1 to {self.reached} of {self.steps}; "
+            f"{plural(self.again, 'step')} computed again after restarts, counted once"
         ]
         for epoch, count in self.shown.items():
             due = min(self.samples, self.draws - epoch * self.samples)
             lines.append(f"epoch {epoch}: {count:,} of {due:,} samples, each once")
         if self.undecodable:
-            lines.append(f"{self.undecodable} of them could not be decoded and weighed nothing")
+            lines.append(f"{self.undecodable} of them could not be decoded, and had no weight")
         if self.skipped:
             lines.append(
                 f"steps {_first(self.skipped)} were left out (loss or gradient not finite): "

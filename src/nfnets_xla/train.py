@@ -12,7 +12,7 @@ from typing import Any
 from nfnets_xla.callbacks.stop import Stop
 from nfnets_xla.config import Run
 from nfnets_xla.data.loader import Batches
-from nfnets_xla.display import Display, Lines, Say, summary
+from nfnets_xla.display import Display, Lines, Say, plural, summary
 from nfnets_xla.exits import Interrupted, Unreachable
 from nfnets_xla.history import ended
 from nfnets_xla.inputs import make_eval_loader
@@ -66,8 +66,8 @@ def introduce(ready: Ready, say: Say) -> None:
     epochs = f"{run.optim.epochs:g} epoch{'' if run.optim.epochs == 1 else 's'}"
     say(
         f"{run.model.name}: {count_parameters(ready.net):,} parameters; "
-        f"{plan.index.num_samples:,} images in {plan.index.num_shards} shards; "
-        f"{plan.num_steps} steps of {run.data.batch_size} rows ({epochs}) on "
+        f"{plan.index.num_samples:,} images in {plural(plan.index.num_shards, 'shard')}; "
+        f"{plural(plan.num_steps, 'step')} of {run.data.batch_size} rows ({epochs}) on "
         f"{backend.num_devices} x {backend.device_kind}"
     )
     if run.optim.sam_rho is not None:

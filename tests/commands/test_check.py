@@ -40,7 +40,7 @@ def test_it_is_the_arithmetic_of_the_run(
     found = lines([*recipe, "--mfu", "0.5", "--price", "2", "trainer.eval_every=10"], capsys)
     assert found["steps"].startswith(f"{steps} of 16 rows")
     size = sum(path.stat().st_size for path in (shards / "train").glob("*.tar")) / 2**30
-    assert f"{train.num_shards} shards of {size:.3f} GiB, 3.04 times over" in found["reads"]
+    assert f"{train.num_shards} shards, {size:.3f} GiB in all, 3.04 times" in found["reads"]
     net = NFNet(VARIANTS["nfnet_mini_f0"], num_classes=train.num_classes)
     assert f"{sum(p.numel() for p in net.parameters()):,} parameters" in found["model"]
     training = 6 * net.macs(32) * 16 * steps
@@ -90,7 +90,7 @@ def test_what_costs_more_is_counted(recipe: list[str], capsys: pytest.CaptureFix
         ),
         (
             ["--hardware", "v2", "model.name=nfnet_f7_plus", "trainer.fsdp=1"],
-            "are 9.2 GiB a device, and v2 has 8: cut them over more",
+            "are 9.2 GiB a device, and v2 has 8: shard them over more",
         ),
         (["model.name=vit_mini_d3_4", "model.drop_path_rate=0.2"], "model.drop_path_rate is 0.2"),
         (["model.name=vit_mini_d3_4", "model.pretrained=dm_in1k"], "it is for NFNets; give null"),

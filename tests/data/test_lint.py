@@ -122,7 +122,7 @@ def test_one_label_far_above_the_others_takes_no_memory(tmp_path: Path) -> None:
         write_tar(tmp_path / f"{number}.tar", sample("x", label, noise_png(number)))
     found = stats(build_index(tmp_path))
     assert found["classes"] == (
-        "2,147,483,648 of 0 to 2 (median 0) samples; 2,147,483,646 have none"
+        "2,147,483,648, each of 0 to 2 (median 0) samples; 2,147,483,646 empty"
     )
 
 
@@ -153,7 +153,7 @@ def test_stats(tmp_path: Path) -> None:
     index = build_index(tmp_path)
     found = stats(index)
     assert found["samples"] == "26"
-    assert found["shards"] == "4 of 1 to 10 (median 7) samples"
-    assert found["labels per sample"] == "1.04, at most 2"
-    assert found["classes"] == "8 of 0 to 6 (median 5) samples; 2 have none"
+    assert found["shards"] == "4, each of 1 to 10 (median 7) samples"
+    assert found["labels per sample"] == "mean 1.04, at most 2"
+    assert found["classes"] == "8, each of 0 to 6 (median 5) samples; 2 empty"
     assert found["fingerprint"] == index.fingerprint

@@ -1,6 +1,6 @@
 """Prove from the ledger of a run that every sample was shown exactly once, over all starts.
 
-Exit code 1 if one was missed or repeated. What a restart computed again is told apart.
+Exit code 1 if one was missed or repeated. Steps that a restart computed again count once.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""`nfnets-xla check RECIPE ...`: what a run would do and cost, and whether it can; starts nothing.
+"""Check a run's settings, and estimate its steps, cost and memory; starts nothing.
 
-The recipe is composed and checked, the shards' manifests are read, and the network is built without
-memory for its weights. The rest is arithmetic of `scaling/account.py`.
+Reads the recipe and the shards' manifests, and builds the network without memory for its weights.
+The rest is arithmetic (`scaling/account.py`).
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from nfnets_xla.data.batches import check_evaluation_room, check_mixing, check_w
 from nfnets_xla.data.order import Order
 from nfnets_xla.data.shards import ShardIndex
 from nfnets_xla.devices import GIB, check_uncut, smallest_fsdp
+from nfnets_xla.display import plural
 from nfnets_xla.inputs import check_cache, count_classes, make_order, open_shards, untrained
 from nfnets_xla.models.registry import Network
 from nfnets_xla.scaling import account, published
@@ -53,17 +54,19 @@ Line = tuple[str, str]  # what, how much
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="nfnets-xla check", description=__doc__)
-    parser.add_argument("recipe", help="a name of `nfnets-xla --help`")
+    parser.add_argument("recipe", help="a recipe of `nfnets-xla --help`")
     parser.add_settings()
-    parser.add_argument("--hardware", default=Terms.hardware, help="v4, v5e, H100 ...")
-    parser.add_argument("--mfu", type=float, default=Terms.mfu, help="share of the peak reached")
+    parser.add_argument("--hardware", default=Terms.hardware, help="accelerator: v4, v5e, H100 ...")
+    parser.add_argument(
+        "--mfu", type=float, default=Terms.mfu, help="assumed share of the peak FLOPs"
+    )
     parser.add_argument(
         "--chips",
         type=int,
         default=Terms.chips,
-        help="for the wall clock; their devices must divide the batches and have the memory",
+        help="number of chips; their devices must divide both batch sizes and have enough memory",
     )
-    parser.add_argument("--price", type=float, help="of a chip-hour, in any currency")
+    parser.add_argument("--price", type=float, help="price of a chip-hour, in any currency")
     given = parser.parse_intermixed_args(arguments)
     terms = Terms(given.hardware, given.mfu, given.chips, given.price)
     from nfnets_xla.compose import composed, to_run
@@ -100,8 +103,8 @@ def forecast(run: Run, terms: Terms) -> list[Line]:
         ("reads", reads(index, held_out, read)),
         (
             "steps",
-            f"{order.num_steps:,} of {run.data.batch_size:,} rows; the rate rises to "
-            f"{schedule.peak:g} in {schedule.warmup_steps:,}",
+            f"{order.num_steps:,} of {run.data.batch_size:,} rows; warm-up to a rate of "
+            f"{schedule.peak:g} in {plural(schedule.warmup_steps, 'step')}",
         ),
         (
             "epochs",
@@ -119,11 +122,11 @@ def reads(index: ShardIndex, held_out: ShardIndex | None, images: float) -> str:
     """Shards and bytes that come from the disk or the network; evaluations read theirs again."""
     size = int(index.manifest.bytes_S.sum()) / GIB
     passes = images / index.num_samples
-    files = f"{index.num_shards:,} shards of {size:,.3f} GiB, {passes:g} times over"
+    files = f"{plural(index.num_shards, 'shard')}, {size:,.3f} GiB in all, {passes:g} times"
     if held_out is None:
         return files
     kept = int(held_out.manifest.bytes_S.sum()) / GIB
-    return f"{files}; {held_out.num_shards:,} of {kept:,.3f} GiB at each evaluation"
+    return f"{files}; at each evaluation {held_out.num_shards:,}, {kept:,.3f} GiB in all"
 
 
 def devices_of(terms: Terms) -> int:
@@ -173,10 +176,13 @@ def check_cached(run: Run, terms: Terms, index: ShardIndex, held_out: ShardIndex
 def price_of(flops: float, terms: Terms) -> list[Line]:
     hours = account.core_hours(flops, terms.hardware, mfu=terms.mfu)
     booked = account.chip_hours(hours, terms.hardware)
-    assumed = f"of {terms.hardware} at {terms.mfu:.0%} MFU, which is assumed (--mfu)"
+    assumed = f"of {terms.hardware} at an assumed MFU of {terms.mfu:.0%} (--mfu)"
     lines = [
         ("core-hours", f"{hours:,.4g} {assumed}"),
-        ("wall-clock", f"{booked / terms.chips:,.4g} hours on {terms.chips} chips (--chips)"),
+        (
+            "wall-clock",
+            f"{booked / terms.chips:,.4g} hours on {plural(terms.chips, 'chip')} (--chips)",
+        ),
     ]
     if terms.price is not None:
         money = account.cost(hours, terms.hardware, price=terms.price)
@@ -208,15 +214,16 @@ def memory(run: Run, parameters: int, terms: Terms) -> list[Line]:
     if kept / parts > hardware.memory:
         have = f"{terms.hardware} has {hardware.memory / GIB:.0f}"
         raise ValueError(
-            f"{copies} copies of the parameters, cut over {parts}, are {kept / parts / GIB:.1f} "
-            f"GiB a device, and {have}: cut them over more, or use a larger one"
+            f"{copies} copies of the parameters, sharded over {parts}, are "
+            f"{kept / parts / GIB:.1f} GiB a device, and {have}: "
+            "shard them over more, or use a larger one"
         )
     saved = saved_copies(run.optim) * FLOAT32 * parameters
     return [
         (
             "memory",
             f"{kept / parts / GIB:.3f} of {hardware.memory / GIB:.0f} GiB a device for {copies} "
-            f"copies of the parameters, cut over {parts}; activations come on top",
+            f"copies of the parameters, sharded over {parts}; activations are extra",
         ),
         ("checkpoint", f"{saved / GIB:.3f} GiB, of which {run.trainer.keep_checkpoints} are kept"),
     ]

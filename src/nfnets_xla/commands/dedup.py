@@ -1,13 +1,13 @@
-"""`nfnets-xla shards dedup`: near-duplicates, as lists that `data.exclude` names.
+"""List near-duplicates, in files for `data.exclude`.
 
     nfnets-xla shards dedup JFT --against IN/train --against IN/val --out dedup
     nfnets-xla shards dedup JFT --within --out dedup
 
-Leaves in the folder `--out`: duplicates.txt (of each sample to exclude its id, the id that it
-matches, and their distance, from 0 to 1), report.png (how many pairs there are at which distance,
-and those on either side of the threshold, to judge it by), and what was found out about each shard,
-so that the same command goes on where it was stopped, and another --distance takes seconds. What a
---model finds is not kept: it compares anew each time.
+Writes to the folder `--out`: duplicates.txt (for each sample to exclude its id, the id that it
+matches, and their distance, from 0 to 1), report.png (how many pairs have which distance, and pairs
+on either side of the threshold, to judge it by), and the findings for each shard: with them the
+same command continues where it was stopped, and another --distance takes seconds. The comparisons
+of a --model are not kept: it compares again each time.
 """
 
 from collections.abc import Sequence
@@ -65,40 +65,44 @@ def main(arguments: Sequence[str]) -> None:
     found = doubles(matches, most)
     write_lists(matches, found, names, Path(given.out))
     draw_report(matches, most, Path(given.out) / "report.png")
-    print(f"{Path(given.out) / 'report.png'}: look at it before you train without them")
+    print(f"{Path(given.out) / 'report.png'}: check it before you exclude these samples")
 
 
 def parser() -> Parser:
     command = Parser(prog="nfnets-xla shards dedup", description=__doc__)
     command.add_argument("dir", nargs="+", help="indexed shards to look through: folder or address")
     command.add_argument(
-        "--against", action="append", default=[], metavar="DIR", help="may be given several times"
+        "--against",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="evaluation set; may be repeated",
     )
-    command.add_argument("--within", action="store_true", help="keep the first of each group")
-    command.add_argument("--out", default="dedup", help="folder of lists, report, and all files")
+    command.add_argument(
+        "--within", action="store_true", help="search in DIR itself; keep the first of each group"
+    )
+    command.add_argument("--out", default="dedup", help="folder to write")
     command.add_argument(
         "--crop",
         type=float,
         default=Settings.crop,
-        help="least share of a picture that a copy may show, by area",
+        help="smallest share of an image's area that a copy may show",
     )
     command.add_argument(
         "--bits",
         type=int,
         default=Settings.most_bits,
-        help="bits of 128 in which two hashes may differ",
+        help="how many of 128 bits may differ between two hashes",
     )
     command.add_argument(
         "--distance",
         type=float,
-        help=f"of pictures at most; {DISTANCE} if not given, {COSINE_DISTANCE} with --model",
+        help=f"largest between duplicates; default: {DISTANCE}, or {COSINE_DISTANCE} with --model",
     )
-    command.add_argument("--model", help="compare by its features instead of by pixels")
-    command.add_argument(
-        "--weights", help="of the model: a run or a file; public ones if not given"
-    )
+    command.add_argument("--model", help="model whose features to compare, instead of pixels")
+    command.add_argument("--weights", help="of the model: a run or a file; default: public ones")
     command.add_argument("--engine", choices=ENGINES, default="local", help="where jobs run")
-    command.add_argument("--jobs", type=int, default=-1, help="at a time; -1: one per core")
+    command.add_argument("--jobs", type=int, default=-1, help="jobs at a time; -1: one per core")
     return command
 
 
@@ -127,4 +131,4 @@ def write_lists(
             f"data.shards={folder}{exclude}"
         )
     if matches.undecodable:
-        print(f"{matches.undecodable:,} samples do not decode, and were left out")
+        print(f"{matches.undecodable:,} samples cannot be decoded, and were left out")

@@ -8,18 +8,19 @@ from typing import Any
 from nfnets_xla.arguments import Parser
 from nfnets_xla.bar import progress
 from nfnets_xla.data.jobs import ENGINES
+from nfnets_xla.display import plural
 
 # Commands with modules of their own, beside this one.
 ELSEWHERE = {
-    "show": "draw the views that a recipe makes of them, with labels and ids",
-    "dedup": "list near-duplicates of an evaluation set, or within one",
+    "show": "draw the training views of a recipe, with labels and ids",
+    "dedup": "list near-duplicates of another set, or within a set",
 }
 Run = Callable[[Any], int | None]  # of a subcommand's arguments; returns the exit code
 # What `pack` reads, and the function of data/sources.py that packs it.
 SOURCES = {
     "folder": ("images in SOURCE/<class>/", "pack_image_folder"),
     "table": (
-        "images that a .csv or .parquet file lists, by columns path and label",
+        "images listed in columns path and label of a .csv or .parquet file",
         "pack_table",
     ),
 }
@@ -48,25 +49,29 @@ def parser() -> Parser:
 
     index = add("index", run_index, "scan every shard once and write the index beside it")
     index.add_argument("dir", help="folder, or its address")
-    index.add_argument("--force", action="store_true", help="scan again what has an index")
-    lint = add("lint", run_lint, "name every fault with its byte offset; decodes all images")
+    index.add_argument("--force", action="store_true", help="scan again shards that have an index")
+    lint = add("lint", run_lint, "decode all images, and list every fault with its byte offset")
     lint.add_argument("dir", help="folder, or its address")
-    stats = add("stats", run_stats, "say what an index holds")
+    stats = add("stats", run_stats, "print statistics of indexed shards")
     stats.add_argument("dir", help="folder, or its address")
-    hold = add("holdout", run_holdout, "copy a split, by hash of the key, into shards of its own")
+    hold = add("holdout", run_holdout, "copy a held-out split, by hash of the key, into new shards")
     hold.add_argument("dir", help="folder, or its address")
     hold.add_argument("out", type=Path, help="folder to write, new or empty")
-    hold.add_argument("--samples", type=int, required=True, help="how many to hold out")
+    hold.add_argument("--samples", type=int, required=True, help="number of samples to hold out")
     hold.add_argument(
-        "--alike", type=Path, help="list of `shards dedup --within`: its groups are not parted"
+        "--alike", type=Path, help="list of `shards dedup --within`, whose groups stay together"
     )
     for command in (index, lint, stats, hold):
         command.add_argument("--engine", choices=ENGINES, default="local", help="where jobs run")
-        command.add_argument("--jobs", type=int, default=-1, help="at a time; -1: one per core")
-    exclude = add("exclude", run_exclude, "find the rows of a long list of ids once, for all runs")
+        command.add_argument(
+            "--jobs", type=int, default=-1, help="jobs at a time; -1: one per core"
+        )
+    exclude = add("exclude", run_exclude, "look up a long list of ids once, for all runs")
     exclude.add_argument("dir", help="folder, or its address")
-    exclude.add_argument("ids", type=Path, nargs="+", help="text files, one id (shard/key) a line")
-    exclude.add_argument("list", type=Path, help="what to write: FILE.npz, for data.exclude")
+    exclude.add_argument(
+        "ids", type=Path, nargs="+", help="text files, one id (shard/key) per line"
+    )
+    exclude.add_argument("list", type=Path, help="file to write, FILE.npz, for data.exclude")
     add_pack(add, commands)
     for name, purpose in ELSEWHERE.items():
         commands.add_parser(name, help=purpose, add_help=False)
@@ -74,7 +79,7 @@ def parser() -> Parser:
 
 
 def add_pack(add: Callable[..., Any], commands: Any) -> None:
-    purpose = "make indexed shards of images"
+    purpose = "pack images into indexed shards"
     pack = commands.add_parser("pack", help=purpose, description=purpose)
     kinds = pack.add_subparsers(required=True, metavar="KIND", parser_class=Parser)
     for name, (purpose, function) in SOURCES.items():
@@ -82,26 +87,26 @@ def add_pack(add: Callable[..., Any], commands: Any) -> None:
         kind.set_defaults(function=function)
         kind.add_argument("source", type=Path, help="folder or file to read")
         kind.add_argument("dir", type=Path, help="folder to write, new or empty")
-        kind.add_argument("--samples-per-shard", type=int, default=1000, help="at most")
+        kind.add_argument("--samples-per-shard", type=int, default=1000, help="maximum")
         kind.add_argument(
             "--shard-bytes",
             type=float,
             default=float("inf"),
-            help="of images and labels that make a shard full; its last sample goes beyond",
+            help="end a shard with the sample that reaches this many bytes of images and labels",
         )
     imagenet = add("imagenet", run_pack_imagenet, IMAGENET, kinds)
     imagenet.add_argument("source", type=Path, help="folder to read")
     imagenet.add_argument("dir", type=Path, help="folder to write, new or empty")
-    imagenet.add_argument("--samples-per-shard", type=int, default=1000, help="at most")
-    purpose = "images drawn from formulas, labelled, of any number: to try things with"
+    imagenet.add_argument("--samples-per-shard", type=int, default=1000, help="maximum")
+    purpose = "any number of labelled images drawn from formulas, to try things with"
     fractals = add("fractals", run_pack_fractals, purpose, kinds)
     fractals.add_argument("dir", type=Path, help="folder to write, new or empty")
-    fractals.add_argument("--classes", type=int, default=8, help="how many")
-    fractals.add_argument("--per-class", type=int, default=128, help="images of each")
-    fractals.add_argument("--first", type=int, default=0, help="number of each class's first image")
-    fractals.add_argument("--size", type=int, default=64, help="pixels")
-    fractals.add_argument("--seed", type=int, default=0, help="of the classes' shapes")
-    fractals.add_argument("--samples-per-shard", type=int, default=1000, help="at most")
+    fractals.add_argument("--classes", type=int, default=8, help="number of classes")
+    fractals.add_argument("--per-class", type=int, default=128, help="images per class")
+    fractals.add_argument("--first", type=int, default=0, help="index of each class's first image")
+    fractals.add_argument("--size", type=int, default=64, help="image size in pixels")
+    fractals.add_argument("--seed", type=int, default=0, help="seed of the classes' shapes")
+    fractals.add_argument("--samples-per-shard", type=int, default=1000, help="maximum")
 
 
 # ---- subcommands ------------------------------------------------------------------------------
@@ -116,7 +121,7 @@ def index_folder(folder: str | Path, **options: Any) -> None:
 
     index = build_index(folder, on_progress=progress("indexed"), **options)
     print(
-        f"{folder}: {index.num_samples:,} samples in {index.num_shards} shards, "
+        f"{folder}: {plural(index.num_samples, 'sample')} in {plural(index.num_shards, 'shard')}, "
         f"{index.num_classes} classes, fingerprint {index.fingerprint[:16]}"
     )
 
@@ -128,7 +133,7 @@ def run_lint(given: Any) -> int:
     faults = lint(given.dir, engine=given.engine, jobs=given.jobs, on_progress=bar)
     for fault in faults:
         print(fault)
-    print(f"{given.dir}: {len(faults)} faults")
+    print(f"{given.dir}: {plural(len(faults), 'fault')}")
     return 1 if faults else 0
 
 
@@ -158,7 +163,7 @@ def run_holdout(given: Any) -> None:
     )
     index_folder(given.out)
     print(
-        f"held out {len(ids):,} samples: train with data.shards={given.dir} "
+        f"held out {plural(len(ids), 'sample')}: train with data.shards={given.dir} "
         f"data.exclude={given.out / IDS} data.eval_shards={given.out}"
     )
 
@@ -172,7 +177,7 @@ def run_exclude(given: Any) -> None:
     ids = [sample_id for path in given.ids for sample_id in read_ids(path)]
     exclusions = resolve(index, ids, ", ".join(map(str, given.ids)))
     save_exclusions(given.list, index, exclusions)
-    print(f"{given.list}: {len(exclusions.rows):,} of {index.num_samples:,} samples")
+    print(f"{given.list}: excludes {len(exclusions.rows):,} of {index.num_samples:,} samples")
 
 
 def run_pack(given: Any) -> None:

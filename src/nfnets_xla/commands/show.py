@@ -1,9 +1,9 @@
-"""What the model will see: the first views of a run on a contact sheet, one PNG.
+"""Draw what the model will see: the first views of a run, as one contact sheet.
 
     nfnets-xla shards show DIR --recipe imagenet --rows 6 data.repeats=4
 
-These are the views of the first step, or of `--step N` of the record (with the run's seed, batch
-and epochs), as they enter normalisation: cropped, augmented and mixed, each with its label (or two,
+The views are those of the first step, or of `--step N` if seed, batch size and epochs are those of
+the run, just before normalisation: cropped, augmented and mixed. Prints the label of each (or two,
 with their shares) and its sample's id.
 """
 
@@ -17,6 +17,7 @@ from nfnets_xla.arguments import Parser, quoted
 from nfnets_xla.config import Run
 from nfnets_xla.data.batches import TrainBatches
 from nfnets_xla.data.mix import mixed
+from nfnets_xla.display import plural
 from nfnets_xla.inputs import count_classes, make_order, make_train_batches, open_shards
 from nfnets_xla.sheet import draw_sheet
 
@@ -42,9 +43,9 @@ def parse(arguments: list[str]) -> Any:
     parser.add_argument("dir", help="indexed shards: folder or address")
     parser.add_settings()
     parser.add_argument("--out", default="sheet.png", help="PNG to write")
-    parser.add_argument("--rows", type=int, default=4, help="of the sheet, 1 to 100")
-    parser.add_argument("--step", type=int, default=1, help="counted from 1, as the record does")
-    parser.add_argument("--recipe", default="pretrain", help="a name of `nfnets-xla --help`")
+    parser.add_argument("--rows", type=int, default=4, help="rows of the sheet, 1 to 100")
+    parser.add_argument("--step", type=int, default=1, help="training step, counted from 1")
+    parser.add_argument("--recipe", default="pretrain", help="a recipe of `nfnets-xla --help`")
     given = parser.parse_intermixed_args(arguments)
     if not 1 <= given.rows <= 100:
         raise ValueError(f"--rows is {given.rows}; it must be a whole number from 1 to 100")
@@ -61,7 +62,8 @@ def show(run: Run, out: Path, rows: int, step: int = 1, say: Callable[[str], Non
     order = make_order(run, index)
     if step > order.num_steps:
         raise ValueError(
-            f"--step is {step} of {order.num_steps}: give the run's own values (optim.epochs=...)"
+            f"--step is {step}, and the run has {plural(order.num_steps, 'step')}: give its own "
+            "values (optim.epochs=...)"
         )
     dataset = make_train_batches(
         run, index, order, count_classes(run, index), drop_path_rates=(), num_features=1

@@ -102,16 +102,16 @@ def stats(
         smallest, largest = min(smallest, part.smallest), max(largest, part.largest)
         image_bytes += part.image_bytes
     samples = int(index.manifest.counts_S.sum(dtype=np.int64))
-    per_sample = f"{per_class.total() / samples:.2f}, at most {index.max_labels}"
+    per_sample = f"mean {per_class.total() / samples:.2f}, at most {index.max_labels}"
     empty = index.num_classes - len(per_class)
     spread = _spread(np.array(list(per_class.values())), empty)
     return {
         "samples": f"{samples:,}",
-        "shards": f"{len(shards):,} of {_spread(index.manifest.counts_S)} samples",
+        "shards": f"{len(shards):,}, each of {_spread(index.manifest.counts_S)} samples",
         "bytes": f"{int(index.manifest.bytes_S.sum()):,}",
         "image bytes": f"{smallest:,} to {largest:,} (mean {image_bytes // samples:,})",
         "labels per sample": per_sample,
-        "classes": f"{index.num_classes:,} of {spread} samples; {empty:,} have none",
+        "classes": f"{index.num_classes:,}, each of {spread} samples; {empty:,} empty",
         "fingerprint": index.fingerprint,
     }
 
