@@ -78,8 +78,8 @@ def test_a_peers_weights_are_exported_as_they_are(
     given = ["vit_baseline", *data, *SMALL, *PLAIN_CPU, *sizes, f"run_dir={run_dir}"]
     main([*given, "optim.epochs=0.2", "optim.warmup_steps=1", "optim.cooldown_steps=0"])
     for words, said in (
-        (["--to", "timm"], f"is of {name}: timm's names are of NFNets; leave out --to"),
-        (["--to", "haiku"], f"is of {name}: haiku's names are of NFNets; leave out --to"),
+        (["--to", "timm"], f"is of {name}: timm's names exist only for NFNets; leave out --to"),
+        (["--to", "haiku"], f"is of {name}: haiku's names exist only for NFNets; leave out --to"),
         (["--ema"], "holds no moving average: leave out --ema"),
     ):
         with pytest.raises(SystemExit) as stopped:

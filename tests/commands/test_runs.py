@@ -194,8 +194,8 @@ def test_how_long_a_run_may_be_silent(tmp_path: Path) -> None:
     [
         (["--flops", "0"], "--flops is 0; it must be greater than 0"),
         (["--flops", "1e30"], "none of the 3 training runs below"),
-        (["--watch", "--finished"], "--watch follows runs that are going on"),
-        (["--watch", "--list"], "--watch follows runs that are going on"),
+        (["--watch", "--finished"], "--watch follows unfinished runs"),
+        (["--watch", "--list"], "--watch follows unfinished runs"),
         (["--every", "-1"], "--every is -1; it must be in (0, 86,400] seconds"),
         (["--every", "1e30", "--watch"], "--every is 1e+30"),  # too large for any timer
     ],

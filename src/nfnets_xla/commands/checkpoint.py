@@ -27,26 +27,34 @@ def main(arguments: Sequence[str]) -> int:
 def parser() -> Parser:
     top = Parser(
         prog="nfnets-xla checkpoint",
-        description="WHERE is a run's folder, a folder of checkpoints or one, or its address.",
+        description="WHERE is the folder or address of a run, of its checkpoints, or of one.",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     for name, run, purpose in (
         ("verify", verify, "compare every file with its size and SHA-256"),
-        ("show", show, "say what the newest one holds"),
-        ("export", export, "write the newest one's weights as one .safetensors file"),
-        ("card", card, "write a folder that create_model('local-dir:FOLDER') loads, and timm"),
+        ("show", show, "describe the newest checkpoint"),
+        ("export", export, "write the newest checkpoint's weights to a .safetensors file"),
+        ("card", card, "write a folder for create_model('local-dir:FOLDER'), ours or timm's"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)
-        command.add_argument("where", help="a run, a folder of checkpoints or one, or its address")
+        command.add_argument(
+            "where", help="a run, its checkpoints or one of these: folder or address"
+        )
         command.set_defaults(run=run)
         if name == "export":
             command.add_argument("target", type=Path, help="file to write")
-            command.add_argument("--ema", action="store_true", help="their moving average")
-            command.add_argument("--to", choices=TARGETS, default="ours", help="whose names")
+            command.add_argument(
+                "--ema", action="store_true", help="use the moving average of the weights"
+            )
+            command.add_argument(
+                "--to", choices=TARGETS, default="ours", help="whose names to write"
+            )
             command.add_argument("--force", action="store_true", help="overwrite the target")
         if name == "card":
-            command.add_argument("folder", type=Path, help="to write, new")
-            command.add_argument("--ema", action="store_true", help="their moving average")
+            command.add_argument("folder", type=Path, help="folder to write, new")
+            command.add_argument(
+                "--ema", action="store_true", help="use the moving average of the weights"
+            )
     return top
 
 
@@ -57,7 +65,7 @@ def verify(given: Any) -> int:
     if not folders and checkpoint.is_one(where):
         folders = [where]
     if not folders:
-        raise ValueError(f"{given.where} holds no checkpoint: give a run's folder, or one of them")
+        raise ValueError(f"{given.where} holds no checkpoint: give a run's folder, or a checkpoint")
     for each in map(verified, folders):
         faults += isinstance(each, str)
         print(each if isinstance(each, str) else one_line(each))
@@ -113,7 +121,9 @@ def export(given: Any) -> None:
         print(convert_weights(str(file), given.target, model=name, to=given.to, force=given.force))
         return
     if given.to != "ours":
-        raise ValueError(f"{found} is of {name}: {given.to}'s names are of NFNets; leave out --to")
+        raise ValueError(
+            f"{found} is of {name}: {given.to}'s names exist only for NFNets; leave out --to"
+        )
     check_target(given.target, given.force)
     about = {"model": name, "provenance": f"{name}, update {found.step}", "names": given.to}
     save_tensors(found.tensors(form), given.target, about)
@@ -126,7 +136,7 @@ def card(given: Any) -> None:
     identity = found.state["identity"]
     name = identity["model"]["name"]
     if is_peer(name):
-        raise ValueError(f"{found} is of {name}: cards are of NFNets")
+        raise ValueError(f"{found} is of {name}: cards are only for NFNets")
     net = NFNet(VARIANTS[name], num_classes=identity["num_classes"])
     load_into(net, found.tensors(form), source=str(found))
     data = identity["data"]
@@ -170,5 +180,7 @@ def form_of(found: Checkpoint, ema: bool) -> str:
 def newest(where: str) -> Checkpoint:
     found = sources.find(where)
     if found is None:
-        raise ValueError(f"{where} holds no checkpoint that verifies: give a run's folder, or one")
+        raise ValueError(
+            f"{where} holds no checkpoint that verifies: give a run's folder, or a checkpoint"
+        )
     return found

@@ -1,7 +1,7 @@
-"""`nfnets-xla runs DIR`: the runs below a folder, how far each is, and what came out so far.
+"""List the runs below a folder, with the progress and the results of each.
 
-Read from the records that runs leave, so that it works on any machine that sees the folder, while
-they run and after. `--list` prints folders instead, for another command:
+Reads the records that runs write, so it works on any machine that sees the folder, during the runs
+and after them. `--list` prints folders instead, for another command:
 
     nfnets-xla finetune_sweep \\
         model.init_from=$(nfnets-xla runs RUNS --flops 2e21 --list) ...
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str]) -> None:
     if not 0 < given.every <= DAY:
         raise ValueError(f"--every is {given.every:g}; it must be in (0, {DAY:,}] seconds")
     if given.watch and (given.list or given.finished):
-        raise ValueError("--watch follows runs that are going on; leave out --finished and --list")
+        raise ValueError("--watch follows unfinished runs; leave out --finished and --list")
     if given.watch:
         watch(given)
         return
@@ -223,12 +223,16 @@ def watch(given: Any) -> None:
 
 def parser() -> Parser:
     made = Parser(prog="nfnets-xla runs", description=__doc__)
-    made.add_argument("folder", type=Path, help="runs lie in it, at any depth")
+    made.add_argument("folder", type=Path, help="folder that holds runs, at any depth")
     made.add_argument("--finished", action="store_true", help="only finished runs")
     made.add_argument(
-        "--flops", type=float, help=f"only runs that cost so much, up to {WITHIN} times either way"
+        "--flops", type=float, help=f"only runs that cost this, within a factor of {WITHIN}"
     )
-    made.add_argument("--list", action="store_true", help="print finished ones' folders, by commas")
-    made.add_argument("--watch", action="store_true", help="follow them until all have stopped")
-    made.add_argument("--every", type=float, default=5.0, help="seconds between two looks")
+    made.add_argument(
+        "--list", action="store_true", help="print finished runs' folders, comma-separated"
+    )
+    made.add_argument("--watch", action="store_true", help="follow the runs until all have stopped")
+    made.add_argument(
+        "--every", type=float, default=5.0, help="with --watch: seconds between updates"
+    )
     return made
