@@ -46,7 +46,7 @@ def test_a_plan_by_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert f"of {IMAGES:,} images" in out
     assert "fitted here: size ~ C^0.5" in out
-    assert "try optim.peak_lr=0.32 and 0.16, of 256 rows (0.1 and 0.05 of the batch)" in out
+    assert "try optim.peak_lr=0.32 and 0.16, per 256 rows (0.1 and 0.05 per batch)" in out
     assert "(0.1 was best for nfnet_mini_f" in out
     main(["scaling", "plan", "--core-hours", "1", "--runs", str(runs)])
     plan, remarks = capsys.readouterr()
@@ -80,7 +80,7 @@ def test_a_plan_by_runs_is_for_their_images(runs: Path, capsys: pytest.CaptureFi
             main(["scaling", "plan", "--core-hours", "5", option, value, "--runs", str(runs)])
         assert stopped.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"{name} is {value}, and of the runs " in line
+        assert f"{name} is {value}, but " in line
 
 
 def test_in_a_terminal_no_line_is_wider_than_it(runs: Path) -> None:
@@ -121,7 +121,7 @@ def test_two_runs_say_why_nothing_follows(
         write_run(tmp_path / f"{epochs}", loss=3 - epochs, epochs=epochs)
     main(["scaling", "fit", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "power: there are 2 different points; the form power needs at least 3" in out
+    assert "power: found 2 distinct points; the form power needs at least 3" in out
     assert "one rate was tried for each model and number of epochs" in out
 
 

@@ -125,9 +125,9 @@ def test_iso_flop_reads_no_more_budgets_than_were_run() -> None:
 def test_iso_flop_needs_three_budgets() -> None:
     macs = np.array([1e7, 1e7, 1e8, 1e8, 1e9, 1e9])
     rows = np.array([1e10, 1e11, 1e10, 1e9, 1e9, 1e10])  # only 6e18 FLOPs are shared by the sizes
-    with pytest.raises(ValueError, match="1 different points; an isoFLOP line over budgets that"):
+    with pytest.raises(ValueError, match="1 distinct point; an isoFLOP line over budgets that"):
         allocation.isoflop(macs, rows, np.full(6, 2.0))
-    with pytest.raises(ValueError, match="1 different points; an isoFLOP line over budgets needs"):
+    with pytest.raises(ValueError, match="1 distinct point; an isoFLOP line over budgets needs"):
         allocation.isoflop(*grid(EVEN), budgets=[1e17] * 3)
 
 
@@ -148,7 +148,7 @@ def test_the_frontier_is_a_line_in_size_and_compute() -> None:
     found = allocation.frontier_sizes([*macs, 1e9], [*rows, 1e12], [5, 4, 3, 2, 1.5, 9])
     assert found.exponent == pytest.approx(0.25)
     assert found.size(1e18) == pytest.approx(2 * 1e18**0.25)
-    with pytest.raises(ValueError, match="1 different points; a line through the frontier needs"):
+    with pytest.raises(ValueError, match="1 distinct point; a line through the frontier needs"):
         allocation.frontier_sizes([1, 2, 4], [1, 2, 4], [1, 2, 3])
 
 
@@ -187,7 +187,7 @@ def test_a_frontier_gives_no_verdict() -> None:
 
 def test_a_frontier_of_one_length_settles_nothing() -> None:
     """Its sizes grow with compute, whatever the truth is."""
-    with pytest.raises(ValueError, match="1 different points; a line through the frontier over da"):
+    with pytest.raises(ValueError, match="1 distinct point; a line through the frontier over da"):
         allocation.frontier_sizes([1, 2, 4, 8], [5, 5, 5, 5], [4, 3, 2, 1])
 
 
@@ -238,16 +238,14 @@ def test_a_draw_leaves_a_fit_without_a_term_of_size() -> None:
 
 
 def test_too_few_runs_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"2 different points; L\(M, D\) over sizes needs at least"
-    ):
+    with pytest.raises(ValueError, match=r"2 distinct points; L\(M, D\) over sizes needs at least"):
         allocation.parametric([1, 2] * 4, range(1, 9), range(1, 9))
-    with pytest.raises(ValueError, match="5 different points; L"):
+    with pytest.raises(ValueError, match="5 distinct points; L"):
         allocation.parametric([1, 2, 3, 4, 5], [5, 4, 1, 2, 3], [5, 4, 3, 2, 1])
     with pytest.raises(ValueError, match="macs, rows and loss are 2, 3, 2 values"):
         allocation.parametric([1, 2], [1, 2, 3], [1, 2])
     macs, rows, loss = grid(EVEN)
-    with pytest.raises(ValueError, match="2 different points; an isoFLOP parabola over sizes"):
+    with pytest.raises(ValueError, match="2 distinct points; an isoFLOP parabola over sizes"):
         allocation.isoflop(*(axis[macs < 4e7] for axis in (macs, rows, loss)))
     edge = (macs < 1.2e8) & (rows > 1e9)  # the largest is the best at every budget
     with pytest.raises(

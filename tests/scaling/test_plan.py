@@ -85,7 +85,7 @@ def test_one_epoch_at_five_thousand_core_hours() -> None:
     text = describe(plan, price=3.0)
     assert "5,000 core-hours = 2,500 chip-hours = 7,500 at 3 a chip-hour of v4" in text
     assert (
-        "try optim.peak_lr=0.1 and 0.05, of 256 rows (1.6 and 0.8 of the batch)"
+        "try optim.peak_lr=0.1 and 0.05, per 256 rows (1.6 and 0.8 per batch)"
         "   (best at few epochs in the paper)"
     ) in text
     assert "unknown   (no runs were given, and the paper prints no losses)" in text
@@ -96,14 +96,14 @@ def test_rates_are_said_as_a_recipe_takes_them() -> None:
     optim = yaml.safe_load((CONF / "optim" / "pretrain.yaml").read_text())
     job = Job(5000, batch_size=1024)
     (line,) = [line for line in describe(make_plan(job)).splitlines() if "peak_lr" in line]
-    each, rows, whole = re.findall(r"peak_lr=(\S+) and \S+, of (\d+) rows \((\S+) and", line)[0]
+    each, rows, whole = re.findall(r"peak_lr=(\S+) and \S+, per (\d+) rows \((\S+) and", line)[0]
     assert int(rows) == optim["lr_batch"]
     assert float(each) * 1024 / optim["lr_batch"] == pytest.approx(float(whole))
 
 
 def test_senseless_epochs_are_said() -> None:
     few, many = Job(5000, images=1_281_167), Job(5000)
-    assert "far too many of so few images" in describe(make_plan(few))
+    assert "far too many for so few images" in describe(make_plan(few))
     assert "far too many" not in describe(make_plan(many))
 
 
@@ -149,7 +149,9 @@ def test_a_planted_study_is_planned_by_its_own_fit(study: list[Point]) -> None:
 def test_runs_too_few_for_a_fit_are_continued_at_the_papers_rate(study: list[Point]) -> None:
     few = [point for point in study if point.model in MODELS[:2] and point.epochs <= 1]
     plan = make_plan(mini_job(3e-5), few)
-    assert plan.because["model"].startswith("paper's same rate, from the middle of the runs'")
+    assert plan.because["model"].startswith(
+        "paper: size and epochs grow at the same rate; from the middle"
+    )
     assert plan.model.startswith("nfnet_mini_")
 
 
@@ -198,7 +200,7 @@ def test_runs_whose_loss_does_not_go_with_size_leave_the_division_to_the_paper(
     """The fit's best size would be 0: its exponent is 1, with a narrow interval."""
     flat = [replace(p, loss=1.5 + 1e2 * p.rows**-0.4) for p in study]
     plan = make_plan(mini_job(3e-4), flat)
-    assert plan.because["model"].startswith("paper's same rate")
+    assert plan.because["model"].startswith("paper: size and epochs grow at the same rate")
 
 
 def test_a_smaller_run_than_all_begins_above_their_rates(study: list[Point]) -> None:
@@ -325,7 +327,7 @@ def test_a_job_is_for_the_images_of_the_runs(study: list[Point]) -> None:
     assert (plan.study.images, plan.study.batch_size) == (IMAGES, 64)
     for name, value in (("images", 4_000_000_000), ("image_size", 224), ("num_classes", 1000)):
         job = replace(Job(3e-4), **{name: value})  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=f"{name} is {value}, and of the runs "):
+        with pytest.raises(ValueError, match=f"{name} is {value}, but "):
             make_plan(job, study)
 
 

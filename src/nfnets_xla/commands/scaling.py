@@ -13,6 +13,7 @@ from typing import Any
 
 from nfnets_xla.arguments import Parser
 from nfnets_xla.devices import HARDWARE
+from nfnets_xla.display import plural
 from nfnets_xla.scaling import published
 from nfnets_xla.scaling.law import Extrapolation
 from nfnets_xla.scaling.plan import Job, describe, make_plan
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
 def parser() -> Parser:
     top = Parser(
         prog="nfnets-xla scaling",
-        description="What runs cost, what they follow, and what to run next (docs/scaling.md).",
+        description="Plan runs, fit scaling laws to them, and draw figures (docs/scaling.md).",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -49,30 +50,30 @@ def parser() -> Parser:
         )
 
     defaults = Job()
-    plan = add("plan", run_plan, "say what to train with so many core-hours, or what a model costs")
-    plan.add_argument("--core-hours", type=float, help="of one trial: two rates cost twice")
-    plan.add_argument("--model", help="with --core-hours, or with --epochs instead of these")
-    plan.add_argument("--epochs", type=float, help="to say the core-hours of, with --model")
+    plan = add("plan", run_plan, "plan what to train within a budget, or what a model costs")
+    plan.add_argument("--core-hours", type=float, help="budget of one trial; two rates cost twice")
+    plan.add_argument("--model", help="model to train; also give --core-hours or --epochs")
+    plan.add_argument("--epochs", type=float, help="epochs to train --model; prints their cost")
     add_hardware(plan, "to train on")
-    plan.add_argument("--cores", type=int, default=defaults.cores, help="for the wall clock")
+    plan.add_argument("--cores", type=int, default=defaults.cores, help="for the wall-clock time")
     plan.add_argument(
         "--mfu",
         type=float,
-        help="share of the peak, which `nfnets-xla throughput` measures; default: the runs' or "
+        help="share of peak FLOPs, as measured by `nfnets-xla throughput`; default: the runs' or "
         f"{published.PAPER_MFU}",
     )
-    plan.add_argument("--price", type=float, help="of a chip-hour")
-    plan.add_argument("--images", type=whole, help="of the training set; default: the runs' or 4e9")
-    plan.add_argument("--image-size", type=int, help="pixels; default: the runs' or 224")
+    plan.add_argument("--price", type=float, help="price of a chip-hour")
+    plan.add_argument("--images", type=whole, help="training images; default: the runs' or 4e9")
+    plan.add_argument("--image-size", type=int, help="in pixels; default: the runs' or 224")
     plan.add_argument("--batch-size", type=int, help="default: the runs' or 4096")
-    plan.add_argument("--runs", type=Path, help="folder of runs to fit; else the paper's rules")
+    plan.add_argument("--runs", type=Path, help="folder of runs to fit; default: the paper's rules")
     fit = add("fit", run_fit, "fit laws to a folder of runs")
     fit.add_argument("runs", type=Path, help="folder of runs")
     figures = add("figures", run_figures, "draw the paper's three figures from a folder of runs")
     figures.add_argument("runs", type=Path, help="folder of runs")
     figures.add_argument("--out", type=Path, required=True, help="folder to write to")
-    add_hardware(figures, "whose core-hours to draw")
-    figures.add_argument("--mfu", type=float, help="to assume for runs on other hardware")
+    add_hardware(figures, "for the core-hours")
+    figures.add_argument("--mfu", type=float, help="assumed MFU of runs on other hardware")
     for command in (plan, fit, figures):
         command.add_argument(
             "--without-restarts", action="store_true", help="leave out runs that were restarted"
@@ -118,9 +119,9 @@ def chosen(given: Any) -> list[Point]:
     trained = pretrained(finished(given))
     points = nfnets(trained)
     if peers := sorted({point.model for point in trained} - {point.model for point in points}):
-        remark(f"left out: {', '.join(peers)}: laws and plans are of NFNets")
+        remark(f"left out: {', '.join(peers)}: laws and plans are only for NFNets")
     if not points:
-        raise ValueError(f"{given.runs} holds no pre-training run of the kind asked for")
+        raise ValueError(f"{given.runs} holds no finished pre-training run of an NFNet")
     return points
 
 
@@ -132,7 +133,7 @@ def finished(given: Any) -> list[Point]:
         return points
     kept = without_restarts(points)
     if len(kept) < len(points):
-        remark(f"left out: {len(points) - len(kept)} runs that were restarted")
+        remark(f"left out: {plural(len(points) - len(kept), 'restarted run')}")
     if all(point.diverged for point in kept):
         raise ValueError(f"{given.runs} holds no finished run that was never restarted")
     return kept

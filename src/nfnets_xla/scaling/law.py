@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 
+from nfnets_xla.display import plural
+
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 
@@ -317,6 +319,6 @@ def positive(name: str, values: ArrayLike) -> Floats:
 def enough(found: int, needed: int, what: str) -> None:
     if found < needed:
         raise ValueError(
-            f"there are {found} different points; {what} needs at least {needed}: run more, or "
-            "fit a form with fewer parameters"
+            f"found {plural(found, 'distinct point')}; {what} needs at least {needed}: run more, "
+            "or fit a form with fewer parameters"
         )

@@ -164,8 +164,8 @@ def study_of(job: Job, runs: Sequence[Point]) -> Study:
     for name in ("images", "image_size", "num_classes"):
         if name in given and given[name] != getattr(own, name):
             raise ValueError(
-                f"{name} is {given[name]}, and of the runs {getattr(own, name)}: their losses, "
-                f"rates and epochs are of their own images; leave {name} out, or the runs"
+                f"{name} is {given[name]}, but {getattr(own, name)} in the runs: their losses, "
+                f"rates and epochs hold only for their own images; leave out {name}, or --runs"
             )
     return replace(own, **given)
 
@@ -244,7 +244,7 @@ def best_size(flops: float, points: Sequence[Point]) -> tuple[float, str]:
             published.ONE_EPOCH_CORE_HOURS, "v4", mfu=published.PAPER_MFU
         )
         size = at_one_epoch / account.train_flops(1, published.JFT_IMAGES)
-        because = "paper: size and epochs at the same rate, one epoch at 5k v4 core-hours"
+        because = "paper: size and epochs grow at the same rate, one epoch at 5k v4 core-hours"
         return size * math.sqrt(flops / at_one_epoch), because
     fitted = fitted_division(points)
     if fitted is not None:
@@ -254,7 +254,10 @@ def best_size(flops: float, points: Sequence[Point]) -> tuple[float, str]:
     kept = on_frontier(points)
     middle_size = statistics.geometric_mean(point.macs for point in kept)
     middle_flops = statistics.geometric_mean(point.flops / point.passes for point in kept)
-    because = "paper's same rate, from the middle of the runs' frontier, which does not resolve it"
+    because = (
+        "paper: size and epochs grow at the same rate; from the middle of the runs' frontier, "
+        "which does not resolve it"
+    )
     return middle_size * math.sqrt(flops / middle_flops), because
 
 
@@ -297,7 +300,7 @@ def nearest_model(size: float, study: Study, points: Sequence[Point]) -> tuple[s
     if max(costs[name] / size, size / costs[name]) <= LARGEST_MISMATCH:
         return name, ""
     extreme = "largest" if costs[name] < size else "smallest"
-    return name, f"; {size / 1e9:.3g} GMACs would be best, the {extreme} model is taken"
+    return name, f"; {size / 1e9:.3g} GMACs would be best; this is the {extreme} model"
 
 
 def not_run(model: str, points: Sequence[Point]) -> str:
@@ -329,7 +332,7 @@ def describe(plan: Plan, price: float | None = None) -> str:
     share = LR_BATCH / study.batch_size
     senseless = ""
     if job.epochs is None and plan.epochs > MOST_EPOCHS:
-        senseless = "; far too many of so few images: give fewer core-hours"
+        senseless = "; far too many for so few images: give fewer core-hours"
     hours = f"{plan.wall_hours:,.1f}" if plan.wall_hours >= 0.1 else f"{plan.wall_hours:.2g}"
     shown = ",.10g" if job.core_hours is not None else ",.4g"
     booked = f"{plan.core_hours:{shown}} core-hours = {chips:{shown}} chip-hours"
@@ -352,8 +355,8 @@ def describe(plan: Plan, price: float | None = None) -> str:
         ("steps", f"{plan.steps:,} of {study.batch_size} images", plan.because["steps"]),
         (
             "peak_lr",
-            f"try optim.peak_lr={high * share:.4g} and {low * share:.4g}, of {LR_BATCH} rows "
-            f"({high:.4g} and {low:.4g} of the batch)",
+            f"try optim.peak_lr={high * share:.4g} and {low * share:.4g}, per {LR_BATCH} rows "
+            f"({high:.4g} and {low:.4g} per batch)",
             plan.because["rates"],
         ),
         ("wall clock", f"{hours} hours a trial on {job.cores} cores", "no restarts"),

@@ -200,7 +200,7 @@ def by_the_best(run: Cell, cells: Sequence[Cell], *, batch_size: int, downwards:
     if not math.isclose(rate, PEAK_LR):
         because = f"{PEAK_LR:g} for a batch of {BATCH} in the paper, in proportion to the batch"
     if run.epochs >= 2:
-        because += "; falls with epochs, how far it does not print: begin the trials at fewer"
+        because += "; falls with epochs, the paper does not print how far: first try fewer"
     return Trials((rate, rate / 2), because)
 
 
