@@ -201,7 +201,7 @@ def test_mistakes_are_one_line(
         (["nfnet_f0", str(tmp_path / "absent.jpg")], "absent.jpg"),
         ([f"local-dir:{tmp_path}", picture], "checkpoint card` wrote: it has no config.json"),
         (["nfnet_f0", picture, "--top", "0"], "--top is 0"),
-        (["nfnet_f0", picture, "--ema"], "--ema is for --weights RUN: these weights have no av"),
+        (["nfnet_f0", picture, "--ema"], "--ema is for --weights RUN: these weights have no mov"),
         (["local-dir:X", picture, "--weights", "R"], "its own weights: leave out --weights R"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -1,4 +1,4 @@
-"""List models with parameters and cost, or say all about those that are named in full."""
+"""List models with their parameters and cost; describe those named in full."""
 
 import torch
 
@@ -19,7 +19,7 @@ PHOTOGRAPHS = (224, 256, 384, 480)  # pixels: sizes at which models are compared
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="nfnets-xla models", description=__doc__)
-    parser.add_argument("pattern", nargs="*", help="a name, or a pattern: nfnet_f7*")
+    parser.add_argument("pattern", nargs="*", help="a name, or a pattern like 'nfnet_f7*'")
     for pattern in parser.parse_args(arguments).pattern or ["*"]:
         names = list_models(pattern)
         if names in ([], [pattern]):

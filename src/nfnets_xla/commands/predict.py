@@ -1,11 +1,11 @@
-"""`nfnets-xla predict MODEL IMAGE...`: what a model says of pictures.
+"""Classify images with a model.
 
     nfnets-xla predict nfnet_f0.dm_in1k cat.jpg dog.png   # public weights
-    nfnets-xla predict nfnet_f0 --weights RUN cat.jpg     # a run's; or a file's
-    nfnets-xla predict local-dir:CARD cat.jpg             # of `checkpoint card`
+    nfnets-xla predict nfnet_f0 --weights RUN cat.jpg     # of a run or a file
+    nfnets-xla predict local-dir:CARD cat.jpg             # by `checkpoint card`
 
-A picture is resized and cropped as the run did for its evaluations, or as the public weights were
-evaluated, and seen in float32.
+An image is resized and cropped as in the run's evaluations, or in those of the public weights. The
+model computes in float32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,9 @@ from nfnets_xla.task import MEAN_RGB, STDDEV_RGB
 def main(arguments: Sequence[str]) -> None:
     given = parser().parse_args(arguments)
     if given.top < 1 or (given.size is not None and given.size < 32):
-        raise ValueError(f"--top is {given.top} and --size {given.size}; at least 1 and 32")
+        raise ValueError(
+            f"--top is {given.top} and --size {given.size}; they must be at least 1 and 32"
+        )
     pictures = [(path, _read(path)) for path in given.image]  # refuse before weights are fetched
     net, sizes, loss = load(given.model, given.weights, given.ema, given.size)
     sizes = sizes._replace(test=given.size or sizes.test)
@@ -51,7 +53,7 @@ def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[N
     """
     sizes, loss = None, "softmax"
     if ema and weights is None:
-        raise ValueError("--ema is for --weights RUN: these weights have no average beside them")
+        raise ValueError("--ema is for --weights RUN: these weights have no moving average")
     if name.startswith(SCHEME):
         if weights is not None:
             raise has_its_own(name, f"--weights {weights}")
@@ -59,7 +61,7 @@ def load(name: str, weights: str | None, ema: bool, size: int | None) -> tuple[N
     elif weights is not None:
         found = sources.find_weights(weights, "ema" if ema else "raw")
         if ema and found.of is None:
-            raise ValueError(f"--ema is for --weights RUN: {weights} is a file of its own")
+            raise ValueError(f"--ema is for --weights RUN: {weights} is a file without an average")
         (net, sizes), loss = of_weights(name, found, size), found.loss
     elif is_peer(name):
         raise ValueError(f"{name} has no weights here: give --weights RUN")
@@ -117,9 +119,11 @@ def _read(path: str) -> Any:
 def parser() -> Parser:
     made = Parser(prog="nfnets-xla predict", description=__doc__)
     made.add_argument("model", help="a name of `nfnets-xla models`, or local-dir:FOLDER")
-    made.add_argument("image", nargs="+", help="file of a picture")
+    made.add_argument("image", nargs="+", help="image file")
     made.add_argument("--weights", help="a run's folder, a checkpoint or a file of weights")
-    made.add_argument("--ema", action="store_true", help="of a run: the moving average")
-    made.add_argument("--size", type=int, help="pixels; if not given, what the evaluations had")
-    made.add_argument("--top", type=int, default=5, help="how many classes to print")
+    made.add_argument(
+        "--ema", action="store_true", help="use the moving average of a run's weights"
+    )
+    made.add_argument("--size", type=int, help="in pixels; default: that of the evaluations")
+    made.add_argument("--top", type=int, default=5, help="number of classes to print")
     return made

@@ -1,4 +1,4 @@
-"""How a signal goes through a network: mean square and variance after every block, as a plot.
+"""Plot how a signal goes through a network: mean square and variance after every block.
 
 Signal propagation plots of arXiv 2101.08692, section 3, for NFNets. In theory a block adds ALPHA**2
 to the variance of its input, and the first block of a stage begins again at 1 + ALPHA**2; the
@@ -166,9 +166,9 @@ def main(arguments: Sequence[str]) -> None:
 def parser() -> Parser:
     made = Parser(prog="nfnets-xla signal", description=__doc__)
     made.add_argument("name", help="a name of `nfnets-xla models`")
-    made.add_argument("--out", type=Path, help="PNG to write; NAME-signal.png if not given")
-    made.add_argument("--size", type=int, help="pixels; what the model is trained at if not given")
-    made.add_argument("--batch", type=int, default=8, help="rows of noise")
-    made.add_argument("--weights", help="a run's folder, a checkpoint or a file; else new ones")
-    made.add_argument("--seed", type=int, default=0, help="of new weights and of the noise")
+    made.add_argument("--out", type=Path, help="PNG to write; default: NAME-signal.png")
+    made.add_argument("--size", type=int, help="in pixels; default: the model's training size")
+    made.add_argument("--batch", type=int, default=8, help="images of noise")
+    made.add_argument("--weights", help="a run's folder, a checkpoint or a file; default: new ones")
+    made.add_argument("--seed", type=int, default=0, help="seed of new weights and of the noise")
     return made
