@@ -94,7 +94,7 @@ class Launch:
             if not Path(getattr(self, key)).is_file():
                 raise ValueError(
                     f"{key} is {getattr(self, key)!r}, and there is no such file here: see "
-                    "What is needed first in docs/cloud_tpu.md"
+                    '"What is needed first" in docs/cloud_tpu.md'
                 )
 
 
@@ -138,7 +138,9 @@ class Slice:
             lambda state: state == "ACTIVE" or state in (*GONE, *GOING, ABSENT), in_dry_run="ACTIVE"
         )
         if state != "ACTIVE":
-            raise Failed(f"{self.settings.name} is {state}: `nfnets-xla launch resume` renews it")
+            raise Failed(
+                f"{self.settings.name} is {state}: `nfnets-xla launch resume` requests it again"
+            )
 
     def settled(self) -> str:
         """The state of the slice, after waiting for a deletion in progress."""
@@ -298,18 +300,18 @@ def status(tpu: Slice) -> None:
 # ---- the command line ---------------------------------------------------------------------------
 
 COMMANDS: dict[str, tuple[Callable[[Slice], Any], str]] = {
-    "create": (Slice.create, "put the slice into the queue"),
-    "wait": (Slice.wait, "wait until the slice is there"),
+    "create": (Slice.create, "request the slice, as a queued resource"),
+    "wait": (Slice.wait, "wait until the slice is ready"),
     "install": (Slice.install, "mount the share and install the library, on all workers"),
     "start": (Slice.start, "start the run on all workers"),
-    "status": (status, "what the slice and its workers do"),
+    "status": (status, "print the state of the slice and of its workers"),
     "resume": (
         resume,
-        "from any state to a run that goes on: after a pre-emption, or at the start",
+        "start or restart the run, creating the slice if needed",
     ),
-    "watch": (watch, "resume, again and again, until the run has finished"),
-    "stop": (Slice.stop, "ask the run to save and to end"),
-    "delete": (Slice.delete, "delete the slice; what is on the share stays"),
+    "watch": (watch, "start the run, and resume it until it has finished"),
+    "stop": (Slice.stop, "ask the run to save and stop"),
+    "delete": (Slice.delete, "delete the slice; files on the share are kept"),
 }
 INSTALLING = ("create", "install", "resume", "watch")  # those that come to it, now or later
 
@@ -341,10 +343,16 @@ def parse(arguments: Sequence[str]) -> Any:
 
 
 def parsers() -> tuple[Parser, dict[str, Parser]]:
-    top = Parser(prog="nfnets-xla launch", description="A run on Cloud TPU, through gcloud.")
+    top = Parser(
+        prog="nfnets-xla launch",
+        description="Run on Cloud TPU, through gcloud (docs/cloud_tpu.md).",
+    )
     commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     purposes = {name: purpose for name, (_, purpose) in COMMANDS.items()}
-    purposes |= {"logs": "follow the run's log", "example": "print the settings, to copy"}
+    purposes |= {
+        "logs": "follow the run's log",
+        "example": "print a settings file, to copy and fill in",
+    }
     for name, purpose in purposes.items():
         command = commands.add_parser(name, help=purpose, description=purpose)
         command.set_defaults(command=name)
@@ -352,12 +360,14 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         if name == "example":
             continue
         command.add_argument(
-            "overrides", nargs="*", metavar="KEY=VALUE", help="instead of what the file says"
+            "overrides", nargs="*", metavar="KEY=VALUE", help="override a setting of the file"
         )
-        command.add_argument("--dry-run", action="store_true", help="print the commands only")
-        command.add_argument("--every", type=float, default=60, help="seconds between questions")
+        command.add_argument(
+            "--dry-run", action="store_true", help="print the gcloud commands without running them"
+        )
+        command.add_argument("--every", type=float, default=60, help="seconds between queries")
         if name == "logs":
-            command.add_argument("--worker", type=int, default=0, help="whose log, by number")
+            command.add_argument("--worker", type=int, default=0, help="number of the worker")
     return top, commands.choices
 
 
@@ -380,6 +390,6 @@ def find(settings: str) -> AbstractContextManager[Path]:
         return _shipped(f"{settings}.yaml")
     if not Path(settings).is_file():
         raise ValueError(
-            f"there are no settings {settings!r}: name a file, or one of {', '.join(shipped())}"
+            f"there is no settings file {settings!r}: give a file, or one of {', '.join(shipped())}"
         )
     return as_file(Path(settings))
