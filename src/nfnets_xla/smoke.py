@@ -61,8 +61,8 @@ def _last_loss(folder: Path) -> float:
 
 def _same(loaded: float, saved: float, say: Callable[[str], None]) -> None:
     if not abs(loaded - saved) <= TOLERANCE * abs(saved):
-        raise Failed(f"the saved weights have loss {loaded:.7f}, and had {saved:.7f} before")
-    say("smoke: trained, saved, loaded and evaluated; the loss came back")
+        raise Failed(f"the loaded weights have loss {loaded:.7f}, but had {saved:.7f} when saved")
+    say("smoke: passed; the loaded weights have the loss of the saved ones")
 
 
 def _pack(folder: Path, per_class: int, first: int, size: int) -> None:
