@@ -72,6 +72,7 @@ def test_what_is_missed_or_repeated_is_shown(
     printed = capsys.readouterr().out
     assert "steps without a frame: 9, 10\n" in printed
     assert "epoch 0: shown more than once: " in printed
+    assert "each once" not in printed
     assert "epoch 0: 84 of 100 samples shown; not: " in printed
     repeated = printed.split("shown more than once: ")[1].split(",")[0]
     assert int(repeated) in batch(2)["sample_U"]

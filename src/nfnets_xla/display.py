@@ -156,8 +156,9 @@ def summary(row: Numbers) -> list[str]:
 
 
 def plural(number: int, noun: str) -> str:
-    """The number with its noun: "1 shard", "1,024 shards"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """The number with its noun: "1 shard", "1,024 shards", "8 classes"."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
 def clock(seconds: float) -> str:

@@ -146,7 +146,8 @@ class Audit:
         ]
         for epoch, count in self.shown.items():
             due = min(self.samples, self.draws - epoch * self.samples)
-            lines.append(f"epoch {epoch}: {count:,} of {due:,} samples, each once")
+            once = "" if self.faults else ", each once"
+            lines.append(f"epoch {epoch}: {count:,} of {due:,} samples{once}")
         if self.undecodable:
             lines.append(f"{self.undecodable} of them could not be decoded, and had no weight")
         if self.skipped:

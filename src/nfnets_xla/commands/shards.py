@@ -16,11 +16,12 @@ ELSEWHERE = {
     "dedup": "list near-duplicates of another set, or within a set",
 }
 Run = Callable[[Any], int | None]  # of a subcommand's arguments; returns the exit code
-# What `pack` reads, and the function of data/sources.py that packs it.
+# What `pack` reads, what that is, and the function of data/sources.py that packs it.
 SOURCES = {
-    "folder": ("images in SOURCE/<class>/", "pack_image_folder"),
+    "folder": ("images in SOURCE/<class>/", "folder", "pack_image_folder"),
     "table": (
         "images listed in columns path and label of a .csv or .parquet file",
+        "file",
         "pack_table",
     ),
 }
@@ -82,10 +83,10 @@ def add_pack(add: Callable[..., Any], commands: Any) -> None:
     purpose = "pack images into indexed shards"
     pack = commands.add_parser("pack", help=purpose, description=purpose)
     kinds = pack.add_subparsers(required=True, metavar="KIND", parser_class=Parser)
-    for name, (purpose, function) in SOURCES.items():
+    for name, (purpose, what, function) in SOURCES.items():
         kind = add(name, run_pack, purpose, kinds)
         kind.set_defaults(function=function)
-        kind.add_argument("source", type=Path, help="folder or file to read")
+        kind.add_argument("source", type=Path, help=f"{what} to read")
         kind.add_argument("dir", type=Path, help="folder to write, new or empty")
         kind.add_argument("--samples-per-shard", type=int, default=1000, help="maximum")
         kind.add_argument(
@@ -122,7 +123,7 @@ def index_folder(folder: str | Path, **options: Any) -> None:
     index = build_index(folder, on_progress=progress("indexed"), **options)
     print(
         f"{folder}: {plural(index.num_samples, 'sample')} in {plural(index.num_shards, 'shard')}, "
-        f"{index.num_classes} classes, fingerprint {index.fingerprint[:16]}"
+        f"{plural(index.num_classes, 'class')}, fingerprint {index.fingerprint[:16]}"
     )
 
 
