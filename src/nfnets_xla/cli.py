@@ -10,7 +10,6 @@ A mistake in the request gives one line on standard error and exit code 2. Each 
 it needs when it is called, so that help is fast and works without the extras.
 """
 
-import difflib
 import os
 import select
 import shutil
@@ -30,7 +29,7 @@ from nfnets_xla.exits import (
     Interrupted,
     Terminated,
 )
-from nfnets_xla.manual import recipes
+from nfnets_xla.manual import no_such, recipes
 from nfnets_xla.preempt import Preemption
 from nfnets_xla.version import __version__
 
@@ -157,7 +156,7 @@ def obey(arguments: list[str], *, ours: bool) -> int | None:
         return command(name)(rest)
     own_folder = any(word.startswith(("--config-dir", "-cd")) for word in rest)
     if name not in (*COMMANDS, *recipes()) and not own_folder:
-        raise ValueError(no_such(name))
+        raise ValueError(no_such("recipe or command", name, [*COMMANDS, *recipes()]))
     preemption = Preemption()
     if ours and not {"-h", "--help"} & set(rest):
         preemption.start()
@@ -177,15 +176,6 @@ def command(name: str) -> Callable[..., int | None]:
 def terminate(_number: int, _frame: object) -> None:
     """SIGTERM raises, so that workers are ended and half-written folders are removed."""
     raise Terminated
-
-
-def no_such(name: str) -> str:
-    known = [*COMMANDS, *recipes()]
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-    return (
-        f"there is no recipe or command {name!r}; {meant} (your own recipe needs --config-dir DIR)"
-    )
 
 
 def usage() -> str:

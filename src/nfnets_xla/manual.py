@@ -4,11 +4,12 @@ The text is the recipe's header comment, then every setting with the recipe's va
 on its field in config.py. Needs no Hydra.
 """
 
+import difflib
 import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
@@ -35,10 +36,13 @@ def recipes() -> dict[str, str]:
 def known(name: str) -> None:
     """Raises ValueError if no shipped recipe has this name."""
     if name not in recipes():
-        raise ValueError(
-            f"there is no recipe {name!r}; there are {', '.join(recipes())} "
-            "(your own needs --config-dir DIR)"
-        )
+        raise ValueError(no_such("recipe", name, list(recipes())))
+
+
+def no_such(kind: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    return f"there is no {kind} {name!r}; {meant} (your own recipe needs --config-dir DIR)"
 
 
 def header(name: str, folder: str | None = None) -> str:
