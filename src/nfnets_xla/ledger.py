@@ -13,7 +13,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -121,6 +121,9 @@ def rows_of(path: Path, offset: int, size: int) -> tuple[Int64, Int64]:
 # ---- audit ------------------------------------------------------------------------------------
 
 
+Frames = dict[int, tuple[Path, int, int]]  # {step: ledger, offset and bytes of its frame}
+
+
 @dataclass
 class Audit:
     """What a run's ledgers say of the steps that led to its latest weights."""
@@ -175,25 +178,7 @@ def audit(run_dir: Path) -> Audit:
     # The record is read first: if the run is still training, it must not be ahead of the ledgers.
     begun = {attempt_of(path) for path in paths if _has_frame(path)}
     record = read_record(run_dir, begun=begun) if has_record(run_dir) else None
-    # {step: its newest frame}, without steps that a later start has discarded.
-    effective: dict[int, tuple[Path, int, int]] = {}
-    again, sizes = 0, None
-    for path in paths:
-        head, frames = read_ledger(path)
-        sizes = head or sizes
-        if record is not None and attempt_of(path) in record.rivals:
-            again += len(frames)
-            continue
-        if head is None or not frames:
-            continue
-        begun_at: int = head["resumed_from"]
-        if record is not None:
-            begun_at = record.builds_on.get(attempt_of(path), begun_at)
-        replaced = [step for step in effective if step > begun_at]
-        again += len(replaced)
-        for step in replaced:
-            del effective[step]
-        effective |= {step: (path, *place) for step, place in frames.items()}
+    sizes, effective, again = _joined(paths, record)
     if sizes is None:
         raise ValueError(f"{run_dir} holds no ledger-*.bin: train with trainer.ledger=true")
     found = Audit(len(paths), sizes["steps"], sizes["samples"], sizes["draws"], again=again)
@@ -229,6 +214,33 @@ def attempt_of(path: Path) -> int:
     return int(path.stem.removeprefix("ledger-"))
 
 
+def _joined(
+    paths: Sequence[Path], record: RunRecord | None
+) -> tuple[dict[str, Any] | None, Frames, int]:
+    """The sizes that a ledger's head states; every step's newest frame, without those that a later
+    start has discarded; and the number of the discarded."""
+    sizes: dict[str, Any] | None = None
+    effective: Frames = {}
+    again = 0
+    for path in paths:
+        head, frames = read_ledger(path)
+        sizes = head or sizes
+        if record is not None and attempt_of(path) in record.rivals:
+            again += len(frames)
+            continue
+        if head is None or not frames:
+            continue
+        begun_at: int = head["resumed_from"]
+        if record is not None:
+            begun_at = record.builds_on.get(attempt_of(path), begun_at)
+        replaced = [step for step in effective if step > begun_at]
+        again += len(replaced)
+        for step in replaced:
+            del effective[step]
+        effective |= {step: (path, *place) for step, place in frames.items()}
+    return sizes, effective, again
+
+
 def _take_verdicts(found: Audit, record: RunRecord) -> None:
     """Adds what is known only after a step's frame is written: saved, skipped, stopped."""
     saved = [header["resumed_from"] for header in record.line[-1:]]
@@ -241,9 +253,7 @@ def _take_verdicts(found: Audit, record: RunRecord) -> None:
             found.skipped.append(row["step"])
 
 
-def _epochs(
-    found: Audit, effective: dict[int, tuple[Path, int, int]]
-) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def _epochs(found: Audit, effective: Frames) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """For each epoch, how often every sample was shown. One or two epochs are in memory at a time:
     an epoch is over at the first step that shows only later ones."""
     counts: dict[int, NDArray[np.uint8]] = {}
