@@ -158,8 +158,7 @@ def load(where: str | Path) -> Checkpoint:
 
 def steps(root: str | Path) -> list[int]:
     """Of every checkpoint in `root`, complete or not; the newest first."""
-    found = map(_step, _names(root))
-    return sorted({step for step in found if step is not None}, reverse=True)
+    return steps_of(_names(root))
 
 
 def complete(root: str | Path) -> set[int]:
@@ -254,6 +253,12 @@ def _step(name: str) -> int | None:
     """Of the checkpoint that a file belongs to."""
     found = re.match(r"step-(\d+)/", name)
     return int(found[1]) if found else None
+
+
+def steps_of(files: Iterable[str]) -> list[int]:
+    """Steps that have any file, newest first."""
+    found = map(_step, files)
+    return sorted({step for step in found if step is not None}, reverse=True)
 
 
 def complete_steps(files: Iterable[str]) -> set[int]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from nfnets_xla.checkpoint import STATE, complete_steps, folder_name, remove, steps
+from nfnets_xla.checkpoint import STATE, complete_steps, folder_name, remove, steps_of
 from nfnets_xla.data.remote import AnyFolder, open_folder
 
 
@@ -27,7 +27,7 @@ def prune(
     """
     folder = open_folder(root)
     files = folder.sizes("")
-    found = steps(root)
+    found = steps_of(files)
     good = [step for step in found if step <= start or step in written]
     whole = complete_steps(files)
     complete = [step for step in good if step in whole]
