@@ -39,9 +39,10 @@ def known(name: str) -> None:
         raise ValueError(no_such("recipe", name, list(recipes())))
 
 
-def no_such(kind: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+def no_such(kind: str, name: str, names: Sequence[str]) -> str:
+    """The refusal of a name that is none of `names`."""
+    near = difflib.get_close_matches(name, names, 3, 0.5)
+    meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
     return f"there is no {kind} {name!r}; {meant} (your own recipe needs --config-dir DIR)"
 
 
