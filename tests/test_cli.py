@@ -258,7 +258,10 @@ def test_a_recipe_that_does_not_exist_or_is_not_complete(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "recipe or command 'pretrian'; did you mean pretrain or" in refused(["pretrian"], capsys)
-    assert "'pretrian'; did you mean pretrain or" in refused(["check", "pretrian"], capsys)
+    assert "no recipe 'pretrian'; did you mean pretrain or" in refused(
+        ["check", "pretrian"], capsys
+    )
+    assert "there is no recipe 'abacus'; there are eval" in refused(["check", "abacus"], capsys)
     assert "not set: give data.shards=VALUE" in refused(["pretrain_demo"], capsys)
     vit = ["imagenet", "data.shards=S", "run_dir=R", "model.name=vit_giant_14"]
     assert refused(vit, capsys).startswith("nfnets-xla: vit_giant_14 has no drop_rate: the recipe")

@@ -81,6 +81,7 @@ def test_a_plan_by_runs_is_for_their_images(runs: Path, capsys: pytest.CaptureFi
         assert stopped.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{name} is {value}, but " in line
+        assert " in the runs: their losses, rates and epochs hold only for their own images" in line
 
 
 def test_in_a_terminal_no_line_is_wider_than_it(runs: Path) -> None:
