@@ -223,7 +223,7 @@ def test_the_copies_are_no_shards_of_the_folder_they_come_from(tmp_path: Path) -
     index, link = build_index(tmp_path / "all"), tmp_path / "link"
     link.symlink_to(tmp_path / "all")
     for folder in (tmp_path / "all" / "val", link / "val", tmp_path / "all", tmp_path):
-        with pytest.raises(ValueError, match=r"or the other way round, .* choose"):
+        with pytest.raises(ValueError, match=r"other way round, .* choose a folder beside it"):
             hold_out(index, folder, samples=6)
         assert not (folder / "held_out.txt").exists()
     for one, other in ((tmp_path, link / "val"), ("s3://b/all", "s3://b/all/val")):
